@@ -1,0 +1,304 @@
+"""Token bins, and the packed rows that training reads from them.
+
+A *bin* is a folder: `tokens.bin` (little-endian u16 or u32), `starts.bin` (i64, one more than documents),
+`mask.bin` (u8, absent where every token is trained) and `meta.json`. Three lines of numpy read it.
+
+A document of n tokens is n - 1 predictions. A *row* is T predictions of whole or cut documents: where a row
+ends inside a document the next row goes on with the very next prediction, so nothing is trained twice in
+an epoch and nothing is lost. `doc` and `pos` travel with the tokens and become attention's mask and rotary
+positions; nothing is padded but the tail of an epoch's last row.
+
+The one idea of the loader: row i of a source is a function of (seed, i). Documents are permuted, laid end to
+end, cut into rows, and the rows permuted again, so that a long document does not fill a whole step. A loader's
+state is therefore one integer per source, seeking is a division, and any number of ranks draws the same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from log import STORAGE, UserError
+
+if TYPE_CHECKING:  # preparing text must not wait for torch
+    from torch import Tensor
+
+FORMAT = 1
+IGNORE = -100  # a target that is not trained: torch's own ignore_index
+
+
+@dataclass
+class Document:
+    """Token ids with BOS and EOS in place, which of them are trained (None: all), UTF-8 bytes of the text."""
+
+    ids: Sequence[int]
+    mask: Sequence[bool] | None
+    n_bytes: int
+
+
+class BinWriter:
+    """Write a bin aside and rename it into place when it is whole; memory stays one document."""
+
+    def __init__(self, folder: Path, tokenizer_sha: str, vocab_size: int, kind: str = "text"):
+        self.folder, self.kind = Path(folder), kind
+        self.tokenizer_sha, self.vocab_size = tokenizer_sha, vocab_size
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        if self.folder.exists() and not (self.folder / "meta.json").exists():
+            raise UserError(f"{folder}: exists and is not a bin; name another --out", STORAGE)
+        self.aside = self.folder.with_name(f".tmp-{self.folder.name}-{os.getpid()}")
+        try:
+            self.aside.mkdir(parents=True)
+            self.tokens = open(self.aside / "tokens.bin", "wb")
+            self.mask = open(self.aside / "mask.bin", "wb")
+        except OSError as e:
+            raise UserError(f"{folder}: cannot be written ({e.strerror}); name another", STORAGE) from e
+        self.starts, self.n_bytes, self.trained = [0], 0, 0
+
+    def add(self, document: Document) -> None:
+        """Append one document."""
+        ids = np.asarray(document.ids, dtype=np.int64)
+        # numpy would wrap 128256 into 62720 without a word
+        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < self.vocab_size), "id out of vocabulary"
+        mask = np.ones(len(ids), np.uint8) if document.mask is None else np.asarray(document.mask, np.uint8)
+        assert len(mask) == len(ids)
+        self.tokens.write(ids.astype(self.dtype).tobytes())
+        self.mask.write(mask.tobytes())
+        self.starts.append(self.starts[-1] + len(ids))
+        self.n_bytes += document.n_bytes
+        self.trained += int(mask[1:].sum())
+
+    def close(self, ledger: dict[str, Any], sources: list[dict[str, Any]]) -> Bin:
+        """Flush, name, describe and open the bin."""
+        np.array(self.starts, "<i8").tofile(self.aside / "starts.bin")
+        for file in (self.tokens, self.mask):
+            file.close()
+        if self.trained == sum(max(n - 1, 0) for n in np.diff(self.starts)):
+            (self.aside / "mask.bin").unlink()  # everything is trained: the file would say nothing
+        files = sorted(self.aside.glob("*.bin"))
+        meta = {
+            "format": FORMAT, "kind": self.kind, "dtype": {2: "u16", 4: "u32"}[self.dtype.itemsize],
+            "vocabulary": self.vocab_size, "tokenizer": self.tokenizer_sha,
+            "documents": len(self.starts) - 1, "tokens": self.starts[-1], "trained": self.trained,
+            "bytes": self.n_bytes, "ledger": ledger, "sources": sources,
+            "sha256": {f.name: sha256(f) for f in files},
+        }
+        (self.aside / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.aside.rename(self.folder)
+        return Bin(self.folder)
+
+    def abandon(self) -> None:
+        """Remove what was written so far."""
+        self.tokens.close()
+        self.mask.close()
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+
+def sha256(file: Path) -> str:
+    """A file's SHA-256, in hex."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Bin:
+    """A bin opened for reading: `tokens` and `mask` are memory maps, `starts` is (N+1,)."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text())
+            wanted = {k: self.meta[k] for k in ("format", "dtype", "vocabulary", "tokenizer", "sha256")}
+        except FileNotFoundError:
+            raise UserError(f"{folder}: no meta.json here, so this is not a bin; make one with prepare.py") \
+                from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder}/meta.json: damaged ({e}); prepare the bin again") from None
+        if wanted["format"] != FORMAT or wanted["dtype"] not in ("u16", "u32"):
+            raise UserError(f"{folder}: bin format {wanted['format']} {wanted['dtype']}, this program reads "
+                            f"format {FORMAT} u16 or u32; prepare the bin again")
+        dtype = np.dtype({"u16": "<u2", "u32": "<u4"}[wanted["dtype"]])
+        self.starts = self._read("starts.bin", np.dtype("<i8"), self.meta["documents"] + 1)
+        self.tokens = self._read("tokens.bin", dtype, self.meta["tokens"])
+        self.mask = self._read("mask.bin", np.dtype("u1"), self.meta["tokens"]) \
+            if "mask.bin" in self.meta["sha256"] else None
+        if self.starts[0] != 0 or self.starts[-1] != len(self.tokens) or (np.diff(self.starts) < 0).any():
+            raise UserError(f"{folder}/starts.bin: offsets do not fit tokens.bin; prepare the bin again")
+
+    def _read(self, name: str, dtype: np.dtype, n: int) -> np.ndarray:
+        path = self.folder / name
+        found = path.stat().st_size if path.exists() else 0
+        if found != n * dtype.itemsize:
+            raise UserError(f"{path}: {found} bytes, expected {n * dtype.itemsize}; the bin was cut short, "
+                            "prepare it again")
+        return np.memmap(path, dtype, "r") if n else np.zeros(0, dtype)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def document(self, i: int) -> np.ndarray:
+        """Token ids of document i, (n,)."""
+        return self.tokens[self.starts[i] : self.starts[i + 1]]
+
+    def check(self, tokenizer_sha: str, vocab_size: int) -> None:
+        """Refuse a bin of another tokenizer, of damaged files, or with ids the model has no row for."""
+        if self.meta["tokenizer"] != tokenizer_sha:
+            raise UserError(f"{self.folder}: made with tokenizer {self.meta['tokenizer'][:12]}, the model has "
+                            f"{tokenizer_sha[:12]}; prepare the text again with this model's tokenizer")
+        for name, digest in self.meta["sha256"].items():
+            if sha256(self.folder / name) != digest:
+                raise UserError(f"{self.folder / name}: its sha256 is not the one in meta.json; the file was "
+                                "changed, prepare the bin again")
+        top = int(self.tokens.max()) if len(self.tokens) else -1
+        if top >= vocab_size:
+            raise UserError(f"{self.folder}: holds id {top}, the model's vocabulary ends at {vocab_size - 1}; "
+                            "prepare the text again with this model's tokenizer")
+        if self.meta["trained"] == 0:
+            raise UserError(f"{self.folder}: no token to train on in {len(self)} documents; a document needs at "
+                            "least two tokens")
+
+
+def hold_out(bin: Bin, share: float) -> np.ndarray:
+    """Which documents are kept for evaluation, (N,) bool: those whose hash falls below `share`.
+
+    A hash, not a draw: a document stays on its side when others come or go. Only the beginning is
+    hashed, so that two versions of one article fall on the same side. One document is never held out.
+    """
+    if len(bin) < 2 or share <= 0:
+        return np.zeros(len(bin), bool)
+    digests = (hashlib.blake2b(bin.document(i)[:64].tobytes(), digest_size=8).digest() for i in range(len(bin)))
+    h = np.frombuffer(b"".join(digests), "<u8")
+    return h <= max(np.uint64(share * 2.0**64), h.min())
+
+
+@dataclass
+class Source:
+    """Documents of one bin that are mixed in at `weight` (shares are weights over their sum)."""
+
+    name: str
+    bin: Bin
+    documents: np.ndarray  # (n,) indices into the bin
+    weight: float
+
+    @property
+    def sha(self) -> str:
+        """What the source holds, in one word."""
+        return self.bin.meta["sha256"]["tokens.bin"]
+
+
+@dataclass
+class Batch:
+    """Rows of packed documents; all fields (B, T) int64. `doc` is -1 and `targets` IGNORE in an unused tail."""
+
+    tokens: Tensor
+    targets: Tensor
+    doc: Tensor
+    pos: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> Batch:
+        """From rows of (4, T): tokens, targets, doc, pos."""
+        import torch
+
+        return cls(*torch.from_numpy(np.stack(rows, axis=1)))
+
+    def to(self, device: Any) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.doc, self.pos)))
+
+
+class Stream:
+    """One source as an endless list of rows: `row(i)` is a function of (seed, i)."""
+
+    def __init__(self, source: Source, T: int, seed: Sequence[int]):
+        self.bin, self.T, self.seed = source.bin, T, tuple(seed)
+        starts = self.bin.starts[source.documents]
+        lengths = self.bin.starts[source.documents + 1] - starts - 1  # predictions, not tokens
+        self.starts, self.lengths = starts[lengths > 0], lengths[lengths > 0]
+        self.tokens = int(self.lengths.sum())  # predictions in an epoch
+        if self.tokens == 0:
+            raise UserError(f"{self.bin.folder}: no token to train on; a document needs at least two tokens")
+        self.rows = -(-self.tokens // T)  # in an epoch; the last may have an unused tail
+        self.epoch = -1
+
+    def _enter(self, epoch: int) -> None:
+        """Lay out an epoch: O(documents), reads no token."""
+        if epoch == self.epoch:
+            return
+        rng = np.random.default_rng([*self.seed, epoch])
+        self.order = rng.permutation(len(self.lengths))
+        self.ends = np.cumsum(self.lengths[self.order])  # where each document ends in the epoch
+        self.shuffled = rng.permutation(self.rows)
+        self.short_at = int(np.flatnonzero(self.shuffled == self.rows - 1)[0])  # turn of the row with a tail
+        self.epoch = epoch
+
+    def served(self, rows: int) -> int:
+        """Predictions in the first `rows` rows, exactly."""
+        epoch, turn = divmod(rows, self.rows)
+        self._enter(epoch)
+        tail = self.rows * self.T - self.tokens
+        return epoch * self.tokens + turn * self.T - (tail if turn > self.short_at else 0)
+
+    def row(self, i: int) -> np.ndarray:
+        """Row i as (4, T) int64: tokens, targets, doc, pos."""
+        epoch, turn = divmod(i, self.rows)
+        self._enter(epoch)
+        T, out = self.T, np.empty((4, self.T), np.int64)
+        at = int(self.shuffled[turn]) * T  # where the row begins in the epoch
+        d = int(np.searchsorted(self.ends, at, side="right"))
+        filled, n_doc = 0, 0
+        while filled < T and d < len(self.order):
+            k = self.order[d]
+            begin = at + filled - int(self.ends[d] - self.lengths[k])  # > 0 only where a document was cut
+            n = min(T - filled, int(self.lengths[k]) - begin)
+            a, to = int(self.starts[k]) + begin, slice(filled, filled + n)
+            out[0, to] = self.bin.tokens[a : a + n]
+            out[1, to] = self.bin.tokens[a + 1 : a + n + 1]
+            if self.bin.mask is not None:
+                out[1, to][self.bin.mask[a + 1 : a + n + 1] == 0] = IGNORE
+            out[2, to], out[3, to] = n_doc, np.arange(n)
+            filled, d, n_doc = filled + n, d + 1, n_doc + 1
+        out[0, filled:], out[1, filled:], out[2, filled:], out[3, filled:] = 0, IGNORE, -1, 0
+        return out
+
+
+class Loader:
+    """Endless micro-batches from a mixture; each row comes from the source furthest behind its share.
+
+    Shares are exact in predictions, to one row. All ranks walk the same list of rows and each reads only
+    its own, so a step of G rows is the same G rows on any number of ranks. `served` is the whole state.
+    """
+
+    def __init__(self, sources: Sequence[Source], T: int, rows: int, seed: int, rank: int = 0, world: int = 1):
+        self.T, self.rows, self.rank, self.world = T, rows, rank, world
+        self.sources = list(sources)
+        self.streams = [Stream(s, T, (seed, i)) for i, s in enumerate(sources)]
+        weights = np.array([s.weight for s in sources], float)
+        self.shares = weights / weights.sum()  # (sources,)
+        self.seek([0] * len(sources))
+
+    def seek(self, served: Sequence[int]) -> None:
+        """Go on as if `served[i]` rows of source i had been given; constant time in rows."""
+        self.served = list(served)
+        self.tokens = [s.served(n) for s, n in zip(self.streams, served, strict=True)]
+
+    def next(self) -> Batch:
+        """The next micro-batch of this rank."""
+        mine = []
+        for i in range(self.rows * self.world):
+            total = sum(self.tokens) + self.T
+            behind = [share * total - n for share, n in zip(self.shares, self.tokens, strict=True)]
+            s = int(np.argmax(behind))
+            if i // self.rows == self.rank:
+                mine.append(self.streams[s].row(self.served[s]))
+            self.served[s] += 1
+            self.tokens[s] = self.streams[s].served(self.served[s])
+        return Batch.of(mine)

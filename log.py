@@ -1,0 +1,137 @@
+"""What we say to people: plain lines, a progress bar, one-line errors, and metrics.jsonl.
+
+One idea: everything a run has to say leaves through here, so that only rank 0 speaks, a person's mistake
+is one line and not a traceback, and the numbers a person sees are the numbers in the file.
+
+Lines go to stderr; what a command *produces* (a continuation, a score) goes to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+FLAGS, BAD_INPUT, NON_FINITE, STORAGE, INTERRUPTED, TERMINATED = 2, 3, 4, 5, 130, 143  # exit codes
+
+
+class UserError(Exception):
+    """Something a person can mend; the message says what, where, expected against found, what to do.
+
+    `code` is the exit code: FLAGS (2), BAD_INPUT (3: model, tokenizer, data, checkpoint), NON_FINITE (4),
+    STORAGE (5).
+    """
+
+    def __init__(self, message: str, code: int = BAD_INPUT):
+        super().__init__(message)
+        self.code = code
+
+
+def speaking() -> bool:
+    """Whether this process is the one that talks: rank 0, or a process that torchrun did not start."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """One line to the person."""
+    if speaking():
+        print(line, file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text with control characters made visible: a model's output must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def run(command: Callable[[], T]) -> T:
+    """Run a command and give what it gives; a UserError becomes one line and an exit code (DEBUG=1: a traceback).
+
+    A command file reads its settings before it imports torch, so that --help answers at once:
+
+        if __name__ == "__main__":
+            SETTINGS, ORIGINS = log.run(lambda: config.read(Settings, sys.argv[1:], "train.py"))
+        import torch
+        ...
+        if __name__ == "__main__":
+            log.run(lambda: main(SETTINGS))
+    """
+    try:
+        return command()
+    except UserError as e:
+        if os.environ.get("DEBUG"):
+            raise
+        print(f"error: {printable(' '.join(str(e).split()))}", file=sys.stderr, flush=True)
+        sys.exit(e.code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `sample.py ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, each step once, however often a run was cut and resumed."""
+
+    def __init__(self, path: Path, after_step: int = -1, track: str = "none"):
+        """Open for appending; lines of later steps than `after_step` belong to work that was lost and go.
+
+        `track` "tensorboard" writes the same numbers beside the file, in a folder of that name.
+        """
+        self.file = self.board = None
+        if not speaking():
+            return
+        if path.exists():
+            kept = [x for x in path.read_text().splitlines(True) if _step(x) <= after_step]
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(kept))
+            aside.replace(path)
+        self.file = open(path, "a")
+        if track == "tensorboard":
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--track tensorboard: not installed; pip install tensorboard", FLAGS) from None
+            self.board = SummaryWriter(path.with_name("tensorboard"), purge_step=max(after_step, 0) + 1)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line; it is flushed, so that a kill loses none."""
+        if self.file:
+            self.file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+            self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                for part, x in value.items() if isinstance(value, dict) else [("", value)]:
+                    if x is not None:
+                        self.board.add_scalar(f"{name}/{part}" if part else name, x, step)
+            self.board.flush()
+
+
+def _step(line: str) -> float:
+    """A metrics line's step; infinite for a line cut short by a kill, which therefore goes."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar with time left on a terminal, silent elsewhere; yields `move(by, note)`."""
+    if not (speaking() and sys.stderr.isatty()):
+        yield lambda by, note="": None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done, note="")
+        yield lambda by, note="": bar.update(task, advance=by, note=note)

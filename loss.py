@@ -1,0 +1,122 @@
+"""What a run minimises and what it reports: the NLL of each token, and bits per byte.
+
+The one idea: logits for all B x T tokens at once are the largest tensor of a training step (2048 x 128256
+in float32 is 1 GB) and nobody needs them. Both passes go chunk by chunk, and a chunk's logits live only
+until its log-sum-exp, or its gradient, is taken.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import IGNORE
+
+CHUNK = 256  # tokens whose logits stand at once: fastest on a CPU at V = 32,000, small beside a layer's activations
+GROUP = 1024  # tokens whose logit gradients stand at once: adding up (V,C) costs more than a chunk's product
+
+
+class _TokenNLL(torch.autograd.Function):
+    """NLL of each token from hidden states and head weights, (N,C), (V,C), (N,) -> (N,) float32.
+
+    d nll_t / d logits_t is softmax_t - onehot_t, whatever is later done with nll_t, so the forward pass
+    computes it while the chunk's logits are at hand: h's gradient is then a scaling by whatever comes from
+    above. W's gradient mixes the tokens; it too is only a scaling when all tokens have the same factor,
+    which is the case for a sum. Otherwise (preference losses) the backward pass goes over the chunks again.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+        need_h, need_W = ctx.needs_input_grad[:2]
+        cast = W.to(h.dtype)  # (V,C)
+        nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
+        dh = torch.empty_like(h) if need_h else None
+        for at in range(0, len(h), CHUNK) if not need_W else ():
+            part = slice(at, at + CHUNK)
+            nll[part], d = _logit_gradient(h[part], cast, targets[part], need_h)
+            if need_h:
+                torch.mm(d, cast, out=dh[part])
+        ctx.dW = _head_gradient(h, cast, targets, nll, dh) if need_W else None
+        ctx.save_for_backward(h, W, targets, dh)
+        return nll
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        h, W, targets, dh = ctx.saved_tensors
+        if dh is not None:
+            dh = dh * g[:, None].to(dh.dtype)
+        dW, ctx.dW = ctx.dW, None
+        if ctx.needs_input_grad[1]:
+            if dW is not None and g.stride(0) == 0:  # the gradient of a sum: one number, expanded
+                dW = dW.mul_(g[0])
+            else:
+                dW = _head_gradient(h, W.to(h.dtype), targets, factor=g)
+            dW = dW.to(W.dtype)
+        return dh, dW, None
+
+
+def _logit_gradient(h: Tensor, W: Tensor, targets: Tensor, wanted: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(n,C), (V,C), (n,) -> NLL (n,) float32, and softmax - onehot (n,V) in h's dtype if wanted."""
+    logp = torch.log_softmax(h @ W.T, -1, dtype=torch.float32)  # (n,V)
+    nll = -logp.gather(-1, targets[:, None]).squeeze(-1)
+    if not wanted:
+        return nll, None
+    d = logp.exp_()
+    d[torch.arange(len(d), device=d.device), targets] -= 1
+    return nll, d.to(h.dtype)
+
+
+def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, nll: Tensor | None = None, dh: Tensor | None = None,
+                   factor: Tensor | None = None) -> Tensor:
+    """Sum over tokens of factor x (softmax - onehot) h^T, (V,C) float32; fills nll (N,) and dh (N,C) if given."""
+    dW = None
+    for begin in range(0, len(h), GROUP):
+        group = slice(begin, min(begin + GROUP, len(h)))
+        d = h.new_empty(group.stop - begin, len(W))  # (n,V)
+        for at in range(begin, group.stop, CHUNK):
+            part = slice(at, min(at + CHUNK, group.stop))
+            found, d[at - begin : part.stop - begin] = _logit_gradient(h[part], W, targets[part])
+            if nll is not None:
+                nll[part] = found
+        if dh is not None:
+            torch.mm(d, W, out=dh[group])
+        if factor is not None:
+            d *= factor[group, None]
+        part_W = d.T @ h[group]
+        dW = part_W.float() if dW is None else dW.add_(part_W)
+    return torch.zeros_like(W, dtype=torch.float32) if dW is None else dW
+
+
+def token_nll(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target in nats: (B,T,C), (V,C), (B,T) -> (B,T) float32.
+
+    0 where the target is IGNORE; such tokens cost nothing. Never holds (B,T,V).
+    """
+    kept = targets.flatten() != IGNORE
+    h, flat = h.flatten(0, 1), targets.flatten()
+    if kept.all():
+        return _TokenNLL.apply(h, head, flat).view(targets.shape)
+    at = kept.nonzero().squeeze(-1)  # (n,)
+    return _Scatter.apply(_TokenNLL.apply(h[at], head, flat[at]), at, len(flat)).view(targets.shape)
+
+
+class _Scatter(torch.autograd.Function):
+    """y (N,) with y[at] = x (n,), 0 elsewhere; a gradient that is one number expanded stays one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, at: Tensor, N: int) -> Tensor:
+        ctx.save_for_backward(at)
+        return x.new_zeros(N).index_put_((at,), x)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
+        (at,) = ctx.saved_tensors
+        return g[:1].expand(len(at)) if g.stride(0) == 0 else g[at], None, None
+
+
+def bits_per_byte(nll_sum: float, n_bytes: int) -> float:
+    """Nats over a text's tokens -> bits per UTF-8 byte: comparable across tokenizers, unlike a loss per token."""
+    return nll_sum / math.log(2) / n_bytes if n_bytes else float("nan")
