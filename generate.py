@@ -6,7 +6,7 @@ a row's first token stands at position 0, whoever its neighbours are. Finished r
 
 The one idea: an answer is a function of its prompt and the seed. Every row draws from random
 numbers of its own, so neither the other prompts, nor their order, nor a neighbour that stops early
-changes it. (Products over more rows may round otherwise: in bf16 near tokens can change places.)
+changes it, in float32. (In bf16 products over more rows round otherwise, enough to be seen.)
 
 It knows token ids only. Text, and when half a character may be shown, is the business of who calls.
 """

@@ -32,6 +32,7 @@ from loss import token_nll
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 ROPE_KINDS = ("default", "linear", "llama3")
+ONE_BY_ONE = ("cpu",)  # devices where packed documents are attended one after the other; elsewhere by a mask
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
         """Read config.json; UserError on anything that this model would compute wrongly."""
-        architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
-        if architecture not in (*ARCHITECTURES, "llama"):
-            raise UserError(f"config.json: architecture {architecture!r} is not supported; supported are "
+        architecture = raw.get("architectures") or [raw.get("model_type")]
+        if type(architecture) is not list or architecture[0] not in (*ARCHITECTURES, "llama"):
+            raise UserError(f"config.json: architectures {architecture!r} is not supported; supported are "
                             f"{', '.join(ARCHITECTURES)}")
         if raw.get("hidden_act", "silu") != "silu":
             raise UserError(f"config.json: activation {raw['hidden_act']!r}, only 'silu' is supported")
@@ -73,7 +74,10 @@ class ModelConfig:
         if H % K or D % 2:
             raise UserError(f"config.json: {H} heads over {K} key/value heads of width {D}: heads must be a "
                             "multiple of key/value heads, and the width even")
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if type(rope) is not dict:
+            raise UserError(f"config.json: rope_scaling is {rope!r}, expected an object")
+        rope = dict(rope)
         rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
         if rope["rope_type"] not in ROPE_KINDS:
             raise UserError(f"config.json: rope kind {rope['rope_type']!r} is not supported; supported are "
@@ -218,7 +222,7 @@ class Layout:
         starts = first.flatten().nonzero().squeeze(-1)
         if len(starts) == B:
             return cls()
-        if doc.device.type == "cpu":
+        if doc.device.type in ONE_BY_ONE:
             return cls(lengths=torch.diff(starts, append=starts.new_tensor([B * T])).tolist())
         causal = torch.ones(T, T, dtype=torch.bool, device=doc.device).tril()
         return cls(mask=((doc[:, :, None] == doc[:, None, :]) & causal)[:, None])

@@ -63,6 +63,14 @@ class Ranks:
         dist.all_reduce(t)
         return t.item()
 
+    def highest(self, x: int) -> int:
+        """The largest of a number over all ranks."""
+        if self.world == 1:
+            return x
+        t = torch.tensor(x, device=self.device)
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+        return int(t)
+
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over all ranks, once a step, in one message per dtype."""
         if self.world == 1:

@@ -5,9 +5,9 @@
     python sample.py --model ID_OR_FOLDER --file prompts.txt --json > answers.jsonl
 
 One prompt streams as its tokens come; several are continued side by side and printed in order,
-each when it is done. An answer depends on its prompt and --seed alone: asking for more at once
-changes none. Text goes to stdout, notes to stderr; on a terminal control characters are shown, not
-obeyed.
+each when it is done. With --dtype fp32 an answer depends on its prompt and --seed alone, whatever
+is asked beside it (bf16 rounds otherwise in a larger batch). Text goes to stdout, notes to stderr;
+on a terminal control characters are shown, not obeyed.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
 ROW = 2048  # tokens: a packed row's attention costs its square; a longer window has its own row
-BUDGET = 8192  # tokens read at once
+BUDGET = 4096  # tokens read at once
 RESAMPLES, SEED = 1000, 12345  # of the bootstrap: sacrebleu's own
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -466,17 +467,25 @@ def show_plan(run: Run, origins: dict[str, str]) -> None:
     print()
 
 
-class Stop:
-    """Set by the first SIGTERM or SIGINT; the loop looks at it between steps. A second signal stops at once."""
+@contextmanager
+def stopping() -> Iterator[Callable[[], int]]:
+    """Within it the first SIGTERM or SIGINT only sets what is yielded: the exit code to leave with, at first 0.
 
-    def __init__(self) -> None:
-        self.code = 0
-        for number, code in ((signal.SIGINT, log.INTERRUPTED), (signal.SIGTERM, log.TERMINATED)):
-            signal.signal(number, lambda n, _, code=code: self.ask(n, code))
+    The loop looks between steps, so work never happens in a handler. A second signal stops at once.
+    """
+    code = 0
 
-    def ask(self, number: int, code: int) -> None:
-        self.code = code
-        signal.signal(number, signal.SIG_DFL)
+    def ask(number: int, _: Any) -> None:
+        nonlocal code
+        code = 128 + number
+        signal.signal(number, before[number])
+
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(s: Settings, origins: dict[str, str]) -> int:
@@ -515,7 +524,7 @@ def loop(run: Run, origins: dict[str, str]) -> int:
     eval_every, save_every = s.eval_every or max(1, run.steps // 10), s.save_every or max(1, run.steps // 5)
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
     peak, flops = ranks.peak_flops(), run.model.flops_per_token(s.seq_len)
-    failures, stop = 0, Stop()
+    failures = 0
     run.model.train()
 
     def look() -> dict[str, float]:
@@ -527,8 +536,9 @@ def loop(run: Run, origins: dict[str, str]) -> int:
 
     if run.step == 0 and run.held:
         look()
-    with log.progress("training", run.steps, run.step) as move:
-        while run.step < run.steps and not stop.code:
+    with stopping() as code, log.progress("training", run.steps, run.step) as move:
+        stopped = 0
+        while run.step < run.steps and not stopped:
             begun = time.perf_counter()
             lr = optim.learning_rate(run.step + 1, run.steps, s.lr, s.schedule, warmup, s.min_lr_ratio)
             for group in run.optimizer.param_groups:
@@ -558,11 +568,12 @@ def loop(run: Run, origins: dict[str, str]) -> int:
                 log.say(f"step {run.step}/{run.steps}  {note}  lr {lr:.2e}")
             if run.held and (run.step % eval_every == 0 or run.step == run.steps):
                 look()
-            if run.step % save_every == 0 or run.step == run.steps or stop.code:
+            stopped = ranks.highest(code())
+            if run.step % save_every == 0 or run.step == run.steps or stopped:
                 save(run)
-    if stop.code:
+    if run.step < run.steps:
         log.say(f"stopped after step {run.step}; go on with: python train.py --resume --out {run.out}")
-        return stop.code
+        return stopped
     if ranks.rank == 0:
         finish(run)
     ranks.leave()

@@ -1,0 +1,314 @@
+"""Text in, bins out: sources are read as a stream, cleaned, encoded by several processes, and accounted for.
+
+    files -> documents -> normalised -> ids -> bin          every byte read ends in one line of the ledger
+
+Formats: .txt, .jsonl, .tsv, .parquet, each but parquet also as .gz. Only "\\n" ends a line (a "\\r" before it
+goes, and a BOM at the start). A bin is the same bytes however many processes made it: documents keep the
+order of the files, and only the parent decides which of two equal documents is the second.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import multiprocessing
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from data import Bin, BinWriter, Document, sha256
+from log import FLAGS, UserError, say
+from tokenizer import Tokenizer
+
+UNITS = ("auto", "file", "line", "block")
+KINDS = (".txt", ".jsonl", ".tsv", ".parquet")
+CHUNK = 1 << 20  # bytes of text given to a worker at once
+BAD_SHARE = 0.001  # of documents that may be undecodable before the run stops
+
+Normaliser = Callable[[str], tuple[str, dict[str, int]]]
+
+
+@dataclass
+class Piece:
+    """What was read for one document: its text, or why there is none; `size` in bytes as read."""
+
+    text: str
+    size: int
+    fault: str = ""  # "undecodable", "too long"
+
+
+@dataclass
+class Ledger:
+    """Documents and bytes by what became of them; `read` is always the sum of the rest."""
+
+    documents: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)  # places changed, by normalising step
+
+    def add(self, what: str, size: int) -> None:
+        for name in ("read", what):
+            self.documents[name] += 1
+            self.bytes[name] += size
+
+    def to_json(self) -> dict[str, Any]:
+        """As meta.json keeps it."""
+        return {"documents": dict(self.documents), "bytes": dict(self.bytes), "changes": dict(self.changes)}
+
+
+def files(specs: Iterable[str]) -> list[Path]:
+    """The files that paths, folders and globs name, in order; UserError for a spec that names none."""
+    found: list[Path] = []
+    for spec in specs:
+        if spec.startswith("hf:"):
+            raise UserError(f"{spec}: data on the hub cannot be read yet; download the files and name them", FLAGS)
+        path = Path(spec)
+        if path.is_dir():
+            named = sorted(p for p in path.rglob("*") if _kind(p) in KINDS)
+        else:
+            named = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(spec, recursive=True))
+        if not named:
+            raise UserError(f"{spec}: no such file, and no file matches it")
+        for p in named:
+            if _kind(p) not in KINDS:
+                raise UserError(f"{p}: unknown kind of file; known are {', '.join(KINDS)}, and .gz of the first three")
+        found += named
+    return found
+
+
+def _kind(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def read(path: Path, unit: str = "auto", key: str = "text", max_bytes: int = 64 << 20) -> Iterator[Piece]:
+    """The documents of one file, streamed. `unit` says what a document of a .txt is; `key` names the text elsewhere."""
+    kind = _kind(path)
+    if kind == ".parquet":
+        yield from _parquet(path, key)
+        return
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+            if kind == ".txt":
+                yield from _txt(f, path, choose_unit(path) if unit == "auto" else unit, max_bytes)
+            else:
+                yield from (_jsonl if kind == ".jsonl" else _tsv)(_lines(f, max_bytes), path, key)
+    except (gzip.BadGzipFile, EOFError) as e:
+        raise UserError(f"{path}: not a whole gzip file ({e})") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def texts(path: str | Path, unit: str = "auto", key: str = "text") -> list[str]:
+    """Every document of a file as it stands, for evaluation; UserError on one that is not UTF-8."""
+    pieces = [piece for file in files([str(path)]) for piece in read(file, unit, key)]
+    bad = next((i for i, piece in enumerate(pieces) if piece.fault), None)
+    if bad is not None:
+        raise UserError(f"{path}: document {bad + 1} is {pieces[bad].fault}; an evaluation leaves nothing out, mend it")
+    found = [piece.text for piece in pieces if piece.text.strip()]
+    if not found:
+        raise UserError(f"{path}: no text in it")
+    return found
+
+
+def choose_unit(path: Path) -> str:
+    """What a document of this .txt is: a block where blank lines part its beginning, else a line, else the file."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        lines = f.read(1 << 20).strip().split(b"\n")
+    return "block" if any(not line.strip() for line in lines) else "line" if len(lines) > 1 else "file"
+
+
+def _lines(f: IO[bytes], max_bytes: int) -> Iterator[tuple[bytes, str]]:
+    """(line without its end, fault); a line above max_bytes is passed over without being held."""
+    first = True
+    while line := f.readline(max_bytes):
+        if b"\0" in line[:4096] and line.count(b"\0", 0, 4096) > 40:
+            raise UserError(f"{getattr(f, 'name', 'file')}: binary, not text")
+        size = len(line)
+        while not line.endswith(b"\n") and len(line) == max_bytes and (more := f.readline(max_bytes)):
+            size += len(more)
+            line = more if more.endswith(b"\n") else line
+            if more.endswith(b"\n"):
+                break
+        if size > max_bytes:
+            yield bytes(min(size, 1)), f"too long/{size}"
+            continue
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        yield line.removeprefix(b"\xef\xbb\xbf") if first else line, ""
+        first = False
+
+
+def _decoded(raw: bytes) -> Piece:
+    try:
+        return Piece(raw.decode(), len(raw))
+    except UnicodeDecodeError:
+        return Piece("", len(raw), "undecodable")
+
+
+def _txt(f: IO[bytes], path: Path, unit: str, max_bytes: int) -> Iterator[Piece]:
+    held: list[bytes] = []
+    size = 0
+    for line, fault in _lines(f, max_bytes):
+        if fault:
+            yield Piece("", int(fault.split("/")[1]), "too long")
+        elif unit == "line":
+            yield _decoded(line)
+        elif unit == "block" and not line.strip():
+            if held:
+                yield _decoded(b"\n".join(held))
+            held, size = [], 0
+        else:
+            held.append(line)
+            size += len(line) + 1
+            if size > max_bytes:
+                raise UserError(f"{path}: a document above {max_bytes >> 20} MB; cut it with --documents line or block")
+    if held:
+        yield _decoded(b"\n".join(held))
+
+
+def _jsonl(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator[Piece]:
+    for n, (line, fault) in enumerate(lines, 1):
+        if fault:
+            yield Piece("", int(fault.split("/")[1]), "too long")
+            continue
+        if not line.strip():
+            continue
+        raw = _decoded(line)
+        if raw.fault:
+            yield raw
+            continue
+        try:
+            text = json.loads(raw.text)[key]
+            assert isinstance(text, str)
+            yield Piece(text, len(text.encode()))
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}, line {n}: not JSON; expected an object with {key!r}") from None
+        except UnicodeEncodeError:
+            yield Piece("", len(line), "undecodable")  # half a surrogate pair, written as an escape
+        except (KeyError, TypeError, AssertionError):
+            raise UserError(f"{path}, line {n}: no text under {key!r}; name the key with --text-key") from None
+
+
+def _tsv(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator[Piece]:
+    header = next(lines, (b"", ""))[0].decode(errors="replace").split("\t")
+    if key not in header:
+        raise UserError(f"{path}: no column {key!r} in its first line, which has {', '.join(header)}; name one with "
+                        "--text-key")
+    for n, (line, fault) in enumerate(lines, 2):
+        cells = line.split(b"\t")
+        if fault:
+            yield Piece("", int(fault.split("/")[1]), "too long")
+        elif len(cells) != len(header):
+            raise UserError(f"{path}, line {n}: {len(cells)} columns, expected {len(header)}")
+        else:
+            yield _decoded(cells[header.index(key)])
+
+
+def _parquet(path: Path, key: str) -> Iterator[Piece]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        if key not in table.schema_arrow.names:
+            raise UserError(f"{path}: no column {key!r}; it has {', '.join(table.schema_arrow.names)}; name one with "
+                            "--text-key")
+        for batch in table.iter_batches(1024, columns=[key]):
+            for text in batch.column(0).to_pylist():
+                yield Piece(text or "", len((text or "").encode()))
+    except (pyarrow.ArrowException, OSError) as e:
+        raise UserError(f"{path}: not a parquet file that can be read ({e})") from None
+
+
+_tokenizer: Tokenizer  # a worker's own
+_normalise: Normaliser | None
+
+
+def _start(path: Path, normalise: Normaliser | None) -> None:
+    global _tokenizer, _normalise
+    _tokenizer, _normalise = Tokenizer.open(path), normalise
+
+
+def _work(chunk: list[str]) -> list[tuple[bytes, np.ndarray, int, int, dict[str, int]]]:
+    """Texts -> (hash of the clean text, ids, its bytes, its characters, changes by step)."""
+    cleaned = [_normalise(t) if _normalise else (t, {}) for t in chunk]
+    ends = [[] if x is None else [x] for x in (_tokenizer.bos, _tokenizer.eos)]
+    return [(hashlib.blake2b(text.encode(), digest_size=16).digest(), np.array([*ends[0], *ids, *ends[1]], np.uint32),
+             len(text.encode()), len(text.strip()), changes)
+            for (text, changes), ids in zip(cleaned, _tokenizer.encode_batch([t for t, _ in cleaned]), strict=True)]
+
+
+def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "auto", key: str = "text",
+            normalise: Normaliser | None = None, keep_duplicates: bool = False, min_chars: int = 1,
+            max_doc_mb: int = 64, on_bad: str = "stop", processes: int = 1) -> tuple[Bin, Ledger]:
+    """Prepare text into a bin; the same bytes for any number of processes, in memory bounded by the largest document."""
+    tokenizer = Tokenizer.open(tokenizer_at)
+    sources = files(specs)
+    writer = BinWriter(out, tokenizer.fingerprint, tokenizer.vocab_size)
+    ledger, seen = Ledger(), set()
+
+    def settle(pieces: list[Piece], done: Future | None) -> None:
+        """Enter one chunk into the ledger, and what is kept of it into the bin."""
+        results = iter(done.result() if done else _work([p.text for p in pieces if not p.fault]))
+        for piece in pieces:
+            if piece.fault:
+                ledger.add(piece.fault, piece.size)
+                continue
+            digest, ids, n_bytes, chars, changes = next(results)
+            ledger.changes.update(changes)
+            what = "empty" if not chars else "too short" if chars < min_chars else \
+                "duplicate" if digest in seen and not keep_duplicates else "kept"
+            ledger.add(what, piece.size)
+            if what == "kept":
+                seen.add(digest)
+                writer.add(Document(ids, None, n_bytes))
+
+    try:
+        if processes > 1:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(processes, context, _start, (tokenizer_at, normalise)) as pool:
+                waiting: deque[tuple[list[Piece], Future]] = deque()
+                for chunk in _chunks(sources, unit, key, max_doc_mb << 20):
+                    waiting.append((chunk, pool.submit(_work, [p.text for p in chunk if not p.fault])))
+                    if len(waiting) > 2 * processes:  # no further ahead than that: memory stays bounded
+                        settle(*waiting.popleft())
+                while waiting:
+                    settle(*waiting.popleft())
+        else:
+            _start(tokenizer_at, normalise)
+            for chunk in _chunks(sources, unit, key, max_doc_mb << 20):
+                settle(chunk, None)
+        bad, read_in = ledger.documents["undecodable"], ledger.documents["read"]
+        if on_bad == "stop" and bad > BAD_SHARE * read_in:
+            raise UserError(f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more than {BAD_SHARE:.1%}; mend "
+                            "them, or leave them out with --on-bad skip")
+        if not ledger.documents["kept"]:
+            raise UserError(f"{', '.join(specs)}: no document left of {read_in} read; the corpus is empty")
+        described = [{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)} for p in sources]
+        return writer.close(ledger.to_json(), described), ledger
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _chunks(sources: list[Path], unit: str, key: str, max_bytes: int) -> Iterator[list[Piece]]:
+    """Documents of all files in order, about a megabyte at a time; says what a document is."""
+    chunk: list[Piece] = []
+    size = 0
+    for path in sources:
+        if _kind(path) == ".txt":
+            chosen = choose_unit(path) if unit == "auto" else unit
+            say(f"{path}: a document is a {chosen}" + (" (chosen: --documents says otherwise)" if unit == "auto" else ""))
+        for piece in read(path, unit, key, max_bytes):
+            chunk.append(piece)
+            size += piece.size
+            if size >= CHUNK:
+                yield chunk
+                chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,358 @@
+"""The model against transformers' on every shape, packed rows against separate ones, a cache against none."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model as model_module
+import optim
+import tiny
+from data import IGNORE
+from log import UserError
+from model import KVCache, Llama, ModelConfig
+
+SHAPES = list(tiny.SHAPES)
+GPU = pytest.param("gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here")])
+
+
+def both(shape: str, seed: int = 0) -> tuple[transformers.LlamaForCausalLM, Llama]:
+    """transformers' model and ours with the same weights."""
+    peer = tiny.peer(shape, seed)
+    return peer, tiny.ours(peer, shape)
+
+
+def nll(model: Llama, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Our NLL of each target, one document a row."""
+    doc, pos = torch.zeros_like(ids), torch.arange(ids.shape[1]).expand_as(ids)
+    return model(ids, doc, pos, targets)
+
+
+def shifted(ids: torch.Tensor) -> torch.Tensor:
+    """Each token's next as its target; none for the last."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_loss_and_gradients_are_those_of_transformers(shape):
+    peer, model = both(shape)
+    ids = tiny.tokens(2, 80)
+    out = peer(ids, labels=ids)
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.logits(model, ids), out.logits, rtol=1e-5, atol=1e-5)
+    loss = nll(model, ids, shifted(ids)).sum() / (ids.numel() - len(ids))
+    torch.testing.assert_close(loss, out.loss, rtol=1e-5, atol=1e-5)
+    out.loss.backward()
+    loss.backward()
+    theirs = {k: p.grad for k, p in peer.named_parameters()}
+    mine = {k: p.grad for k, p in model.named_parameters()}
+    assert mine.keys() == theirs.keys()
+    for k in mine:
+        torch.testing.assert_close(mine[k], theirs[k], rtol=1e-4, atol=1e-5, msg=lambda m, k=k: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("shape", ["llama1", "llama31", "llama32", "biases"])
+def test_twenty_adamw_steps_lose_what_transformers_loses(shape):
+    peer, model = both(shape)
+    peer.train()
+    model.train()
+    theirs = torch.optim.AdamW(peer.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=False)
+    mine = optim.adamw(model, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    for group in mine.param_groups:
+        group["weight_decay"] = 0.1  # ours spares norms and biases; here the same for all
+    losses = []
+    for step in range(20):
+        ids = tiny.tokens(2, 32, seed=step % 4)
+        a, b = peer(ids, labels=ids).loss, nll(model, ids, shifted(ids)).sum() / (2 * 31)
+        losses.append((a.item(), b.item()))
+        for loss, optimizer in ((a, theirs), (b, mine)):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in losses:
+        assert b == pytest.approx(a, rel=1e-4)
+    assert losses[-1][0] < 0.8 * losses[0][0]  # it did learn something
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_names_and_shapes_are_those_of_transformers_and_config_words_survive(shape):
+    peer, _ = both(shape)
+    config = ModelConfig.from_hf(tiny.config(shape))
+    with torch.device("meta"):
+        state = Llama(config).state_dict()
+    wanted = {k: p.shape for k, p in peer.state_dict().items()}
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    assert {k: p.shape for k, p in state.items()} == wanted
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert ModelConfig.from_hf(peer.config.to_dict()) == config  # transformers 5's words for the same
+    again = transformers.LlamaConfig(**config.to_hf())
+    for word in ("head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
+                 "mlp_bias", "max_position_embeddings"):
+        assert getattr(again, word) == getattr(peer.config, word), word
+    assert again.rope_parameters.items() <= peer.config.rope_parameters.items()
+
+
+@pytest.mark.parametrize("shape", ["llama3", "llama31", "linear"])
+def test_rotary_frequencies_are_those_of_transformers_at_published_sizes(shape):
+    words = tiny.config(shape, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
+                        max_position_embeddings=131072)
+    if shape == "llama31":
+        words["rope_scaling"] = {**tiny.LLAMA3_ROPE, "original_max_position_embeddings": 8192}
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**words))
+    mine = model_module.rotary_frequencies(ModelConfig.from_hf(words), torch.device("cpu"))
+    torch.testing.assert_close(mine, theirs.inv_freq, rtol=1e-6, atol=0)
+
+
+def test_bf16_products_stay_near_float32_and_logits_come_as_float32():
+    peer, model = both("llama31")
+    ids = tiny.tokens(2, 40)
+    exact = nll(model, ids, shifted(ids))
+    model.model.compute_dtype = torch.bfloat16
+    near = nll(model, ids, shifted(ids))
+    assert near.dtype == torch.float32 and model.compute_dtype == torch.bfloat16
+    assert (near - exact).abs().max() > 1e-4  # it did compute otherwise
+    theirs = peer.to(torch.bfloat16)(ids, labels=ids).loss.float()
+    assert abs(near.sum() / 78 - exact.sum() / 78) < 2 * abs(theirs - exact.sum() / 78) + 0.01
+    doc, pos = torch.zeros_like(ids), torch.arange(40).expand_as(ids)
+    assert model(ids, doc, pos).dtype == torch.float32
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    ({"architectures": None, "model_type": "gemma2"}, "gemma2"),
+    ({"architectures": 7}, "architectures"),
+    ({"hidden_act": "gelu"}, "gelu"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    ({"rope_scaling": "linear"}, "rope"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantis"),
+    ({"hidden_size": 33}, "hidden_size 33"),
+    ({"num_key_value_heads": 3}, "key/value heads"),
+    ({"head_dim": 7}, "width 7"),
+    ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+    ({"num_attention_heads": True}, "num_attention_heads is True"),
+    ({"intermediate_size": 1e12}, "intermediate_size"),
+    ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+])
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(change, says):
+    with pytest.raises(UserError) as e:
+        ModelConfig.from_hf(tiny.config(**change))
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_any_word_of_any_kind_is_refused_or_harmless():
+    for key, value in itertools.product(tiny.config("llama31"), [0, -1, 10**12, 1e12, "x", None, [], {}, [1], True]):
+        words = tiny.config("llama31", **{key: value})
+        try:
+            ModelConfig.from_hf(words)
+        except UserError as e:
+            assert "config.json" in str(e)
+
+
+# Packed rows
+
+
+def packed(lengths: list[int], rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """doc and pos (rows, width) of documents of these lengths laid end to end; what is left is a tail."""
+    doc, pos = torch.full((rows, width), -1), torch.zeros(rows, width, dtype=torch.long)
+    at = n = 0
+    for length in lengths:
+        while length and at < rows * width:
+            row, column = divmod(at, width)
+            part = min(length, width - column)
+            doc[row, column : column + part], pos[row, column : column + part] = n, torch.arange(part)
+            at, length, n = at + part, length - part, n + 1  # a cut document goes on as another
+    return doc, pos
+
+
+def prepare(path: str, monkeypatch) -> Llama:
+    """A model whose attention takes that path."""
+    model = tiny.ours(tiny.peer("llama31"), "llama31")
+    if path == "mask":  # as on a GPU
+        monkeypatch.setattr(model_module, "ONE_BY_ONE", ())
+    model.model.recompute = path == "recompute"
+    return model.to("cuda") if path == "gpu" else model
+
+
+PATHS = ["one by one", "mask", "recompute", GPU]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_changing_a_document_leaves_its_neighbours_untouched(path, monkeypatch):
+    model = prepare(path, monkeypatch)
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.randoms(use_true_random=False))
+    def check(lengths, random):
+        doc, pos = packed(lengths, 2, 40)
+        ids = tiny.tokens(2, 40, seed=1)
+        row, column = random.choice((doc >= 0).nonzero().tolist())
+        changed = torch.zeros_like(doc, dtype=torch.bool)
+        changed[row] = doc[row] == doc[row, column]
+        other = torch.where(changed, tiny.tokens(2, 40, seed=2), ids)
+        device = model.device
+        with torch.set_grad_enabled(path == "recompute"):  # activations are forgotten only where there is a gradient
+            a, b = (tiny.logits(model, x.to(device), doc.to(device), pos.to(device)).cpu() for x in (ids, other))
+        assert torch.equal(a[~changed], b[~changed])
+        assert not torch.equal(a[changed], b[changed]) or torch.equal(ids, other)
+
+    check()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_packed_documents_compute_what_they_do_alone(path, monkeypatch):
+    model = prepare(path, monkeypatch)
+
+    @settings(max_examples=12, deadline=None)
+    @given(st.lists(st.integers(1, 40), min_size=1, max_size=8))
+    def check(lengths):
+        doc, pos = packed(lengths, 2, 40)
+        ids = tiny.tokens(2, 40, seed=3)
+        targets = torch.where(doc >= 0, tiny.tokens(2, 40, seed=4), IGNORE)
+        device = model.device
+        model.zero_grad()
+        together = model(*(x.to(device) for x in (ids, doc, pos, targets)))
+        together.sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        for row in range(2):
+            for d in doc[row].unique().tolist():
+                here = doc[row] == d
+                if d < 0:
+                    assert (together[row, here] == 0).all()
+                    continue
+                alone = model(*(x[row, here][None].to(device) for x in (ids, doc, pos, targets)))
+                torch.testing.assert_close(together[row, here], alone[0], rtol=1e-5, atol=1e-5)
+                alone.sum().backward()
+        for g, p in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-4)
+
+    check()
+
+
+def test_rows_of_one_document_each_do_not_see_each_other():
+    model = tiny.ours(tiny.peer("llama3"), "llama3")
+    ids, other = tiny.tokens(3, 20, seed=1), tiny.tokens(3, 20, seed=2)
+    mixed = torch.stack([ids[0], other[1], ids[2]])
+    a, b = tiny.logits(model, ids), tiny.logits(model, mixed)
+    assert torch.equal(a[[0, 2]], b[[0, 2]]) and not torch.allclose(a[1], b[1])
+
+
+def test_a_token_sees_those_before_it_and_none_after():
+    model = tiny.ours(tiny.peer("linear"), "linear")
+    ids = tiny.tokens(1, 24)
+    changed = ids.clone()
+    changed[0, 10] = (changed[0, 10] + 7) % tiny.V
+    a, b = tiny.logits(model, ids)[0], tiny.logits(model, changed)[0]
+    assert torch.equal(a[:10], b[:10]) and (a[10:] != b[10:]).any(-1).all()
+
+
+def test_the_next_logits_are_those_of_each_rows_last_token_in_a_document():
+    model = tiny.ours(tiny.peer())
+    doc, pos = packed([7, 5, 20 + 13], 2, 20)
+    doc[1, 13:] = -1
+    ids = tiny.tokens(2, 20)
+    with torch.no_grad():
+        every = tiny.logits(model, ids, doc, pos)
+        torch.testing.assert_close(model(ids, doc, pos), torch.stack([every[0, 19], every[1, 12]]))
+
+
+# The cache
+
+
+def read(model: Llama, cache: KVCache, ids: torch.Tensor, at: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Read ids (B,T) at positions `at` (B,) on; where not `real` they are padding. Next logits (B,V)."""
+    pos = at[:, None] + torch.arange(ids.shape[1])
+    return model(ids, torch.where(real, 0, -1), pos, cache=cache)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cache_read_token_by_token_gives_the_logits_of_the_whole(shape):
+    model = tiny.ours(tiny.peer(shape), shape)
+    ids = tiny.tokens(2, 24)
+    with torch.no_grad():
+        whole = tiny.logits(model, ids)
+        for rows in (slice(0, 1), slice(0, 2)):  # one row takes a path of its own
+            some = ids[rows]
+            cache = KVCache(model.config, len(some), 24, "cpu", torch.float32)
+            for t in range(24):
+                now = read(model, cache, some[:, t : t + 1], cache.length, torch.ones(len(some), 1, dtype=torch.bool))
+                torch.testing.assert_close(now, whole[rows, t], rtol=1e-5, atol=1e-5)
+            assert cache.length.tolist() == [24] * len(some)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), parts=st.lists(st.integers(1, 5), max_size=3))
+def test_ragged_rows_read_in_parts_give_the_logits_of_each_row_alone(lengths, parts):
+    model = tiny.ours(tiny.peer("llama31"), "llama31")
+    B, longest = len(lengths), max(lengths)
+    ids = tiny.tokens(B, longest + sum(parts) + 1)
+    cache = KVCache(model.config, B, longest + sum(parts), "cpu", torch.float32)
+    at = torch.zeros(B, dtype=torch.long)
+    real = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        now = read(model, cache, torch.where(real, ids[:, :longest], 0), at, real)
+        read_so_far = [ids[i, :n] for i, n in enumerate(lengths)]
+        for width in [0, *parts]:
+            if width:
+                more = torch.stack([ids[i, len(x) : len(x) + width] for i, x in enumerate(read_so_far)])
+                now = read(model, cache, more, cache.length, torch.ones(B, width, dtype=torch.bool))
+                read_so_far = [torch.cat(x) for x in zip(read_so_far, more, strict=True)]
+            assert cache.length.tolist() == [len(x) for x in read_so_far]
+            for i, x in enumerate(read_so_far):
+                torch.testing.assert_close(now[i], tiny.logits(model, x[None])[0, -1], rtol=1e-5, atol=1e-5)
+
+
+# The rest
+
+
+def test_recomputing_activations_changes_no_gradient():
+    model = tiny.ours(tiny.peer("biases"), "biases").train()
+    ids = tiny.tokens(2, 30)
+    doc, pos = packed([11, 19, 30], 2, 30)
+    found = []
+    for model.model.recompute in (False, True):
+        model.zero_grad()
+        model(ids, doc, pos, shifted(ids)).sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_flops_per_token_are_those_torch_counts_in_the_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny.ours(tiny.peer("llama3"), "llama3").train()
+    ids = tiny.tokens(1, 64)
+    with FlopCounterMode(display=False) as counter:
+        nll(model, ids, ids).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    assert products == model.flops_per_token(0) * 64
+    assert model.flops_per_token(64) - model.flops_per_token(0) == 6 * 64 * 32 * 2
+
+
+def test_a_model_that_starts_from_nothing_starts_near_ln_v_and_the_same_for_a_seed():
+    models = [Llama(ModelConfig.from_hf(tiny.config("llama3"))) for _ in range(2)]
+    for m in models:
+        m.initialise(seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+    ids = tiny.tokens(4, 32)
+    loss = nll(models[0], ids, ids).mean()
+    assert abs(loss - F.cross_entropy(torch.zeros(1, tiny.V), torch.tensor([3]))) < 0.1

@@ -1,0 +1,127 @@
+"""Tiny random models and tokenizers for tests, made by the peers and not by us.
+
+A shape is a config.json in the words of the published ones; the weights are drawn by transformers and
+written by its `save_pretrained`; the tokenizer is learned by sentencepiece. What our code reads here is
+therefore what it will meet, only smaller.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from model import Llama, ModelConfig
+
+V = 320  # ids: 3 control tokens, 256 bytes, 61 pieces
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama1": {},
+    "llama2": {"rms_norm_eps": 1e-5, "max_position_embeddings": 128},
+    "llama3": {"num_key_value_heads": 2, "rope_theta": 500000.0, "rms_norm_eps": 1e-5},
+    "llama31": {"num_key_value_heads": 2, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
+    "llama32": {"num_key_value_heads": 2, "rope_theta": 500000.0, "tie_word_embeddings": True, "head_dim": 16,
+                "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}},
+    "tinyllama": {"num_attention_heads": 8, "num_key_value_heads": 1, "rms_norm_eps": 1e-5},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+}
+
+SENTENCES = """\
+Umugore arateka ibishyimbo mu nkono nini.
+Abana babiri bagiye ku ishuri mu gitondo.
+Ejo nzajya i Kigali kureba umuvandimwe wanjye.
+Inka zacu zirya ubwatsi ku musozi.
+Amazi y'umugezi ni meza kandi arakonje.
+The woman is cooking beans in a big pot.
+Two children went to school in the morning.
+Tomorrow I will go to Kigali to see my brother.
+Our cows eat grass on the hill.
+The water of the river is good and cold.
+""".splitlines()
+
+
+def config(shape: str = "llama2", **changes: Any) -> dict[str, Any]:
+    """config.json of a shape, in the words the published models use; `changes` go over it."""
+    words = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32", "tie_word_embeddings": False,
+    }
+    return {**words, **SHAPES[shape], **changes}
+
+
+def peer(shape: str = "llama2", seed: int = 0, **changes: Any) -> transformers.LlamaForCausalLM:
+    """transformers' model of a shape, random; strong enough that a mistake in any part shows in the logits."""
+    words = config(shape, **changes)
+    model = transformers.LlamaForCausalLM._from_config(
+        transformers.LlamaConfig(**words), attn_implementation="eager", dtype=torch.float32)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=draw)
+    return model.eval()
+
+
+def ours(peer: transformers.LlamaForCausalLM, shape: str = "llama2", **changes: Any) -> Llama:
+    """Our model of the same shape with the same weights; its config is read from the published words."""
+    model = Llama(ModelConfig.from_hf(config(shape, **changes)))
+    state = peer.state_dict()
+    if model.lm_head is None:
+        del state["lm_head.weight"]
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def folder(path: Path, shape: str = "llama2", seed: int = 0, sharded: bool = False, tokenizer: bool = True,
+           dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A model's folder as transformers writes it: one safetensors file, or several and an index."""
+    model = peer(shape, seed, **changes).to(dtype)
+    model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, max_length=64)
+    model.save_pretrained(path, max_shard_size="40KB" if sharded else "1GB")
+    if tokenizer:
+        write_tokenizer(path)
+    return Path(path)
+
+
+def write_tokenizer(path: Path) -> None:
+    """A SentencePiece tokenizer of V ids, as LLaMA's."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.model").write_bytes(pieces())
+    words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+             "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}
+    (path / "tokenizer_config.json").write_text(json.dumps(words))
+
+
+@functools.cache
+def pieces() -> bytes:
+    """tokenizer.model, learned from SENTENCES."""
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=out, vocab_size=V, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2)
+    return out.getvalue()
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Random ids, (rows, length), no control token among them."""
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: Llama, ids: Tensor, doc: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
+    """Our logits at every token, (B,T) -> (B,T,V); one document a row unless `doc` and `pos` say otherwise."""
+    doc = torch.zeros_like(ids) if doc is None else doc
+    pos = torch.arange(ids.shape[1]).expand_as(ids) if pos is None else pos
+    return model.model(ids, doc, pos) @ model.head.T

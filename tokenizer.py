@@ -1,0 +1,194 @@
+"""One face for both kinds of tokenizer file: SentencePiece's `tokenizer.model` and `tokenizer.json`.
+
+There is one way to encode. BOS and EOS are added here, in `document`, exactly once; a tokenizer's own hidden
+rules for them are never asked. Text stays text: `</s>` typed by a user is five characters, not an end.
+
+`byte_lengths` says how many bytes of text each id stands for, which is what makes bits per byte possible
+where a document is cut between tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from log import UserError
+
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+         "chat_template.jinja")
+LARGEST = 64 << 20  # bytes of a tokenizer file: the largest known are 35 MB
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
+BEGIN, END = ("<s>", "<|begin_of_text|>"), ("</s>", "<|end_of_text|>", "<|endoftext|>")  # where no file says
+
+
+class Tokenizer:
+    """Text to ids and back; open one with `Tokenizer.open(folder or file)`.
+
+    `vocab_size` ids; `bos`, `eos` ids or None; `byte_lengths` (vocab_size,) int32, 0 for control tokens;
+    `fingerprint`, a sha256 of all that decides what text becomes.
+    """
+
+    @classmethod
+    def open(cls, path: Path | str) -> Tokenizer:
+        """From a model's folder, or from a tokenizer.json or .model file itself; UserError if it cannot be used."""
+        path = Path(path)
+        file = path if path.is_file() else next((path / n for n in FILES[:2] if (path / n).exists()), None)
+        if file is None:
+            raise UserError(f"{path}: no tokenizer.json or tokenizer.model here; give a model's folder")
+        if file.stat().st_size > LARGEST:
+            raise UserError(f"{file}: {file.stat().st_size >> 20} MB, no tokenizer is above {LARGEST >> 20} MB")
+        return (_Json if file.suffix == ".json" else _SentencePiece)(file)
+
+    def __init__(self, file: Path, pieces: list[str], control: set[int], names: dict[str, int], content: bytes,
+                 bytewise: bool):
+        folder = file.parent
+        self.files = [folder / n for n in FILES if (folder / n).exists()] or [file]
+        self.pieces, self.control, self.vocab_size = pieces, control, len(pieces)
+        self.bos, self.eos = (_special(folder, key, known, names) for key, known in
+                              (("bos_token", BEGIN), ("eos_token", END)))
+        self.fingerprint = hashlib.sha256(content + json.dumps([self.bos, self.eos]).encode()).hexdigest()
+        self.byte_lengths = np.array([0 if i in control else len(p) if bytewise else 1 if BYTE.fullmatch(p) else
+                                      len(p.replace("▁", " ").encode()) for i, p in enumerate(pieces)], np.int32)
+        self.dummy_prefix = int(self.byte_lengths[self.encode("a")].sum()) - 1  # SentencePiece's space before all
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS or EOS."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, each without BOS or EOS."""
+        raise AssertionError("a kind of file says how")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control tokens are left out."""
+        raise AssertionError("a kind of file says how")
+
+    def document(self, text: str) -> list[int]:
+        """BOS, the text's ids, EOS; each exactly once, left out where the tokenizer has none."""
+        ends = [[] if x is None else [x] for x in (self.bos, self.eos)]
+        return [*ends[0], *self.encode(text), *ends[1]]
+
+    def piece(self, i: int) -> str:
+        """An id as a person reads it: its piece, with a space for the mark that stands for one."""
+        return self.pieces[i].replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
+
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        """UTF-8 bytes of the text that a document's ids stand for."""
+        ids = np.asarray(ids, dtype=np.int64)
+        inside = ids[~np.isin(ids, list(self.control))]
+        return max(0, int(self.byte_lengths[inside].sum()) - (self.dummy_prefix if len(inside) else 0))
+
+    def save(self, folder: Path) -> None:
+        """Copy the tokenizer's files into a folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for file in self.files:
+            if file.parent != Path(folder):
+                shutil.copyfile(file, Path(folder) / file.name)
+
+
+class _SentencePiece(Tokenizer):
+    """A `tokenizer.model`."""
+
+    def __init__(self, file: Path):
+        import sentencepiece
+
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as e:
+            raise UserError(f"{file}: not a SentencePiece model ({' '.join(str(e).split())[:80]})") from None
+        n = self.sp.vocab_size()
+        pieces = self.sp.id_to_piece(list(range(n)))
+        control = {i for i in range(n) if self.sp.is_control(i)}
+        names = {pieces[i]: i for i in control}
+        super().__init__(file, pieces, control, names, file.read_bytes(), bytewise=False)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.sp.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.sp.decode([int(i) for i in ids if int(i) not in self.control])
+
+
+class _Json(Tokenizer):
+    """A `tokenizer.json`."""
+
+    def __init__(self, file: Path):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
+        import tokenizers
+
+        try:
+            raw = json.loads(file.read_bytes())
+            added = {a["id"]: a for a in raw["added_tokens"]}
+            raw["model"]["vocab"]
+            self.tok = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        except BaseException as e:  # a Rust panic is no Exception
+            if isinstance(e, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise UserError(f"{file}: not a tokenizer.json that can be used ({' '.join(str(e).split())[:80]})") from None
+        self.tok.no_padding()
+        self.tok.no_truncation()
+        self.tok.encode_special_tokens = True  # a control token's name in a text stays text
+        n = max(self.tok.get_vocab(with_added_tokens=True).values()) + 1
+        pieces = [self.tok.id_to_token(i) or "" for i in range(n)]
+        control = {i for i, a in added.items() if a["special"]}
+        raw.update(padding=None, truncation=None, post_processor=None)
+        bytewise = "ByteLevel" in json.dumps([raw["pre_tokenizer"], raw["decoder"]])
+        super().__init__(file, pieces, control, {pieces[i]: i for i in control},
+                         json.dumps(raw, sort_keys=True, ensure_ascii=False).encode(), bytewise)
+        for i, a in added.items():
+            if i not in control:
+                self.byte_lengths[i] = len(a["content"].encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.tok.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tok.decode([int(i) for i in ids if int(i) not in self.control], skip_special_tokens=False)
+
+
+def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]) -> int | None:
+    """The id of bos_token or eos_token: as the folder's own files say, else by its usual names."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / file).exists():
+            words: Any = json.loads((folder / file).read_text())
+            token = words.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None:
+                if token not in names:
+                    raise UserError(f"{folder / file}: {key} {token!r} is no control token of the tokenizer")
+                return names[token]
+    return next((names[x] for x in known if x in names), None)
+
+
+def learn(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
+    """Learn a SentencePiece BPE of `size` pieces (Kudo & Richardson 2018) and write it into a folder.
+
+    As LLaMA's: bytes for what is rare, no normalising, digits one by one, a space before each text.
+    """
+    import sentencepiece
+
+    out = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=out, vocab_size=size, model_type="bpe", byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+            allow_whitespace_only_pieces=True, character_coverage=0.9999, max_sentence_length=1 << 20,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+    except RuntimeError as e:
+        raise UserError(f"--size {size}: cannot be learned from these texts ({' '.join(str(e).split())[-120:]})") from None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(out.getvalue())
+    words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+             "add_bos_token": True, "add_eos_token": False, "legacy": False, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=1) + "\n")
+    return Tokenizer.open(folder)

@@ -1,0 +1,468 @@
+"""Hugging Face folders in and out: config.json, safetensors in one file or many, PEFT adapters.
+
+One idea: the model must agree with its files, tensor for tensor. Every tensor is used exactly once, or
+an error names it: nothing is left at random, nothing is ignored, nothing outside the folder is opened.
+Formats that can run code when opened are not read at all.
+
+Reading maps a file into memory and moves tensor by tensor to the final device and dtype, so the peak is
+the size of the result. On a CPU, in the file's own dtype, nothing is copied: a page is read when it is
+used, and copied when it is written to, so training such a model never touches the file.
+
+Writing lays tensors out as in the folder the model came from, a shard at a time, in a folder aside that
+takes the name only when everything is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lora
+from log import STORAGE, UserError
+from model import Llama, ModelConfig
+from tokenizer import Tokenizer
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+           "LICENSE*", "NOTICE*", "USE_POLICY*")  # go with a model wherever it goes
+MODEL_FILES = (CONFIG, ADAPTER_CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", ADAPTER, *CARRIED)
+NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_JSON = 100 << 20  # bytes; safetensors' own limit for a header
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies and what it is there, as its file's header says."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a model: a folder, a run's folder, or a hub id `org/name[@revision]`, fetched.
+
+    A folder that is here never touches the network. UserError when there is no such model.
+    """
+    folder = Path(name).expanduser()
+    if str(name) and folder.is_dir():
+        for place in (folder, folder / "model"):
+            if (place / CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
+                return place
+        raise UserError(f"{folder}: no config.json here, so this is no model; name a folder in "
+                        "Hugging Face's layout")
+    hub_id = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", str(name))
+    if hub_id is None or folder.exists():
+        raise UserError(f"model {str(name)!r}: no such folder, and not a hub id (org/name or "
+                        "org/name@revision)")
+    if hub_id[2] is None and folder.parent.is_dir():
+        raise UserError(f"model {str(name)!r}: no such folder in {folder.parent}; for the hub's model "
+                        f"of that name write {name}@main")
+    return _fetch(hub_id[1], hub_id[2])
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    """The hub's snapshot of a model: only the files that are read here."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(
+            repo, revision=revision, allow_patterns=list(MODEL_FILES),
+            ignore_patterns=["*/*"]))  # a pattern's * takes slashes too: `original/` has all again
+    except errors.GatedRepoError:
+        why = "is gated; accept its licence on its hub page, then run: hf auth login"
+    except errors.RepositoryNotFoundError:
+        why = "is no local folder, and no model on the hub that you may see; check the name, or run: " \
+              "hf auth login"
+    except errors.RevisionNotFoundError:
+        why = f"has no revision {revision!r}; its hub page lists the commits"
+    except errors.LocalEntryNotFoundError:
+        why = "is no local folder, and the hub cannot be reached; check the network and HF_HUB_OFFLINE"
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
+        why = f"could not be fetched from the hub: {(str(e).splitlines() or [type(e).__name__])[0]}"
+    raise UserError(f"model {repo!r} {why}")
+
+
+def base_of(folder: Path) -> Path:
+    """The model's folder that an adapter's folder belongs on; any other folder is its own."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        return folder
+    words = read_json(_inside(folder, ADAPTER_CONFIG))
+    name, revision = words.get("base_model_name_or_path"), words.get("revision")
+    if type(name) is not str or not name:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {name!r}, expected the "
+                        "base model's folder or hub id")
+    if not Path(name).is_dir() and (folder / name).is_dir():
+        name = folder / name
+    elif type(revision) is str and not Path(name).is_dir():
+        name = f"{name}@{revision}"
+    try:
+        base = find(name)
+    except UserError as e:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {e}") from None
+    if (base / ADAPTER_CONFIG).exists():
+        raise UserError(f"{folder}: its base {base} is an adapter itself; merge that one first")
+    return base
+
+
+def _inside(folder: Path, name: Any) -> Path:
+    """The file of that plain name in a folder; UserError if it lies elsewhere, or is no file.
+
+    The hub's cache links a snapshot's files to the same model's blobs; any other way out is refused.
+    """
+    if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise UserError(f"{folder}: file name {name!r} leads outside the model folder; only files in "
+                        "the folder are read")
+    root, file = folder.resolve(), (folder / name).resolve()
+    roots = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        roots.append(root.parent.parent / "blobs")
+    if not any(file.is_relative_to(r) for r in roots):
+        raise UserError(f"{folder / name}: a link that leads outside the model folder; copy the file "
+                        "into the folder")
+    if not file.is_file():
+        raise UserError(f"{folder / name}: no such file; the model is not complete, fetch it again")
+    return folder / name
+
+
+def strict_json(text: bytes, where: Any) -> dict[str, Any]:
+    """A JSON object with each key once and no NaN; UserError where Python's reader takes anything."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for k, v in pairs:
+            if k in found:
+                raise ValueError(f"the key {k!r} stands twice")
+            found[k] = v
+        return found
+
+    def not_json(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    try:
+        words = json.loads(text.decode(), object_pairs_hook=once, parse_constant=not_json)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply; this is no model's file") from None
+    except ValueError as e:  # broken, not UTF-8, or one of the two above
+        raise UserError(f"{where}: not proper JSON ({e}); fetch it again") from None
+    if type(words) is not dict:
+        raise UserError(f"{where}: a JSON {type(words).__name__}, expected an object")
+    return words
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's JSON object, read strictly."""
+    if file.stat().st_size > MAX_JSON:
+        raise UserError(f"{file}: {file.stat().st_size} bytes, expected at most {MAX_JSON}")
+    return strict_json(file.read_bytes(), file)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a folder; UserError on what would be computed wrongly."""
+    words = read_json(_inside(folder, CONFIG))
+    try:
+        return ModelConfig.from_hf(words)
+    except UserError as e:
+        raise UserError(f"{folder}/{e}") from None
+
+
+def header(file: Path) -> dict[str, Slot]:
+    """What a safetensors file holds, by its own header; UserError if it is cut short or another kind."""
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        if size < 8 or n > MAX_JSON:
+            raise UserError(f"{file}: {size} bytes that are no safetensors file; fetch it again")
+        if size < 8 + n:
+            raise UserError(f"{file}: {size} bytes, expected {8 + n} for the header alone; the file was "
+                            "cut short, fetch it again")
+        words = strict_json(f.read(n), f"{file}, header")
+    found, end = {}, 0
+    for name, x in words.items():
+        if name != "__metadata__":
+            try:
+                shape, (_, stop) = tuple(map(int, x["shape"])), map(int, x["data_offsets"])
+                found[name] = Slot(file, str(x["dtype"]), shape)
+            except (KeyError, TypeError, ValueError, OverflowError):
+                raise UserError(f"{file}: the header is damaged at {name!r}; fetch it again") from None
+            end = max(end, stop)
+    if size != 8 + n + end:
+        raise UserError(f"{file}: {size} bytes, expected {8 + n + end} by its header; the file was "
+                        f"{'cut short' if size < 8 + n + end else 'added to'}, fetch it again")
+    return found
+
+
+def contents(folder: Path) -> dict[str, Slot]:
+    """Every tensor of the model in a folder, shard by shard; UserError if index and shards disagree."""
+    if not os.path.lexists(folder / SINGLE) and not os.path.lexists(folder / INDEX):
+        other = sorted(f.name for pattern in NOT_READ for f in folder.glob(pattern))
+        why = f"only {_five(other)}, of a kind that is not read (it can run code when opened, or is " \
+              "quantised); convert it with transformers: AutoModelForCausalLM.from_pretrained(A)" \
+              ".save_pretrained(B)" if other else "no weights at all; fetch the model again"
+        raise UserError(f"{folder}: no {SINGLE} and no {INDEX} here, {why}")
+    told, files = None, [SINGLE]
+    if os.path.lexists(folder / INDEX):
+        told = read_json(_inside(folder, INDEX)).get("weight_map")
+        if type(told) is not dict or not told:
+            raise UserError(f"{folder / INDEX}: weight_map is missing or empty; fetch it again")
+        for file in told.values():
+            if type(file) is not str or not file.endswith(".safetensors"):
+                raise UserError(f"{folder / INDEX}: names {file!r}, expected .safetensors files")
+        files = sorted(set(told.values()))
+        if SINGLE not in files and os.path.lexists(folder / SINGLE):
+            raise UserError(f"{folder}: holds {SINGLE} and also the shards of {INDEX}; remove the one "
+                            "that is not meant")
+    found: dict[str, Slot] = {}
+    for file in files:
+        here = header(_inside(folder, file))
+        if twice := [k for k in here if k in found]:
+            raise UserError(f"{folder}: {_five(twice)} in {found[twice[0]].file.name} and again in "
+                            f"{file}; which is meant cannot be known")
+        found |= here
+    if told is not None:
+        astray = [k for k in {**told, **found} if k not in found or told.get(k) != found[k].file.name]
+        if astray:
+            raise UserError(f"{folder}: {INDEX} and the shards disagree about {_five(astray)}; fetch "
+                            "the model again")
+    return found
+
+
+def _five(names: Iterable[str]) -> str:
+    """Up to five names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,
+         tokenizer: bool = True) -> tuple[Llama, Tokenizer | None]:
+    """The model in a folder or on the hub, in `dtype` (None: the file's), and its tokenizer if wanted.
+
+    An adapter comes attached to its base, which is frozen. UserError says what is wrong, and where.
+    """
+    folder = find(name)
+    base = base_of(folder)
+    model = _read_model(base, torch.device(device), dtype)
+    if folder != base:
+        header(_inside(folder, ADAPTER))
+        lora.load_adapter(model, folder)
+        for k, x in lora.adapter_state(model).items():
+            _check_finite(x, f"{folder / ADAPTER}: {k}")
+    if not tokenizer:
+        return model, None
+    own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model"))
+    found = Tokenizer.open(folder if own else base)
+    # a control token beyond the vocabulary (an unused <pad>) is common and harmless: text never is one
+    top = max(x for x in (found.bos, found.eos, *found.byte_lengths.nonzero()[0][-1:]) if x is not None)
+    if top >= model.config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer gives id {top}, the model's vocabulary ends at "
+                        f"{model.config.vocab_size - 1}; they do not belong together")
+    return model, found
+
+
+def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Llama:
+    """The model of a folder, every tensor of its files used exactly once."""
+    config, found = read_config(folder), contents(folder)
+    found = {k: slot for k, slot in found.items() if not k.endswith("rotary_emb.inv_freq")}
+    layers = {m[1] for k in found if (m := re.match(r"model\.layers\.(\d+)\.", k))}
+    if len(layers) != config.num_hidden_layers:  # said before a billion of them are built
+        raise UserError(f"{folder}: num_hidden_layers in config.json is {config.num_hidden_layers}, the "
+                        f"files hold {len(layers)} layers")
+    try:
+        with torch.device("meta"):  # shapes only: Llama computes no initial weights
+            model = Llama(config)
+    except RuntimeError:
+        raise UserError(f"{folder / CONFIG}: the sizes are impossible, no memory holds them") from None
+    head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    _compare(folder, config, dict(model.named_parameters()), found)
+    shard = file = None
+    for k, slot in found.items():
+        if file != slot.file:
+            shard, file = _open(slot.file), slot.file
+        x = shard.get_tensor(k)
+        placed = x.to(device, dtype or x.dtype)
+        _check_finite(placed, f"{file}: {k}")
+        parent, _, leaf = k.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(placed))
+        if placed is not x:
+            shard = x = file = None  # opened anew for the next: the pages read so far can go
+    if head is not None:
+        x = _open(head.file).get_tensor("lm_head.weight")
+        if not torch.equal(x.to(device, model.head.dtype), model.head):
+            raise UserError(f"{folder}: tie_word_embeddings in config.json is true, but lm_head.weight "
+                            "is not model.embed_tokens.weight; set it to false to use both")
+    return model
+
+
+def _open(file: Path) -> Any:
+    """A safetensors file mapped into memory, its header checked by the library."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file}: cannot be read ({e}); fetch it again") from None
+
+
+def _compare(folder: Path, config: ModelConfig, wanted: dict[str, Tensor], found: dict[str, Slot]) -> None:
+    """UserError unless the files hold exactly the config's tensors, in its shapes, as real numbers."""
+    if missing := [k for k in wanted if k not in found]:
+        hint = ", or tie_word_embeddings in config.json should be true" * (missing == ["lm_head.weight"])
+        raise UserError(f"{folder}: no {_five(missing)} in the files; the model is not complete{hint}")
+    if extra := [k for k in found if k not in wanted]:
+        raise UserError(f"{folder}: {_five(extra)} in the files, which config.json does not ask for; "
+                        "computed without, the model would be another")
+    words = {n: k for k, n in reversed(vars(config).items()) if type(n) is int}
+    for k, p in wanted.items():
+        shape, slot = tuple(p.shape), found[k]
+        if shape != slot.shape:
+            odd = [n for n, m in zip(shape, slot.shape, strict=False) if n != m and n in words]
+            by = f" by {words[odd[0]]}" if odd else ""
+            raise UserError(f"{slot.file}: {k} is {slot.shape}, config.json expects {shape}{by}")
+        if slot.dtype not in DTYPES:
+            raise UserError(f"{slot.file}: {k} is {slot.dtype}, expected {' '.join(DTYPES)}; take the "
+                            "model in its original precision")
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    """UserError if x holds a NaN or an infinity; one pass, no copy."""
+    if not torch.stack(torch.aminmax(x.detach())).isfinite().all():
+        raise UserError(f"{what} holds NaN or infinite numbers as {str(x.dtype)[6:]}; fetch it again, "
+                        "or take a wider dtype")
+
+
+def save(model: Llama, folder: Path | str, like: Path | str, dtype: torch.dtype | None = None) -> None:
+    """Write a model's folder laid out as `like`: its shards and dtypes (or `dtype`), its other files.
+
+    A `like` without weights, only a shape, gives one file in the model's own dtype. A tied head is not
+    written. UserError if an adapter is attached, or the folder cannot be written.
+    """
+    if lora.adapters(model):
+        raise UserError(f"{folder}: the model has an adapter; merge it, or save the adapter alone")
+    like = base_of(find(like))
+    index = read_json(_inside(like, INDEX)) if (like / INDEX).exists() else None
+    before = contents(like) if index or (like / SINGLE).exists() else {}
+    state = {k: p.detach() for k, p in model.named_parameters()}
+    kinds = {k: dtype or (DTYPES[before[k].dtype] if k in before else model.head.dtype) for k in state}
+    shards: dict[str, list[str]] = {slot.file.name: [] for slot in before.values()} or {SINGLE: []}
+    for k in state:  # what `like` does not have goes to the last shard
+        shards[before[k].file.name if k in before else list(shards)[-1]].append(k)
+    with _aside(Path(folder)) as aside:
+        _write_config(aside, like, model.config, dtype or (None if before else model.head.dtype))
+        _carry(like, aside)
+        for file, names in shards.items():
+            part = {k: state[k].to("cpu", kinds[k]).contiguous() for k in names}
+            for k, x in part.items():
+                _check_finite(x, k)  # a narrower dtype overflows without a word
+            save_file(part, aside / file, metadata={"format": "pt"})
+        if index:
+            size = sum(x.numel() * kinds[k].itemsize for k, x in state.items())
+            index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+            index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
+            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: int) -> None:
+    """Write the folder of a model that has learned nothing: that shape, random float32 weights of that seed."""
+    model, folder = Llama(config), Path(folder)
+    model.initialise(seed)
+    tokenizer.save(folder)
+    words = {**config.to_hf(), "dtype": "float32", "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    (folder / CONFIG).write_text(json.dumps(words, indent=2) + "\n")
+    save(model, folder, like=folder)
+
+
+def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path | str) -> None:
+    """Write the attached adapter as a PEFT folder, with the tokenizer of `like`; it belongs on `base`.
+
+    A base in the hub's cache is named by its id and commit, another folder by its whole path.
+    """
+    words = lora.adapter_config(model, str(base))
+    if (there := Path(base).expanduser().resolve()).is_dir():
+        words["base_model_name_or_path"], repo = str(there), there.parent.parent.name
+        if there.parent.name == "snapshots" and repo.startswith("models--"):
+            words["base_model_name_or_path"] = repo.removeprefix("models--").replace("--", "/")
+            words["revision"] = there.name
+    with _aside(Path(folder)) as aside:
+        (aside / ADAPTER_CONFIG).write_text(json.dumps(words, indent=2) + "\n")
+        _carry(find(like), aside)
+        state = {k: x.cpu().contiguous() for k, x in lora.adapter_state(model).items()}
+        save_file(state, aside / ADAPTER, metadata={"format": "pt"})
+
+
+def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
+    """config.json as in `like`, with only the words that changed; byte for byte if none did."""
+    words = read_json(_inside(like, CONFIG))
+    was = vars(ModelConfig.from_hf(words))
+    changed = {k: v for k, v in vars(config).items() if v != was[k]}
+    if "rope_parameters" in words and changed.keys() & {"rope_theta", "rope_scaling"}:
+        kind = changed.pop("rope_scaling", config.rope_scaling) or {"rope_type": "default"}
+        changed["rope_parameters"] = {**kind, "rope_theta": changed.pop("rope_theta", config.rope_theta)}
+    key = "dtype" if "dtype" in words else "torch_dtype"  # transformers 5's word, and 4's
+    if dtype is not None and words.get(key) != str(dtype)[6:]:
+        changed[key] = str(dtype)[6:]
+    if changed:
+        text = json.dumps({**words, **changed}, indent=2, ensure_ascii=False) + "\n"
+        (aside / CONFIG).write_text(text, encoding="utf-8")
+    else:
+        shutil.copyfile(like / CONFIG, aside / CONFIG)
+
+
+def _carry(like: Path, aside: Path) -> None:
+    """Copy what goes with a model besides its weights."""
+    for pattern in CARRIED:
+        for file in like.glob(pattern):
+            shutil.copyfile(_inside(like, file.name), aside / file.name)
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A folder to write into; it takes `folder`'s place if all goes well, and goes if something does not."""
+    folder = folder.expanduser().resolve()  # a link is followed here, once
+    aside, old = (folder.with_name(f".{x}-{folder.name}-{os.getpid()}") for x in ("tmp", "del"))
+    try:
+        if folder.exists():
+            lost = [f.name for f in folder.iterdir()
+                    if not any(f.match(p) for p in (*MODEL_FILES, "README.md"))]
+            if lost:
+                raise UserError(f"{folder}: holds {_five(sorted(lost))}, which would be lost; name "
+                                "another folder", STORAGE)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
+        for file in aside.iterdir():
+            file.chmod(aside.stat().st_mode & 0o666)  # as the umask has it; safetensors writes 0600
+            _flush(file)
+        _flush(aside)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"{folder}: cannot be written ({why})", STORAGE) from e
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
