@@ -219,7 +219,7 @@ class Stream:
     """One source as an endless list of rows: `row(i)` is a function of (seed, i)."""
 
     def __init__(self, source: Source, T: int, seed: Sequence[int]):
-        self.bin, self.T, self.seed = source.bin, T, tuple(seed)
+        self.source, self.bin, self.T, self.seed = source, source.bin, T, tuple(seed)
         starts = self.bin.starts[source.documents]
         lengths = self.bin.starts[source.documents + 1] - starts - 1  # predictions, not tokens
         self.starts, self.lengths = starts[lengths > 0], lengths[lengths > 0]

@@ -4,7 +4,7 @@
 
 Prints a table and writes OUT/results.json. A figure is worth what it says of how it was made, so
 each has a signature that names every choice: what a document is, what stands before it, how long a
-context is, which dtype. Figures of one signature on one text can be compared, whatever the tokenizer.
+context is, which dtype. Figures of one signature on one text compare, whatever the tokenizer.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def measure(text: Text, model: Llama, tokenizer: Tokenizer, length: int) -> dict
     with log.progress(text.name, n_tokens) as move:
         nats = tasks.document_nats(model, ids, tasks.start_token(tokenizer), length, move)
     if not np.isfinite(nats).all():
-        raise UserError(f"{text.name}: the model's numbers overflow in {name_of(model)}; take --dtype fp32")
+        raise UserError(f"{text.name}: the model's numbers overflow in {name_of(model)}; "
+                        "take --dtype fp32")
     low, high = tasks.interval(nats, n_bytes) or (None, None)
     choices = {
         "unit": text.unit, "start": "eos" if tokenizer.bos is None else "bos", "window": length,
@@ -173,8 +174,8 @@ def main(s: Settings) -> None:
         model.eval().model.compute_dtype = dtype
         context = model.config.max_position_embeddings
         if not 0 <= s.max_length <= context:
-            raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's context, "
-                            "or 0 for all of it", FLAGS)
+            raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
+                            "context, or 0 for all of it", FLAGS)
         length = s.max_length or context
         settings = {**dataclasses.asdict(s), "dtype": name_of(model), "max_length": length,
                     "device": str(ranks), "torch": torch.__version__,

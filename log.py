@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-FLAGS, BAD_INPUT, NON_FINITE, STORAGE, INTERRUPTED, TERMINATED = 2, 3, 4, 5, 130, 143  # exit codes
+FLAGS, BAD_INPUT, NON_FINITE, STORAGE, INTERRUPTED = 2, 3, 4, 5, 130  # exit codes; 143: terminated
 
 
 class UserError(Exception):
@@ -47,6 +48,33 @@ def say(line: str) -> None:
 def printable(text: str) -> str:
     """Text with control characters made visible: a model's output must not steer a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def coloured(text: str, on: bool) -> str:
+    """A piece of text for stdout, in colour where it is trained; plain where stdout is no terminal."""
+    text = printable(text)
+    return f"\x1b[32m{text}\x1b[0m" if on and sys.stdout.isatty() else text
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], int]]:
+    """Within it the first SIGTERM or SIGINT only sets what is yielded: the exit code to leave with, before that 0.
+
+    The loop looks between steps, so that no work is done in a handler. A second signal stops at once.
+    """
+    code = 0
+
+    def ask(number: int, _: Any) -> None:
+        nonlocal code
+        code = 128 + number
+        signal.signal(number, before[number])
+
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(command: Callable[[], T]) -> T:

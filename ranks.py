@@ -90,6 +90,11 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def wait(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def leave(self) -> None:
         """Part from the others in order."""
         if dist.is_initialized():

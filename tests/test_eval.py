@@ -1,24 +1,37 @@
-"""Bits per byte against the plain rule and against transformers; eval.py and sample.py as people run them."""
+"""Bits per byte against the plain rule and transformers; eval.py and sample.py as they are run."""
 
 import functools
+import gzip
+import json
 import math
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import config
+import eval as evaluating
+import sample
 import tasks
+from generate import Sampling, generate
 from log import UserError
-from model import Llama, ModelConfig
+from model import Llama
+from tokenizer import Tokenizer
 
-V, CONTEXT, BOS = 97, 16, 1
+CONTEXT, BOS = 16, 1
 
 
 def rolling(tokens, prefix, length):
-    """evaluation.md A2, word for word: lm-evaluation-harness's own generator with a context of one token."""
+    """lm-evaluation-harness's get_rolling_token_windows with a context of one token."""
     if not tokens:
         return
     first = min(length, len(tokens))
@@ -56,21 +69,14 @@ def test_every_piece_is_packed_once_and_no_row_is_too_full(lengths, width):
 
 @functools.cache
 def peer() -> transformers.LlamaForCausalLM:
-    """A random model with strong opinions."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
-        initializer_range=0.3, bos_token_id=BOS, eos_token_id=2)
-    return transformers.LlamaForCausalLM(config).eval()
+    """A random model of a short context."""
+    return tiny.peer("llama3", max_position_embeddings=CONTEXT)
 
 
 @functools.cache
 def ours() -> Llama:
     """The same weights in our model."""
-    model = Llama(ModelConfig.from_hf(peer().config.to_dict()))
-    model.load_state_dict(peer().state_dict())
-    return model.eval()
+    return tiny.ours(peer(), "llama3", max_position_embeddings=CONTEXT)
 
 
 @torch.inference_mode()
@@ -86,12 +92,12 @@ def by_hand(model, ids, start, length) -> float:
 
 def made(lengths, seed=0) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    return [rng.integers(3, V, n).tolist() for n in lengths]
+    return [rng.integers(3, tiny.V, n).tolist() for n in lengths]
 
 
 @pytest.mark.parametrize(("row", "budget"), [(2048, 8192), (40, 100), (8, 20)])
 @pytest.mark.parametrize("length", [0, 1, 7])
-def test_nats_of_documents_equal_transformers_however_they_are_packed(row, budget, length, monkeypatch):
+def test_nats_equal_transformers_however_windows_are_packed(row, budget, length, monkeypatch):
     monkeypatch.setattr(tasks, "ROW", row)
     monkeypatch.setattr(tasks, "BUDGET", budget)
     documents = made([5, 0, 16, 1, 17, 40, 3, 33, 15, 2, 64, 9])
@@ -135,15 +141,277 @@ def test_the_interval_is_the_same_again_and_of_a_ratio_of_sums():
     assert tasks.interval(np.ones(40), np.full(40, 4)) == pytest.approx([0.25 / math.log(2)] * 2)
 
 
-class NoBOS:
-    bos, eos = None, 2
+ROOT = Path(__file__).parents[1]
+TEXTS = ["Inka zacu zirya ubwatsi ku musozi.", "Amazi y'umugezi ni meza!",
+         "ikirere \u2600\ufe0f 3 km", "The water of the river is good and cold. " * 12, "a",
+         " two  spaces "]
 
 
-def test_a_document_begins_from_bos_else_from_eos_else_is_refused():
-    tokenizer = NoBOS()
-    assert tasks.start_token(tokenizer) == 2
-    tokenizer.bos = 1
-    assert tasks.start_token(tokenizer) == 1
-    tokenizer.bos = tokenizer.eos = None
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a tiny model (context 128), and texts."""
+    home = tmp_path_factory.mktemp("eval")
+    tiny.folder(home / "run" / "model")
+    lines = [json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(TEXTS)]
+    (home / "kin.jsonl").write_text("".join(lines))
+    with gzip.open(home / "kin.jsonl.gz", "wt") as f:
+        f.write("".join(lines))
+    (home / "eng.txt").write_text("".join(t + "\n" for t in tiny.SENTENCES))
+    return home
+
+
+def command(*args, cwd, **more) -> subprocess.CompletedProcess:
+    """A command as a person runs it."""
+    at = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, ROOT / args[0], *map(str, args[1:])], cwd=cwd, env=at,
+                          capture_output=True, text=True, **more)
+
+
+def evaluated(home: Path, **values) -> dict:
+    """results.json of an evaluation in this process."""
+    values = {"model": str(home / "run"), "device": "cpu", "out": str(home / "out"), **values}
+    evaluating.main(evaluating.Settings(**values))
+    return json.loads((Path(values["out"]) / "results.json").read_text())
+
+
+@functools.cache
+def reference(folder: Path) -> transformers.LlamaForCausalLM:
+    """The model of a folder, opened by transformers."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_eval_prints_and_writes_the_bits_per_byte_of_transformers(home):
+    done = command("eval.py", "--model", home / "run", "--text", f"kin={home}/kin.jsonl",
+                   f"eng={home}/eng.txt", "--out", home / "written", cwd=home)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((home / "written" / "results.json").read_text())
+    assert list(found) == ["model", "settings", "results"]
+    assert [p.name for p in (home / "written").iterdir()] == ["results.json"]
+
+    import sentencepiece
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(home / "run/model/tokenizer.model"))
+    for result, texts in zip(found["results"], (TEXTS, tiny.SENTENCES), strict=True):
+        nats = [by_hand(reference(home / "run" / "model"), pieces.encode(t), 1, 128) for t in texts]
+        n_bytes = sum(len(t.encode()) for t in texts)
+        assert result["value"] == pytest.approx(sum(nats) / math.log(2) / n_bytes, abs=1e-4)
+        assert (result["n"], result["bytes"]) == (len(texts), n_bytes)
+        assert result["tokens"] == sum(len(pieces.encode(t)) for t in texts)
+        assert result["low"] < result["value"] < result["high"]
+        assert not result["partial"]
+        name = result["suite"].removeprefix("text:")
+        assert any(line.startswith(name) and f"{result['value']:.4f}" in line
+                   for line in done.stdout.splitlines())
+    assert found["results"][0]["signature"] == (
+        "unit:record.text|start:bos|window:128|dtype:fp32|sum:fp64|ci:documents,1000,12345|"
+        "version:1")
+    assert found["results"][1]["signature"].startswith("unit:line|")
+
+
+def test_a_compressed_text_a_packed_one_and_a_shorter_context(home):
+    plain = evaluated(home, text=[f"a={home}/kin.jsonl"])["results"][0]
+    zipped = evaluated(home, text=[f"a={home}/kin.jsonl.gz"])["results"][0]
+    assert (zipped["value"], zipped["signature"]) == (plain["value"], plain["signature"])
+    short = evaluated(home, text=[f"a={home}/kin.jsonl"], max_length=20)["results"][0]
+    assert short["value"] != plain["value"] and "|window:20|" in short["signature"]
+    texts = [Tokenizer.open(home / "run" / "model").encode(t) for t in TEXTS]
+    nats = sum(by_hand(reference(home / "run" / "model"), ids, 1, 20) for ids in texts)
+    assert short["value"] == pytest.approx(nats / math.log(2) / plain["bytes"], abs=1e-4)
+
+
+def test_what_a_document_is_changes_the_figure_and_stands_in_the_signature(home):
+    found = {u: evaluated(home, text=[f"a={home}/eng.txt"], documents=u)["results"][0]
+             for u in ("line", "file")}
+    assert found["line"]["n"] == 10 and found["file"]["n"] == 1
+    assert found["file"]["low"] is None  # one document has no interval
+    assert found["line"]["value"] != found["file"]["value"]
+    assert all(x["signature"].startswith(f"unit:{u}|") for u, x in found.items())
+
+
+def test_a_limit_is_marked_wherever_the_figure_stands(home, capsys):
+    result = evaluated(home, text=[f"a={home}/eng.txt"], limit=3)["results"][0]
+    assert result["n"] == 3 and result["partial"] and "|limit:3|" in result["signature"]
+    assert "a (PARTIAL)" in capsys.readouterr().out
+    result = evaluated(home, text=[f"a={home}/eng.txt"], limit=10)["results"][0]
+    assert not result["partial"] and "limit" not in result["signature"]
+
+
+def test_bf16_is_named_and_near(home):
+    exact = evaluated(home, text=[f"a={home}/eng.txt"])["results"][0]
+    rough = evaluated(home, text=[f"a={home}/eng.txt"], dtype="bf16")["results"][0]
+    assert "|dtype:bf16|" in rough["signature"]
+    assert rough["value"] != exact["value"]
+    assert rough["value"] == pytest.approx(exact["value"], rel=0.02)
+
+
+def bytewise_folder(folder: Path, special: list[str]) -> Path:
+    """A tiny model whose tokenizer.json has bytes for pieces, and these control tokens."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=tiny.V, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(tiny.SENTENCES, trainer)
+    tiny.folder(folder, tokenizer=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_without_bos_a_document_begins_from_eos_and_without_both_it_is_refused(home):
+    with_eos = bytewise_folder(home / "eos", ["</s>"])
+    found = evaluated(home, model=str(with_eos), text=[f"a={home}/eng.txt"])["results"][0]
+    assert "|start:eos|" in found["signature"]
+    tokenizer = Tokenizer.open(with_eos)
+    assert (tokenizer.bos, tokenizer.eos) == (None, 0)
+    nats = sum(by_hand(reference(with_eos), tokenizer.encode(t), 0, 128) for t in tiny.SENTENCES)
+    assert found["value"] == pytest.approx(nats / math.log(2) / found["bytes"], abs=1e-4)
+
+    neither = bytewise_folder(home / "neither", [])
     with pytest.raises(UserError, match="neither BOS nor EOS"):
-        tasks.start_token(tokenizer)
+        evaluated(home, model=str(neither), text=[f"a={home}/eng.txt"])
+    with pytest.raises(UserError, match="no BOS to begin from"):
+        sampled(home, model=str(neither), prompt=[""])
+    sampled(home, model=str(neither), prompt=["Inka"])
+
+
+@pytest.mark.parametrize(("values", "words", "code"), [
+    ({"text": []}, "nothing to measure", 2), ({"text": ["kin.jsonl"]}, "expected NAME=FILE", 2),
+    ({"text": ["a=eng.txt", "a=kin.jsonl"]}, "name a is taken", 2),
+    ({"limit": -1}, "--limit -1", 2),
+    ({"text": ["a=none.txt"]}, "none.txt: no such file", 3),
+    ({"text": ["a=empty.txt"]}, "no text", 3),
+    ({"text": ["a=kin.jsonl"], "text_key": "body"}, "line 1: no text under 'body'", 3),
+    ({"text": ["a=bad.txt"]}, "document 2 is undecodable", 3), ({"model": ""}, "name a model", 2),
+    ({"max_length": 129}, "expected 1 to 128", 2), ({"max_length": -1}, "expected 1 to 128", 2),
+    ({"model": "nowhere"}, "nowhere", 3), ({"out": "eng.txt/x"}, "cannot be written", 5)])
+def test_what_cannot_be_measured_is_one_line(home, monkeypatch, values, words, code):
+    monkeypatch.chdir(home)
+    (home / "empty.txt").write_text("\n \n")
+    (home / "bad.txt").write_bytes(b"one\nt\xffo\nthree\n")
+    with pytest.raises(UserError) as e:
+        evaluated(home, **{"text": ["a=eng.txt"], **values})
+    assert words in str(e.value) and e.value.code == code and "\n" not in str(e.value)
+    assert not list((home / "out").glob("*tmp*"))
+
+
+def test_a_wrong_flag_stops_with_the_nearest_name():
+    with pytest.raises(UserError, match="did you mean limit"):
+        config.read(evaluating.Settings, ["--limt", "3"], "eval.py")
+    with pytest.raises(UserError, match="did you mean prompt"):
+        config.read(sample.Settings, ["--promt", "a"], "sample.py")
+
+
+def sampled(home: Path, **values) -> None:
+    """sample.py in this process."""
+    usual = {"model": str(home / "run"), "device": "cpu", "dtype": "fp32", "max_new_tokens": 12}
+    sample.main(sample.Settings(**{**usual, **values}))
+
+
+def continued(home: Path, prompt: str, sampling: Sampling) -> str:
+    """A prompt with its continuation, decoded at once."""
+    tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    new = [t for _, t in generate(model, [ids], sampling, {tokenizer.eos})]
+    return prompt + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)):]
+
+
+def test_one_prompt_streams_and_on_a_terminal_nothing_steers_it(home):
+    ours, theirs = pty.openpty()
+    at = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    flags = ["--model", home / "run", "--prompt", "\x1b[31mInka\x9b2J", "--max-new-tokens", "60",
+             "--temperature", "2", "--dtype", "fp32"]
+    with subprocess.Popen([sys.executable, ROOT / "sample.py", *flags], stdout=theirs,
+                          stderr=subprocess.PIPE, env=at) as running:
+        os.close(theirs)
+        said = b""
+        try:
+            while more := os.read(ours, 4096):
+                said += more
+        except OSError:  # the terminal's other end is closed
+            pass
+        assert running.wait() == 0, running.stderr.read()
+    os.close(ours)
+    text = said.decode()
+    assert text.startswith("\\x1b[31mInka\\x9b2J") and len(text) > 30
+    assert all(c.isprintable() or c in "\r\n\t" for c in text)
+
+
+def test_prompts_of_a_file_are_answered_in_order_as_alone(home):
+    prompts = ["Inka", "", "Amazi y'umugezi", "Inka"]
+    (home / "prompts.txt").write_bytes("\ufeffInka\r\n\r\nAmazi y'umugezi\r\nInka\r\n".encode())
+    done = command("sample.py", "--model", home / "run/model", "--file", "prompts.txt", "--json",
+                   "--seed", "4", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.9",
+                   "--max-new-tokens", "20", "--dtype", "fp32", "--device", "cpu", cwd=home)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [x["prompt"] for x in found] == prompts
+    sampling = Sampling(20, 1.5, 50, 0.9, seed=4)
+    for x in found[:3]:
+        assert x["prompt"] + x["text"] == continued(home, x["prompt"], sampling)
+        assert x["tokens"] == 20 if x["end"] == "length" else x["tokens"] <= 20
+    assert found[3]["text"] != found[0]["text"]  # a copy is another draw
+
+
+def test_several_prompts_are_printed_one_after_another_and_each_as_alone(home, capsys):
+    prompts = ["Inka", "Abana babiri", "Umugore"]
+    sampled(home, prompt=prompts, temperature=1.2)
+    wanted = [continued(home, p, Sampling(12, 1.2, 0, 0.95)) for p in prompts]
+    assert capsys.readouterr().out == "".join(
+        f"== {i} of 3\n{text}\n" for i, text in enumerate(wanted, 1))
+    sampled(home, prompt=prompts[:1], temperature=1.2)
+    assert capsys.readouterr().out == wanted[0] + "\n"
+
+
+def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
+    sampled(home, prompt=["Inka zacu " * 40], max_new_tokens=100)
+    said = capsys.readouterr().err
+    assert "tokens are left out at the start; the context of 128 holds 28" in said
+
+
+@pytest.mark.parametrize(("values", "words", "code"), [
+    ({}, "give one of --prompt", 2), ({"prompt": ["a"], "file": "x"}, "give one of --prompt", 2),
+    ({"file": "none.txt"}, "none.txt: cannot be read", 3),
+    ({"file": "nil.txt"}, "nil.txt: empty", 3), ({"file": "latin.txt"}, "byte 2 is not UTF-8", 3),
+    ({"prompt": ["a"], "model": ""}, "name a model", 2),
+    ({"prompt": ["a"], "top_p": 2.0}, "--top-p 2.0", 2),
+    ({"prompt": ["a"], "model": "nowhere"}, "nowhere", 3),
+    ({"prompt": ["a"], "max_new_tokens": 128}, "leaves no room", 2)])
+def test_what_cannot_be_continued_is_one_line(home, monkeypatch, values, words, code):
+    monkeypatch.chdir(home)
+    (home / "nil.txt").write_text("")
+    (home / "latin.txt").write_bytes(b"ca\xe9\n")
+    with pytest.raises(UserError) as e:
+        sampled(home, **values)
+    assert words in str(e.value) and e.value.code == code and "\n" not in str(e.value)
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "bytewise"])
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "bytewise":
+        return Tokenizer.open(bytewise_folder(folder, ["<s>", "</s>"]))
+    tiny.write_tokenizer(folder)
+    return Tokenizer.open(folder)
+
+
+MIXED = st.text(st.sampled_from("Inka zi\u0301\u00e9 \u2600\U0001f600\n  '\u4e2d"), max_size=30)
+
+
+@given(MIXED, MIXED)
+@settings(max_examples=150, deadline=None)
+def test_pieces_joined_are_the_text_and_none_ends_in_half_a_character(tokenizer, prompt, more):
+    ids = tokenizer.encode(prompt)
+    tokens = tokenizer.encode(prompt + more)[len(ids):]
+    pieces = list(sample.pieces(tokenizer, ids, tokens))
+    assert "".join(pieces) == tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
+    assert not any(p.endswith("\ufffd") for p in pieces[:-1])
+    assert all(pieces[:-1])  # nothing is printed for nothing
+
+
+def test_a_character_of_four_bytes_is_shown_when_its_last_byte_comes(tokenizer):
+    tokens = tokenizer.encode("a\U0001f600b")
+    found = list(sample.pieces(tokenizer, tokenizer.encode("Inka"), tokens))
+    assert "\U0001f600" in found and "".join(found).endswith("a\U0001f600b")
+    stopped = list(sample.pieces(tokenizer, tokenizer.encode("Inka"), tokens[:-2]))
+    assert "".join(stopped).endswith("\ufffd")  # the end came before the character was whole
