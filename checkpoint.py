@@ -57,7 +57,7 @@ def save(root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict
             path.chmod(0o666 & ~umask)  # safetensors writes 0600
             _flush(path)
         _flush(aside)
-        if folder.exists():
+        if os.path.lexists(folder):
             _remove(folder)
         aside.rename(folder)
         _flush(root)
@@ -120,7 +120,7 @@ def _fault(folder: Path) -> str | None:
             if _sha256(path) != digest:
                 return f"{name} is damaged (sha256)"
         return None if "state.json" in manifest else "its manifest is incomplete"
-    except (OSError, ValueError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         return f"incomplete ({e})"
 
 
@@ -128,7 +128,10 @@ def _remove(folder: Path) -> None:
     """Take a checkpoint away under another name first: half a removed one must not look like one."""
     gone = folder.with_name(f".del-{folder.name}-{os.getpid()}")
     folder.rename(gone)
-    shutil.rmtree(gone)
+    if gone.is_dir() and not gone.is_symlink():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()  # a link, or a file: what it names is not ours
 
 
 def _sweep(root: Path) -> None:

@@ -137,7 +137,8 @@ class Run:
         with open(self.out / "samples.txt", "a") as f:
             f.write(f"== step {self.step}\n")
             for prompt, ids, more in zip(prompts, read, new, strict=True):
-                f.write(f"-- {prompt}\n{tok.decode(ids + more)[len(prompt):]}\n")
+                continued = tok.decode(ids + more)[len(prompt):]
+                f.write(f"-- {prompt}\n{log.printable(continued)}\n")
 
     def save(self) -> None:
         """The resume point: what trains, the optimizer, the random state, and where the data stand."""

@@ -25,6 +25,7 @@ from log import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
          "chat_template.jinja")
+MOST = 1 << 22  # ids: a single wrong one must not become a table of gigabytes
 LARGEST = 64 << 20  # bytes of a tokenizer file: the largest known are 35 MB
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
 BEGIN, END = ("<s>", "<|begin_of_text|>"), ("</s>", "<|end_of_text|>", "<|endoftext|>")  # where no file says
@@ -115,7 +116,7 @@ class _SentencePiece(Tokenizer):
         return self.sp.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.sp.decode([int(i) for i in ids if int(i) not in self.control])
+        return self.sp.decode([i for i in map(int, ids) if i < self.vocab_size and i not in self.control])
 
 
 class _Json(Tokenizer):
@@ -128,7 +129,9 @@ class _Json(Tokenizer):
         try:
             raw = json.loads(file.read_bytes())
             added = {a["id"]: a for a in raw["added_tokens"]}
-            raw["model"]["vocab"]
+            n = max([*raw["model"]["vocab"].values(), *added]) + 1  # Unigram's vocabulary is a list: refused
+            if n > MOST:
+                raise ValueError(f"id {n - 1}, no tokenizer has above {MOST:,}")
             self.tok = tokenizers.Tokenizer.from_str(json.dumps(raw))
         except BaseException as e:  # a Rust panic is no Exception
             if isinstance(e, KeyboardInterrupt | SystemExit | MemoryError):
@@ -137,11 +140,10 @@ class _Json(Tokenizer):
         self.tok.no_padding()
         self.tok.no_truncation()
         self.tok.encode_special_tokens = True  # a control token's name in a text stays text
-        n = max(self.tok.get_vocab(with_added_tokens=True).values()) + 1
         pieces = [self.tok.id_to_token(i) or "" for i in range(n)]
         control = {i for i, a in added.items() if a["special"]}
         raw.update(padding=None, truncation=None, post_processor=None)
-        bytewise = "ByteLevel" in json.dumps([raw["pre_tokenizer"], raw["decoder"]])
+        bytewise = "ByteLevel" in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
         super().__init__(file, pieces, control, {pieces[i]: i for i in control},
                          json.dumps(raw, sort_keys=True, ensure_ascii=False).encode(), bytewise)
         for i, a in added.items():

@@ -15,6 +15,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -258,9 +259,9 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         (out / ".lock").touch()
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); name another folder", FLAGS) from None
-    if (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
+    if log.speaking() and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
         raise UserError(f"--out {out}: holds a run; go on with --resume, or name another folder", FLAGS)
-    with checkpoint.lock(out):
+    with checkpoint.lock(out) if log.speaking() else nullcontext():
         run = Run.start(s, MODES[s.mode][0])
         if s.plan:
             run.show_plan(origins, MODES[s.mode][1])

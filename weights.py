@@ -1,15 +1,13 @@
 """Hugging Face folders in and out: config.json, safetensors in one file or many, PEFT adapters.
 
-One idea: the model must agree with its files, tensor for tensor. Every tensor is used exactly once, or
-an error names it: nothing is left at random, nothing is ignored, nothing outside the folder is opened.
-Formats that can run code when opened are not read at all.
+One idea: the model must agree with its files, tensor for tensor. Every tensor is used exactly once,
+or an error names it: nothing is left at random, nothing is ignored, nothing outside the folder is
+opened. Formats that can run code when opened are not read at all.
 
-Reading maps a file into memory and moves tensor by tensor to the final device and dtype, so the peak is
-the size of the result. On a CPU, in the file's own dtype, nothing is copied: a page is read when it is
-used, and copied when it is written to, so training such a model never touches the file.
-
-Writing lays tensors out as in the folder the model came from, a shard at a time, in a folder aside that
-takes the name only when everything is on the disk.
+Reading maps a file into memory and moves tensor by tensor to its device and dtype, so the peak is
+the size of the result. On a CPU, in the file's own dtype, nothing is copied: a page is read when it
+is used, and copied when it is written to, so training such a model never touches the file. Writing
+lays tensors out as in the folder the model came from, aside, and renames when all is on the disk.
 """
 
 from __future__ import annotations
@@ -34,16 +32,15 @@ from log import STORAGE, UserError
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-           "LICENSE*", "NOTICE*", "USE_POLICY*")  # go with a model wherever it goes
+           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+           "chat_template.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # go wherever a model goes
 MODEL_FILES = (CONFIG, ADAPTER_CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", ADAPTER, *CARRIED)
 NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_JSON = 100 << 20  # bytes; safetensors' own limit for a header
+MAX_HEADER = 100 << 20  # bytes: safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -63,17 +60,14 @@ def find(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if str(name) and folder.is_dir():
         for place in (folder, folder / "model"):
-            if (place / CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
+            if (place / CONFIG).exists() or (place / ADAPTER_CONFIG).exists():
                 return place
-        raise UserError(f"{folder}: no config.json here, so this is no model; name a folder in "
-                        "Hugging Face's layout")
+        raise UserError(f"{folder}: no config.json here; name a folder in Hugging Face's layout")
     hub_id = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", str(name))
     if hub_id is None or folder.exists():
-        raise UserError(f"model {str(name)!r}: no such folder, and not a hub id (org/name or "
-                        "org/name@revision)")
+        raise UserError(f"model {str(name)!r}: no such folder, and no hub id (org/name@revision)")
     if hub_id[2] is None and folder.parent.is_dir():
-        raise UserError(f"model {str(name)!r}: no such folder in {folder.parent}; for the hub's model "
-                        f"of that name write {name}@main")
+        raise UserError(f"model {name!r}: not in {folder.parent}; for the hub's write {name}@main")
     return _fetch(hub_id[1], hub_id[2])
 
 
@@ -82,20 +76,17 @@ def _fetch(repo: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(
-            repo, revision=revision, allow_patterns=list(MODEL_FILES),
-            ignore_patterns=["*/*"]))  # a pattern's * takes slashes too: `original/` has all again
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
     except errors.GatedRepoError:
         why = "is gated; accept its licence on its hub page, then run: hf auth login"
     except errors.RepositoryNotFoundError:
-        why = "is no local folder, and no model on the hub that you may see; check the name, or run: " \
-              "hf auth login"
+        why = "is no folder, and no hub model that you may see; check it, or run: hf auth login"
     except errors.RevisionNotFoundError:
         why = f"has no revision {revision!r}; its hub page lists the commits"
     except errors.LocalEntryNotFoundError:
-        why = "is no local folder, and the hub cannot be reached; check the network and HF_HUB_OFFLINE"
+        why = "is no folder, and the hub cannot be reached; check the network and HF_HUB_OFFLINE"
     except Exception as e:  # a network has more ways to fail than one can name
-        why = f"could not be fetched from the hub: {(str(e).splitlines() or [type(e).__name__])[0]}"
+        why = f"could not be fetched from the hub: {' '.join(str(e).split()) or type(e).__name__}"
     raise UserError(f"model {repo!r} {why}")
 
 
@@ -104,10 +95,7 @@ def base_of(folder: Path) -> Path:
     if not (folder / ADAPTER_CONFIG).exists():
         return folder
     words = read_json(_inside(folder, ADAPTER_CONFIG))
-    name, revision = words.get("base_model_name_or_path"), words.get("revision")
-    if type(name) is not str or not name:
-        raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {name!r}, expected the "
-                        "base model's folder or hub id")
+    name, revision = str(words.get("base_model_name_or_path") or ""), words.get("revision")
     if not Path(name).is_dir() and (folder / name).is_dir():
         name = folder / name
     elif type(revision) is str and not Path(name).is_dir():
@@ -124,25 +112,24 @@ def base_of(folder: Path) -> Path:
 def _inside(folder: Path, name: Any) -> Path:
     """The file of that plain name in a folder; UserError if it lies elsewhere, or is no file.
 
-    The hub's cache links a snapshot's files to the same model's blobs; any other way out is refused.
+    The hub's cache links a snapshot's files to the model's blobs; any other way out is refused.
     """
     if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise UserError(f"{folder}: file name {name!r} leads outside the model folder; only files in "
-                        "the folder are read")
+        raise UserError(f"{folder}: file name {name!r} leads outside the model folder; refused")
     root, file = folder.resolve(), (folder / name).resolve()
     roots = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         roots.append(root.parent.parent / "blobs")
     if not any(file.is_relative_to(r) for r in roots):
-        raise UserError(f"{folder / name}: a link that leads outside the model folder; copy the file "
-                        "into the folder")
+        raise UserError(f"{folder / name}: a link that leads outside the model folder; copy the "
+                        "file into it")
     if not file.is_file():
         raise UserError(f"{folder / name}: no such file; the model is not complete, fetch it again")
     return folder / name
 
 
 def strict_json(text: bytes, where: Any) -> dict[str, Any]:
-    """A JSON object with each key once and no NaN; UserError where Python's reader takes anything."""
+    """A JSON object with each key once and no NaN; UserError on what Python's reader would take."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -168,8 +155,6 @@ def strict_json(text: bytes, where: Any) -> dict[str, Any]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A file's JSON object, read strictly."""
-    if file.stat().st_size > MAX_JSON:
-        raise UserError(f"{file}: {file.stat().st_size} bytes, expected at most {MAX_JSON}")
     return strict_json(file.read_bytes(), file)
 
 
@@ -183,14 +168,14 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def header(file: Path) -> dict[str, Slot]:
-    """What a safetensors file holds, by its own header; UserError if it is cut short or another kind."""
+    """What a safetensors file holds, by its header; UserError if cut short or of another kind."""
     size = file.stat().st_size
     with open(file, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
-        if size < 8 or n > MAX_JSON:
+        if size < 8 or n > MAX_HEADER:
             raise UserError(f"{file}: {size} bytes that are no safetensors file; fetch it again")
         if size < 8 + n:
-            raise UserError(f"{file}: {size} bytes, expected {8 + n} for the header alone; the file was "
+            raise UserError(f"{file}: {size} bytes, expected {8 + n} for its header alone; it was "
                             "cut short, fetch it again")
         words = strict_json(f.read(n), f"{file}, header")
     found, end = {}, 0
@@ -200,20 +185,24 @@ def header(file: Path) -> dict[str, Slot]:
                 shape, (_, stop) = tuple(map(int, x["shape"])), map(int, x["data_offsets"])
                 found[name] = Slot(file, str(x["dtype"]), shape)
             except (KeyError, TypeError, ValueError, OverflowError):
-                raise UserError(f"{file}: the header is damaged at {name!r}; fetch it again") from None
+                raise UserError(f"{file}: header damaged at {name!r}; fetch it again") from None
             end = max(end, stop)
     if size != 8 + n + end:
-        raise UserError(f"{file}: {size} bytes, expected {8 + n + end} by its header; the file was "
-                        f"{'cut short' if size < 8 + n + end else 'added to'}, fetch it again")
+        how = "cut short" if size < 8 + n + end else "added to"
+        raise UserError(f"{file}: {size} bytes, expected {8 + n + end}; {how}, fetch it again")
+    try:
+        safe_open(file, "pt")  # the library's own look at holes, overlaps, shapes against sizes
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file}: header damaged ({e}); fetch it again") from None
     return found
 
 
 def contents(folder: Path) -> dict[str, Slot]:
-    """Every tensor of the model in a folder, shard by shard; UserError if index and shards disagree."""
+    """Every tensor of a folder's model, shard by shard; UserError if index and shards disagree."""
     if not os.path.lexists(folder / SINGLE) and not os.path.lexists(folder / INDEX):
         other = sorted(f.name for pattern in NOT_READ for f in folder.glob(pattern))
-        why = f"only {_five(other)}, of a kind that is not read (it can run code when opened, or is " \
-              "quantised); convert it with transformers: AutoModelForCausalLM.from_pretrained(A)" \
+        why = f"only {_five(other)}, not read because such files can run code when opened or are " \
+              "quantised; convert with transformers: AutoModelForCausalLM.from_pretrained(A)" \
               ".save_pretrained(B)" if other else "no weights at all; fetch the model again"
         raise UserError(f"{folder}: no {SINGLE} and no {INDEX} here, {why}")
     told, files = None, [SINGLE]
@@ -226,8 +215,8 @@ def contents(folder: Path) -> dict[str, Slot]:
                 raise UserError(f"{folder / INDEX}: names {file!r}, expected .safetensors files")
         files = sorted(set(told.values()))
         if SINGLE not in files and os.path.lexists(folder / SINGLE):
-            raise UserError(f"{folder}: holds {SINGLE} and also the shards of {INDEX}; remove the one "
-                            "that is not meant")
+            raise UserError(f"{folder}: holds {SINGLE} and also the shards of {INDEX}; remove the "
+                            "one that is not meant")
     found: dict[str, Slot] = {}
     for file in files:
         here = header(_inside(folder, file))
@@ -236,10 +225,10 @@ def contents(folder: Path) -> dict[str, Slot]:
                             f"{file}; which is meant cannot be known")
         found |= here
     if told is not None:
-        astray = [k for k in {**told, **found} if k not in found or told.get(k) != found[k].file.name]
-        if astray:
-            raise UserError(f"{folder}: {INDEX} and the shards disagree about {_five(astray)}; fetch "
-                            "the model again")
+        where = {k: slot.file.name for k, slot in found.items()}
+        if astray := [k for k in {**told, **where} if told.get(k) != where.get(k)]:
+            raise UserError(f"{folder}: {INDEX} and the shards disagree about {_five(astray)}; "
+                            "fetch the model again")
     return found
 
 
@@ -251,7 +240,7 @@ def _five(names: Iterable[str]) -> str:
 
 def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,
          tokenizer: bool = True) -> tuple[Llama, Tokenizer | None]:
-    """The model in a folder or on the hub, in `dtype` (None: the file's), and its tokenizer if wanted.
+    """A folder's or hub's model in `dtype` (None: the files'), and its tokenizer if wanted.
 
     An adapter comes attached to its base, which is frozen. UserError says what is wrong, and where.
     """
@@ -267,8 +256,9 @@ def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torc
         return model, None
     own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model"))
     found = Tokenizer.open(folder if own else base)
-    # a control token beyond the vocabulary (an unused <pad>) is common and harmless: text never is one
-    top = max(x for x in (found.bos, found.eos, *found.byte_lengths.nonzero()[0][-1:]) if x is not None)
+    # a control token beyond the vocabulary (an unused <pad>) is common and harmless: no text is one
+    given = (found.bos, found.eos, *found.byte_lengths.nonzero()[0][-1:])
+    top = max(x for x in given if x is not None)
     if top >= model.config.vocab_size:
         raise UserError(f"{folder}: the tokenizer gives id {top}, the model's vocabulary ends at "
                         f"{model.config.vocab_size - 1}; they do not belong together")
@@ -281,19 +271,19 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -
     found = {k: slot for k, slot in found.items() if not k.endswith("rotary_emb.inv_freq")}
     layers = {m[1] for k in found if (m := re.match(r"model\.layers\.(\d+)\.", k))}
     if len(layers) != config.num_hidden_layers:  # said before a billion of them are built
-        raise UserError(f"{folder}: num_hidden_layers in config.json is {config.num_hidden_layers}, the "
-                        f"files hold {len(layers)} layers")
+        raise UserError(f"{folder}: num_hidden_layers is {config.num_hidden_layers} in "
+                        f"config.json, the files hold {len(layers)} layers")
     try:
         with torch.device("meta"):  # shapes only: Llama computes no initial weights
             model = Llama(config)
     except RuntimeError:
-        raise UserError(f"{folder / CONFIG}: the sizes are impossible, no memory holds them") from None
+        raise UserError(f"{folder / CONFIG}: sizes that no memory could hold") from None
     head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     _compare(folder, config, dict(model.named_parameters()), found)
     shard = file = None
     for k, slot in found.items():
         if file != slot.file:
-            shard, file = _open(slot.file), slot.file
+            shard, file = safe_open(slot.file, "pt"), slot.file
         x = shard.get_tensor(k)
         placed = x.to(device, dtype or x.dtype)
         _check_finite(placed, f"{file}: {k}")
@@ -302,29 +292,21 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -
         if placed is not x:
             shard = x = file = None  # opened anew for the next: the pages read so far can go
     if head is not None:
-        x = _open(head.file).get_tensor("lm_head.weight")
+        x = safe_open(head.file, "pt").get_tensor("lm_head.weight")
         if not torch.equal(x.to(device, model.head.dtype), model.head):
-            raise UserError(f"{folder}: tie_word_embeddings in config.json is true, but lm_head.weight "
-                            "is not model.embed_tokens.weight; set it to false to use both")
+            raise UserError(f"{folder}: tie_word_embeddings in config.json is true, but "
+                            "lm_head.weight is not model.embed_tokens.weight; false would use both")
     return model
 
 
-def _open(file: Path) -> Any:
-    """A safetensors file mapped into memory, its header checked by the library."""
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: cannot be read ({e}); fetch it again") from None
-
-
-def _compare(folder: Path, config: ModelConfig, wanted: dict[str, Tensor], found: dict[str, Slot]) -> None:
-    """UserError unless the files hold exactly the config's tensors, in its shapes, as real numbers."""
+def _compare(folder: Path, config: ModelConfig, wanted: dict[str, Tensor],
+             found: dict[str, Slot]) -> None:
+    """UserError unless the files hold just the config's tensors, in its shapes, as real numbers."""
     if missing := [k for k in wanted if k not in found]:
-        hint = ", or tie_word_embeddings in config.json should be true" * (missing == ["lm_head.weight"])
-        raise UserError(f"{folder}: no {_five(missing)} in the files; the model is not complete{hint}")
+        hint = ", or tie_word_embeddings should be true" if missing == ["lm_head.weight"] else ""
+        raise UserError(f"{folder}: no {_five(missing)} in the files; they are not complete{hint}")
     if extra := [k for k in found if k not in wanted]:
-        raise UserError(f"{folder}: {_five(extra)} in the files, which config.json does not ask for; "
-                        "computed without, the model would be another")
+        raise UserError(f"{folder}: {_five(extra)} in the files, but not in config.json's model")
     words = {n: k for k, n in reversed(vars(config).items()) if type(n) is int}
     for k, p in wanted.items():
         shape, slot = tuple(p.shape), found[k]
@@ -333,22 +315,22 @@ def _compare(folder: Path, config: ModelConfig, wanted: dict[str, Tensor], found
             by = f" by {words[odd[0]]}" if odd else ""
             raise UserError(f"{slot.file}: {k} is {slot.shape}, config.json expects {shape}{by}")
         if slot.dtype not in DTYPES:
-            raise UserError(f"{slot.file}: {k} is {slot.dtype}, expected {' '.join(DTYPES)}; take the "
-                            "model in its original precision")
+            raise UserError(f"{slot.file}: {k} is {slot.dtype}, expected {' '.join(DTYPES)}; take "
+                            "the model in its original precision")
 
 
 def _check_finite(x: Tensor, what: str) -> None:
     """UserError if x holds a NaN or an infinity; one pass, no copy."""
     if not torch.stack(torch.aminmax(x.detach())).isfinite().all():
-        raise UserError(f"{what} holds NaN or infinite numbers as {str(x.dtype)[6:]}; fetch it again, "
-                        "or take a wider dtype")
+        raise UserError(f"{what} holds NaN or infinity in {x.dtype}; fetch it again or widen it")
 
 
-def save(model: Llama, folder: Path | str, like: Path | str, dtype: torch.dtype | None = None) -> None:
-    """Write a model's folder laid out as `like`: its shards and dtypes (or `dtype`), its other files.
+def save(model: Llama, folder: Path | str, like: Path | str,
+         dtype: torch.dtype | None = None) -> None:
+    """Write a model's folder as `like` is laid out: its shards, dtypes (or `dtype`), other files.
 
-    A `like` without weights, only a shape, gives one file in the model's own dtype. A tied head is not
-    written. UserError if an adapter is attached, or the folder cannot be written.
+    A `like` that is only a shape, without weights, gives one file in the model's own dtype. A tied
+    head is not written. UserError if an adapter is attached, or the folder cannot be written.
     """
     if lora.adapters(model):
         raise UserError(f"{folder}: the model has an adapter; merge it, or save the adapter alone")
@@ -356,7 +338,8 @@ def save(model: Llama, folder: Path | str, like: Path | str, dtype: torch.dtype 
     index = read_json(_inside(like, INDEX)) if (like / INDEX).exists() else None
     before = contents(like) if index or (like / SINGLE).exists() else {}
     state = {k: p.detach() for k, p in model.named_parameters()}
-    kinds = {k: dtype or (DTYPES[before[k].dtype] if k in before else model.head.dtype) for k in state}
+    kept = {k: DTYPES[slot.dtype] for k, slot in before.items() if slot.dtype in DTYPES}
+    kinds = {k: dtype or kept.get(k, model.head.dtype) for k in state}
     shards: dict[str, list[str]] = {slot.file.name: [] for slot in before.values()} or {SINGLE: []}
     for k in state:  # what `like` does not have goes to the last shard
         shards[before[k].file.name if k in before else list(shards)[-1]].append(k)
@@ -376,17 +359,18 @@ def save(model: Llama, folder: Path | str, like: Path | str, dtype: torch.dtype 
 
 
 def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: int) -> None:
-    """Write the folder of a model that has learned nothing: that shape, random float32 weights of that seed."""
+    """Write the folder of a model that has learned nothing: float32 weights drawn from a seed."""
     model, folder = Llama(config), Path(folder)
     model.initialise(seed)
     tokenizer.save(folder)
-    words = {**config.to_hf(), "dtype": "float32", "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    words = {**config.to_hf(), "dtype": "float32",
+             "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     (folder / CONFIG).write_text(json.dumps(words, indent=2) + "\n")
     save(model, folder, like=folder)
 
 
 def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path | str) -> None:
-    """Write the attached adapter as a PEFT folder, with the tokenizer of `like`; it belongs on `base`.
+    """Write the attached adapter as a PEFT folder, with the tokenizer of `like`; it goes on `base`.
 
     A base in the hub's cache is named by its id and commit, another folder by its whole path.
     """
@@ -409,8 +393,9 @@ def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dty
     was = vars(ModelConfig.from_hf(words))
     changed = {k: v for k, v in vars(config).items() if v != was[k]}
     if "rope_parameters" in words and changed.keys() & {"rope_theta", "rope_scaling"}:
-        kind = changed.pop("rope_scaling", config.rope_scaling) or {"rope_type": "default"}
-        changed["rope_parameters"] = {**kind, "rope_theta": changed.pop("rope_theta", config.rope_theta)}
+        changed = {k: v for k, v in changed.items() if k not in ("rope_theta", "rope_scaling")}
+        kind = config.rope_scaling or {"rope_type": "default"}
+        changed["rope_parameters"] = {**kind, "rope_theta": config.rope_theta}
     key = "dtype" if "dtype" in words else "torch_dtype"  # transformers 5's word, and 4's
     if dtype is not None and words.get(key) != str(dtype)[6:]:
         changed[key] = str(dtype)[6:]
@@ -423,23 +408,20 @@ def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dty
 
 def _carry(like: Path, aside: Path) -> None:
     """Copy what goes with a model besides its weights."""
-    for pattern in CARRIED:
-        for file in like.glob(pattern):
-            shutil.copyfile(_inside(like, file.name), aside / file.name)
+    for file in [file for pattern in CARRIED for file in like.glob(pattern)]:
+        shutil.copyfile(_inside(like, file.name), aside / file.name)
 
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into; it takes `folder`'s place if all goes well, and goes if something does not."""
+    """A folder to write into: it takes `folder`'s place if all goes well, else it goes."""
     folder = folder.expanduser().resolve()  # a link is followed here, once
     aside, old = (folder.with_name(f".{x}-{folder.name}-{os.getpid()}") for x in ("tmp", "del"))
     try:
         if folder.exists():
-            lost = [f.name for f in folder.iterdir()
-                    if not any(f.match(p) for p in (*MODEL_FILES, "README.md"))]
-            if lost:
-                raise UserError(f"{folder}: holds {_five(sorted(lost))}, which would be lost; name "
-                                "another folder", STORAGE)
+            known = (*MODEL_FILES, "README.md")
+            if lost := [f.name for f in folder.iterdir() if not any(f.match(p) for p in known)]:
+                raise UserError(f"{folder}: {_five(lost)} would be lost; name another", STORAGE)
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
         yield aside
@@ -456,13 +438,13 @@ def _aside(folder: Path) -> Iterator[Path]:
         why = getattr(e, "strerror", None) or e
         raise UserError(f"{folder}: cannot be written ({why})", STORAGE) from e
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    os.fsync(fd)
+    os.close(fd)

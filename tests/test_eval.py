@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -189,7 +190,8 @@ def test_eval_prints_and_writes_the_bits_per_byte_of_transformers(home):
     assert [p.name for p in (home / "written").iterdir()] == ["results.json"]
 
     import sentencepiece
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(home / "run/model/tokenizer.model"))
+    file = home / "run" / "model" / "tokenizer.model"
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
     for result, texts in zip(found["results"], (TEXTS, tiny.SENTENCES), strict=True):
         nats = [by_hand(reference(home / "run" / "model"), pieces.encode(t), 1, 128) for t in texts]
         n_bytes = sum(len(t.encode()) for t in texts)
@@ -201,6 +203,9 @@ def test_eval_prints_and_writes_the_bits_per_byte_of_transformers(home):
         name = result["suite"].removeprefix("text:")
         assert any(line.startswith(name) and f"{result['value']:.4f}" in line
                    for line in done.stdout.splitlines())
+    assert found["results"][1]["files"] == [{
+        "path": f"{home}/eng.txt",
+        "sha256": hashlib.sha256((home / "eng.txt").read_bytes()).hexdigest()}]
     assert found["results"][0]["signature"] == (
         "unit:record.text|start:bos|window:128|dtype:fp32|sum:fp64|ci:documents,1000,12345|"
         "version:1")
@@ -364,9 +369,14 @@ def test_several_prompts_are_printed_one_after_another_and_each_as_alone(home, c
 
 
 def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
-    sampled(home, prompt=["Inka zacu " * 40], max_new_tokens=100)
-    said = capsys.readouterr().err
-    assert "tokens are left out at the start; the context of 128 holds 28" in said
+    prompt = "Inka zacu " * 40
+    sampled(home, prompt=[prompt], max_new_tokens=100, temperature=0.0)
+    said = capsys.readouterr()
+    assert "tokens are left out at the start; the context of 128 holds 28" in said.err
+    tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
+    read = [tokenizer.bos, *tokenizer.encode(prompt)[-27:]]
+    new = [t for _, t in generate(model, [read], Sampling(100, 0), {tokenizer.eos})]
+    assert said.out == prompt + tokenizer.decode(read + new)[len(tokenizer.decode(read)):] + "\n"
 
 
 @pytest.mark.parametrize(("values", "words", "code"), [

@@ -102,20 +102,29 @@ def test_a_shrunk_cache_holds_the_rows_it_says(keep, more):
     assert cache.v[-1, :, -1, -1, -1].tolist() == [2 * (i + 1) for i in order]
 
 
-def test_a_sampled_answer_does_not_change_with_its_neighbours_or_their_order():
+@pytest.mark.parametrize("at_once", [32, 3, 1])
+def test_a_sampled_answer_does_not_change_with_its_neighbours_or_their_order(at_once, monkeypatch):
+    monkeypatch.setattr(g, "ROWS", at_once)
     sampling = Sampling(16, temperature=1.3, top_k=40, top_p=0.95, seed=5)
     alone = [answers([p], sampling)[0] for p in PROMPTS]
     assert answers(PROMPTS, sampling) == alone
     assert answers(PROMPTS[::-1], sampling) == alone[::-1]
-    ending = {alone[0][3]}
+    ending = {alone[0][3]}  # one leaves early, from each place in turn
     alone = [answers([p], sampling, ending)[0] for p in PROMPTS]
-    assert answers([*PROMPTS[1:], PROMPTS[0]], sampling, ending) == [*alone[1:], alone[0]]
+    for i in range(len(PROMPTS)):
+        turned, wanted = PROMPTS[i:] + PROMPTS[:i], alone[i:] + alone[:i]
+        assert answers(turned, sampling, ending) == wanted
 
 
 def test_a_seed_gives_the_same_answer_again_and_another_seed_another():
     first = answers(PROMPTS, Sampling(12, seed=1))
     assert answers(PROMPTS, Sampling(12, seed=1)) == first
     assert all(a != b for a, b in zip(first, answers(PROMPTS, Sampling(12, seed=2)), strict=True))
+
+
+def test_prompts_and_seeds_draw_from_streams_of_their_own():
+    streams = g.random_streams([[1, 2], [1, 3], [1], [1, 2]], 1) + g.random_streams([[1, 2]], 2)
+    assert len({s.random() for s in streams}) == len(streams)
 
 
 def test_copies_of_a_prompt_get_different_answers_and_the_first_is_the_one_it_gets_alone():
@@ -237,6 +246,14 @@ def test_what_cannot_be_generated_is_refused_in_one_line():
     assert answers([], Sampling(4)) == []
 
 
-def test_what_runs_between_two_tokens_still_has_gradients():
+def test_gradients_are_off_inside_and_on_between_two_tokens(monkeypatch):
+    choose, inside = g.choose, []
+
+    def watched(*args):
+        inside.append(torch.is_inference_mode_enabled())
+        return choose(*args)
+
+    monkeypatch.setattr(g, "choose", watched)
     for _ in generate(ours(), [[1, 2]], Sampling(3)):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert inside == [True] * 3

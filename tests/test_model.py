@@ -1,4 +1,4 @@
-"""The model against transformers' on every shape, packed rows against separate ones, a cache against none."""
+"""The model against transformers' on every shape; packed against separate; a cache against none."""
 
 import itertools
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import model as model_module
 import optim
@@ -38,9 +39,6 @@ def shifted(ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)
 
 
-# Against transformers
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_are_those_of_transformers(shape):
     peer, model = both(shape)
@@ -56,7 +54,8 @@ def test_logits_loss_and_gradients_are_those_of_transformers(shape):
     mine = {k: p.grad for k, p in model.named_parameters()}
     assert mine.keys() == theirs.keys()
     for k in mine:
-        torch.testing.assert_close(mine[k], theirs[k], rtol=1e-4, atol=1e-5, msg=lambda m, k=k: f"{k}: {m}")
+        torch.testing.assert_close(mine[k], theirs[k], rtol=1e-4, atol=1e-5,
+                                   msg=lambda m, k=k: f"{k}: {m}")
 
 
 @pytest.mark.parametrize("shape", ["llama1", "llama31", "llama32", "biases"])
@@ -64,7 +63,7 @@ def test_twenty_adamw_steps_lose_what_transformers_loses(shape):
     peer, model = both(shape)
     peer.train()
     model.train()
-    theirs = torch.optim.AdamW(peer.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=False)
+    theirs = torch.optim.AdamW(peer.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     mine = optim.adamw(model, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for group in mine.param_groups:
         group["weight_decay"] = 0.1  # ours spares norms and biases; here the same for all
@@ -93,10 +92,10 @@ def test_names_and_shapes_are_those_of_transformers_and_config_words_survive(sha
         del wanted["lm_head.weight"]
     assert {k: p.shape for k, p in state.items()} == wanted
     assert ModelConfig.from_hf(config.to_hf()) == config
-    assert ModelConfig.from_hf(peer.config.to_dict()) == config  # transformers 5's words for the same
+    assert ModelConfig.from_hf(peer.config.to_dict()) == config  # in transformers 5's words
     again = transformers.LlamaConfig(**config.to_hf())
-    for word in ("head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
-                 "mlp_bias", "max_position_embeddings"):
+    for word in ("head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
+                 "attention_bias", "mlp_bias", "max_position_embeddings"):
         assert getattr(again, word) == getattr(peer.config, word), word
     assert again.rope_parameters.items() <= peer.config.rope_parameters.items()
 
@@ -107,7 +106,7 @@ def test_rotary_frequencies_are_those_of_transformers_at_published_sizes(shape):
                         max_position_embeddings=131072)
     if shape == "llama31":
         words["rope_scaling"] = {**tiny.LLAMA3_ROPE, "original_max_position_embeddings": 8192}
-    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**words))
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**words))
     mine = model_module.rotary_frequencies(ModelConfig.from_hf(words), torch.device("cpu"))
     torch.testing.assert_close(mine, theirs.inv_freq, rtol=1e-6, atol=0)
 
@@ -124,9 +123,6 @@ def test_bf16_products_stay_near_float32_and_logits_come_as_float32():
     assert abs(near.sum() / 78 - exact.sum() / 78) < 2 * abs(theirs - exact.sum() / 78) + 0.01
     doc, pos = torch.zeros_like(ids), torch.arange(40).expand_as(ids)
     assert model(ids, doc, pos).dtype == torch.float32
-
-
-# What is refused
 
 
 @pytest.mark.parametrize(("change", "says"), [
@@ -158,7 +154,8 @@ def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(change, says
 
 
 def test_any_word_of_any_kind_is_refused_or_harmless():
-    for key, value in itertools.product(tiny.config("llama31"), [0, -1, 10**12, 1e12, "x", None, [], {}, [1], True]):
+    values = [0, -1, 10**12, 1e12, "x", None, [], {}, [1], True]
+    for key, value in itertools.product(tiny.config("llama31"), values):
         words = tiny.config("llama31", **{key: value})
         try:
             ModelConfig.from_hf(words)
@@ -166,18 +163,16 @@ def test_any_word_of_any_kind_is_refused_or_harmless():
             assert "config.json" in str(e)
 
 
-# Packed rows
-
-
 def packed(lengths: list[int], rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """doc and pos (rows, width) of documents of these lengths laid end to end; what is left is a tail."""
+    """doc and pos (rows, width) of documents laid end to end; what is left is a tail."""
     doc, pos = torch.full((rows, width), -1), torch.zeros(rows, width, dtype=torch.long)
     at = n = 0
     for length in lengths:
         while length and at < rows * width:
             row, column = divmod(at, width)
             part = min(length, width - column)
-            doc[row, column : column + part], pos[row, column : column + part] = n, torch.arange(part)
+            doc[row, column : column + part] = n
+            pos[row, column : column + part] = torch.arange(part)
             at, length, n = at + part, length - part, n + 1  # a cut document goes on as another
     return doc, pos
 
@@ -207,9 +202,11 @@ def test_changing_a_document_leaves_its_neighbours_untouched(path, monkeypatch):
         changed = torch.zeros_like(doc, dtype=torch.bool)
         changed[row] = doc[row] == doc[row, column]
         other = torch.where(changed, tiny.tokens(2, 40, seed=2), ids)
-        device = model.device
-        with torch.set_grad_enabled(path == "recompute"):  # activations are forgotten only where there is a gradient
-            a, b = (tiny.logits(model, x.to(device), doc.to(device), pos.to(device)).cpu() for x in (ids, other))
+        found = []
+        with torch.set_grad_enabled(path == "recompute"):  # only a gradient makes it forget
+            for x in (ids, other):
+                found.append(tiny.logits(model, *(y.to(model.device) for y in (x, doc, pos))).cpu())
+        a, b = found
         assert torch.equal(a[~changed], b[~changed])
         assert not torch.equal(a[changed], b[changed]) or torch.equal(ids, other)
 
@@ -274,13 +271,11 @@ def test_the_next_logits_are_those_of_each_rows_last_token_in_a_document():
         torch.testing.assert_close(model(ids, doc, pos), torch.stack([every[0, 19], every[1, 12]]))
 
 
-# The cache
-
-
-def read(model: Llama, cache: KVCache, ids: torch.Tensor, at: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Read ids (B,T) at positions `at` (B,) on; where not `real` they are padding. Next logits (B,V)."""
-    pos = at[:, None] + torch.arange(ids.shape[1])
-    return model(ids, torch.where(real, 0, -1), pos, cache=cache)
+def read(model: Llama, cache: KVCache, ids: torch.Tensor, real: torch.Tensor | None = None):
+    """Next logits (B,V) after ids (B,T) behind what the cache holds; not `real`: padding."""
+    pos = cache.length[:, None] + torch.arange(ids.shape[1])
+    doc = torch.zeros_like(ids) if real is None else torch.where(real, 0, -1)
+    return model(ids, doc, pos, cache=cache)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -293,46 +288,51 @@ def test_a_cache_read_token_by_token_gives_the_logits_of_the_whole(shape):
             some = ids[rows]
             cache = KVCache(model.config, len(some), 24, "cpu", torch.float32)
             for t in range(24):
-                now = read(model, cache, some[:, t : t + 1], cache.length, torch.ones(len(some), 1, dtype=torch.bool))
+                now = read(model, cache, some[:, t : t + 1])
                 torch.testing.assert_close(now, whole[rows, t], rtol=1e-5, atol=1e-5)
             assert cache.length.tolist() == [24] * len(some)
 
 
 @settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), parts=st.lists(st.integers(1, 5), max_size=3))
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+       parts=st.lists(st.integers(1, 5), max_size=3))
 def test_ragged_rows_read_in_parts_give_the_logits_of_each_row_alone(lengths, parts):
     model = tiny.ours(tiny.peer("llama31"), "llama31")
     B, longest = len(lengths), max(lengths)
     ids = tiny.tokens(B, longest + sum(parts) + 1)
     cache = KVCache(model.config, B, longest + sum(parts), "cpu", torch.float32)
-    at = torch.zeros(B, dtype=torch.long)
     real = torch.arange(longest) < torch.tensor(lengths)[:, None]
     with torch.no_grad():
-        now = read(model, cache, torch.where(real, ids[:, :longest], 0), at, real)
-        read_so_far = [ids[i, :n] for i, n in enumerate(lengths)]
+        now = read(model, cache, torch.where(real, ids[:, :longest], 0), real)
+        seen = [ids[i, :n] for i, n in enumerate(lengths)]
         for width in [0, *parts]:
             if width:
-                more = torch.stack([ids[i, len(x) : len(x) + width] for i, x in enumerate(read_so_far)])
-                now = read(model, cache, more, cache.length, torch.ones(B, width, dtype=torch.bool))
-                read_so_far = [torch.cat(x) for x in zip(read_so_far, more, strict=True)]
-            assert cache.length.tolist() == [len(x) for x in read_so_far]
-            for i, x in enumerate(read_so_far):
-                torch.testing.assert_close(now[i], tiny.logits(model, x[None])[0, -1], rtol=1e-5, atol=1e-5)
+                more = torch.stack([ids[i, len(x) : len(x) + width] for i, x in enumerate(seen)])
+                now = read(model, cache, more)
+                seen = [torch.cat(x) for x in zip(seen, more, strict=True)]
+            assert cache.length.tolist() == [len(x) for x in seen]
+            for i, x in enumerate(seen):
+                alone = tiny.logits(model, x[None])[0, -1]
+                torch.testing.assert_close(now[i], alone, rtol=1e-5, atol=1e-5)
 
 
-# The rest
-
-
-def test_recomputing_activations_changes_no_gradient():
+def test_recomputing_activations_keeps_few_of_them_and_changes_no_gradient():
     model = tiny.ours(tiny.peer("biases"), "biases").train()
     ids = tiny.tokens(2, 30)
     doc, pos = packed([11, 19, 30], 2, 30)
-    found = []
+    gradients, kept = [], []
     for model.model.recompute in (False, True):
         model.zero_grad()
-        model(ids, doc, pos, shifted(ids)).sum().backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        held: list[int] = []
+        note = torch.autograd.graph.saved_tensors_hooks(
+            lambda x, held=held: held.append(x.nbytes) or x, lambda x: x)
+        with note:
+            loss = model(ids, doc, pos, shifted(ids)).sum()
+        kept.append(sum(held))
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
 
 
 def test_flops_per_token_are_those_torch_counts_in_the_products():

@@ -1,4 +1,4 @@
-"""Folders in and out against safetensors, transformers and peft; and every way a folder can be wrong."""
+"""Folders in and out against safetensors, transformers and peft, and every way one can be wrong."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -20,10 +21,10 @@ import lora
 import tiny
 import weights
 from log import STORAGE, UserError
-from model import ModelConfig
 
 SHAPES = list(tiny.SHAPES)
 IDS = tiny.tokens(2, 40)
+CONFIG = "adapter_config.json"
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -89,25 +90,33 @@ def logits(model) -> torch.Tensor:
 def peers_logits(folder: Path) -> torch.Tensor:
     """transformers' logits for IDS, of the folder as it opens it."""
     with torch.no_grad():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model(IDS).logits
 
 
-# There and back
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal to 1e-5."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two folders hold the same tensors, bit for bit and in dtype, in the same files."""
+    before, after = tensors(a), tensors(b)
+    return {f: x.keys() for f, x in before.items()} == {f: x.keys() for f, x in after.items()} \
+        and all(torch.equal(x, after[f][k]) and x.dtype == after[f][k].dtype
+                for f, here in before.items() for k, x in here.items())
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loading_computes_what_transformers_does_and_saving_gives_back_the_same_files(made, tmp_path, shape, sharded):
+def test_loading_computes_what_transformers_does_and_saving_gives_it_back(
+        made, tmp_path, shape, sharded):
     folder = made(shape, sharded)
     model, tokenizer = weights.load(folder)
-    torch.testing.assert_close(logits(model), peers_logits(folder), rtol=1e-5, atol=1e-5)
+    close(logits(model), peers_logits(folder))
     assert tokenizer.encode("Muraho neza") and all(p.requires_grad for p in model.parameters())
     weights.save(model, tmp_path / "out", like=folder)
-    before, after = tensors(folder), tensors(tmp_path / "out")
-    assert (len(before) > 1) == sharded and before.keys() == after.keys()
-    for file, here in before.items():
-        assert here.keys() == after[file].keys()
-        assert all(torch.equal(x, after[file][k]) and x.dtype == after[file][k].dtype for k, x in here.items())
+    assert (len(tensors(folder)) > 1) == sharded and same(folder, tmp_path / "out")
     assert {f.name for f in folder.iterdir()} == {f.name for f in (tmp_path / "out").iterdir()}
     for file in folder.iterdir():
         if file.name == weights.INDEX:
@@ -125,34 +134,33 @@ def test_the_files_dtype_comes_back_whatever_it_was_computed_in(made, tmp_path, 
         model, _ = weights.load(folder, dtype=dtype, tokenizer=False)
         assert {p.dtype for p in model.parameters()} == {dtype or torch.bfloat16}
         weights.save(model, tmp_path / "out", like=folder)
-        before, after = tensors(folder), tensors(tmp_path / "out")
-        assert all(torch.equal(x, after[f][k]) and x.dtype == after[f][k].dtype
-                   for f, here in before.items() for k, x in here.items())
-        assert (folder / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()
+        assert same(folder, tmp_path / "out")
+        a, b = (x / "config.json" for x in (folder, tmp_path / "out"))
+        assert a.read_bytes() == b.read_bytes()
 
 
 def test_another_dtype_is_written_and_said_in_the_config_if_asked_for(made, tmp_path):
     folder = made("llama32", True, dtype=torch.bfloat16)
     weights.save(weights.load(folder)[0], tmp_path / "out", like=folder, dtype=torch.float16)
-    assert {x.dtype for here in tensors(tmp_path / "out").values() for x in here.values()} == {torch.float16}
+    written = [x for here in tensors(tmp_path / "out").values() for x in here.values()]
+    assert {x.dtype for x in written} == {torch.float16}
     a, b = (json.loads((x / "config.json").read_text()) for x in (folder, tmp_path / "out"))
     assert a.pop("dtype") == "bfloat16" and b.pop("dtype") == "float16" and a == b
     index = json.loads((tmp_path / "out" / weights.INDEX).read_text())
-    assert index["metadata"]["total_size"] == sum(x.nbytes for here in tensors(tmp_path / "out").values()
-                                                  for x in here.values())
-    torch.testing.assert_close(logits(weights.load(tmp_path / "out")[0]), peers_logits(tmp_path / "out"),
-                               rtol=1e-5, atol=1e-5)
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in written)
+    close(logits(weights.load(tmp_path / "out")[0]), peers_logits(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_config_in_the_words_of_the_published_models_loads_the_same(copy, shape):
     folder = copy(shape)
     (folder / "config.json").write_text(json.dumps(tiny.config(shape)))
-    torch.testing.assert_close(logits(weights.load(folder)[0]), peers_logits(folder), rtol=1e-5, atol=1e-5)
+    close(logits(weights.load(folder)[0]), peers_logits(folder))
 
 
 def test_tied_weights_are_stored_once_and_a_copy_in_the_file_must_be_the_same(copy, tmp_path):
-    folder = edit(copy("llama32"), lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    folder = edit(copy("llama32"), lambda t: t.update(
+        {"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     model, _ = weights.load(folder, dtype=torch.bfloat16)
     weights.save(model, tmp_path / "out", like=folder)
     assert "lm_head.weight" not in tensors(tmp_path / "out")["model.safetensors"]
@@ -162,8 +170,9 @@ def test_tied_weights_are_stored_once_and_a_copy_in_the_file_must_be_the_same(co
 
 
 def test_old_rotary_buffers_are_left_aside(copy):
-    folder = edit(copy(), lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    torch.testing.assert_close(logits(weights.load(folder)[0]), peers_logits(folder), rtol=1e-5, atol=1e-5)
+    folder = edit(copy(), lambda t: t.update(
+        {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    close(logits(weights.load(folder)[0]), peers_logits(folder))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for its memory maps")
@@ -186,8 +195,8 @@ def test_a_model_is_mapped_from_its_file_and_training_it_never_writes_there(made
 @pytest.mark.skipif(sys.platform != "linux", reason="units of ru_maxrss")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_loading_takes_the_memory_of_the_result(tmp_path, dtype):
-    tiny.folder(tmp_path / "m", dtype=torch.bfloat16, vocab_size=2000, hidden_size=1024, intermediate_size=4096,
-                num_hidden_layers=6, num_attention_heads=8)
+    tiny.folder(tmp_path / "m", dtype=torch.bfloat16, vocab_size=2000, hidden_size=1024,
+                intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8)
     code = f"""if True:
         import resource, torch, weights, model, tokenizer
         from safetensors import safe_open
@@ -213,9 +222,6 @@ def test_reading_a_folder_never_touches_the_network(made, monkeypatch):
     assert weights.load(made("llama3", True))[1] is not None
 
 
-# Saving
-
-
 def test_only_the_words_that_changed_change_in_the_config(made, tmp_path):
     folder = made("llama31")
     model, _ = weights.load(folder, dtype=None)
@@ -226,20 +232,18 @@ def test_only_the_words_that_changed_change_in_the_config(made, tmp_path):
     assert b.pop("vocab_size") == tiny.V + 16 and a.pop("vocab_size") == tiny.V and a == b
     with torch.no_grad():
         torch.testing.assert_close(peers_logits(tmp_path / "out"), bigger(IDS).logits)
-    words_ = {**vars(model.config), "rope_theta": 20000.0, "rope_scaling": None}
-    weights.save(type(grown)(ModelConfig(**words_)).requires_grad_(False), tmp_path / "rope", like=folder) \
-        if False else None
-    model.config = ModelConfig(**words_)
+    model.config = replace(model.config, rope_theta=20000.0, rope_scaling=None)
     weights.save(model, tmp_path / "rope", like=folder)
     b = json.loads((tmp_path / "rope" / "config.json").read_text())
-    assert b["rope_parameters"] == {"rope_type": "default", "rope_theta": 20000.0} and "rope_scaling" not in b
+    assert b["rope_parameters"] == {"rope_type": "default", "rope_theta": 20000.0}
+    assert "rope_scaling" not in b and "rope_theta" not in b
     assert weights.read_config(tmp_path / "rope") == model.config
 
 
 def test_a_shape_without_weights_gives_one_file_in_the_models_dtype(made, tmp_path):
     like = tmp_path / "shape"
     like.mkdir()
-    (like / "config.json").write_text(json.dumps({**tiny.config("llama32"), "torch_dtype": "float16"}))
+    (like / "config.json").write_text(json.dumps(tiny.config("llama32", torch_dtype="float16")))
     tiny.write_tokenizer(like)
     model = tiny.ours(tiny.peer("llama32"), "llama32")
     weights.save(model, tmp_path / "out", like=like)
@@ -273,8 +277,9 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(made, tmp_path):
         assert sorted(f.name for f in out.iterdir()) == sorted([name, "config.json"])
 
 
-@pytest.mark.parametrize("why", [OSError(28, "No space left on device"),
-                                 weights.SafetensorError("I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize("why", [
+    OSError(28, "No space left on device"),
+    weights.SafetensorError("I/O error: No space left on device (os error 28)")])
 def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(copy, monkeypatch, why):
     folder = copy("llama3", True)
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
@@ -295,6 +300,22 @@ def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(copy, mo
     assert [x.name for x in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_rename_that_fails_gives_the_older_model_its_name_back(copy, monkeypatch):
+    folder = copy()
+    model, _ = weights.load(folder)
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.name.startswith(".tmp-"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    assert "Input/output error" in refusal(weights.save, model, folder, folder)
+    assert [x.name for x in folder.parent.iterdir()] == [folder.name]
+    assert weights.load(folder)
+
+
 def test_a_place_that_cannot_be_written_is_said_in_one_line(made, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "out", tmp_path / "file"):
@@ -304,7 +325,8 @@ def test_a_place_that_cannot_be_written_is_said_in_one_line(made, tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
-@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0, 0o666, 0o777)])
+@pytest.mark.parametrize(("umask", "file", "folder"), [
+    (0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0, 0o666, 0o777)])
 def test_modes_are_what_the_umask_leaves(made, tmp_path, umask, file, folder):
     model, _ = weights.load(made("llama3", True))
     old = os.umask(umask)
@@ -320,8 +342,8 @@ def test_a_link_is_followed_once_and_stays_a_link(made, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "model")
     weights.save(weights.load(made())[0], tmp_path / "out", like=made())
-    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "model" / "config.json").exists()
-    assert weights.load(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and weights.load(tmp_path / "out")
+    assert (tmp_path / "disk" / "model" / "config.json").exists()
 
 
 def test_a_dtype_too_narrow_for_a_weight_is_refused_both_ways(copy, tmp_path):
@@ -333,11 +355,9 @@ def test_a_dtype_too_narrow_for_a_weight_is_refused_both_ways(copy, tmp_path):
     assert Q in said and "float16" in said
 
 
-# What is refused: where the model should be
-
-
-@pytest.mark.parametrize("name", ["", "no-such-folder", "/no/such/folder", "a b/c", "../x/y", "org/name/more", "org/", "~nobody/x",
-                                  "https://huggingface.co/org/name", "org/name@"])
+@pytest.mark.parametrize("name", [
+    "", "no-such-folder", "/no/such/folder", "a b/c", "../x/y", "org/name/more", "org/",
+    "~nobody/x", "https://huggingface.co/org/name", "org/name@"])
 def test_what_is_no_folder_and_no_hub_id_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = refusal(weights.find, name)
@@ -349,7 +369,7 @@ def test_a_folder_of_other_things_is_refused(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     said = refusal(weights.load, "out/kin")  # a slip of the pen, not a model of the user `out`
-    assert "no such folder in out" in said and "out/kin@main" in said
+    assert "not in out" in said and "out/kin@main" in said
     assert "no such folder" in refusal(weights.load, made() / "config.json")
 
 
@@ -372,7 +392,7 @@ def test_weights_that_can_run_code_are_refused_unopened(copy, tmp_path):
     import pickle
 
     trap = pickle.dumps(_Trap(tmp_path / "canary"))
-    for name in ("pytorch_model.bin", "consolidated.00.pth", "model.pt", "model.ckpt", "weights.pkl"):
+    for name in ("pytorch_model.bin", "consolidated.00.pth", "model.pt", "model.ckpt", "w.pkl"):
         folder = copy(name=name.replace(".", "-"))
         (folder / "model.safetensors").unlink()
         (folder / name).write_bytes(trap)
@@ -383,7 +403,6 @@ def test_weights_that_can_run_code_are_refused_unopened(copy, tmp_path):
         (folder / "model.safetensors").write_bytes(payload)
         assert "model.safetensors" in refusal(weights.load, folder)
         shutil.move(folder / "model.safetensors", folder / "other.bin")
-        words(folder, "generation_config.json")
         (folder / weights.INDEX).write_text(json.dumps({"weight_map": {Q: "other.bin"}}))
         assert "other.bin" in refusal(weights.load, folder)
     assert not (tmp_path / "canary").exists()
@@ -398,8 +417,9 @@ def test_a_folder_without_weights_says_so(copy):
     assert "no model.safetensors" in said and "no weights at all" in said
 
 
-HOSTILE = ["../canary.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", "x\0.safetensors", None, 7, ["a"],
-           "link.safetensors", "%2e%2e%2fcanary.safetensors", "..\\canary.safetensors", "canary.safetensors\n"]
+HOSTILE = ["../canary.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", None, 7, ["a"],
+           "x\0.safetensors", "link.safetensors", "%2e%2e%2fcanary.safetensors",
+           "..\\canary.safetensors", "canary.safetensors\n"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -409,8 +429,8 @@ def test_a_shard_outside_the_folder_is_refused_and_never_opened(copy, tmp_path, 
     shutil.copy(min(folder.glob("*.safetensors")), canary)
     (folder / "link.safetensors").symlink_to(canary)
     index = json.loads((folder / weights.INDEX).read_text())["weight_map"]
-    opened = []
-    monkeypatch.setattr(weights, "header", lambda file, real=weights.header: opened.append(file.resolve()) or real(file))
+    opened, header = [], weights.header
+    monkeypatch.setattr(weights, "header", lambda x: opened.append(x.resolve()) or header(x))
     words(folder, weights.INDEX, weight_map={**index, min(index): name})
     said = refusal(weights.load, folder)
     assert "outside" in said or "expected .safetensors" in said
@@ -418,7 +438,7 @@ def test_a_shard_outside_the_folder_is_refused_and_never_opened(copy, tmp_path, 
 
 
 def test_a_config_or_a_weights_file_that_is_a_link_out_is_refused(copy, tmp_path):
-    for name in ("config.json", "model.safetensors", "adapter_config.json"):
+    for name in ("config.json", "model.safetensors", CONFIG):
         folder = copy(name=f"of-{name}")
         if (folder / name).exists():
             shutil.move(folder / name, tmp_path / name)
@@ -437,16 +457,13 @@ def test_the_hubs_cache_with_its_links_loads(made, tmp_path):
         shutil.copy(file, repo / "blobs" / f"b{i}")
         (snapshot / file.name).symlink_to(Path("../../blobs") / f"b{i}")
     model, _ = weights.load(snapshot)
-    torch.testing.assert_close(logits(model), peers_logits(made("llama3", True)), rtol=1e-5, atol=1e-5)
+    close(logits(model), peers_logits(made("llama3", True)))
     weights.save(model, tmp_path / "out", like=snapshot)
     assert not any(f.is_symlink() for f in (tmp_path / "out").iterdir())
     lora.attach(model, 2, 4.0, 0.0, ["q_proj"])
     weights.save_adapter(model, tmp_path / "adapter", base=snapshot, like=snapshot)
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    said = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert (said["base_model_name_or_path"], said["revision"]) == ("org/name", "0123abc")
-
-
-# What is refused: tensors
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -456,15 +473,16 @@ def test_every_tensor_is_needed(copy, sharded):
         whole = (folder / file).read_bytes()
         for name in here:
             edit(folder, lambda t, name=name: t.pop(name), file)
-            assert name in refusal(weights.load, folder) or "0 layers" in refusal(weights.load, folder)
+            said = refusal(weights.load, folder)
+            assert name in said or "0 layers" in said
             (folder / file).write_bytes(whole)
     assert weights.load(folder)
 
 
 @pytest.mark.parametrize(("name", "value", "says"), [
-    ("model.layers.0.self_attn.q_proj.bias", torch.zeros(32), "does not ask for"),
+    ("model.layers.0.self_attn.q_proj.bias", torch.zeros(32), "not in config.json's model"),
     ("model.layers.2.mlp.up_proj.weight", torch.zeros(48, 32), "3 layers"),
-    ("transformer.wte.weight", torch.zeros(2), "does not ask for"),
+    ("transformer.wte.weight", torch.zeros(2), "not in config.json's model"),
     (Q, torch.zeros(32, 31), "(32, 31), config.json expects (32, 32)"),
     (Q, torch.zeros(32, 32, 1), "(32, 32, 1)"),
     (Q, torch.zeros(32, 32, dtype=torch.int64), "is I64, expected"),
@@ -480,14 +498,15 @@ def test_a_tensor_that_does_not_fit_is_named(copy, name, value, says):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_number_that_is_none_is_found(copy, bad, dtype):
-    folder = edit(copy(dtype=dtype), lambda t: t["model.layers.1.mlp.up_proj.weight"][17, 5].fill_(bad))
+    folder = edit(copy(dtype=dtype), lambda t: t[Q][17, 5].fill_(bad))
     for taken in (None, torch.float32):
         said = refusal(weights.load, folder, dtype=taken)
-        assert "model.layers.1.mlp.up_proj.weight" in said and "model.safetensors" in said
+        assert Q in said and "model.safetensors" in said
 
 
 def test_many_wrong_tensors_are_five_names_and_a_count(copy):
-    said = refusal(weights.load, edit(copy(), lambda t: [t.pop(k) for k in list(t) if "proj" in k and k != Q]))
+    folder = edit(copy(), lambda t: [t.pop(k) for k in list(t) if "proj" in k and k != Q])
+    said = refusal(weights.load, folder)
     assert said.count("model.layers.") == 5 and "and 8 more" in said
 
 
@@ -523,11 +542,9 @@ def test_two_sets_of_weights_in_one_folder_are_refused(copy, made):
     folder = copy("llama3", True)
     shutil.copy(made("llama3") / "model.safetensors", folder)
     assert "remove the one that is not meant" in refusal(weights.load, folder)
-    words(folder, weights.INDEX, weight_map=dict.fromkeys(tensors(made("llama3"))["model.safetensors"], "model.safetensors"))
+    names = tensors(made("llama3"))["model.safetensors"]
+    words(folder, weights.INDEX, weight_map=dict.fromkeys(names, "model.safetensors"))
     assert weights.load(folder)
-
-
-# What is refused: damaged files
 
 
 def test_a_file_cut_short_anywhere_is_refused_with_both_sizes(tmp_path, copy):
@@ -535,10 +552,10 @@ def test_a_file_cut_short_anywhere_is_refused_with_both_sizes(tmp_path, copy):
     st.save_file({f"t{i}": torch.randn(4, 40) for i in range(4)}, file)
     whole, cut = file.read_bytes(), tmp_path / "cut.safetensors"
     assert len(whole) > 2000
-    for n in range(len(whole)):
-        cut.write_bytes(whole[:n])
-        said = refusal(weights.header, cut)
-        assert f"{n} bytes" in said
+    cut.write_bytes(whole)
+    for n in reversed(range(len(whole))):
+        os.truncate(cut, n)
+        assert f"{n} bytes" in refusal(weights.header, cut)
     cut.write_bytes(whole + b"\0")
     assert "added to" in refusal(weights.header, cut)
     cut.write_bytes(whole)
@@ -558,11 +575,12 @@ ONE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"\0" * 7, b"\xff" * 8, struct.pack("<Q", 1 << 63) + b"{}", struct.pack("<Q", (100 << 20) + 1) + b"{}",
-    with_header(b"not json"), with_header(b"[]"), with_header(b"\xff\xfe{}"), with_header(b"[" * 100000),
+    b"", b"\0" * 7, b"\xff" * 8, struct.pack("<Q", 1 << 63) + b"{}",
+    struct.pack("<Q", (100 << 20) + 1) + b"{}", with_header(b"not json"), with_header(b"[]"),
+    with_header(b"\xff\xfe{}"), with_header(b"[" * 100000),
     with_header(b'{"a":1}'), with_header(b'{"a":{"dtype":"F32"}}'), with_header(b'{"a":null}'),
     with_header(ONE + b'"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'),  # twice
-    with_header(ONE + b'"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}', b"\0" * 12),  # overlap
+    with_header(ONE + b'"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}', b"\0" * 12),
     with_header(ONE + b'"b":{"dtype":"F32","shape":[1],"data_offsets":[12,16]}}'),  # hole
     with_header(ONE + b'"b":{"dtype":"F32","shape":[3],"data_offsets":[8,16]}}'),  # shape
     with_header(ONE + b'"b":{"dtype":"F31","shape":[2],"data_offsets":[8,16]}}'),  # dtype
@@ -572,12 +590,12 @@ ONE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
     with_header(ONE + b'"b":{"dtype":"F32","shape":[1e999],"data_offsets":[8,16]}}'),
     with_header(ONE + b'"b":{"dtype":"F32","shape":[NaN],"data_offsets":[8,16]}}'),
     with_header(ONE + b'"b":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[8,16]}}'),
-    with_header(ONE + b'"b":{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[8,16]}}'),
+    with_header(ONE + b'"b":{"dtype":"F32","shape":[4294967296,429496729],"data_offsets":[8,16]}}'),
 ])
 def test_a_header_that_lies_is_refused(copy, content):
     folder = copy()
     (folder / "model.safetensors").write_bytes(content)
-    assert "model.safetensors" in refusal(weights.load, folder) or True
+    assert "model.safetensors" in refusal(weights.load, folder)
 
 
 def test_random_damage_to_a_header_is_refused_or_changes_nothing_that_is_read(copy):
@@ -589,7 +607,8 @@ def test_random_damage_to_a_header_is_refused_or_changes_nothing_that_is_read(co
     for _ in range(400):
         b = bytearray(whole)
         for _ in range(chance.randint(1, 4)):
-            b[chance.choice([chance.randrange(8), chance.randrange(8, 8 + n)])] = chance.choice(b'0123456789{}[]":,aF\0\xff ')
+            at = chance.choice([chance.randrange(8), chance.randrange(8, 8 + n)])
+            b[at] = chance.choice(b'0123456789{}[]":,aF\0\xff ')
         file.write_bytes(bytes(b))
         try:
             model, _ = weights.load(folder, tokenizer=False)
@@ -603,9 +622,11 @@ def test_random_damage_to_a_header_is_refused_or_changes_nothing_that_is_read(co
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    (b"", "not proper JSON"), (b"{", "not proper JSON"), (b"[]", "expected an object"), (b"\xff\xfe", "not proper JSON"),
-    (b'{"vocab_size": 320, "vocab_size": 320}', "'vocab_size' stands twice"), (b'{"rms_norm_eps": NaN}', "NaN"),
-    (b'{"a": -Infinity}', "-Infinity"), (b'{"a":' * 100000, "JSON|nested"), (b'{"vocab_size": ' + b"9" * 5000 + b"}", "JSON"),
+    (b"", "not proper JSON"), (b"{", "not proper JSON"), (b"[]", "expected an object"),
+    (b"\xff\xfe", "not proper JSON"), (b'{"rms_norm_eps": NaN}', "NaN"),
+    (b'{"vocab_size": 320, "vocab_size": 320}', "'vocab_size' stands twice"),
+    (b'{"a": -Infinity}', "-Infinity"), (b'{"a":' * 100000, "JSON|nested"),
+    (b'{"vocab_size": ' + b"9" * 5000 + b"}", "JSON"),
 ])
 def test_a_config_that_is_no_strict_json_is_refused(copy, text, says):
     folder = copy()
@@ -618,9 +639,11 @@ def test_a_config_that_is_no_strict_json_is_refused(copy, text, says):
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "yarn"),
     ({"vocab_size": 321}, "vocab_size"), ({"hidden_size": 64}, "hidden_size"),
-    ({"intermediate_size": 47}, "intermediate_size"), ({"num_hidden_layers": 3}, "num_hidden_layers"),
-    ({"num_hidden_layers": 1}, "num_hidden_layers"), ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-    ({"num_key_value_heads": 4}, "k_proj"), ({"head_dim": 16}, "q_proj"), ({"attention_bias": True}, "bias"),
+    ({"intermediate_size": 47}, "intermediate_size"),
+    ({"num_hidden_layers": 3}, "num_hidden_layers"),
+    ({"num_hidden_layers": 1}, "num_hidden_layers"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"), ({"num_key_value_heads": 4}, "k_proj"),
+    ({"head_dim": 16}, "q_proj"), ({"attention_bias": True}, "bias"),
     ({"num_attention_heads": 2**30, "num_key_value_heads": 1, "head_dim": 2**30}, "config.json"),
     ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "trust_remote_code": True}, None),
 ])
@@ -652,9 +675,6 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused_and_an_unused_control_tok
     assert weights.load(folder, tokenizer=False)[1] is None
 
 
-# Adapters
-
-
 @pytest.fixture
 def adapter(made, tmp_path):
     """A PEFT adapter made by peft on a base of ours, its peer, and where it lies."""
@@ -662,8 +682,8 @@ def adapter(made, tmp_path):
     torch.manual_seed(3)
     peer = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(base),
-        peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False,
-                        task_type="CAUSAL_LM"))
+        peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"],
+                        init_lora_weights=False, task_type="CAUSAL_LM"))
     peer.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", base, peer.eval()
 
@@ -673,14 +693,14 @@ def test_an_adapter_by_peft_computes_the_same_here(adapter, monkeypatch, tmp_pat
     with torch.no_grad():
         wanted = peer(IDS).logits
     model, tokenizer = weights.load(folder)
-    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    close(logits(model), wanted)
     assert not torch.allclose(logits(model), logits(weights.load(base)[0]), atol=1e-2)
     assert tokenizer.vocab_size == tiny.V  # the base's, the adapter has none
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in k for k in trained)
-    words(folder, "adapter_config.json", base_model_name_or_path="../base")
+    words(folder, CONFIG, base_model_name_or_path="../base")
     monkeypatch.chdir("/")
-    torch.testing.assert_close(logits(weights.load(folder)[0]), wanted, rtol=1e-5, atol=1e-5)
+    close(logits(weights.load(folder)[0]), wanted)
     assert weights.base_of(folder).resolve() == base.resolve()
 
 
@@ -695,7 +715,7 @@ def test_an_adapter_saved_here_computes_the_same_in_peft(adapter, tmp_path):
         torch.testing.assert_close(theirs, peer(IDS).logits, rtol=0, atol=0)
     assert torch.equal(logits(weights.load(tmp_path / "again")[0]), logits(model))
     assert (tmp_path / "again" / weights.ADAPTER).stat().st_mode & 0o777 == \
-        (tmp_path / "again" / "adapter_config.json").stat().st_mode & 0o777
+        (tmp_path / "again" / CONFIG).stat().st_mode & 0o777
 
 
 def test_a_model_with_an_adapter_is_saved_only_once_merged(adapter, tmp_path):
@@ -707,22 +727,22 @@ def test_a_model_with_an_adapter_is_saved_only_once_merged(adapter, tmp_path):
     weights.save(model, tmp_path / "out", like=folder)  # laid out as the adapter's base
     with torch.no_grad():
         merged = peer.merge_and_unload()(IDS).logits
-    torch.testing.assert_close(peers_logits(tmp_path / "out"), merged, rtol=1e-5, atol=1e-5)
+    close(peers_logits(tmp_path / "out"), merged)
 
 
 @pytest.mark.parametrize(("damage", "says"), [
     (lambda a, b: shutil.rmtree(b), "base_model_name_or_path"),
-    (lambda a, b: words(a, "adapter_config.json", base_model_name_or_path=None), "base_model_name_or_path"),
-    (lambda a, b: words(a, "adapter_config.json", base_model_name_or_path=str(a)), "is an adapter itself"),
-    (lambda a, b: (a / "adapter_config.json").write_text("{"), "adapter_config.json: not proper JSON"),
-    (lambda a, b: (a / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: no such file"),
-    (lambda a, b: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "adapter_model.safetensors"),
-    (lambda a, b: os.truncate(a / "adapter_model.safetensors", 2000), "2000 bytes, expected"),
+    (lambda a, b: words(a, CONFIG, base_model_name_or_path=None), "base_model_name_or_path"),
+    (lambda a, b: words(a, CONFIG, base_model_name_or_path=str(a)), "is an adapter itself"),
+    (lambda a, b: (a / CONFIG).write_text("{"), f"{CONFIG}: not proper JSON"),
+    (lambda a, b: (a / weights.ADAPTER).unlink(), f"{weights.ADAPTER}: no such file"),
+    (lambda a, b: (a / weights.ADAPTER).rename(a / "adapter_model.bin"), weights.ADAPTER),
+    (lambda a, b: os.truncate(a / weights.ADAPTER, 2000), "2000 bytes, expected"),
     (lambda a, b: edit(a, lambda t: t[min(t)].fill_(float("nan"))), "NaN"),
     (lambda a, b: edit(a, lambda t: t.pop(min(t))), "missing"),
     (lambda a, b: edit(a, lambda t: t.update({min(t): t[min(t)][:, :-1].clone()})), "expected"),
-    (lambda a, b: words(a, "adapter_config.json", use_dora=True), "use_dora"),
-    (lambda a, b: words(a, "adapter_config.json", r=8), "expected"),
+    (lambda a, b: words(a, CONFIG, use_dora=True), "use_dora"),
+    (lambda a, b: words(a, CONFIG, r=8), "expected"),
 ])
 def test_an_adapter_that_does_not_fit_is_refused(adapter, damage, says):
     folder, base, _ = adapter
@@ -730,12 +750,9 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter, damage, says):
     assert says in refusal(weights.load, folder)
 
 
-# The hub
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands for huggingface_hub.snapshot_download: gives or raises what a test puts here, keeps what it is asked."""
+    """Stands for snapshot_download: gives or raises what a test says, keeps what it is asked."""
     import huggingface_hub
 
     class Hub:
@@ -759,29 +776,44 @@ def test_a_hub_id_fetches_only_what_is_read(hub, made, monkeypatch, tmp_path):
     hub.answer = made()
     assert weights.find("org/some-model_1.1@v1.0") == made()
     assert hub.asked["repo"] == "org/some-model_1.1" and hub.asked["revision"] == "v1.0"
-    wanted = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors",
-              "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-              "special_tokens_map.json", "chat_template.jinja", "adapter_config.json", "adapter_model.safetensors",
-              "LICENSE.txt", "USE_POLICY.md"]
-    others = ["pytorch_model.bin", "original/consolidated.00.pth", "original/tokenizer.model", "model.fp16.safetensors",
-              "original/config.json", "onnx/model.safetensors", "consolidated.safetensors", "README.md", "evil.py",
-              "modeling_llama.py", "training_args.bin", "gguf/model.gguf", "flax_model.msgpack", "optimizer.pt"]
-    taken = filter_repo_objects(wanted + others, allow_patterns=hub.asked["allow_patterns"],
-                                ignore_patterns=hub.asked["ignore_patterns"])
+    wanted = """config.json generation_config.json model-00001-of-00002.safetensors
+        model.safetensors model.safetensors.index.json tokenizer.json tokenizer.model
+        tokenizer_config.json special_tokens_map.json chat_template.jinja adapter_config.json
+        adapter_model.safetensors LICENSE.txt USE_POLICY.md""".split()
+    others = """pytorch_model.bin original/consolidated.00.pth original/tokenizer.model README.md
+        model.fp16.safetensors original/config.json onnx/model.safetensors consolidated.safetensors
+        evil.py modeling_llama.py training_args.bin gguf/model.gguf flax_model.msgpack optimizer.pt
+        """.split()
+    taken = filter_repo_objects(wanted + others, allow_patterns=hub.asked["allow_patterns"])
     assert list(taken) == wanted
 
 
-def errors():
+def test_an_adapter_fetches_its_base_at_the_commit_it_was_trained_on(hub, adapter, monkeypatch):
+    folder, base, _ = adapter
+    hub.answer = base
+    words(folder, CONFIG, base_model_name_or_path="org/name", revision="0123abc")
+    tiny.write_tokenizer(folder)
+    (base / "tokenizer.model").unlink()
+    assert weights.load(folder)[1] is not None  # an adapter's own tokenizer goes first
+    assert (hub.asked["repo"], hub.asked["revision"]) == ("org/name", "0123abc")
+
+
+def errors() -> list[tuple[Exception, str]]:
+    """What huggingface_hub raises, and a word of what we then say."""
     import httpx2
     from huggingface_hub import errors as e
 
     def answer(kind, code):
-        return kind("secret hf_token", response=httpx2.Response(code, request=httpx2.Request("GET", "https://x")))
+        request = httpx2.Request("GET", "https://huggingface.co")
+        return kind("said", response=httpx2.Response(code, request=request))
 
-    return [(answer(e.GatedRepoError, 401), "gated"), (answer(e.RepositoryNotFoundError, 401), "no model on the hub"),
-            (answer(e.RevisionNotFoundError, 404), "no revision 'v1'"), (e.LocalEntryNotFoundError("x"), "cannot be reached"),
-            (answer(e.HfHubHTTPError, 500), "could not be fetched"), (e.HFValidationError("bad\nname"), "bad"),
-            (OSError("disk"), "disk"), (httpx2.ReadTimeout("slow"), "slow")]
+    return [(answer(e.GatedRepoError, 401), "gated"),
+            (answer(e.RepositoryNotFoundError, 401), "no hub model"),
+            (answer(e.RevisionNotFoundError, 404), "no revision 'v1'"),
+            (e.LocalEntryNotFoundError("x"), "cannot be reached"),
+            (answer(e.HfHubHTTPError, 500), "could not be fetched"),
+            (e.HFValidationError("bad\nname"), "bad"), (OSError("disk"), "disk"),
+            (httpx2.ReadTimeout("slow"), "slow")]
 
 
 @pytest.mark.parametrize("which", range(8))

@@ -1,8 +1,8 @@
 """Tiny random models and tokenizers for tests, made by the peers and not by us.
 
-A shape is a config.json in the words of the published ones; the weights are drawn by transformers and
-written by its `save_pretrained`; the tokenizer is learned by sentencepiece. What our code reads here is
-therefore what it will meet, only smaller.
+A shape is a config.json in the words of the published ones; the weights are drawn by transformers
+and written by its `save_pretrained`; the tokenizer is learned by sentencepiece. What our code reads
+here is therefore what it will meet, only smaller.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from model import Llama, ModelConfig
 
 V = 320  # ids: 3 control tokens, 256 bytes, 61 pieces
 
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama1": {},
     "llama2": {"rms_norm_eps": 1e-5, "max_position_embeddings": 128},
     "llama3": {"num_key_value_heads": 2, "rope_theta": 500000.0, "rms_norm_eps": 1e-5},
     "llama31": {"num_key_value_heads": 2, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
-    "llama32": {"num_key_value_heads": 2, "rope_theta": 500000.0, "tie_word_embeddings": True, "head_dim": 16,
-                "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}},
+    "llama32": {"num_key_value_heads": 2, "rope_theta": 500000.0, "tie_word_embeddings": True,
+                "head_dim": 16, "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}},
     "tinyllama": {"num_attention_heads": 8, "num_key_value_heads": 1, "rms_norm_eps": 1e-5},
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
@@ -56,13 +56,14 @@ def config(shape: str = "llama2", **changes: Any) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
-        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32", "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+        "tie_word_embeddings": False,
     }
     return {**words, **SHAPES[shape], **changes}
 
 
 def peer(shape: str = "llama2", seed: int = 0, **changes: Any) -> transformers.LlamaForCausalLM:
-    """transformers' model of a shape, random; strong enough that a mistake in any part shows in the logits."""
+    """transformers' random model of a shape; a mistake anywhere shows in its strong logits."""
     words = config(shape, **changes)
     model = transformers.LlamaForCausalLM._from_config(
         transformers.LlamaConfig(**words), attn_implementation="eager", dtype=torch.float32)
@@ -74,7 +75,7 @@ def peer(shape: str = "llama2", seed: int = 0, **changes: Any) -> transformers.L
 
 
 def ours(peer: transformers.LlamaForCausalLM, shape: str = "llama2", **changes: Any) -> Llama:
-    """Our model of the same shape with the same weights; its config is read from the published words."""
+    """Our model with the same weights; its config is read from the published words."""
     model = Llama(ModelConfig.from_hf(config(shape, **changes)))
     state = peer.state_dict()
     if model.lm_head is None:
@@ -83,11 +84,12 @@ def ours(peer: transformers.LlamaForCausalLM, shape: str = "llama2", **changes: 
     return model.eval()
 
 
-def folder(path: Path, shape: str = "llama2", seed: int = 0, sharded: bool = False, tokenizer: bool = True,
-           dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def folder(path: Path, shape: str = "llama2", seed: int = 0, sharded: bool = False,
+           tokenizer: bool = True, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A model's folder as transformers writes it: one safetensors file, or several and an index."""
     model = peer(shape, seed, **changes).to(dtype)
-    model.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2, max_length=64)
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=1, eos_token_id=2, max_length=64)
     model.save_pretrained(path, max_shard_size="40KB" if sharded else "1GB")
     if tokenizer:
         write_tokenizer(path)
@@ -111,7 +113,8 @@ def pieces() -> bytes:
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES), model_writer=out, vocab_size=V, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2)
+        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False,
+        minloglevel=2)
     return out.getvalue()
 
 
@@ -120,8 +123,9 @@ def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def logits(model: Llama, ids: Tensor, doc: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
-    """Our logits at every token, (B,T) -> (B,T,V); one document a row unless `doc` and `pos` say otherwise."""
+def logits(model: Llama, ids: Tensor, doc: Tensor | None = None,
+           pos: Tensor | None = None) -> Tensor:
+    """Our logits at every token, (B,T) -> (B,T,V); by default a row is one document."""
     doc = torch.zeros_like(ids) if doc is None else doc
     pos = torch.arange(ids.shape[1]).expand_as(ids) if pos is None else pos
     return model.model(ids, doc, pos) @ model.head.T

@@ -1,0 +1,348 @@
+"""Whatever happens while a checkpoint is written, the one before it stays: killed children, full
+disks and damaged bytes, all on real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import checkpoint
+from log import FLAGS, STORAGE, UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+DEAD = 2**22 + 1  # above Linux's largest process id
+
+
+def parts(step: int) -> dict[str, dict[str, Tensor]]:
+    """Tensors of every dtype a run keeps, different at each step."""
+    g = torch.Generator().manual_seed(step)
+    return {"model": {"w": torch.randn(5, 7, generator=g).bfloat16(),
+                      "v": torch.randn(11, generator=g)},
+            "optimizer": {"w/step": torch.tensor(float(step)), "n": torch.tensor([step, -1])},
+            "rng": {"cpu": torch.randint(0, 256, (64,), generator=g, dtype=torch.uint8)}}
+
+
+def save(root: Path, step: int, keep: int = 2) -> Path:
+    return checkpoint.save(root, step, parts(step), {"step": step, "why": "é"}, keep)
+
+
+def assert_whole(folder: Path | None) -> int:
+    """That a checkpoint holds, bit for bit, what was given for its step; which step that is."""
+    assert folder is not None, "no checkpoint left"
+    found, state = checkpoint.read(folder)
+    wanted = parts(state["step"])
+    assert folder.name == f"step-{state['step']:06}" and found.keys() == wanted.keys()
+    for name, tensors in wanted.items():
+        assert found[name].keys() == tensors.keys()
+        for k, x in tensors.items():
+            y = found[name][k]
+            assert (y.dtype, y.shape) == (x.dtype, x.shape) and torch.equal(x, y), k
+    return state["step"]
+
+
+def names(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir())
+
+
+def fork(action: Callable[[], object]) -> int:
+    """The id of a child process that does this, and nothing else."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        action()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(99)
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """How a child that does this ends: its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(action), 0)[1])
+
+
+def fuse(root: Path, at: int, how: str) -> None:
+    """Kill this process at its at-th touch of the disk: before, or after with half written."""
+    count = 0
+
+    def wrap(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+
+        def touch(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == at and how == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*args, **kwargs)
+            if count == at:
+                for file in root.glob(".tmp-*/*"):
+                    os.truncate(file, file.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, name, touch)
+
+    for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"),
+                        (Path, "mkdir"), (Path, "write_text"), (Path, "chmod"),
+                        (safetensors.torch, "save_file")):
+        wrap(owner, name)
+
+
+def test_every_dtype_comes_back_bit_for_bit(tmp_path):
+    root = tmp_path / "checkpoints"
+    assert assert_whole(save(root, 200)) == 200
+    assert names(root) == ["step-000200"]
+    modes = {p.stat().st_mode & 0o777 for p in (root / "step-000200").iterdir()}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == {0o666 & ~umask}
+
+
+def test_a_transposed_and_a_shared_tensor_are_saved_as_they_look(tmp_path):
+    x = torch.arange(6.0).view(2, 3)
+    folder = checkpoint.save(tmp_path, 1, {"a": {"t": x.T, "row": x[1]}}, {}, 2)
+    found = checkpoint.read(folder)[0]["a"]
+    assert torch.equal(found["t"], x.T) and torch.equal(found["row"], x[1])
+
+
+def test_the_newest_are_kept_in_the_order_of_numbers_not_of_letters(tmp_path):
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        save(tmp_path, step, keep=3)
+    assert names(tmp_path) == ["step-1000000", "step-1000001", "step-999999"]
+    assert assert_whole(checkpoint.newest(tmp_path)) == 1_000_001
+
+
+def test_no_root_or_an_empty_one_has_no_newest(tmp_path):
+    assert checkpoint.newest(tmp_path / "none") is None
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_all_is_flushed_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (
+        done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)) and None)
+    monkeypatch.setattr(Path, "rename", lambda a, b: (
+        done.append(f"{a.name} -> {Path(b).name}"), rename(a, b))[1])
+    folder = save(tmp_path, 2)
+    aside = f".tmp-step-000002-{os.getpid()}"
+    named = done.index(f"{aside} -> step-000002")
+    assert set(done[:named]) == {p.name for p in folder.iterdir()} | {aside}
+    assert done[named - 1] == aside and done[named + 1:] == [tmp_path.name]
+
+
+@pytest.mark.parametrize("step", [3, 2])
+def test_a_kill_at_any_touch_of_the_disk_loses_no_earlier_checkpoint(tmp_path, step):
+    """Step 3 is new and drives step 1 out; step 2 is there already and is written again."""
+    ready = tmp_path / "ready"
+    save(ready, 1), save(ready, 2)
+    found, points = [], 0
+    for how in ("before", "half")[:step - 1]:
+        for at in range(1, 100):
+            root = tmp_path / f"{how}-{at}"
+            shutil.copytree(ready, root)
+            code = in_child(lambda root=root, at=at, how=how: (fuse(root, at, how),
+                                                               save(root, step)))
+            assert code in (0, -signal.SIGKILL)
+            newest = assert_whole(checkpoint.newest(root))
+            assert newest >= (2 if step == 3 else 1)
+            assert sum(x.startswith(".") for x in names(root)) <= (1 if step == 3 else 2)
+            save(root, 4)  # the next run goes on, and clears up
+            assert assert_whole(checkpoint.newest(root)) == 4
+            assert not [x for x in names(root) if x.startswith(".")]
+            shutil.rmtree(root)
+            found.append(newest)
+            points += code != 0
+            if code == 0:
+                break
+        else:
+            raise AssertionError("save never came to its end")
+    assert points > 20 * (step - 1)
+    assert {step - 1, step} <= set(found)  # kills on both sides of the rename
+
+
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
+    draw, least = random.Random(0), 1
+    save(tmp_path, 1)
+    for _ in range(20):
+        def forever(step=least):
+            while True:
+                step += 1
+                save(tmp_path, step)
+
+        pid = fork(forever)
+        time.sleep(draw.uniform(0.01, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        found = assert_whole(checkpoint.newest(tmp_path))
+        assert found >= least
+        assert sum(x.startswith(".") for x in names(tmp_path)) <= 1 and len(names(tmp_path)) <= 4
+        least = found
+    assert least > 20
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("two")
+    save(root, 1), save(root, 2)
+    return root
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json",
+         "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_changed_byte_anywhere_is_seen_and_the_earlier_one_taken(two, name, capsys):
+    file = two / "step-000002" / name
+    whole = file.read_bytes()
+    draw = random.Random(name)
+    try:
+        for at in sorted(draw.sample(range(len(whole)), min(len(whole), 60))):
+            for bit in (0, 3, 7):
+                bad = bytearray(whole)
+                bad[at] ^= 1 << bit
+                file.write_bytes(bad)
+                assert assert_whole(checkpoint.newest(two)) == 1, (at, bit)
+        assert f"{two}/step-000002: " in capsys.readouterr().err
+    finally:
+        file.write_bytes(whole)
+    assert assert_whole(checkpoint.newest(two)) == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_shortened_longer_or_missing_file_is_seen(two, name):
+    file = two / "step-000002" / name
+    whole = file.read_bytes()
+    try:
+        for n in range(0, len(whole), 3):
+            file.write_bytes(whole[:n])
+            assert assert_whole(checkpoint.newest(two)) == 1, n
+        file.write_bytes(whole[:len(whole) // 2].ljust(len(whole), b"\0"))  # a torn write
+        assert assert_whole(checkpoint.newest(two)) == 1
+        file.write_bytes(whole + b"x")
+        assert assert_whole(checkpoint.newest(two)) == 1
+        file.unlink()
+        assert assert_whole(checkpoint.newest(two)) == 1
+    finally:
+        file.write_bytes(whole)
+    assert assert_whole(checkpoint.newest(two)) == 2
+
+
+@pytest.mark.parametrize("manifest", [
+    "[]", "3", '"x"', "null", "{}", '{"state.json": 3}', '{"state.json": [1]}',
+    '{"state.json": null}', '{"state.json": {}}', '{"a\\u0000": [1, "x"]}', "[" * 5000,
+    '{"/dev/null": [0, ""]}'])
+def test_a_manifest_that_makes_no_sense_is_no_checkpoint(tmp_path, manifest):
+    save(tmp_path, 1), save(tmp_path, 2)
+    (tmp_path / "step-000002" / "manifest.json").write_text(manifest)
+    assert assert_whole(checkpoint.newest(tmp_path)) == 1
+
+
+def test_all_damaged_means_none_and_each_is_named(two, tmp_path, capsys):
+    shutil.copytree(two, tmp_path / "both")
+    for step in (1, 2):
+        (tmp_path / "both" / f"step-{step:06}" / "state.json").write_text("{}")
+    assert checkpoint.newest(tmp_path / "both") is None
+    said = capsys.readouterr().err
+    assert "step-000001: state.json has 2 bytes, expected" in said and "step-000002: " in said
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing_behind(tmp_path):
+    save(tmp_path, 1), save(tmp_path, 2)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    largest = max(map(len, before.values()))
+    for limit in (0, 1, 7, 8, 9, *random.Random(0).sample(range(10, largest), 25)):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with pytest.raises(UserError) as e:
+                save(tmp_path, 3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert e.value.code == STORAGE
+        assert "step-000003: cannot be written: needs " in str(e.value)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+        assert names(tmp_path) == ["step-000001", "step-000002"]
+    assert assert_whole(save(tmp_path, 3)) == 3
+
+
+def test_one_run_at_a_time_writes_a_folder_and_a_killed_one_lets_go(tmp_path):
+    program = "import sys, checkpoint\nfrom pathlib import Path\n" \
+              "with checkpoint.lock(Path(sys.argv[1])):\n    print('held', flush=True)\n" \
+              "    sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another run is writing there") as e:
+            with checkpoint.lock(tmp_path):
+                raise AssertionError("two hold one lock")
+        assert e.value.code == FLAGS
+        other.kill()
+        other.wait()
+        with checkpoint.lock(tmp_path):
+            pass
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    living = fork(lambda: time.sleep(60))
+    try:
+        for kind in ("tmp", "del"):
+            for pid in (DEAD, os.getpid(), living, os.getppid()):
+                (tmp_path / f".{kind}-step-000001-{pid}").mkdir()
+        (tmp_path / ".tmp-notes").mkdir()
+        (tmp_path / "step-notes").mkdir()
+        save(tmp_path, 5)
+        assert names(tmp_path) == sorted(
+            [f".{kind}-step-000001-{pid}" for kind in ("tmp", "del")
+             for pid in (living, os.getppid())] + [".tmp-notes", "step-000005", "step-notes"])
+    finally:
+        os.kill(living, signal.SIGKILL)
+        os.waitpid(living, 0)
+
+
+def test_links_are_neither_read_nor_written_nor_removed_through(tmp_path):
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    save(outside, 9)
+    canary = outside / "step-000009"
+    before = {p: p.read_bytes() for p in canary.iterdir()}
+    root.mkdir()
+    (root / "step-000009").symlink_to(canary)  # a checkpoint's name
+    (root / "step-000002").symlink_to(tmp_path / "nowhere")
+    (root / f".tmp-step-000003-{DEAD}").symlink_to(canary)  # a leftover's name
+    (root / f".del-step-000003-{DEAD}").symlink_to(canary)
+    assert checkpoint.newest(root) is None
+    for step in (1, 2, 3, 9, 10, 11):  # onto the links, and driving others out
+        assert assert_whole(save(root, step)) == step
+        assert not (root / f"step-{step:06}").is_symlink()
+        assert {p: p.read_bytes() for p in canary.iterdir()} == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_in_a_checkpoints_place_is_put_aside_by_the_checkpoint(tmp_path):
+    (tmp_path / "step-000004").write_text("not a folder")
+    assert assert_whole(save(tmp_path, 4)) == 4
+
+
+def test_what_was_saved_is_what_json_and_safetensors_alone_can_read(tmp_path):
+    folder = save(tmp_path, 7)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest) == set(FILES) - {"manifest.json"}
+    assert json.loads((folder / "state.json").read_text()) == {"step": 7, "why": "é"}

@@ -1,0 +1,77 @@
+"""The shape of the project: imports only go down, modules stay short, and nothing unpickles."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "train": 8, "sample": 8, "eval": 8, "prepare": 8,
+    "run": 7,  # what stands around the loop
+    "corpus": 6, "tasks": 6, "checkpoint": 6,
+    "weights": 5, "generate": 5,
+    "model": 4,
+    "loss": 3,
+    "lora": 2, "data": 2, "optim": 2, "tokenizer": 2, "ranks": 2, "report": 2,
+    "config": 1,
+    "log": 0,
+}
+COMMANDS = {name for name, floor in FLOORS.items() if floor == 8}
+KNOW_KINYARWANDA = {"prepare", "train"}  # train: the demo
+FOREIGN = {"safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tyro", "rich", "jinja2", "matplotlib",
+           "pyarrow"}
+
+
+def imports(path: Path) -> set[str]:
+    """Top names of everything a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def shipped() -> list[Path]:
+    return [*ROOT.glob("*.py"), *ROOT.glob("kinyarwanda/*.py"), *ROOT.glob("bench/*.py")]
+
+
+def test_every_module_has_a_floor():
+    assert {p.stem for p in ROOT.glob("*.py")} == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_imports_only_go_down(name):
+    for other in imports(ROOT / f"{name}.py") & set(FLOORS):
+        assert other not in COMMANDS, f"{name} imports the command {other}"
+        assert FLOORS[other] < FLOORS[name], f"{name} imports {other}"
+    assert "kinyarwanda" not in imports(ROOT / f"{name}.py") or name in KNOW_KINYARWANDA
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_are_short_and_open_with_an_essay(path):
+    assert len(path.read_text().splitlines()) <= 450
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_unpickles_or_runs_text(path):
+    text = path.read_text()
+    for word in (r"\bpickle\b", r"torch\.load\b", r"(?<![.\w])eval\(", r"(?<![.\w])exec\(", "trust_remote_code=True"):
+        assert not re.search(word, text), f"{path.name}: {word}"
+
+
+def test_each_foreign_library_has_one_home():
+    homes: dict[str, set[str]] = {}
+    for path in ROOT.glob("*.py"):
+        for name in imports(path) & FOREIGN:
+            homes.setdefault(name, set()).add(path.stem)
+    # safetensors: weights in folders, adapters, resume points; tyro: its flags, and its mark for positional ones
+    shared = {"safetensors": {"weights", "lora", "checkpoint"}, "tyro": {"config", "prepare"}}
+    for name, where in homes.items():
+        assert len(where) == 1 or where <= shared.get(name, set()), f"{name} in {sorted(where)}"
