@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -98,7 +99,7 @@ def read(path: Path, unit: str = "auto", key: str = "text", max_bytes: int = 64 
                 yield from _txt(f, path, choose_unit(path) if unit == "auto" else unit, max_bytes)
             else:
                 yield from (_jsonl if kind == ".jsonl" else _tsv)(_lines(f, max_bytes), path, key)
-    except (gzip.BadGzipFile, EOFError) as e:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path}: not a whole gzip file ({e})") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
@@ -118,8 +119,11 @@ def texts(path: str | Path, unit: str = "auto", key: str = "text") -> list[str]:
 
 def choose_unit(path: Path) -> str:
     """What a document of this .txt is: a block where blank lines part its beginning, else a line, else the file."""
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-        lines = f.read(1 << 20).strip().split(b"\n")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+            lines = f.read(1 << 20).strip().split(b"\n")
+    except (OSError, EOFError, zlib.error):
+        return "file"  # reading it will say what is wrong
     return "block" if any(not line.strip() for line in lines) else "line" if len(lines) > 1 else "file"
 
 
@@ -186,10 +190,10 @@ def _jsonl(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator
             text = json.loads(raw.text)[key]
             assert isinstance(text, str)
             yield Piece(text, len(text.encode()))
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}, line {n}: not JSON; expected an object with {key!r}") from None
         except UnicodeEncodeError:
             yield Piece("", len(line), "undecodable")  # half a surrogate pair, written as an escape
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}, line {n}: not JSON; expected an object with {key!r}") from None
         except (KeyError, TypeError, AssertionError):
             raise UserError(f"{path}, line {n}: no text under {key!r}; name the key with --text-key") from None
 
@@ -218,6 +222,8 @@ def _parquet(path: Path, key: str) -> Iterator[Piece]:
         if key not in table.schema_arrow.names:
             raise UserError(f"{path}: no column {key!r}; it has {', '.join(table.schema_arrow.names)}; name one with "
                             "--text-key")
+        if (kind := str(table.schema_arrow.field(key).type)) not in ("string", "large_string", "null"):
+            raise UserError(f"{path}: column {key!r} is {kind}, expected text; name another with --text-key")
         for batch in table.iter_batches(1024, columns=[key]):
             for text in batch.column(0).to_pylist():
                 yield Piece(text or "", len((text or "").encode()))

@@ -20,6 +20,13 @@ from torch import Tensor, nn
 from log import FLAGS, UserError
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
+PLAIN = {  # what adapter_config.json may say besides nothing: all else changes what is computed
+    "bias": ["none"], "task_type": ["CAUSAL_LM"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],
+    "use_dora": [], "use_rslora": [], "modules_to_save": [], "rank_pattern": [], "alpha_pattern": [],
+    "layers_to_transform": [], "fan_in_fan_out": [], "layer_replication": [], "lora_bias": [],
+    "trainable_token_indices": [], "target_parameters": [], "exclude_modules": [], "alora_invocation_tokens": [],
+    "use_qalora": [], "megatron_config": [],
+}
 
 
 class LoRALinear(nn.Module):
@@ -98,16 +105,23 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Attach the PEFT adapter in a folder, with its weights; UserError on what would be computed otherwise."""
     from safetensors.torch import load_file
 
-    words = json.loads((folder / "adapter_config.json").read_text())
-    plain = {"bias": "none", "use_dora": False, "use_rslora": False, "modules_to_save": None, "rank_pattern": {},
-             "alpha_pattern": {}, "layers_to_transform": None, "fan_in_fan_out": False, "layer_replication": None}
-    odd = [f"{k} = {words[k]!r}" for k, v in plain.items() if words.get(k) and words[k] != v]
+    where = folder / "adapter_config.json"
+    words = json.loads(where.read_text())
+    odd = [f"{k} {words[k]!r}" for k, plain in PLAIN.items() if words.get(k) and words[k] not in plain]
     if words.get("peft_type") != "LORA" or odd:
-        raise UserError(f"{folder}/adapter_config.json: {', '.join(odd) or words.get('peft_type')} is not supported; "
-                        "plain LoRA adapters are")
-    targets = words["target_modules"]
-    attach(model, words["r"], words["lora_alpha"], words.get("lora_dropout", 0.0),
-           [targets] if isinstance(targets, str) else targets)
+        raise UserError(f"{where}: {', '.join(odd) or words.get('peft_type')} is not supported; plain LoRA is")
+    r, alpha, dropout = words.get("r"), words.get("lora_alpha"), words.get("lora_dropout", 0.0)
+    targets = words.get("target_modules")
+    targets = [targets] if isinstance(targets, str) else targets
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not isinstance(targets, list) \
+            or not all(isinstance(t, str) for t in targets) or type(dropout) not in (int, float) \
+            or not 0 <= dropout < 1:
+        raise UserError(f"{where}: r {r!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}, target_modules "
+                        f"{targets!r} do not describe an adapter; fetch it again")
+    try:
+        attach(model, r, alpha, dropout, targets)
+    except UserError as e:
+        raise UserError(f"{where}: {str(e).replace('--lora-', '')}; the adapter belongs to another base") from None
     try:
         found = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, RuntimeError) as e:

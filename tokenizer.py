@@ -161,11 +161,13 @@ def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]
     """The id of bos_token or eos_token: as the folder's own files say, else by its usual names."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).exists():
-            words: Any = json.loads((folder / file).read_text())
-            token = words.get(key)
+            try:
+                token: Any = json.loads((folder / file).read_text()).get(key)
+            except (ValueError, AttributeError, RecursionError):
+                raise UserError(f"{folder / file}: not a JSON object; fetch it again") from None
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
-                if token not in names:
+                if not isinstance(token, str) or token not in names:
                     raise UserError(f"{folder / file}: {key} {token!r} is no control token of the tokenizer")
                 return names[token]
     return next((names[x] for x in known if x in names), None)

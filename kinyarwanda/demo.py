@@ -2,7 +2,7 @@
 
 It is a toy and says so: a grammar of some 150 stems writes the text, and a model of a million parameters
 learns it. But it is the real loop twice: a base is trained on English, then continued on Kinyarwanda with a
-quarter of English, and both languages are measured before and after, as one would with a real model.
+third of English, and both languages are measured before and after, as one would with a real model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tokenizer import Tokenizer, learn
 
 DOCUMENTS, HELD, SENTENCES = 4000, 60, 6  # for each language; held out; in a document
 PROMPTS = ["Umwana", "Mu rugo hari", "Abahinzi bashaka", "The teacher will"]
-BASE = {"steps": 250, "lr": 3e-3}
-NEXT = {"steps": 200, "lr": 2e-3}
+BASE = {"steps": 220, "lr": 3e-3}
+NEXT = {"steps": 200, "lr": 1e-3}
 BOTH = {"seq_len": 128, "rows": 16, "eval_every": 50, "eval_tokens": 6000, "weight_decay": 0.1}
 
 INTRO = """\
@@ -85,10 +85,10 @@ def run(s: Any, origins: dict[str, str], train: Callable[[Any, dict[str, str]], 
         again = (out / "base" / "metrics.jsonl").exists()
         if (code := train(dataclasses.replace(base, resume=again), dict.fromkeys(origins, "demo"))) or s.plan:
             return code
-    log.say("\n2. continued pretraining: Kinyarwanda, with a quarter of English")
+    log.say("\n2. continued pretraining: Kinyarwanda, with a third of English")
     goal = dataclasses.replace(
         s, **{k: v for k, v in ours.items() if k not in given}, model=str(out / "base" / "model"),
-        data=[f"{out / 'text/kin'}:3", f"{out / 'text/eng'}:1"], val=_val(out))
+        data=[f"{out / 'text/kin'}:2", f"{out / 'text/eng'}:1"], val=_val(out))
     code = train(goal, origins)
     if code == 0 and log.speaking() and not s.plan:
         tell(out)

@@ -1,0 +1,144 @@
+"""Kinyarwanda: the grammar against the grammar books' tables, every word against real text, cleaning by properties."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kinyarwanda import demo, lexicon, normalise
+from kinyarwanda import grammar as g
+from kinyarwanda.world import World, word_forms
+from log import UserError
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def test_dahls_law_voices_a_prefix_before_a_voiceless_stem():
+    for stem, whole in (("kora", "gukora"), ("soma", "gusoma"), ("teka", "guteka"), ("hinga", "guhinga"),
+                        ("fasha", "gufasha"), ("bona", "kubona"), ("gura", "kugura"), ("rya", "kurya"),
+                        ("vuga", "kuvuga"), ("nywa", "kunywa")):
+        assert g.infinitive(stem) == whole
+    assert g.verb("kora", "koze", "we", "present") == "dukora"
+    assert g.verb("bona", "bonye", "we", "present") == "tubona"
+    assert g.adjective("to", 7) == "gito" and g.adjective("to", 13) == "duto" and g.adjective("nini", 7) == "kinini"
+
+
+def test_every_infinitive_of_the_lexicon_follows_from_its_stem():
+    for verb in [*lexicon.VERBS, *lexicon.ALONE, lexicon.GO]:
+        assert g.infinitive(verb.stem) == verb.infinitive
+
+
+@pytest.mark.parametrize("cls, good, long, this, mine", [
+    (1, "mwiza", "muremure", "uyu", "wanjye"), (2, "beza", "barebare", "aba", "banjye"),
+    (3, "mwiza", "muremure", "uyu", "wanjye"), (4, "myiza", "miremire", "iyi", "yanjye"),
+    (5, "ryiza", "rirerire", "iri", "ryanjye"), (6, "meza", "maremare", "aya", "yanjye"),
+    (7, "cyiza", "kirekire", "iki", "cyanjye"), (8, "byiza", "birebire", "ibi", "byanjye"),
+    (9, "nziza", "ndende", "iyi", "yanjye"), (10, "nziza", "ndende", "izi", "zanjye"),
+    (11, "rwiza", "rurerure", "uru", "rwanjye"), (14, "bwiza", "burebure", "ubu", "bwanjye"),
+])
+def test_a_class_gives_everything_around_a_noun_its_shape(cls, good, long, this, mine):
+    assert (g.adjective("iza", cls), g.adjective("re", cls), g.THIS[cls], g.possessive("my", cls)) == \
+        (good, long, this, mine)
+
+
+def test_numbers_agree_and_possessors_elide():
+    assert [f"{n} {g.number(3, c)}" for n, c in (("abana", 2), ("ibitabo", 8), ("inka", 10), ("amagare", 6))] == \
+        ["abana batatu", "ibitabo bitatu", "inka eshatu", "amagare atatu"]
+    assert g.joined(g.OF[7], "umwana") == "cy'umwana" and g.joined("na", "Kamana") == "na Kamana"
+    assert g.bare("umwana") == "mwana" and g.bare("ishuri") == "shuri"
+
+
+def test_verbs_take_their_subject_tense_and_negation():
+    buy = ("gura", "guze")
+    assert g.verb(*buy, 1, "present") == "agura" and g.verb(*buy, 1, "past") == "yaguze"
+    assert g.verb(*buy, 2, "past") == "baguze" and g.verb(*buy, "we", "past") == "twaguze"
+    assert g.verb(*buy, 1, "future") == "azagura" and g.verb(*buy, "I", "future") == "nzagura"
+    assert g.verb(*buy, 1, "present", True) == "ntagura" and g.verb(*buy, 2, "present", True) == "ntibagura"
+    assert g.verb(*buy, 1, "past", True) == "ntiyaguze" and g.verb(*buy, "I", "present", True) == "singura"
+    assert g.verb("kina", "kinnye", 2, "present", final=True) == "barakina"
+    assert g.verb("kina", "kinnye", "I", "present", final=True) == "ndakina"
+    assert [g.nasal(x) for x in ("bona", "fasha", "hinga", "rya", "gura", "soma")] == \
+        ["mbona", "mfasha", "mpinga", "ndya", "ngura", "nsoma"]
+    assert (g.have("I"), g.have(1), g.have("we"), g.have(2, True)) == ("mfite", "afite", "dufite", "ntibafite")
+
+
+def test_all_words_of_many_sentences_are_enumerated():
+    world, forms = World(random.Random(7)), word_forms()
+    said = [world.sentence()[0] for _ in range(3000)]
+    assert {w for s in said for w in re.findall("[a-z]+", s.lower())} <= forms
+    assert len(set(said)) > 2400, "a world that repeats itself would be learned by heart"
+    assert not {w for s in said for w in re.findall("[a-z]+", s.lower())} & lexicon.NOT_FOUND
+
+
+def test_both_sides_say_the_same_number_and_polarity():
+    world = World(random.Random(3))
+    numbers = {"biri": "two", "tatu": "three", "tanu": "five"}
+    for kin, eng in (world.sentence() for _ in range(3000)):
+        for ending, word in numbers.items():
+            if re.search(rf"\b(ba|a|bi|i){ending}\b", kin):
+                assert word in eng.lower(), (kin, eng)
+        negative = bool(re.search(r"\b(si|nt(?!ama)[ai]\w+)\b", kin.lower()))  # ntama is a sheep
+        assert negative == (" not " in eng), (kin, eng)
+        assert eng[0].isupper() and eng.endswith(".") and "  " not in eng + kin
+        assert not re.search(r"\ba [aeiou]", eng), eng
+
+
+def test_the_same_seed_tells_the_same_world():
+    one, two = World(random.Random(5)), World(random.Random(5))
+    assert [one.document(4) for _ in range(20)] == [two.document(4) for _ in range(20)]
+
+
+@pytest.mark.data
+def test_every_word_form_is_attested_in_real_text():
+    from kinyarwanda.attest import counts
+
+    if not DATA.exists():
+        pytest.skip(f"no real data at {DATA}")
+    paths = [*DATA.glob("cpt/kin_*.*"), *DATA.glob("mt/train_*.*"), *DATA.glob("lexicon/*_*.t[xs][tv]")]
+    assert [w for w, n in counts(paths).items() if n == 0] == []
+
+
+def test_held_out_text_of_the_demo_is_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "DOCUMENTS", 200)
+    monkeypatch.setattr(demo, "HELD", 10)
+    paths = demo.texts(tmp_path, seed=1)
+    for lang in ("kin", "eng"):
+        seen = {s.strip() for s in paths[lang].read_text().replace("\n", " ").split(".")}
+        kept = {s.strip() for s in paths[f"{lang}-val"].read_text().replace("\n", " ").split(".")} - {""}
+        assert len(kept) >= 20 and not kept & seen
+
+
+MARKS = st.text(st.sampled_from("abiu n’'ʼ‘`´ \u00a0\u200b\t\n-éé\u0301\ufeff"), max_size=60)
+
+
+@given(MARKS)
+def test_cleaning_twice_is_cleaning_once_and_counts_nothing_the_second_time(text):
+    clean = normalise.normaliser(list(normalise.STEPS))
+    once, _ = clean(text)
+    twice, counts = clean(once)
+    assert twice == once and not any(counts.values())
+
+
+@given(MARKS)
+def test_a_step_that_changes_a_text_says_so(text):
+    for step in normalise.STEPS:
+        changed, counts = normalise.normaliser([step])(text)
+        assert (changed != text) == (counts[step] > 0)
+
+
+def test_only_an_apostrophe_between_letters_is_an_elision():
+    clean = normalise.normaliser(["apostrophe"])
+    assert clean("n’umwana yavuze ati ‘yego’") == ("n'umwana yavuze ati ‘yego’", {"apostrophe": 1})
+    assert normalise.normaliser([])("n’umwana  ") == ("n’umwana  ", {})
+
+
+def test_a_normaliser_can_be_sent_to_another_process_and_refuses_unknown_steps():
+    assert pickle.loads(pickle.dumps(normalise.normaliser(["nfc"])))("a") == ("a", {"nfc": 0})
+    with pytest.raises(UserError, match="no such step; there are spaces, nfc, apostrophe"):
+        normalise.normaliser(["lower"])
