@@ -58,15 +58,18 @@ class LoRALinear(nn.Module):
 
 
 def attach(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
-    """Freeze the model and wrap every linear layer whose name ends in a target; `all-linear` is all but lm_head."""
+    """Freeze the model and wrap every linear layer that a target names, whole or by its end, as in PEFT.
+
+    `all-linear` is all but lm_head. UserError on a target that names none, or a rank above the width.
+    """
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     known = sorted({name.rsplit(".", 1)[-1] for name in linears})
     targets = known if list(targets) == ["all-linear"] else list(targets)
     for target in targets:
-        if target not in known:
+        if not any(f".{name}".endswith(f".{target}") for name in linears):
             raise UserError(f"--lora-targets: no layer is named {target!r}; there are {', '.join(known)}, and "
                             "all-linear", FLAGS)
-    wrapped = [name for name in linears if name.rsplit(".", 1)[-1] in targets]
+    wrapped = [name for name in linears if any(f".{name}".endswith(f".{t}") for t in targets)]
     for name in wrapped:
         base = model.get_submodule(name)
         if not 0 < rank <= min(base.in_features, base.out_features):

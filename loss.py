@@ -51,7 +51,7 @@ class _TokenNLL(torch.autograd.Function):
         dW, ctx.dW = ctx.dW, None
         if ctx.needs_input_grad[1]:
             if dW is not None and g.stride(0) == 0:  # the gradient of a sum: one number, expanded
-                dW = dW.mul_(g[0])
+                dW = dW.mul_(g[:1].sum())  # no token at all: 0
             else:
                 dW = _head_gradient(h, W.to(h.dtype), targets, factor=g)
             dW = dW.to(W.dtype)

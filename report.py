@@ -32,7 +32,7 @@ th { color: var(--soft); font-weight: 500; } td.n, th.n { text-align: right; } .
 .bad { color: var(--bad); } .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
 .plots figure { margin: 0; } .plots svg { width: 100%; height: auto; color: var(--ink); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1rem; }
-td { overflow-wrap: anywhere; } @media print { body { max-width: none; } h2 { break-after: avoid; } figure, pre { break-inside: avoid; } }
+td:not(.n) { overflow-wrap: anywhere; } .n { white-space: nowrap; } @media print { body { max-width: none; } h2 { break-after: avoid; } figure, pre { break-inside: avoid; } }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="soft">{{ summary }}</p>

@@ -3,10 +3,9 @@
     python -m bench.train_step [--quick] [--rounds 2] [--steps 5] [--md FILE]
 
 The same random LLaMA, written once by transformers, is loaded by both sides; both take the same
-tokens, dtype, fused AdamW and clipping. Each measurement is a process of its own, in turn (ours,
-peer, ours, peer), so that a machine that is slow for a minute is slow for both. The loss of step 0
-stands beside each: where the two differ, not the same thing was measured. How fast the machine
-multiplies is measured in between. The parent stays small: a child inherits its parent's peak.
+tokens, dtype, fused AdamW and clipping. Each measurement is a process of its own, in turn, so that
+a slow minute is slow for both. Where the two losses of step 0 differ, not the same was measured.
+The parent stays small: a child inherits its parent's peak of memory.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,12 +21,14 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 SIZES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary, rows, row length
     "full": (768, 2048, 12, 12, 4, 32000, 4, 512),
     "quick": (64, 128, 2, 4, 2, 512, 2, 32)}
-CASES = {"bf16": "all weights, bf16 products", "lora": "LoRA r 16, bf16", "fp32": "all weights, fp32"}
+CASES = {"bf16": "all weights, bf16 products", "lora": "LoRA r 16, bf16",
+         "fp32": "all weights, fp32"}
 RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 1e-4, (0.9, 0.95), 0.1, 1.0
 
 
@@ -74,8 +74,8 @@ def ours(case: str, size: str, folder: str) -> Callable[[], float]:
     optimizer = optim.adamw(model, LR, BETAS, DECAY)
     tokens = tokens_of(size)
     targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE)
-    pos = torch.arange(tokens.shape[1]).expand_as(tokens)
-    batch = Batch(tokens, targets, torch.zeros_like(tokens), pos)
+    doc, pos = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
+    batch = Batch(tokens, targets, doc, pos)
     cpu = Ranks(0, 1, torch.device("cpu"))
     return lambda: train.train_step(model, train.NLL, [batch], optimizer, cpu, CLIP)[0]
 
@@ -117,9 +117,8 @@ def measure(side: str, case: str, size: str, folder: str, steps: str) -> dict[st
         begun = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begun)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB; bytes on a Mac
-    gb = peak / 2 ** (30 if sys.platform == "darwin" else 20)
-    return {"loss": loss, "seconds": seconds, "gb": gb}
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return {"loss": loss, "seconds": seconds, "gb": getrusage(RUSAGE_SELF).ru_maxrss / unit}
 
 
 def matmul(case: str, size: str) -> tuple[float, int]:
@@ -142,8 +141,8 @@ CHILDREN: dict[str, Callable[..., Any]] = {"draw": draw, "measure": measure, "ma
 def child(name: str, *args: object) -> Any:
     """What a function of CHILDREN gives in a new process."""
     command = [sys.executable, "-m", "bench.train_step", "--child", name, *map(str, args)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
-    return json.loads(done.stdout.splitlines()[-1])
+    said = subprocess.check_output(command, cwd=Path(__file__).parents[1])
+    return json.loads(said.splitlines()[-1])
 
 
 def compare(case: str, size: str, folder: str, rounds: int, steps: int) -> list[str]:
@@ -169,8 +168,7 @@ def compare(case: str, size: str, folder: str, rounds: int, steps: int) -> list[
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(CHILDREN[sys.argv[2]](*sys.argv[3:])))
-        return
+        return print(json.dumps(CHILDREN[sys.argv[2]](*sys.argv[3:])))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -194,7 +192,7 @@ def main() -> None:
     print(text)
     if s.md:
         with open(s.md, "a") as file:
-            file.write("\n" + text)
+            print(text, file=file)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_what_is_read_is_the_sum_of_what_became_of_it(tok, lines, end, bom, unit
 
 def messy(folder: Path) -> list[str]:
     """Files above several chunks, with every fate in them; the same file twice."""
-    lines = [f"{tiny.SENTENCES[i % 10]} {i // 3}".encode() for i in range(26_000)]
+    lines = [f"{tiny.SENTENCES[i % 10]} {i // 3}".encode() for i in range(24_000)]
     for i in range(0, 3000, 100):
         lines[i] = b"\xff"
         lines[i + 1] = b""
@@ -113,8 +113,8 @@ def test_one_process_and_two_write_the_same_bytes(tok, tmp_path):
     assert sum(os.path.getsize(x) for x in specs) > corpus.CHUNK
     assert made[0][1] == made[1][1]
     assert made[0][1].documents == {
-        "read": 27_000, "kept": len(made[0][0]), "undecodable": 30, "empty": 30,
-        "duplicate": 27_000 - len(made[0][0]) - 60}
+        "read": 25_000, "kept": len(made[0][0]), "undecodable": 30, "empty": 30,
+        "duplicate": 25_000 - len(made[0][0]) - 60}
     names = sorted(p.name for p in (tmp_path / "bin1").iterdir())
     assert names == ["meta.json", "starts.bin", "tokens.bin"]
     for name in names:

@@ -1,0 +1,191 @@
+"""Bins and the loader: nothing lost, nothing twice, shares exact, the same rows for any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import IGNORE, Bin, BinWriter, Document, Loader, Source, Stream, hold_out
+from log import UserError
+
+
+def make(folder: Path, documents, vocab: int = 60000, masks=None) -> Bin:
+    """A bin of the given lists of ids."""
+    writer = BinWriter(folder, "a" * 64, vocab)
+    for i, ids in enumerate(documents):
+        writer.add(Document(ids, masks[i] if masks else None, len(ids)))
+    return writer.close({"documents": {}}, [])
+
+
+def unique(lengths) -> list[list[int]]:
+    """Documents whose ids are all different, so that a prediction names itself."""
+    ends = np.cumsum(lengths)
+    return [list(range(int(e - n), int(e))) for n, e in zip(lengths, ends, strict=True)]
+
+
+@pytest.mark.parametrize("vocab, dtype", [(65535, "<u2"), (65536, "<u2"), (65537, "<u4"), (128256, "<u4")])
+def test_a_bin_is_read_by_three_lines_of_numpy(tmp_path, vocab, dtype):
+    documents = [[1, vocab - 1, 2], [1, 2], [5]]
+    make(tmp_path / "b", documents, vocab)
+    meta = json.loads((tmp_path / "b/meta.json").read_text())
+    tokens = np.memmap(tmp_path / "b/tokens.bin", {"u16": "<u2", "u32": "<u4"}[meta["dtype"]], "r")
+    starts = np.fromfile(tmp_path / "b/starts.bin", "<i8")
+    assert tokens.dtype == np.dtype(dtype)
+    assert [tokens[a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)] == documents
+    assert meta["documents"] == 3 and meta["tokens"] == 6 and meta["trained"] == 3
+    assert not (tmp_path / "b/mask.bin").exists(), "all is trained: the file would say nothing"
+
+
+def test_a_mask_is_kept_where_something_is_not_trained(tmp_path):
+    bin = make(tmp_path / "b", [[1, 5, 6, 2], [1, 7, 2]], masks=[[0, 0, 1, 1], [0, 1, 1]])
+    assert bin.mask.tolist() == [0, 0, 1, 1, 0, 1, 1] and bin.meta["trained"] == 4
+    targets = np.concatenate([Stream(Source("b", bin, np.arange(2), 1), 8, (0, 0)).row(0)[1]])
+    assert sorted(targets.tolist()) == sorted([IGNORE, 6, 2, 7, 2, IGNORE, IGNORE, IGNORE])
+
+
+BROKEN = {
+    "tokens cut short": (lambda f: (f / "tokens.bin").write_bytes(b"\0" * 3), "3 bytes, expected 14"),
+    "starts cut short": (lambda f: (f / "starts.bin").write_bytes(b"\0" * 8), "8 bytes, expected 24"),
+    "no tokens": (lambda f: (f / "tokens.bin").unlink(), "0 bytes, expected 14"),
+    "no meta": (lambda f: (f / "meta.json").unlink(), "not a bin"),
+    "meta that is no JSON": (lambda f: (f / "meta.json").write_text("{"), "damaged"),
+    "another format": (lambda f: (f / "meta.json").write_text(
+        (f / "meta.json").read_text().replace('"format": 1', '"format": 9')), "bin format 9"),
+    "starts that do not fit": (lambda f: np.array([0, 9, 7], "<i8").tofile(f / "starts.bin"), "do not fit"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_damaged_bin_is_refused_in_one_line(tmp_path, name):
+    make(tmp_path / "b", [[1, 5, 6, 2], [1, 7, 2]])
+    damage, word = BROKEN[name]
+    damage(tmp_path / "b")
+    with pytest.raises(UserError, match=word):
+        Bin(tmp_path / "b")
+
+
+def test_a_bin_is_checked_against_tokenizer_vocabulary_and_its_own_sums(tmp_path):
+    bin = make(tmp_path / "b", [[1, 5, 50, 2]], vocab=100)
+    bin.check("a" * 64, 51)
+    with pytest.raises(UserError, match="tokenizer"):
+        bin.check("b" * 64, 100)
+    with pytest.raises(UserError, match="holds id 50, the model's vocabulary ends at 49"):
+        bin.check("a" * 64, 50)
+    raw = bytearray((tmp_path / "b/tokens.bin").read_bytes())
+    raw[2] ^= 1
+    (tmp_path / "b/tokens.bin").write_bytes(raw)
+    with pytest.raises(UserError, match="sha256"):
+        Bin(tmp_path / "b").check("a" * 64, 100)
+    with pytest.raises(UserError, match="no token to train on"):
+        make(tmp_path / "one", [[1], [2]]).check("a" * 64, 60000)
+
+
+def test_a_folder_that_is_no_bin_is_never_replaced(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="not a bin"):
+        BinWriter(tmp_path / "home", "a" * 64, 100)
+    assert (tmp_path / "home/letter.txt").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20).filter(lambda x: max(x) > 1), st.integers(2, 17),
+       st.integers(0, 5), st.integers(0, 3))
+def test_every_prediction_of_every_document_comes_once_in_each_epoch(tmp_path_factory, lengths, T, seed, epoch):
+    bin = make(tmp_path_factory.mktemp("bin") / "b", unique(lengths))
+    stream = Stream(Source("b", bin, np.arange(len(bin)), 1), T, (seed, 0))
+    seen = []
+    for i in range(epoch * stream.rows, (epoch + 1) * stream.rows):
+        tokens, targets, doc, pos = stream.row(i)
+        inside = doc >= 0
+        assert (targets[~inside] == IGNORE).all() and (np.flatnonzero(inside) == np.arange(inside.sum())).all()
+        assert (targets[inside] == tokens[inside] + 1).all(), "the next id of the same document"
+        begins = np.r_[True, np.diff(doc[inside]) != 0]
+        assert (pos[inside][begins] == 0).all() and (np.diff(pos[inside])[~begins[1:]] == 1).all()
+        seen += tokens[inside].tolist()
+    wanted = [i for ids in unique(lengths) for i in ids[:-1]]
+    assert sorted(seen) == wanted
+    assert stream.served((epoch + 1) * stream.rows) == (epoch + 1) * len(wanted)
+
+
+def two(folder: Path) -> list[Source]:
+    draw = np.random.default_rng(0)
+    bins = [make(folder / n, unique(draw.integers(2, 40, k))) for n, k in (("a", 50), ("b", 7))]
+    return [Source(b.folder.name, b, np.arange(len(b)), w) for b, w in zip(bins, (3.0, 1.0), strict=True)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.05, 20), st.integers(2, 40), st.integers(1, 120))
+def test_shares_are_exact_to_one_row_at_every_moment(tmp_path_factory, weight, T, rows):
+    sources = two(tmp_path_factory.mktemp("mix"))
+    sources[0].weight, sources[1].weight = weight, 1.0
+    loader = Loader(sources, T, 1, seed=1)
+    for _ in range(rows):
+        loader.next()
+        for share, n in zip(loader.shares, loader.tokens, strict=True):
+            assert abs(n - share * sum(loader.tokens)) <= T
+
+
+def test_seeking_gives_what_walking_gives(tmp_path):
+    sources = two(tmp_path)
+    walked = Loader(sources, 16, 2, seed=3)
+    for _ in range(57):  # well into later epochs of the small source
+        walked.next()
+    sought = Loader(sources, 16, 2, seed=3)
+    sought.seek(walked.served)
+    assert sought.tokens == walked.tokens
+    for _ in range(9):
+        one, other = walked.next(), sought.next()
+        assert (one.tokens == other.tokens).all() and (one.doc == other.doc).all()
+
+
+@pytest.mark.parametrize("world, rows", [(1, 8), (2, 4), (2, 2), (4, 2), (1, 1)])
+def test_a_step_holds_the_same_rows_on_any_number_of_ranks(tmp_path, world, rows):
+    sources = two(tmp_path)
+
+    def step(world: int, rows: int) -> list[list[int]]:
+        found = {}
+        for rank in range(world):
+            loader = Loader(sources, 16, rows, seed=3, rank=rank, world=world)
+            for micro in range(8 // (rows * world)):
+                for i, row in enumerate(loader.next().tokens.tolist()):
+                    found[micro, rank, i] = row
+        return [found[k] for k in sorted(found)]
+
+    assert step(world, rows) == step(1, 8)
+
+
+def test_another_seed_is_another_order_and_the_same_seed_the_same(tmp_path):
+    sources = two(tmp_path)
+    first = [Loader(sources, 16, 4, seed=s).next().tokens.tolist() for s in (1, 1, 2)]
+    assert first[0] == first[1] != first[2]
+
+
+def test_a_held_out_document_stays_held_out_when_others_come(tmp_path):
+    draw = np.random.default_rng(1)
+    documents = [draw.integers(0, 1000, 20).tolist() for _ in range(400)]
+    few, many = make(tmp_path / "few", documents[:200]), make(tmp_path / "many", documents)
+    before, after = hold_out(few, 0.05), hold_out(many, 0.05)
+    assert (after[:200] == before).all() and 0 < after.sum() < 60
+    assert hold_out(make(tmp_path / "two", documents[:2]), 1e-9).sum() == 1, "never none of several"
+    assert hold_out(make(tmp_path / "one", documents[:1]), 0.5).sum() == 0, "never the only one"
+
+
+def test_a_source_of_one_token_documents_is_refused(tmp_path):
+    bin = make(tmp_path / "b", [[1], [2]])
+    with pytest.raises(UserError, match="no token to train on"):
+        Loader([Source("b", bin, np.arange(2), 1)], 8, 1, seed=1)
+
+
+def test_a_writer_that_gives_up_leaves_nothing(tmp_path):
+    writer = BinWriter(tmp_path / "b", "a" * 64, 100)
+    writer.add(Document([1, 2], None, 1))
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,94 @@
+"""The loss in chunks against torch's own, and what it never holds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loss
+from data import IGNORE
+
+
+def setting(n: int, kept: str, V: int = 50, C: int = 16, dtype=torch.float32):
+    g = torch.Generator().manual_seed(n)
+    h = torch.randn(2, n, C, generator=g).to(dtype).requires_grad_()
+    W = (torch.randn(V, C, generator=g) * 0.5).requires_grad_()
+    targets = torch.randint(0, V, (2, n), generator=g)
+    if kept == "some":
+        targets[torch.rand(2, n, generator=g) < 0.4] = IGNORE
+    elif kept == "none":
+        targets[:] = IGNORE
+    return h, W, targets
+
+
+def plain(h, W, targets):
+    logits = F.linear(h.float(), W)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view(targets.shape)
+
+
+@pytest.mark.parametrize("n", [1, 7, loss.CHUNK, loss.GROUP // 2 + 3, loss.GROUP + loss.CHUNK + 5])
+@pytest.mark.parametrize("kept", ["all", "some", "none"])
+@pytest.mark.parametrize("factor", ["sum", "each its own"])
+def test_values_and_gradients_equal_cross_entropy(n, kept, factor):
+    h, W, targets = setting(n, kept)
+    w = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1)) if factor != "sum" else None
+    results = []
+    for nll in (loss.token_nll(h, W, targets), plain(h, W, targets)):
+        total = nll.sum() / 7 if w is None else (nll * w).sum()
+        results.append((nll.detach(), *torch.autograd.grad(total, (h, W))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient_and_changes_nothing_else():
+    h, W, targets = setting(300, "some")
+    grad, = torch.autograd.grad(loss.token_nll(h, W, targets).sum(), h)
+    frozen, = torch.autograd.grad(loss.token_nll(h, W.detach(), targets).sum(), h)
+    torch.testing.assert_close(grad, frozen, atol=1e-6, rtol=1e-6)
+
+
+def test_going_backward_twice_gives_the_same_gradient():
+    h, W, targets = setting(300, "all")
+    total = loss.token_nll(h, W, targets).sum() * 0.5
+    first = torch.autograd.grad(total, (h, W), retain_graph=True)
+    second = torch.autograd.grad(total, (h, W))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_products_are_close_and_the_nll_is_float32():
+    h, W, targets = setting(100, "all", dtype=torch.bfloat16)
+    nll = loss.token_nll(h, W, targets)
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll, plain(h, W.bfloat16().float(), targets), atol=0.1, rtol=0.02)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any result of any operation had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("factor", ["sum", "each its own"])
+def test_the_logits_of_a_whole_batch_never_stand_in_memory(factor):
+    h, W, targets = setting(4 * loss.GROUP, "all", V=100, C=8)
+    with Largest() as seen:
+        nll = loss.token_nll(h, W, targets)
+        (nll.sum() if factor == "sum" else (nll * nll.detach()).sum()).backward()
+    assert seen.numbers <= loss.GROUP * 100 < targets.numel() * 100
+
+
+def test_bits_per_byte_is_nats_over_bytes_in_bits():
+    assert loss.bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
+    assert math.isnan(loss.bits_per_byte(0.0, 0))
