@@ -30,7 +30,9 @@ ASIDE = re.compile(r"\.(tmp|del)-step-\d+-(\d+)")  # with the process that made 
 MANIFEST = "manifest.json"
 
 
-def save(root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+def save(
+    root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
     """Write root/step-NNNNNN: a safetensors file for each part, state.json and the manifest; keep the newest `keep`.
 
     UserError (STORAGE) if the disk refuses; what was there before stays.
@@ -46,7 +48,10 @@ def save(root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict
     try:
         aside.mkdir()
         for part, tensors in parts.items():
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside / f"{part}.safetensors")
+            save_file(
+                {k: t.detach().cpu().contiguous() for k, t in tensors.items()},
+                aside / f"{part}.safetensors",
+            )
         (aside / "state.json").write_text(json.dumps(state))
         files = sorted(p for p in aside.iterdir())
         manifest = {p.name: [p.stat().st_size, _sha256(p)] for p in files}
@@ -63,11 +68,22 @@ def save(root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict
         _flush(root)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(e, OSError) and e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if isinstance(e, OSError) and e.errno not in (
+            errno.ENOSPC,
+            errno.EFBIG,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+        ):
             raise
-        need = sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values())
-        raise UserError(f"{folder}: cannot be written: needs {need:,} bytes, {shutil.disk_usage(root).free:,} are free "
-                        f"({e}); earlier checkpoints are whole. Make room and --resume", STORAGE) from None
+        need = sum(
+            t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values()
+        )
+        raise UserError(
+            f"{folder}: cannot be written: needs {need:,} bytes, {shutil.disk_usage(root).free:,} are free "
+            f"({e}); earlier checkpoints are whole. Make room and --resume",
+            STORAGE,
+        ) from None
     for old in _steps(root)[:-keep]:
         _remove(old)
     return folder
@@ -98,14 +114,19 @@ def lock(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"--out {out}: another run is writing there; wait, or name another folder", FLAGS) from None
+            raise UserError(
+                f"--out {out}: another run is writing there; wait, or name another folder", FLAGS
+            ) from None
         yield
 
 
 def _steps(root: Path) -> list[Path]:
     """Checkpoints by step, oldest first; links are not ours."""
-    found = [p for p in root.iterdir() if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()] \
-        if root.is_dir() else []
+    found = (
+        [p for p in root.iterdir() if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+        if root.is_dir()
+        else []
+    )
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -138,7 +159,11 @@ def _sweep(root: Path) -> None:
     """Remove what killed processes left behind."""
     for path in root.iterdir():
         left = ASIDE.fullmatch(path.name)
-        if left and not path.is_symlink() and not (int(left[2]) != os.getpid() and _alive(int(left[2]))):
+        if (
+            left
+            and not path.is_symlink()
+            and not (int(left[2]) != os.getpid() and _alive(int(left[2])))
+        ):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -125,8 +125,12 @@ class Metrics:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError("--track tensorboard: not installed; pip install tensorboard", FLAGS) from None
-            self.board = SummaryWriter(path.with_name("tensorboard"), purge_step=max(after_step, 0) + 1)
+                raise UserError(
+                    "--track tensorboard: not installed; pip install tensorboard", FLAGS
+                ) from None
+            self.board = SummaryWriter(
+                path.with_name("tensorboard"), purge_step=max(after_step, 0) + 1
+            )
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line; it is flushed, so that a kill loses none."""
@@ -156,7 +160,13 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, st
         yield lambda by, note="": None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn(), TextColumn("{task.fields[note]}"))

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 SCHEDULES = ("cosine", "linear", "inverse-sqrt", "wsd", "constant")
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int, floor: float) -> float:
+def learning_rate(
+    step: int, steps: int, peak: float, schedule: str, warmup: int, floor: float
+) -> float:
     """The rate of step 1 .. steps: up linearly over `warmup` steps, then down to `floor` x peak by the schedule.
 
     cosine (Loshchilov & Hutter 2017) and linear end at the floor; inverse-sqrt falls as sqrt(warmup / step)
@@ -33,7 +35,9 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict]:
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
 
 
-def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over what trains; one fused kernel for all tensors."""
     return torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=betas, eps=1e-8, fused=True)
 
@@ -44,7 +48,9 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
             for what, x in optimizer.state.get(p, {}).items()}
 
 
-def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+def load_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
+) -> None:
     """Put a checkpoint's tensors back, on each parameter's device. AdamW's `step` counts stay where they were kept."""
     named = dict(model.named_parameters())
     for key, x in saved.items():

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from log import FLAGS, UserError
 
 # bf16 (T4: fp16) tensor-core peaks without sparsity, FLOP/s, from the makers' data sheets: the limit of an MFU
-PEAKS = {"T4": 65e12, "L4": 121e12, "A10G": 70e12, "A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12}
+PEAKS = {
+    "T4": 65e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "4090": 165e12,
+}
 
 
 @dataclass
@@ -37,8 +45,11 @@ class Ranks:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: no GPU that this torch can use; take --device cpu or install a CUDA "
-                            "build of torch", FLAGS)
+            raise UserError(
+                "--device cuda: no GPU that this torch can use; take --device cpu or install a CUDA "
+                "build of torch",
+                FLAGS,
+            )
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

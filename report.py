@@ -72,12 +72,25 @@ def run_report(out: Path) -> Path:
     about = json.loads(_text(out / "run.json") or "{}")
     settings = tomllib.loads(_text(out / "settings.toml"))
     changed = about.pop("changed_settings", {})
-    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
-        title=f"{settings.get('mode', 'run')}: {out.name}", command=about.pop("command", ""),
-        summary=_summary(about, steps), table=_table(looks), plots=_plots(steps, looks),
-        first=looks[0]["step"] if looks else 0, last=looks[-1]["step"] if looks else 0,
-        samples=_samples(_text(out / "samples.txt")), facts=[(k, _shown(v)) for k, v in about.items()],
-        settings=[(k.replace("_", "-") + (" *" if k in changed else ""), _shown(v)) for k, v in settings.items()])
+    page = (
+        jinja2.Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            title=f"{settings.get('mode', 'run')}: {out.name}",
+            command=about.pop("command", ""),
+            summary=_summary(about, steps),
+            table=_table(looks),
+            plots=_plots(steps, looks),
+            first=looks[0]["step"] if looks else 0,
+            last=looks[-1]["step"] if looks else 0,
+            samples=_samples(_text(out / "samples.txt")),
+            facts=[(k, _shown(v)) for k, v in about.items()],
+            settings=[
+                (k.replace("_", "-") + (" *" if k in changed else ""), _shown(v))
+                for k, v in settings.items()
+            ],
+        )
+    )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -98,7 +111,10 @@ def _shown(value: Any) -> str:
 def _summary(about: dict[str, Any], steps: list[dict]) -> str:
     parts = [about.get("model", ""), about.get("device", ""), about.get("started", "")]
     if "parameters" in about:
-        parts.insert(1, f"{about['parameters']['trained']:,} of {about['parameters']['total']:,} parameters trained")
+        parts.insert(
+            1,
+            f"{about['parameters']['trained']:,} of {about['parameters']['total']:,} parameters trained",
+        )
     if steps:
         parts.append(f"{steps[-1]['step']} steps, {steps[-1]['tokens']:,} tokens")
     return " · ".join(p for p in parts if p)
@@ -108,7 +124,9 @@ def _table(looks: list[dict]) -> list[dict[str, Any]]:
     """Each held-out text's first, last and best bits per byte."""
     rows = []
     for name in looks[0]["bits_per_byte"] if looks else ():
-        series = [(x["bits_per_byte"][name], x["step"]) for x in looks if name in x["bits_per_byte"]]
+        series = [
+            (x["bits_per_byte"][name], x["step"]) for x in looks if name in x["bits_per_byte"]
+        ]
         (before, _), (after, _), (best, at) = series[0], series[-1], min(series)
         rows.append({"name": name, "before": before, "after": after, "best": best, "at": at,
                      "change": after / before - 1 if before else math.nan})
@@ -120,16 +138,35 @@ def _plots(steps: list[dict], looks: list[dict]) -> list[str]:
     drawn = []
     if looks:
         names = list(looks[0]["bits_per_byte"])
-        drawn.append(_plot("bits per byte", [(n, [x["step"] for x in looks], [x["bits_per_byte"].get(n) for x in looks])
-                                             for n in names], dots=True))
-    for key, title in (("loss", "loss, nats a token"), ("lr", "learning rate"), ("grad_norm", "gradient norm"),
-                       ("tokens_per_second", "tokens a second")):
+        drawn.append(
+            _plot(
+                "bits per byte",
+                [
+                    (n, [x["step"] for x in looks], [x["bits_per_byte"].get(n) for x in looks])
+                    for n in names
+                ],
+                dots=True,
+            )
+        )
+    for key, title in (
+        ("loss", "loss, nats a token"),
+        ("lr", "learning rate"),
+        ("grad_norm", "gradient norm"),
+        ("tokens_per_second", "tokens a second"),
+    ):
         series = [(x["step"], x.get(key)) for x in steps]
         if any(y is not None for _, y in series):
             drawn.append(_plot(title, [("", [x for x, _ in series], [y for _, y in series])]))
     if steps and len(steps[-1].get("share", {})) > 1:
-        drawn.append(_plot("share of tokens", [(n, [x["step"] for x in steps], [x["share"].get(n) for x in steps])
-                                               for n in steps[-1]["share"]]))
+        drawn.append(
+            _plot(
+                "share of tokens",
+                [
+                    (n, [x["step"] for x in steps], [x["share"].get(n) for x in steps])
+                    for n in steps[-1]["share"]
+                ],
+            )
+        )
     return drawn
 
 
@@ -140,13 +177,32 @@ def _plot(title: str, curves: list[tuple[str, list, list]], dots: bool = False) 
     from matplotlib.figure import Figure
 
     ink = "#010203"  # replaced below: SVG then takes the colour of the text around it
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.color": ink, "axes.edgecolor": ink,
-                                "xtick.color": ink, "ytick.color": ink, "font.size": 9, "font.family": "sans-serif"}):
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": title,
+            "text.color": ink,
+            "axes.edgecolor": ink,
+            "xtick.color": ink,
+            "ytick.color": ink,
+            "font.size": 9,
+            "font.family": "sans-serif",
+        }
+    ):
         figure = Figure(figsize=(4, 2.5), layout="constrained")
         axes = figure.add_subplot()
-        for (name, x, y), colour in zip(curves, ("#2f7fd1", "#d1782f", "#3a9d6a", "#a35bc4", "#8a8f98") * 9, strict=False):
-            axes.plot(x, [math.nan if v is None else v for v in y], label=name, color=colour, linewidth=1.4,
-                      marker="o" if dots else None, markersize=3)
+        for (name, x, y), colour in zip(
+            curves, ("#2f7fd1", "#d1782f", "#3a9d6a", "#a35bc4", "#8a8f98") * 9, strict=False
+        ):
+            axes.plot(
+                x,
+                [math.nan if v is None else v for v in y],
+                label=name,
+                color=colour,
+                linewidth=1.4,
+                marker="o" if dots else None,
+                markersize=3,
+            )
         axes.set_title(title, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         if any(name for name, _, _ in curves):
@@ -170,4 +226,7 @@ def _samples(text: str) -> list[dict[str, str]]:
         return dict((x.split("\n", 1) + [""])[:2] for x in rest)
 
     before, after = pairs(blocks[0]), pairs(blocks[-1])
-    return [{"prompt": p, "before": before[p].strip("\n"), "after": after.get(p, "").strip("\n")} for p in before]
+    return [
+        {"prompt": p, "before": before[p].strip("\n"), "after": after.get(p, "").strip("\n")}
+        for p in before
+    ]

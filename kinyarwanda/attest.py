@@ -43,7 +43,9 @@ def counts(paths: Iterable[Path]) -> Counter[str]:
 def main() -> None:
     paths = [Path(x) for x in sys.argv[1:]]
     if not paths or not all(p.is_file() for p in paths):
-        raise UserError("python -m kinyarwanda.attest FILE ...: name word lists or texts that exist", FLAGS)
+        raise UserError(
+            "python -m kinyarwanda.attest FILE ...: name word lists or texts that exist", FLAGS
+        )
     found = counts(paths)
     for n, title in ((0, "in no file"), (1, "once")):
         forms = sorted(w for w, count in found.items() if count == n)

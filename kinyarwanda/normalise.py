@@ -41,14 +41,20 @@ def spaces(text: str) -> tuple[str, int]:
 
 
 # in the order they are taken: an unseen character may part a letter from its accent, or from its apostrophe
-STEPS: dict[str, Callable[[str], tuple[str, int]]] = {"spaces": spaces, "nfc": nfc, "apostrophe": apostrophe}
+STEPS: dict[str, Callable[[str], tuple[str, int]]] = {
+    "spaces": spaces,
+    "nfc": nfc,
+    "apostrophe": apostrophe,
+}
 
 
 def normaliser(steps: Sequence[str]) -> Callable[[str], tuple[str, dict[str, int]]]:
     """A text -> (clean text, changes by step); UserError for an unknown step. Can be sent to another process."""
     for step in steps:
         if step not in STEPS:
-            raise UserError(f"--normalise {step}: no such step; there are {', '.join(STEPS)}, and none", FLAGS)
+            raise UserError(
+                f"--normalise {step}: no such step; there are {', '.join(STEPS)}, and none", FLAGS
+            )
     return partial(_clean, tuple(step for step in STEPS if step in steps))
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 from hypothesis import given, settings
@@ -23,6 +22,7 @@ import config
 import eval as evaluating
 import sample
 import tasks
+import tiny
 from generate import Sampling, generate
 from log import UserError
 from model import Llama

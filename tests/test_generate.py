@@ -4,13 +4,13 @@ import functools
 import math
 
 import pytest
-import tiny
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import generate as g
+import tiny
 from generate import Sampling, generate
 from log import UserError
 from model import KVCache, Llama

@@ -27,7 +27,9 @@ def setting(n: int, kept: str, V: int = 50, C: int = 16, dtype=torch.float32):
 
 def plain(h, W, targets):
     logits = F.linear(h.float(), W)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none").view(targets.shape)
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    ).view(targets.shape)
 
 
 @pytest.mark.parametrize("n", [1, 7, loss.CHUNK, loss.GROUP // 2 + 3, loss.GROUP + loss.CHUNK + 5])
@@ -35,7 +37,11 @@ def plain(h, W, targets):
 @pytest.mark.parametrize("factor", ["sum", "each its own"])
 def test_values_and_gradients_equal_cross_entropy(n, kept, factor):
     h, W, targets = setting(n, kept)
-    w = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1)) if factor != "sum" else None
+    w = (
+        torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+        if factor != "sum"
+        else None
+    )
     results = []
     for nll in (loss.token_nll(h, W, targets), plain(h, W, targets)):
         total = nll.sum() / 7 if w is None else (nll * w).sum()
