@@ -1,10 +1,11 @@
 """The resume point: written aside, flushed, named, verified.
 
-    checkpoints/step-000200/   model.safetensors  optimizer.safetensors  rng.safetensors  state.json  manifest.json
+    checkpoints/step-000200/  {model,optimizer,rng}.safetensors  state.json  manifest.json
 
-A checkpoint exists when its folder has its name: everything is written into `.tmp-...`, flushed to the disk,
-and renamed, so a kill at any moment leaves the ones before. safetensors has no checksum and a torn write
-leaves a file of the right length, so the manifest holds each file's sha256 and `newest` believes nothing else.
+A checkpoint exists when its folder has its name: everything is written into `.tmp-...`, flushed to
+the disk, and renamed, so a kill at any moment leaves the ones before. safetensors has no checksum
+and a torn write leaves a file of the right length, so the manifest holds each file's sha256 and
+`newest` believes nothing else.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ from torch import Tensor
 from log import FLAGS, STORAGE, UserError, say
 
 NAME = re.compile(r"step-(\d{6,})")
-ASIDE = re.compile(r"\.(tmp|del)-step-\d+-(\d+)")  # with the process that made it
+ASIDE = re.compile(r"\.(?:tmp|del)-(step-\d+)-(\d+)")  # with the process that made it
 MANIFEST = "manifest.json"
+REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 def save(
     root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write root/step-NNNNNN: a safetensors file for each part, state.json and the manifest; keep the newest `keep`.
+    """Write root/step-NNNNNN: a safetensors file for each part, state.json and the manifest.
 
-    UserError (STORAGE) if the disk refuses; what was there before stays.
+    The newest `keep` up to this step stay. UserError: FLAGS if `keep` is below 2, STORAGE if the
+    disk refuses; what was there before is then as it was.
     """
-    assert keep >= 2, "the only checkpoint may be the one being written"
+    if keep < 2:
+        raise UserError(f"--keep {keep}: at least 2, as the last may be half written", FLAGS)
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -45,6 +49,7 @@ def save(
     _sweep(root)
     folder = root / f"step-{step:06}"
     aside = root / f".tmp-{folder.name}-{os.getpid()}"
+    replaced = None
     try:
         aside.mkdir()
         for part, tensors in parts.items():
@@ -63,39 +68,46 @@ def save(
             _flush(path)
         _flush(aside)
         if os.path.lexists(folder):
-            _remove(folder)
+            replaced = _put_aside(folder)
         aside.rename(folder)
         _flush(root)
     except (OSError, SafetensorError) as e:
+        if replaced and not os.path.lexists(folder):
+            replaced.rename(folder)
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(e, OSError) and e.errno not in (
-            errno.ENOSPC,
-            errno.EFBIG,
-            errno.EDQUOT,
-            errno.EROFS,
-            errno.EACCES,
-        ):
+        if isinstance(e, OSError) and e.errno not in REFUSALS:
             raise
-        need = sum(
-            t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values()
-        )
+        need = sum(x.numel() * x.element_size() for part in parts.values() for x in part.values())
         raise UserError(
-            f"{folder}: cannot be written: needs {need:,} bytes, {shutil.disk_usage(root).free:,} are free "
-            f"({e}); earlier checkpoints are whole. Make room and --resume",
+            f"{folder}: cannot be written: needs {need:,} bytes, "
+            f"{shutil.disk_usage(root).free:,} are free ({e}); earlier checkpoints are whole. "
+            "Make room and --resume",
             STORAGE,
         ) from None
-    for old in _steps(root)[:-keep]:
-        _remove(old)
+    if replaced:
+        _remove(replaced)
+    # a later step is a damaged one that this run went back behind: it must not push good ones out
+    for old in [x for x in _steps(root) if _step(x) <= step][:-keep]:
+        _remove(_put_aside(old))
     return folder
 
 
 def newest(root: Path) -> Path | None:
-    """The newest checkpoint that is what its manifest says; damaged ones are named and passed over."""
+    """The newest checkpoint that is what its manifest says; damaged ones are named and passed
+    over."""
     for folder in reversed(_steps(root)):
         fault = _fault(folder)
         if fault is None:
             return folder
         say(f"{folder}: {fault}; looking for an earlier one")
+    # replacing the only one is two renames: a kill between them leaves it whole, without its name
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        left = ASIDE.fullmatch(path.name)
+        if left and not path.is_symlink() and _fault(path) is None:
+            folder = root / left[1]
+            if not os.path.lexists(folder):
+                path.rename(folder)
+                return folder
     return None
 
 
@@ -103,17 +115,22 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """A checkpoint's parts (tensors on the CPU) and state."""
     from safetensors.torch import load_file
 
-    parts = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = [folder / name for name in json.loads((folder / MANIFEST).read_text())]
+    parts = {path.stem: load_file(path) for path in files if path.suffix == ".safetensors"}
     return parts, json.loads((folder / "state.json").read_text())
 
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Hold OUT/.lock: one run at a time writes a folder. The system lets go of it however the process ends."""
-    with open(out / ".lock", "a") as file:
+    """Hold OUT/.lock: one run at a time writes a folder. The system lets go of it however the
+    process ends. UserError (FLAGS) if another holds it."""
+    path = out / ".lock"
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, and a run writes nowhere but in its folder", FLAGS)
+    with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"--out {out}: another run is writing there; wait, or name another folder", FLAGS
             ) from None
@@ -127,7 +144,11 @@ def _steps(root: Path) -> list[Path]:
         if root.is_dir()
         else []
     )
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _fault(folder: Path) -> str | None:
@@ -136,6 +157,8 @@ def _fault(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, (size, digest) in manifest.items():
             path = folder / name
+            if path.parent != folder or path.is_symlink() or not path.is_file():
+                return f"{name} is no file of its own"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, expected {size}"
             if _sha256(path) != digest:
@@ -145,12 +168,16 @@ def _fault(folder: Path) -> str | None:
         return f"incomplete ({e})"
 
 
-def _remove(folder: Path) -> None:
-    """Take a checkpoint away under another name first: half a removed one must not look like one."""
+def _put_aside(folder: Path) -> Path:
+    """Take a checkpoint's name away before its files: half a removed one must not look like one."""
     gone = folder.with_name(f".del-{folder.name}-{os.getpid()}")
     folder.rename(gone)
+    return gone
+
+
+def _remove(gone: Path) -> None:
     if gone.is_dir() and not gone.is_symlink():
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)  # what stays goes with the next sweep
     else:
         gone.unlink()  # a link, or a file: what it names is not ours
 

@@ -1,8 +1,9 @@
 """Settings: a command's dataclass < recipe.toml files, left to right < flags.
 
-A command's settings are one flat dataclass; a field's name is its name in code, in a recipe and, with
-hyphens, as a flag; the string under it is its help. A recipe is read as if its lines were flags, so one
-parser checks every value, and an unknown name or a wrong type stops before any weight is read.
+A command's settings are one flat dataclass; a field's name is its name in code, in a recipe and,
+with hyphens, as a flag; the string under it is its help. A recipe is read as if its lines were
+flags, so one parser checks every value, and an unknown name or a wrong type stops before any weight
+is read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ T = TypeVar("T")
 def read(cls: type[T], argv: list[str], prog: str) -> tuple[T, dict[str, str]]:
     """Settings from recipe files (leading `*.toml` arguments) and flags, and where each came from.
 
-    The second is {field: "default", a recipe's path, or "flag"}. UserError (FLAGS) on what cannot be read.
+    The second is {field: "default", a recipe's path, or "flag"}. UserError (FLAGS) on what cannot
+    be read.
     """
     settings = None
     origins = {f.name: "default" for f in dataclasses.fields(cls)}

@@ -1,10 +1,12 @@
-"""Text in, bins out: sources are read as a stream, cleaned, encoded by several processes, and accounted for.
+"""Text in, bins out: sources are read as a stream, cleaned, encoded by several processes, and
+accounted for.
 
-    files -> documents -> normalised -> ids -> bin          every byte read ends in one line of the ledger
+    files -> documents -> normalised -> ids -> bin     every byte read ends in the ledger
 
-Formats: .txt, .jsonl, .tsv, .parquet, each but parquet also as .gz. Only "\\n" ends a line (a "\\r" before it
-goes, and a BOM at the start). A bin is the same bytes however many processes made it: documents keep the
-order of the files, and only the parent decides which of two equal documents is the second.
+Formats: .txt, .jsonl, .tsv, .parquet, each but parquet also as .gz. Only "\\n" ends a line (a "\\r"
+before it goes, and a BOM at the start). A bin is the same bytes however many processes made it:
+documents keep the order of the files, and only the parent decides which of two equal documents is
+the second.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class Ledger:
 
 
 def files(specs: Iterable[str]) -> list[Path]:
-    """The files that paths, folders and globs name, in order; UserError for a spec that names none."""
+    """The files that paths, folders and globs name, in order; UserError for a spec that names
+    none."""
     found: list[Path] = []
     for spec in specs:
         if spec.startswith("hf:"):
@@ -90,7 +93,8 @@ def files(specs: Iterable[str]) -> list[Path]:
         for p in named:
             if _kind(p) not in KINDS:
                 raise UserError(
-                    f"{p}: unknown kind of file; known are {', '.join(KINDS)}, and .gz of the first three"
+                    f"{p}: unknown kind of file; known are {', '.join(KINDS)}, and .gz of the "
+                    f"first three"
                 )
         found += named
     return found
@@ -103,7 +107,8 @@ def _kind(path: Path) -> str:
 def read(
     path: Path, unit: str = "auto", key: str = "text", max_bytes: int = 64 << 20
 ) -> Iterator[Piece]:
-    """The documents of one file, streamed. `unit` says what a document of a .txt is; `key` names the text elsewhere."""
+    """The documents of one file, streamed. `unit` says what a document of a .txt is; `key` names
+    the text elsewhere."""
     kind = _kind(path)
     if kind == ".parquet":
         yield from _parquet(path, key)
@@ -126,7 +131,8 @@ def texts(path: str | Path, unit: str = "auto", key: str = "text") -> list[str]:
     bad = next((i for i, piece in enumerate(pieces) if piece.fault), None)
     if bad is not None:
         raise UserError(
-            f"{path}: document {bad + 1} is {pieces[bad].fault}; an evaluation leaves nothing out, mend it"
+            f"{path}: document {bad + 1} is {pieces[bad].fault}; an evaluation leaves nothing "
+            f"out, mend it"
         )
     found = [piece.text for piece in pieces if piece.text.strip()]
     if not found:
@@ -135,7 +141,8 @@ def texts(path: str | Path, unit: str = "auto", key: str = "text") -> list[str]:
 
 
 def choose_unit(path: Path) -> str:
-    """What a document of this .txt is: a block where blank lines part its beginning, else a line, else the file."""
+    """What a document of this .txt is: a block where blank lines part its beginning, else a line,
+    else the file."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
             lines = f.read(1 << 20).strip().split(b"\n")
@@ -192,7 +199,8 @@ def _txt(f: IO[bytes], path: Path, unit: str, max_bytes: int) -> Iterator[Piece]
             size += len(line) + 1
             if size > max_bytes:
                 raise UserError(
-                    f"{path}: a document above {max_bytes >> 20} MB; cut it with --documents line or block"
+                    f"{path}: a document above {max_bytes >> 20} MB; cut it with --documents line "
+                    f"or block"
                 )
     if held:
         yield _decoded(b"\n".join(held))
@@ -229,7 +237,8 @@ def _tsv(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator[P
     header = next(lines, (b"", ""))[0].decode(errors="replace").split("\t")
     if key not in header:
         raise UserError(
-            f"{path}: no column {key!r} in its first line, which has {', '.join(header)}; name one with "
+            f"{path}: no column {key!r} in its first line, which has {', '.join(header)}; name "
+            f"one with "
             "--text-key"
         )
     for n, (line, fault) in enumerate(lines, 2):
@@ -250,7 +259,8 @@ def _parquet(path: Path, key: str) -> Iterator[Piece]:
         table = pyarrow.parquet.ParquetFile(path)
         if key not in table.schema_arrow.names:
             raise UserError(
-                f"{path}: no column {key!r}; it has {', '.join(table.schema_arrow.names)}; name one with "
+                f"{path}: no column {key!r}; it has {', '.join(table.schema_arrow.names)}; name "
+                f"one with "
                 "--text-key"
             )
         if (kind := str(table.schema_arrow.field(key).type)) not in (
@@ -309,7 +319,8 @@ def prepare(
     on_bad: str = "stop",
     processes: int = 1,
 ) -> tuple[Bin, Ledger]:
-    """Prepare text into a bin; the same bytes for any number of processes, in memory bounded by the largest document."""
+    """Prepare text into a bin; the same bytes for any number of processes, in memory bounded by the
+    largest document."""
     tokenizer = Tokenizer.open(tokenizer_at)
     sources = files(specs)
     writer = BinWriter(out, tokenizer.fingerprint, tokenizer.vocab_size)
@@ -353,7 +364,8 @@ def prepare(
         bad, read_in = ledger.documents["undecodable"], ledger.documents["read"]
         if on_bad == "stop" and bad > BAD_SHARE * read_in:
             raise UserError(
-                f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more than {BAD_SHARE:.1%}; mend "
+                f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more than "
+                f"{BAD_SHARE:.1%}; mend "
                 "them, or leave them out with --on-bad skip"
             )
         if not ledger.documents["kept"]:

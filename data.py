@@ -1,16 +1,18 @@
 """Token bins, and the packed rows that training reads from them.
 
-A *bin* is a folder: `tokens.bin` (little-endian u16 or u32), `starts.bin` (i64, one more than documents),
-`mask.bin` (u8, absent where every token is trained) and `meta.json`. Three lines of numpy read it.
+A *bin* is a folder: `tokens.bin` (little-endian u16 or u32), `starts.bin` (i64, one more than
+documents), `mask.bin` (u8, absent where every token is trained) and `meta.json`. Three lines of
+numpy read it.
 
-A document of n tokens is n - 1 predictions. A *row* is T predictions of whole or cut documents: where a row
-ends inside a document the next row goes on with the very next prediction, so nothing is trained twice in
-an epoch and nothing is lost. `doc` and `pos` travel with the tokens and become attention's mask and rotary
-positions; nothing is padded but the tail of an epoch's last row.
+A document of n tokens is n - 1 predictions. A *row* is T predictions of whole or cut documents:
+where a row ends inside a document the next row goes on with the very next prediction, so nothing is
+trained twice in an epoch and nothing is lost. `doc` and `pos` travel with the tokens and become
+attention's mask and rotary positions; nothing is padded but the tail of an epoch's last row.
 
-The one idea of the loader: row i of a source is a function of (seed, i). Documents are permuted, laid end to
-end, cut into rows, and the rows permuted again, so that a long document does not fill a whole step. A loader's
-state is therefore one integer per source, seeking is a division, and any number of ranks draws the same rows.
+The one idea of the loader: row i of a source is a function of (seed, i). Documents are permuted,
+laid end to end, cut into rows, and the rows permuted again, so that a long document does not fill a
+whole step. A loader's state is therefore one integer per source, seeking is a division, and any
+number of ranks draws the same rows.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ IGNORE = -100  # a target that is not trained: torch's own ignore_index
 
 @dataclass
 class Document:
-    """Token ids with BOS and EOS in place, which of them are trained (None: all), UTF-8 bytes of the text."""
+    """Token ids with BOS and EOS in place, which of them are trained (None: all), UTF-8 bytes of
+    the text."""
 
     ids: Sequence[int]
     mask: Sequence[bool] | None
@@ -170,7 +173,8 @@ class Bin:
         return self.tokens[self.starts[i] : self.starts[i + 1]]
 
     def check(self, tokenizer_sha: str, vocab_size: int) -> None:
-        """Refuse a bin of another tokenizer, of damaged files, or with ids the model has no row for."""
+        """Refuse a bin of another tokenizer, of damaged files, or with ids the model has no row
+        for."""
         if self.meta["tokenizer"] != tokenizer_sha:
             raise UserError(
                 f"{self.folder}: made with tokenizer {self.meta['tokenizer'][:12]}, the model has "
@@ -190,7 +194,8 @@ class Bin:
             )
         if self.meta["trained"] == 0:
             raise UserError(
-                f"{self.folder}: no token to train on in {len(self)} documents; a document needs at "
+                f"{self.folder}: no token to train on in {len(self)} documents; a document needs "
+                f"at "
                 "least two tokens"
             )
 
@@ -199,7 +204,8 @@ def hold_out(bin: Bin, share: float) -> np.ndarray:
     """Which documents are kept for evaluation, (N,) bool: those whose hash falls below `share`.
 
     A hash, not a draw: a document stays on its side when others come or go. Only the beginning is
-    hashed, so that two versions of one article fall on the same side. One document is never held out.
+    hashed, so that two versions of one article fall on the same side. One document is never held
+    out.
     """
     if len(bin) < 2 or share <= 0:
         return np.zeros(len(bin), bool)
@@ -228,7 +234,8 @@ class Source:
 
 @dataclass
 class Batch:
-    """Rows of packed documents; all fields (B, T) int64. `doc` is -1 and `targets` IGNORE in an unused tail."""
+    """Rows of packed documents; all fields (B, T) int64. `doc` is -1 and `targets` IGNORE in an
+    unused tail."""
 
     tokens: Tensor
     targets: Tensor
@@ -314,10 +321,12 @@ class Stream:
 
 
 class Loader:
-    """Endless micro-batches from a mixture; each row comes from the source furthest behind its share.
+    """Endless micro-batches from a mixture; each row comes from the source furthest behind its
+    share.
 
-    Shares are exact in predictions, to one row. All ranks walk the same list of rows and each reads only
-    its own, so a step of G rows is the same G rows on any number of ranks. `served` is the whole state.
+    Shares are exact in predictions, to one row. All ranks walk the same list of rows and each reads
+    only its own, so a step of G rows is the same G rows on any number of ranks. `served` is the
+    whole state.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What we say to people: plain lines, a progress bar, one-line errors, and metrics.jsonl.
 
-One idea: everything a run has to say leaves through here, so that only rank 0 speaks, a person's mistake
-is one line and not a traceback, and the numbers a person sees are the numbers in the file.
+One idea: everything a run has to say leaves through here, so that only rank 0 speaks, a person's
+mistake is one line and not a traceback, and the numbers a person sees are the numbers in the file.
 
 Lines go to stderr; what a command *produces* (a continuation, a score) goes to stdout.
 """
@@ -23,10 +23,11 @@ FLAGS, BAD_INPUT, NON_FINITE, STORAGE, INTERRUPTED = 2, 3, 4, 5, 130  # exit cod
 
 
 class UserError(Exception):
-    """Something a person can mend; the message says what, where, expected against found, what to do.
+    """Something a person can mend; the message says what, where, expected against found, what to
+    do.
 
-    `code` is the exit code: FLAGS (2), BAD_INPUT (3: model, tokenizer, data, checkpoint), NON_FINITE (4),
-    STORAGE (5).
+    `code` is the exit code: FLAGS (2), BAD_INPUT (3: model, tokenizer, data, checkpoint),
+    NON_FINITE (4), STORAGE (5).
     """
 
     def __init__(self, message: str, code: int = BAD_INPUT):
@@ -35,7 +36,8 @@ class UserError(Exception):
 
 
 def speaking() -> bool:
-    """Whether this process is the one that talks: rank 0, or a process that torchrun did not start."""
+    """Whether this process is the one that talks: rank 0, or a process that torchrun did not
+    start."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -51,16 +53,19 @@ def printable(text: str) -> str:
 
 
 def coloured(text: str, on: bool) -> str:
-    """A piece of text for stdout, in colour where it is trained; plain where stdout is no terminal."""
+    """A piece of text for stdout, in colour where it is trained; plain where stdout is no
+    terminal."""
     text = printable(text)
     return f"\x1b[32m{text}\x1b[0m" if on and sys.stdout.isatty() else text
 
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
-    """Within it the first SIGTERM or SIGINT only sets what is yielded: the exit code to leave with, before that 0.
+    """Within it the first SIGTERM or SIGINT only sets what is yielded: the exit code to leave with,
+    before that 0.
 
-    The loop looks between steps, so that no work is done in a handler. A second signal stops at once.
+    The loop looks between steps, so that no work is done in a handler. A second signal stops at
+    once.
     """
     code = 0
 
@@ -78,7 +83,8 @@ def stopping() -> Iterator[Callable[[], int]]:
 
 
 def run(command: Callable[[], T]) -> T:
-    """Run a command and give what it gives; a UserError becomes one line and an exit code (DEBUG=1: a traceback).
+    """Run a command and give what it gives; a UserError becomes one line and an exit code (DEBUG=1:
+    a traceback).
 
     A command file reads its settings before it imports torch, so that --help answers at once:
 
@@ -105,10 +111,12 @@ def run(command: Callable[[], T]) -> T:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, each step once, however often a run was cut and resumed."""
+    """metrics.jsonl: one JSON object a line, each step once, however often a run was cut and
+    resumed."""
 
     def __init__(self, path: Path, after_step: int = -1, track: str = "none"):
-        """Open for appending; lines of later steps than `after_step` belong to work that was lost and go.
+        """Open for appending; lines of later steps than `after_step` belong to work that was lost
+        and go.
 
         `track` "tensorboard" writes the same numbers beside the file, in a folder of that name.
         """

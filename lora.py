@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021) by hand: y = W x + (alpha / r) B A x, with W frozen.
 
-A wrapped linear keeps the base under `base_layer`, as PEFT does, so a parameter's name here is, behind the
-prefix `base_model.model.`, its name in a PEFT adapter file. There is nothing to convert.
+A wrapped linear keeps the base under `base_layer`, as PEFT does, so a parameter's name here is,
+behind the prefix `base_model.model.`, its name in a PEFT adapter file. There is nothing to convert.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ PLAIN = {  # what adapter_config.json may say besides nothing: all else changes 
 
 
 class LoRALinear(nn.Module):
-    """y = W x + scale * B A x; A (R,in) starts random, B (out,R) at zero, so that step 0 is the base model."""
+    """y = W x + scale * B A x; A (R,in) starts random, B (out,R) at zero, so that step 0 is the
+    base model."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
@@ -76,9 +77,11 @@ class LoRALinear(nn.Module):
 def attach(
     model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]
 ) -> None:
-    """Freeze the model and wrap every linear layer that a target names, whole or by its end, as in PEFT.
+    """Freeze the model and wrap every linear layer that a target names, whole or by its end, as in
+    PEFT.
 
-    `all-linear` is all but lm_head. UserError on a target that names none, or a rank above the width.
+    `all-linear` is all but lm_head. UserError on a target that names none, or a rank above the
+    width.
     """
     linears = [
         name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"
@@ -137,7 +140,8 @@ def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Attach the PEFT adapter in a folder, with its weights; UserError on what would be computed otherwise."""
+    """Attach the PEFT adapter in a folder, with its weights; UserError on what would be computed
+    otherwise."""
     from safetensors.torch import load_file
 
     where = folder / "adapter_config.json"
@@ -180,17 +184,20 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, found: dict[str, Tensor], where: str) -> None:
-    """Copy tensors under PEFT's names into the attached adapter; each exactly once, of the right shape."""
+    """Copy tensors under PEFT's names into the attached adapter; each exactly once, of the right
+    shape."""
     wanted = adapter_state(model)
     for name in sorted(wanted.keys() ^ found.keys()):
         raise UserError(
-            f"{where}: tensor {name} is {'missing' if name in wanted else 'not one of this model'}; the "
+            f"{where}: tensor {name} is "
+            f"{'missing' if name in wanted else 'not one of this model'}; the "
             "adapter belongs to another base"
         )
     for name, tensor in wanted.items():
         if tensor.shape != found[name].shape:
             raise UserError(
-                f"{where}: {name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}; the "
+                f"{where}: {name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}; "
+                f"the "
                 "adapter belongs to another base"
             )
         tensor.copy_(found[name])

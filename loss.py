@@ -1,8 +1,8 @@
 """What a run minimises and what it reports: the NLL of each token, and bits per byte.
 
-The one idea: logits for all B x T tokens at once are the largest tensor of a training step (2048 x 128256
-in float32 is 1 GB) and nobody needs them. Both passes go chunk by chunk, and a chunk's logits live only
-until its log-sum-exp, or its gradient, is taken.
+The one idea: logits for all B x T tokens at once are the largest tensor of a training step (2048 x
+128256 in float32 is 1 GB) and nobody needs them. Both passes go chunk by chunk, and a chunk's
+logits live only until its log-sum-exp, or its gradient, is taken.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from torch import Tensor
 
 from data import IGNORE
 
-CHUNK = 256  # tokens whose logits stand at once: fastest on a CPU at V = 32,000, small beside a layer's activations
-GROUP = 1024  # tokens whose logit gradients stand at once: adding up (V,C) costs more than a chunk's product
+# tokens whose logits stand at once: fastest on a CPU at V = 32,000, small beside a layer's
+# activations
+CHUNK = 256
+# tokens whose logit gradients stand at once: adding up (V,C) costs more than a chunk's product
+GROUP = 1024
 
 
 class _TokenNLL(torch.autograd.Function):
     """NLL of each token from hidden states and head weights, (N,C), (V,C), (N,) -> (N,) float32.
 
-    d nll_t / d logits_t is softmax_t - onehot_t, whatever is later done with nll_t, so the forward pass
-    computes it while the chunk's logits are at hand: h's gradient is then a scaling by whatever comes from
-    above. W's gradient mixes the tokens; it too is only a scaling when all tokens have the same factor,
-    which is the case for a sum. Otherwise (preference losses) the backward pass goes over the chunks again.
+    d nll_t / d logits_t is softmax_t - onehot_t, whatever is later done with nll_t, so the forward
+    pass computes it while the chunk's logits are at hand: h's gradient is then a scaling by
+    whatever comes from above. W's gradient mixes the tokens; it too is only a scaling when all
+    tokens have the same factor, which is the case for a sum. Otherwise (preference losses) the
+    backward pass goes over the chunks again.
     """
 
     @staticmethod
@@ -78,7 +82,8 @@ def _head_gradient(
     dh: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of factor x (softmax - onehot) h^T, (V,C) float32; fills nll (N,) and dh (N,C) if given."""
+    """Sum over tokens of factor x (softmax - onehot) h^T, (V,C) float32; fills nll (N,) and dh
+    (N,C) if given."""
     dW = None
     for begin in range(0, len(h), GROUP):
         group = slice(begin, min(begin + GROUP, len(h)))
@@ -125,5 +130,6 @@ class _Scatter(torch.autograd.Function):
 
 
 def bits_per_byte(nll_sum: float, n_bytes: int) -> float:
-    """Nats over a text's tokens -> bits per UTF-8 byte: comparable across tokenizers, unlike a loss per token."""
+    """Nats over a text's tokens -> bits per UTF-8 byte: comparable across tokenizers, unlike a loss
+    per token."""
     return nll_sum / math.log(2) / n_bytes if n_bytes else float("nan")

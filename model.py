@@ -1,19 +1,20 @@
 """The LLaMA family in plain PyTorch, with Hugging Face's own names.
 
-Modules are named so that `state_dict()` *is* the checkpoint: there is no converter, so none can be wrong.
-A family is a row of flags: `ModelConfig.from_hf` reads config.json once, and below it no line asks which
-model this is. What it does not know by name (architecture, rope kind, activation, quantisation) it
-refuses: never load what would be computed wrongly.
+Modules are named so that `state_dict()` *is* the checkpoint: there is no converter, so none can be
+wrong. A family is a row of flags: `ModelConfig.from_hf` reads config.json once, and below it no
+line asks which model this is. What it does not know by name (architecture, rope kind, activation,
+quantisation) it refuses: never load what would be computed wrongly.
 
 The alphabet, here and everywhere. Capitals are sizes, small letters tensors:
     B rows   T tokens in a row   S keys   C width   M MLP width   V vocabulary
     H heads   K key/value heads   D head width   L layers   R LoRA rank   N documents
 
-Rows are packed: `doc` (B,T) says which document a token belongs to (-1: none), `pos` (B,T) where in it the
-token stands. Attention never crosses documents, so a packed row computes what its documents would alone.
+Rows are packed: `doc` (B,T) says which document a token belongs to (-1: none), `pos` (B,T) where in
+it the token stands. Attention never crosses documents, so a packed row computes what its documents
+would alone.
 
-dtype in one sentence: weights stay in the dtype they are kept in, products run in `compute_dtype`, and
-softmax, norms, rotary and loss run in float32.
+dtype in one sentence: weights stay in the dtype they are kept in, products run in `compute_dtype`,
+and softmax, norms, rotary and loss run in float32.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ ONE_BY_ONE = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's shape, in config.json's own words. Sizes are counts, `rope_theta` a base, eps a number."""
+    """A model's shape, in config.json's own words. Sizes are counts, `rope_theta` a base, eps a
+    number."""
 
     vocab_size: int
     hidden_size: int
@@ -147,7 +149,8 @@ def _flag(raw: dict, key: str) -> bool:
 
 
 class Linear(nn.Linear):
-    """y = W x + b in x's dtype, whatever W is kept in. Construction computes nothing: weights come from a file."""
+    """y = W x + b in x's dtype, whatever W is kept in. Construction computes nothing: weights come
+    from a file."""
 
     def reset_parameters(self) -> None:
         pass
@@ -178,7 +181,8 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Radians per position for each pair of a head's widths, (D/2,) float32 (RoFormer, section 3.2.2)."""
+    """Radians per position for each pair of a head's widths, (D/2,) float32 (RoFormer, section
+    3.2.2)."""
     D, scaling = config.head_dim, config.rope_scaling or {"rope_type": "default"}
     f = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)  # (D/2,)
     if scaling["rope_type"] == "linear":
@@ -196,16 +200,18 @@ def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of x (B,T,H,D) by its angle; cos, sin (B,T,1,D/2). The half-split kind."""
+    """Turn each pair (i, i + D/2) of x (B,T,H,D) by its angle; cos, sin (B,T,1,D/2). The half-split
+    kind."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of what was read so far: k, v (L,B,S,K,D); `length` (B,) tokens held in each row.
+    """Keys and values of what was read so far: k, v (L,B,S,K,D); `length` (B,) tokens held in each
+    row.
 
-    A token is kept at its own `pos`, so rows may differ in length; what a shorter prompt's padding (doc -1,
-    on the right) leaves behind is overwritten before it can be seen.
+    A token is kept at its own `pos`, so rows may differ in length; what a shorter prompt's padding
+    (doc -1, on the right) leaves behind is overwritten before it can be seen.
     """
 
     def __init__(self, config: ModelConfig, rows: int, size: int, device: Any, dtype: torch.dtype):
@@ -218,7 +224,8 @@ class KVCache:
         )
 
     def put(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k, v (B,T,K,D) at pos (B,T); return all keys and values up to the extent, (B,S,K,D)."""
+        """Keep k, v (B,T,K,D) at pos (B,T); return all keys and values up to the extent,
+        (B,S,K,D)."""
         rows = torch.arange(len(pos), device=pos.device)[:, None]
         self.k[layer][rows, pos], self.v[layer][rows, pos] = k, v
         return self.k[layer][:, : self.extent], self.v[layer][:, : self.extent]
@@ -228,8 +235,9 @@ class KVCache:
 class Layout:
     """Who sees whom in this batch, found once and used by all layers.
 
-    `lengths`: documents end to end over all rows, attended one by one (fast on a CPU: half of nothing is
-    computed). `mask` (B,1,T,S): True where a key is seen. Neither: each row is one document, plain causal.
+    `lengths`: documents end to end over all rows, attended one by one (fast on a CPU: half of
+    nothing is computed). `mask` (B,1,T,S): True where a key is seen. Neither: each row is one
+    document, plain causal.
     """
 
     lengths: list[int] | None = None
@@ -258,8 +266,9 @@ class Layout:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Softmax attention: q (B,T,H,D) over k, v (B,S,K,D) -> (B,T,H,D), each query head with its group's keys."""
-    B, T, H, D = q.shape
+    """Softmax attention: q (B,T,H,D) over k, v (B,S,K,D) -> (B,T,H,D), each query head with its
+    group's keys."""
+    T, H = q.shape[1:3]
     if layout.lengths is not None:
         return attend_documents(q, k, v, layout)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,H,T,D), (B,K,S,D)
@@ -271,7 +280,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 @torch.compiler.disable  # lengths differ in every batch: compiled, each would be a new graph
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """`attend`, document by document; split and cat, because their backward passes copy nothing twice."""
+    """`attend`, document by document; split and cat, because their backward passes copy nothing
+    twice."""
     parts = zip(
         *(x.flatten(0, 1)[None].split(layout.lengths, dim=1) for x in (q, k, v)), strict=True
     )
@@ -366,7 +376,8 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A causal language model of the LLaMA family; `state_dict()` has the names and shapes of HF's file."""
+    """A causal language model of the LLaMA family; `state_dict()` has the names and shapes of HF's
+    file."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -377,7 +388,8 @@ class Llama(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """What turns hidden states into logits, (V,C): its own weights, or the embedding's if tied."""
+        """What turns hidden states into logits, (V,C): its own weights, or the embedding's if
+        tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
@@ -390,9 +402,11 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:
-        """NLL of each target, (B,T) float32, 0 where IGNORE; without targets each row's next logits, (B,V) float32.
+        """NLL of each target, (B,T) float32, 0 where IGNORE; without targets each row's next
+        logits, (B,V) float32.
 
-        tokens, doc, pos, targets (B,T). The next logits are those of a row's last token with doc >= 0.
+        tokens, doc, pos, targets (B,T). The next logits are those of a row's last token with doc >=
+        0.
         """
         h = self.model(tokens, doc, pos, cache)  # (B,T,C)
         if targets is not None:
@@ -402,9 +416,11 @@ class Llama(nn.Module):
         return F.linear(h, self.head.to(h.dtype)).float()  # (B,V)
 
     def flops_per_token(self, T: int) -> float:
-        """Products to train one token in rows of T: 2 a weight for y, 2 for dx, 2 for dW where it trains.
+        """Products to train one token in rows of T: 2 a weight for y, 2 for dx, 2 for dW where it
+        trains.
 
-        Attention adds 6 T H D a layer (its causal half counted). The embedding is a look-up and costs none.
+        Attention adds 6 T H D a layer (its causal half counted). The embedding is a look-up and
+        costs none.
         """
         c = self.config
         matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
@@ -414,7 +430,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, std: float = 0.02) -> None:
-        """Random weights for a model that starts from nothing (GPT-2's rule: outputs to the residual smaller)."""
+        """Random weights for a model that starts from nothing (GPT-2's rule: outputs to the
+        residual smaller)."""
         g = torch.Generator(device=self.device).manual_seed(seed)
         for name, p in self.named_parameters():
             if "norm" in name:

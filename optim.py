@@ -1,4 +1,5 @@
-"""What moves the weights: parameter groups, AdamW, the learning-rate curve, and the optimizer's state by name."""
+"""What moves the weights: parameter groups, AdamW, the learning-rate curve, and the optimizer's
+state by name."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ SCHEDULES = ("cosine", "linear", "inverse-sqrt", "wsd", "constant")
 def learning_rate(
     step: int, steps: int, peak: float, schedule: str, warmup: int, floor: float
 ) -> float:
-    """The rate of step 1 .. steps: up linearly over `warmup` steps, then down to `floor` x peak by the schedule.
+    """The rate of step 1 .. steps: up linearly over `warmup` steps, then down to `floor` x peak by
+    the schedule.
 
-    cosine (Loshchilov & Hutter 2017) and linear end at the floor; inverse-sqrt falls as sqrt(warmup / step)
-    (Vaswani et al. 2017, eq. 3); wsd (Hu et al. 2024) stays at the peak and falls over the last tenth.
+    cosine (Loshchilov & Hutter 2017) and linear end at the floor; inverse-sqrt falls as sqrt(warmup
+    / step) (Vaswani et al. 2017, eq. 3); wsd (Hu et al. 2024) stays at the peak and falls over the
+    last tenth.
     """
     if step <= warmup:
         return peak * step / warmup
@@ -29,7 +32,8 @@ def learning_rate(
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """What trains, in two groups: matrices decay, norms and biases (one number a channel) do not."""
+    """What trains, in two groups: matrices decay, norms and biases (one number a channel) do
+    not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
@@ -51,7 +55,8 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
 def load_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
 ) -> None:
-    """Put a checkpoint's tensors back, on each parameter's device. AdamW's `step` counts stay where they were kept."""
+    """Put a checkpoint's tensors back, on each parameter's device. AdamW's `step` counts stay where
+    they were kept."""
     named = dict(model.named_parameters())
     for key, x in saved.items():
         name, what = key.rsplit("/", 1)

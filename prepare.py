@@ -118,7 +118,8 @@ def show(s: Show) -> None:
     bin, tokenizer = Bin(s.bin), Tokenizer.open(s.tokenizer)
     bin.check(tokenizer.fingerprint, tokenizer.vocab_size)
     print(
-        f"{s.bin}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, {bin.meta['bytes']:,} bytes"
+        f"{s.bin}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
+        f"{bin.meta['bytes']:,} bytes"
     )
     ledger_lines(bin.meta["ledger"])
     on, off = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
@@ -158,7 +159,8 @@ def fertility(s: Fertility) -> None:
         for name in s.tokenizers:
             tokens = sum(map(len, Tokenizer.open(name).encode_batch(texts)))
             print(
-                f"{file.name:32}{Path(name).name:24}{tokens / words:>12.2f}{n_bytes / tokens:>12.2f}"
+                f"{file.name:32}{Path(name).name:24}{tokens / words:>12.2f}"
+                f"{n_bytes / tokens:>12.2f}"
             )
 
 

@@ -1,7 +1,9 @@
-"""Who and how many we are: this process's rank, its device, the dtype of products, sums over all ranks.
+"""Who and how many we are: this process's rank, its device, the dtype of products, sums over all
+ranks.
 
-torchrun starts the processes and says in the environment which is which. Alone, a process is rank 0 of 1 and
-every method here costs nothing. Several ranks hold the same weights and add their gradients once a step.
+torchrun starts the processes and says in the environment which is which. Alone, a process is rank 0
+of 1 and every method here costs nothing. Several ranks hold the same weights and add their
+gradients once a step.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 
 from log import FLAGS, UserError
 
-# bf16 (T4: fp16) tensor-core peaks without sparsity, FLOP/s, from the makers' data sheets: the limit of an MFU
+# bf16 (T4: fp16) tensor-core peaks without sparsity, FLOP/s, from the makers' data sheets: the
+# limit of an MFU
 PEAKS = {
     "T4": 65e12,
     "L4": 121e12,
@@ -46,8 +49,8 @@ class Ranks:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError(
-                "--device cuda: no GPU that this torch can use; take --device cpu or install a CUDA "
-                "build of torch",
+                "--device cuda: no GPU that this torch can use; take --device cpu or install a "
+                "CUDA build of torch",
                 FLAGS,
             )
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -112,7 +115,8 @@ class Ranks:
             dist.destroy_process_group()
 
     def compute_dtype(self, name: str) -> torch.dtype:
-        """The dtype of products: as asked, or `auto`: bf16 where the machine multiplies it natively.
+        """The dtype of products: as asked, or `auto`: bf16 where the machine multiplies it
+        natively.
 
         A GPU without bf16 (before Ampere) takes fp16, a CPU without it fp32.
         """

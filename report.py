@@ -1,7 +1,8 @@
-"""A run on one page: report.html, a single file that needs no other, for a browser, a phone or paper.
+"""A run on one page: report.html, a single file that needs no other, for a browser, a phone or
+paper.
 
-It reads only what a run left behind (metrics.jsonl, run.json, settings.toml, samples.txt), so a report can be made
-again at any time, and says what is missing instead of failing.
+It reads only what a run left behind (metrics.jsonl, run.json, settings.toml, samples.txt), so a
+report can be made again at any time, and says what is missing instead of failing.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def _table(looks: list[dict]) -> list[dict[str, Any]]:
 
 
 def _plots(steps: list[dict], looks: list[dict]) -> list[str]:
-    """Curves as inline SVG, drawn in the page's own text colour so that light and dark both read."""
+    """Curves as inline SVG, drawn in the page's own text colour so that light and dark both
+    read."""
     drawn = []
     if looks:
         names = list(looks[0]["bits_per_byte"])
@@ -222,8 +224,8 @@ def _samples(text: str) -> list[dict[str, str]]:
         return []
 
     def pairs(block: str) -> dict[str, str]:
-        head, *rest = block.split("\n-- ")
-        return dict((x.split("\n", 1) + [""])[:2] for x in rest)
+        parted = (x.partition("\n") for x in block.split("\n-- ")[1:])
+        return {prompt: continued for prompt, _, continued in parted}
 
     before, after = pairs(blocks[0]), pairs(blocks[-1])
     return [

@@ -1,8 +1,9 @@
-"""What stands around the loop: a run is set up, looked at, saved, resumed, planned and finished here.
+"""What stands around the loop: a run is set up, looked at, saved, resumed, planned and finished
+here.
 
-train.py is the loop and nothing else, so that it can be read in one go; this is the rest of a run's life. Its one
-idea: everything that can be wrong is found in `Run.start`, before step 1, and everything that a run leaves
-behind is a file in its folder.
+train.py is the loop and nothing else, so that it can be read in one go; this is the rest of a run's
+life. Its one idea: everything that can be wrong is found in `Run.start`, before step 1, and
+everything that a run leaves behind is a file in its folder.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Run:
 
     @classmethod
     def start(cls, s: Any, kind: str) -> Run:
-        """Load, wrap, open and check everything; `kind` is that of the bins. UserError on what is wrong."""
+        """Load, wrap, open and check everything; `kind` is that of the bins. UserError on what is
+        wrong."""
         out, ranks = Path(s.out), Ranks.start(s.device)
         torch.manual_seed(s.seed)
         torch.use_deterministic_algorithms(s.deterministic)
@@ -136,7 +138,8 @@ class Run:
         return {s.name: s.sha for s in self.loader.sources}
 
     def evaluate(self) -> dict[str, float]:
-        """Bits per byte of each held-out text, as eval.py measures them; NaN becomes None, as in JSON."""
+        """Bits per byte of each held-out text, as eval.py measures them; NaN becomes None, as in
+        JSON."""
         found = {}
         self.model.eval()
         for name, texts in self.held.items():
@@ -168,7 +171,8 @@ class Run:
                 f.write(f"-- {prompt}\n{log.printable(continued)}\n")
 
     def save(self) -> None:
-        """The resume point: what trains, the optimizer, the random state, and where the data stand."""
+        """The resume point: what trains, the optimizer, the random state, and where the data
+        stand."""
         if self.ranks.rank == 0:
             trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
             rng = {"cpu": torch.get_rng_state()}
@@ -216,7 +220,8 @@ class Run:
         log.say(f"resumed from {newest}")
 
     def begin(self, origins: dict[str, str]) -> None:
-        """Write down what is run: settings.toml feeds back into train.py, run.json says with what."""
+        """Write down what is run: settings.toml feeds back into train.py, run.json says with
+        what."""
         s = dataclasses.replace(self.s, resume=False, plan=False)
         (self.out / "settings.toml").write_text(config.to_toml(s))
         git = subprocess.run(
@@ -257,11 +262,13 @@ class Run:
                 f"{name}: {before:.4f} -> {after:.4f} bits per byte ({after / before - 1:+.1%})"
             )
         log.say(
-            f"the model: {self.out / 'model'}   the report: {page}   samples: {self.out / 'samples.txt'}"
+            f"the model: {self.out / 'model'}   the report: {page}   "
+            f"samples: {self.out / 'samples.txt'}"
         )
 
     def show_plan(self, origins: dict[str, str], objective: Any) -> None:
-        """What would be done and what it takes, measured on one micro-batch that changes nothing."""
+        """What would be done and what it takes, measured on one micro-batch that changes
+        nothing."""
         s, n = self.s, self.parameters
         for f in dataclasses.fields(s):
             print(f"{f.name.replace('_', '-'):16} {getattr(s, f.name)!s:40} {origins[f.name]}")
@@ -284,10 +291,12 @@ class Run:
             f"parameters   {n['total']:,}, trained {n['trained']:,}\n"
             f"data         {shares}\n"
             f"steps        {self.steps} of {self.tokens_per_step:,} tokens\n"
-            f"memory       {self.ranks.memory_gb() + moments:.2f} GB: measured on one micro-batch, with "
-            f"{moments:.2f} for AdamW's moments\n"
-            f"time         {minutes:.1f} minutes of steps, from that micro-batch (the first is the slowest)\n"
-            f"disk         {s.keep * (result + moments) + result:.2f} GB for {s.keep} checkpoints and the result\n"
+            f"memory       {self.ranks.memory_gb() + moments:.2f} GB: measured on one micro-batch, "
+            f"with {moments:.2f} for AdamW's moments\n"
+            f"time         {minutes:.1f} minutes of steps, from that micro-batch (the first is "
+            "the slowest)\n"
+            f"disk         {s.keep * (result + moments) + result:.2f} GB for {s.keep} checkpoints "
+            "and the result\n"
             "\nthe first row; what is trained is in colour:"
         )
         tokens, targets, pos = (
@@ -359,7 +368,8 @@ def open_data(
 def open_bin(
     spec: str, folder: Path, tokenizer: Tokenizer, out: Path, ranks: Ranks, as_is: bool
 ) -> Bin:
-    """A prepared bin, or text prepared once under OUT/bins by prepare.py; held-out text is left as it is."""
+    """A prepared bin, or text prepared once under OUT/bins by prepare.py; held-out text is left as
+    it is."""
     if (Path(spec) / "meta.json").exists():
         return Bin(spec)
     stem = (
@@ -380,7 +390,8 @@ def open_bin(
 
 
 def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer) -> bool:
-    """Whether a bin prepared earlier is what preparing `spec` again would give, by its sources' sizes."""
+    """Whether a bin prepared earlier is what preparing `spec` again would give, by its sources'
+    sizes."""
     if not (bin / "meta.json").exists():
         return False
     meta = Bin(bin).meta

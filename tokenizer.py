@@ -1,10 +1,12 @@
-"""One face for both kinds of tokenizer file: SentencePiece's `tokenizer.model` and `tokenizer.json`.
+"""One face for both kinds of tokenizer file: SentencePiece's `tokenizer.model` and
+`tokenizer.json`.
 
-There is one way to encode. BOS and EOS are added here, in `document`, exactly once; a tokenizer's own hidden
-rules for them are never asked. Text stays text: `</s>` typed by a user is five characters, not an end.
+There is one way to encode. BOS and EOS are added here, in `document`, exactly once; a tokenizer's
+own hidden rules for them are never asked. Text stays text: `</s>` typed by a user is five
+characters, not an end.
 
-`byte_lengths` says how many bytes of text each id stands for, which is what makes bits per byte possible
-where a document is cut between tokens.
+`byte_lengths` says how many bytes of text each id stands for, which is what makes bits per byte
+possible where a document is cut between tokens.
 """
 
 from __future__ import annotations
@@ -37,13 +39,14 @@ BEGIN, END = (
 class Tokenizer:
     """Text to ids and back; open one with `Tokenizer.open(folder or file)`.
 
-    `vocab_size` ids; `bos`, `eos` ids or None; `byte_lengths` (vocab_size,) int32, 0 for control tokens;
-    `fingerprint`, a sha256 of all that decides what text becomes.
+    `vocab_size` ids; `bos`, `eos` ids or None; `byte_lengths` (vocab_size,) int32, 0 for control
+    tokens; `fingerprint`, a sha256 of all that decides what text becomes.
     """
 
     @classmethod
     def open(cls, path: Path | str) -> Tokenizer:
-        """From a model's folder, or from a tokenizer.json or .model file itself; UserError if it cannot be used."""
+        """From a model's folder, or from a tokenizer.json or .model file itself; UserError if it
+        cannot be used."""
         path = Path(path)
         file = (
             path
@@ -221,7 +224,8 @@ def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]
 
 
 def learn(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
-    """Learn a SentencePiece BPE of `size` pieces (Kudo & Richardson 2018) and write it into a folder.
+    """Learn a SentencePiece BPE of `size` pieces (Kudo & Richardson 2018) and write it into a
+    folder.
 
     As LLaMA's: bytes for what is rare, no normalising, digits one by one, a space before each text.
     """

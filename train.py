@@ -1,12 +1,13 @@
 """The loop: settings, model, data, steps, evaluation, saving. Read it top to bottom.
 
-    python train.py --mode cpt                                          # the demo: offline, two minutes on a CPU
+    python train.py --mode cpt                   # the demo: offline, two minutes on a CPU
     python train.py --mode cpt --model FOLDER_OR_HUB_ID --data kin.txt:3 eng.txt:1 --out out/kin
     python train.py --resume --out out/kin
 
-It never sees text: all data are token bins (text is prepared by prepare.py first, in a process of its own).
-Every trained token of a step weighs the same, in whichever row, micro-batch or rank it lies. A step is the
-same for 8 rows at once, 2 x 4 rows accumulated, or 2 ranks; a run cut anywhere goes on bit for bit.
+It never sees text: all data are token bins (text is prepared by prepare.py first, in a process of
+its own). Every trained token of a step weighs the same, in whichever row, micro-batch or rank it
+lies. A step is the same for 8 rows at once, 2 x 4 rows accumulated, or 2 ranks; a run cut anywhere
+goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Settings:
     model: str = "demo"
     """A Hugging Face folder, a hub id (org/name@revision), a PEFT adapter folder, or `demo`."""
     data: list[str] = field(default_factory=list)
-    """Sources, each SPEC[:WEIGHT]: a bin, or a file or glob of text. Weights are shares of the trained tokens;
-    without any, each source weighs what it holds."""
+    """Sources, each SPEC[:WEIGHT]: a bin, or a file or glob of text. Weights are shares of the
+    trained tokens; without any, each source weighs what it holds."""
     val: list[str] = field(default_factory=list)
     """Held-out text, each NAME=SPEC. Without any, `--hold-out` of each source is kept back."""
     out: str = "out/run"
@@ -89,7 +90,8 @@ class Settings:
     hold_out: float = 0.01
     """Share of each source's documents kept back when no --val is given."""
     prompts: list[str] = field(default_factory=list)
-    """Beginnings continued at evaluations into samples.txt; without any, the first words of held-out texts."""
+    """Beginnings continued at evaluations into samples.txt; without any, the first words of
+    held-out texts."""
     save_every: int = 0
     """Steps between checkpoints; 0: five in a run."""
     keep: int = 2
@@ -136,8 +138,8 @@ def read_settings(argv: list[str]) -> tuple[Settings, dict[str, str]]:
             old, new = getattr(before, f.name), getattr(settings, f.name)
             if old != new and f.name not in FREE:
                 raise UserError(
-                    f"--resume: {f.name.replace('_', '-')} was {old!r}, now {new!r}; that is another run: "
-                    "leave the flag out, or start anew with another --out",
+                    f"--resume: {f.name.replace('_', '-')} was {old!r}, now {new!r}; that "
+                    "is another run: leave the flag out, or start anew with another --out",
                     FLAGS,
                 )
     return settings, origins
@@ -177,8 +179,8 @@ def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
                scaler: torch.amp.GradScaler | None = None) -> tuple[float, float]:
     """One optimizer step over this rank's micro-batches -> (loss, gradient norm).
 
-    Sums are divided by the count over all ranks: a mean of means would favour tokens in emptier rows.
-    A gradient that is not finite raises FloatingPointError and moves nothing.
+    Sums are divided by the count over all ranks: a mean of means would favour tokens in emptier
+    rows. A gradient that is not finite raises FloatingPointError and moves nothing.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     count = max(1, ranks.total(sum(objective.count(b) for b in batches)))  # no terms: no gradient
@@ -324,13 +326,14 @@ def train(s: Settings, origins: dict[str, str]) -> int:
             run.begin(origins)
         n = run.parameters
         log.say(
-            f"{run.ranks}, products in {str(run.model.compute_dtype)[6:]}; {n['total']:,} parameters, "
-            f"{n['trained']:,} trained; {run.steps} steps of {run.tokens_per_step:,} tokens"
+            f"{run.ranks}, products in {str(run.model.compute_dtype)[6:]}; {n['total']:,} "
+            f"parameters, {n['trained']:,} trained; {run.steps} steps of {run.tokens_per_step:,} tokens"
         )
         stop = loop(run)
         if stop:
             log.say(
-                f"stopped and saved at step {run.step}; go on with: python train.py --resume --out {out}"
+                f"stopped and saved at step {run.step}; go on with: "
+                f"python train.py --resume --out {out}"
             )
         elif run.ranks.rank == 0:
             run.finish()

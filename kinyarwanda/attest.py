@@ -2,8 +2,9 @@
 
     python -m kinyarwanda.attest FILE ...
 
-Reads .txt, .jsonl (every string in it) and .tsv (every cell); apostrophes are made one and part words, so that
-`cy'umwana` counts for cy and umwana. Prints the forms that no file has, and those that only one place has.
+Reads .txt, .jsonl (every string in it) and .tsv (every cell); apostrophes are made one and part
+words, so that `cy'umwana` counts for cy and umwana. Prints the forms that no file has, and those
+that only one place has.
 """
 
 from __future__ import annotations

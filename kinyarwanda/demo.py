@@ -1,8 +1,10 @@
-"""The demo: `python train.py --mode cpt` with no model named. Offline, on a CPU, in about two minutes.
+"""The demo: `python train.py --mode cpt` with no model named. Offline, on a CPU, in about two
+minutes.
 
-It is a toy and says so: a grammar of some 150 stems writes the text, and a model of a million parameters
-learns it. But it is the real loop twice: a base is trained on English, then continued on Kinyarwanda with a
-third of English, and both languages are measured before and after, as one would with a real model.
+It is a toy and says so: a grammar of some 150 stems writes the text, and a model of a million
+parameters learns it. But it is the real loop twice: a base is trained on English, then continued on
+Kinyarwanda with a third of English, and both languages are measured before and after, as one would
+with a real model.
 """
 
 from __future__ import annotations
@@ -28,13 +30,15 @@ NEXT = {"steps": 200, "lr": 1e-3}
 BOTH = {"seq_len": 128, "rows": 16, "eval_every": 50, "eval_tokens": 6000, "weight_decay": 0.1}
 
 INTRO = """\
-This is a demo: its text comes from a grammar of some 150 stems, its model has a million parameters. It shows the
-loop, not a language model of Kinyarwanda. Two runs: a tiny base learns English, then goes on with Kinyarwanda.
+This is a demo: its text comes from a grammar of some 150 stems, its model has a million parameters.
+It shows the loop, not a language model of Kinyarwanda. Two runs: a tiny base learns English, then
+goes on with Kinyarwanda.
 """
 
 
 def texts(folder: Path, seed: int) -> dict[str, Path]:
-    """Write eng.txt, kin.txt and their held-out eng-val.txt, kin-val.txt, a document a line; the paths by name.
+    """Write eng.txt, kin.txt and their held-out eng-val.txt, kin-val.txt, a document a line; the
+    paths by name.
 
     The two languages tell different stories, so that neither is learned as the other's translation;
     no held-out document, and no sentence of one, stands in the training text.
@@ -62,7 +66,8 @@ def texts(folder: Path, seed: int) -> dict[str, Path]:
 
 
 def run(s: Any, origins: dict[str, str], train: Callable[[Any, dict[str, str]], int]) -> int:
-    """The two runs, by the loop that is handed in; `s` are train.Settings, of which flags win over the demo's."""
+    """The two runs, by the loop that is handed in; `s` are train.Settings, of which flags win over
+    the demo's."""
     out = Path(s.out)
     given = {k for k, origin in origins.items() if origin != "default"}
     if (out / "metrics.jsonl").exists():  # train says what to do about it
@@ -136,7 +141,7 @@ The model, as transformers opens it: {out}/model     the run on one page: {out}/
 Next:
   python sample.py --model {out}/model --prompt "Umugabo" "Abana"
   python eval.py --model {out}/model --text kin={out}/text/kin-val.txt eng={out}/text/eng-val.txt
-  python train.py --mode cpt --model YOUR_LLAMA --data YOUR_TEXT.txt:3 ENGLISH.txt:1 --out out/kin --plan""")
+  python train.py --mode cpt --model YOUR_LLAMA --data KIN.txt:3 ENG.txt:1 --out out/kin --plan""")
 
 
 def _samples(path: Path, which: int) -> dict[str, str]:

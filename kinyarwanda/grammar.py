@@ -8,9 +8,9 @@ A noun's class decides the shape of everything that goes with it:
     7   iki-        ki-   cyiza        cya      iki   kimwe       igitabo   book
     8   ibi-        bi-   byiza        bya      ibi   bibiri      ibitabo   books
 
-The rules are the textbook ones (Kimenyi 1980, "A Relational Grammar of Kinyarwanda"; Jouannet 1983). Where a
-form depends on more than is written here, as perfective stems do, it stands in lexicon.py instead. Tones
-and vowel length are not written, as in everyday spelling.
+The rules are the textbook ones (Kimenyi 1980, "A Relational Grammar of Kinyarwanda"; Jouannet
+1983). Where a form depends on more than is written here, as perfective stems do, it stands in
+lexicon.py instead. Tones and vowel length are not written, as in everyday spelling.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ OWNER = {"my": "njye", "your": "we", "our": "cu", "their": "bo"}  # after the co
 
 
 def dahl(prefix: str, stem: str) -> str:
-    """Dahl's law: k and t of a prefix are voiced where the stem begins voiceless: ku-kora, gukora; tu-kora, dukora."""
+    """Dahl's law: k and t of a prefix are voiced where the stem begins voiceless: ku-kora, gukora;
+    tu-kora, dukora."""
     voiced = {"k": "g", "t": "d"}.get(prefix[0])
     return (voiced + prefix[1:] if voiced and stem.startswith(VOICELESS) else prefix) + stem
 
@@ -106,7 +107,8 @@ def infinitive(stem: str) -> str:
 
 
 def bare(noun: str) -> str:
-    """A noun without its initial vowel, as after a demonstrative or a locative: umwana, uyu mwana."""
+    """A noun without its initial vowel, as after a demonstrative or a locative: umwana, uyu
+    mwana."""
     return noun[1:] if noun[0] in VOWELS else noun
 
 
@@ -157,7 +159,8 @@ def possessive(owner: str, cls: int) -> str:
 
 
 def joined(word: str, noun: str) -> str:
-    """A word in -a before a noun; its vowel goes before another: cya + umwana, cy'umwana; na Kamana."""
+    """A word in -a before a noun; its vowel goes before another: cya + umwana, cy'umwana; na
+    Kamana."""
     return f"{word[:-1]}'{noun}" if noun[0] in VOWELS else f"{word} {noun}"
 
 
@@ -169,7 +172,8 @@ def verb(
     negative: bool = False,
     final: bool = False,
 ) -> str:
-    """A verb with its subject: `tense` present, past or future; `final` where nothing follows it (-ra-).
+    """A verb with its subject: `tense` present, past or future; `final` where nothing follows it
+    (-ra-).
 
     subject: a noun class or one of I, you, we, you all. Negation: nti-, for I si-.
     """

@@ -1,7 +1,8 @@
-"""The demo's words: every form that is not made by a rule of grammar.py stands here and is attested.
+"""The demo's words: every form that is not made by a rule of grammar.py stands here and is
+attested.
 
-Nouns are given whole, singular and plural, with their classes; perfective stems are given, never guessed.
-`docs/grammar.md` says how the words were checked.
+Nouns are given whole, singular and plural, with their classes; perfective stems are given, never
+guessed. `docs/grammar.md` says how the words were checked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Noun(NamedTuple):
 
 
 class Verb(NamedTuple):
-    """A verb: infinitive, stem with its final vowel, perfective stem, English forms, kinds of object ("": none)."""
+    """A verb: infinitive, stem with its final vowel, perfective stem, English forms, kinds of
+    object ("": none)."""
 
     infinitive: str
     stem: str
@@ -289,4 +291,5 @@ nzabyina nzafungura nzagaburira nzagurisha nzaragira nzaseka nzasukura nzateka n
 turaruhuka tuzabara tuzabyina tuzafunga tuzagaburira tuzahinga tuzaragira tuzaruhuka tuzaryama
 tuzasana tuzaseka tuzasukura tuzategereza tuzateka tuzavoma twabaze twabyinnye twagaburiye
 twaruhutse twasannye twasetse twasukuye twatemye yasukuye zirarya ziraryama
-""".split())  # made by the rules, but in none of the texts and lists they were checked against: never said
+# made by the rules, but in none of the texts and lists they were checked against: never said
+""".split())

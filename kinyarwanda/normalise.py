@@ -1,7 +1,8 @@
 """Cleaning of Kinyarwanda text, in steps that are counted and can each be turned off.
 
-Almost every source mixes U+0027 and U+2019 in elisions (n'umwana, n’umwana): to a tokenizer these are two
-spellings of each such word. Quotation marks are left alone: only a mark between two letters is an elision.
+Almost every source mixes U+0027 and U+2019 in elisions (n'umwana, n’umwana): to a tokenizer these
+are two spellings of each such word. Quotation marks are left alone: only a mark between two letters
+is an elision.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def apostrophe(text: str) -> tuple[str, int]:
 
 
 def spaces(text: str) -> tuple[str, int]:
-    """One plain blank between words, none at the ends of a line, one empty line at most; counts places changed."""
+    """One plain blank between words, none at the ends of a line, one empty line at most; counts
+    places changed."""
     once, n = UNSEEN.subn("", text)
     n += sum(m.group() != " " for m in BLANKS.finditer(once))
     once, m = ENDS.subn("", BLANKS.sub(" ", once))
@@ -40,7 +42,8 @@ def spaces(text: str) -> tuple[str, int]:
     return once, n + m + k
 
 
-# in the order they are taken: an unseen character may part a letter from its accent, or from its apostrophe
+# in the order they are taken: an unseen character may part a letter from its accent, or from its
+# apostrophe
 STEPS: dict[str, Callable[[str], tuple[str, int]]] = {
     "spaces": spaces,
     "nfc": nfc,
@@ -49,7 +52,8 @@ STEPS: dict[str, Callable[[str], tuple[str, int]]] = {
 
 
 def normaliser(steps: Sequence[str]) -> Callable[[str], tuple[str, dict[str, int]]]:
-    """A text -> (clean text, changes by step); UserError for an unknown step. Can be sent to another process."""
+    """A text -> (clean text, changes by step); UserError for an unknown step. Can be sent to
+    another process."""
     for step in steps:
         if step not in STEPS:
             raise UserError(

@@ -1,8 +1,9 @@
 """The demo's little world: sentences and small stories in Kinyarwanda, each with its English.
 
-Everything said is built from lexicon.py by the rules of grammar.py, both sides at once, so that a pair is
-a translation by construction. Forms that the rules give but that no text at hand has are never used
-(lexicon.NOT_FOUND). It is a toy: a few hundred words, present, past and future, no relative clauses.
+Everything said is built from lexicon.py by the rules of grammar.py, both sides at once, so that a
+pair is a translation by construction. Forms that the rules give but that no text at hand has are
+never used (lexicon.NOT_FOUND). It is a toy: a few hundred words, present, past and future, no
+relative clauses.
 """
 
 from __future__ import annotations
@@ -317,7 +318,8 @@ def _written(kin: str, eng: str) -> Pair:
 
 
 def word_forms() -> set[str]:
-    """Every Kinyarwanda word that can be said, in small letters; an elided n' counts as n, cy' as cy."""
+    """Every Kinyarwanda word that can be said, in small letters; an elided n' counts as n, cy' as
+    cy."""
     return set(_forms()) - {""}
 
 

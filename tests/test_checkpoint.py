@@ -3,6 +3,7 @@ disks and damaged bytes, all on real files."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -178,6 +179,20 @@ def test_a_kill_at_any_touch_of_the_disk_loses_no_earlier_checkpoint(tmp_path, s
     assert {step - 1, step} <= set(found)  # kills on both sides of the rename
 
 
+def test_a_kill_while_the_only_checkpoint_is_replaced_leaves_it_or_the_new_one(tmp_path):
+    ready = tmp_path / "ready"
+    save(ready, 1)
+    for at in range(1, 100):
+        root = tmp_path / str(at)
+        shutil.copytree(ready, root)
+        code = in_child(lambda root=root, at=at: (fuse(root, at, "before"), save(root, 1)))
+        assert assert_whole(checkpoint.newest(root)) == 1, at
+        assert assert_whole(save(root, 2)) == 2
+        if code == 0:
+            break
+    assert at > 20
+
+
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     draw, least = random.Random(0), 1
     save(tmp_path, 1)
@@ -249,7 +264,7 @@ def test_every_shortened_longer_or_missing_file_is_seen(two, name):
 @pytest.mark.parametrize("manifest", [
     "[]", "3", '"x"', "null", "{}", '{"state.json": 3}', '{"state.json": [1]}',
     '{"state.json": null}', '{"state.json": {}}', '{"a\\u0000": [1, "x"]}', "[" * 5000,
-    '{"/dev/null": [0, ""]}'])
+    '{"/dev/zero": [0, ""], "state.json": [0, ""]}', '{"../step-000001/state.json": [0, ""]}'])
 def test_a_manifest_that_makes_no_sense_is_no_checkpoint(tmp_path, manifest):
     save(tmp_path, 1), save(tmp_path, 2)
     (tmp_path / "step-000002" / "manifest.json").write_text(manifest)
@@ -263,6 +278,66 @@ def test_all_damaged_means_none_and_each_is_named(two, tmp_path, capsys):
     assert checkpoint.newest(tmp_path / "both") is None
     said = capsys.readouterr().err
     assert "step-000001: state.json has 2 bytes, expected" in said and "step-000002: " in said
+
+
+def test_going_back_behind_damaged_ones_keeps_what_is_saved_from_there(tmp_path):
+    for step in (100, 200, 300):
+        save(tmp_path, step, keep=3)
+    for step in (200, 300):
+        (tmp_path / f"step-{step:06}" / "state.json").write_text("{}")
+    assert assert_whole(checkpoint.newest(tmp_path)) == 100
+    for step in (150, 200, 250):  # 200 again, now whole
+        assert assert_whole(save(tmp_path, step)) == step
+        assert assert_whole(checkpoint.newest(tmp_path)) == step
+    assert names(tmp_path) == ["step-000200", "step-000250", "step-000300"]
+
+
+def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path):
+    folder = save(tmp_path, 1)
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    (folder / ".DS_Store").write_text("a file manager was here")
+    assert assert_whole(checkpoint.newest(tmp_path)) == 1
+
+
+def test_a_part_that_is_a_link_or_a_pipe_is_not_read(tmp_path):
+    root = tmp_path / "checkpoints"
+    save(root, 1), save(root, 2)
+    part = root / "step-000002" / "model.safetensors"
+    part.rename(tmp_path / "outside.safetensors")
+    part.symlink_to(tmp_path / "outside.safetensors")
+    assert assert_whole(checkpoint.newest(root)) == 1
+    part.unlink()
+    os.mkfifo(part)
+    assert assert_whole(checkpoint.newest(root)) == 1
+
+
+def test_a_rename_that_fails_puts_the_one_of_the_same_step_back(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    rename = Path.rename
+
+    def full(a: Path, b: Path):
+        if a.name.startswith(".tmp-"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(a, b)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(UserError):
+        save(tmp_path, 1)
+    assert names(tmp_path) == ["step-000001"]
+    assert assert_whole(checkpoint.newest(tmp_path)) == 1
+
+
+def test_keeping_fewer_than_two_is_refused(tmp_path):
+    with pytest.raises(UserError, match="at least 2") as e:
+        save(tmp_path, 1, keep=1)
+    assert e.value.code == FLAGS
+
+
+def test_the_lock_is_not_taken_through_a_link(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link"), checkpoint.lock(tmp_path):
+        raise AssertionError("locked through a link")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing_behind(tmp_path):

@@ -1,9 +1,11 @@
-"""Bins and the loader: nothing lost, nothing twice, shares exact, the same rows for any number of ranks."""
+"""Bins and the loader: nothing lost, nothing twice, shares exact, the same rows for any number of
+ranks."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ def test_a_bin_is_read_by_three_lines_of_numpy(tmp_path, vocab, dtype):
     tokens = np.memmap(tmp_path / "b/tokens.bin", {"u16": "<u2", "u32": "<u4"}[meta["dtype"]], "r")
     starts = np.fromfile(tmp_path / "b/starts.bin", "<i8")
     assert tokens.dtype == np.dtype(dtype)
-    assert [tokens[a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)] == documents
+    assert [tokens[a:b].tolist() for a, b in pairwise(starts)] == documents
     assert meta["documents"] == 3 and meta["tokens"] == 6 and meta["trained"] == 3
     assert not (tmp_path / "b/mask.bin").exists(), "all is trained: the file would say nothing"
 

@@ -86,7 +86,8 @@ def test_each_foreign_library_has_one_home():
     for path in ROOT.glob("*.py"):
         for name in imports(path) & FOREIGN:
             homes.setdefault(name, set()).add(path.stem)
-    # safetensors: weights in folders, adapters, resume points; tyro: its flags, and its mark for positional ones
+    # safetensors: weights in folders, adapters, resume points; tyro: its flags, and its mark for
+    # positional ones
     shared = {"safetensors": {"weights", "lora", "checkpoint"}, "tyro": {"config", "prepare"}}
     for name, where in homes.items():
         assert len(where) == 1 or where <= shared.get(name, set()), f"{name} in {sorted(where)}"

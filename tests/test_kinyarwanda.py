@@ -1,4 +1,5 @@
-"""Kinyarwanda: the grammar against the grammar books' tables, every word against real text, cleaning by properties."""
+"""Kinyarwanda: the grammar against the grammar books' tables, every word against real text,
+cleaning by properties."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ def test_a_curve_equals_transformers_at_every_step(schedule, theirs):
     curve = theirs(optimizer)
     for step in range(1, STEPS + 1):
         optimizer.step()
-        curve.step()  # transformers counts steps from 0: its rate after `step` steps is ours of that step
+        # transformers counts steps from 0: its rate after `step` steps is ours of that step
+        curve.step()
         ours = optim.learning_rate(step, STEPS, PEAK, schedule, WARMUP, 0.0)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9), step
 

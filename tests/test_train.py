@@ -95,7 +95,8 @@ def losses(out: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, tune):
-    """20 steps = some + kill -9 + resume, bit for bit, past the end of an epoch of the smaller source."""
+    """20 steps = some + kill -9 + resume, bit for bit, past the end of an epoch of the smaller
+    source."""
     flags = [
         "--steps",
         "20",
