@@ -327,7 +327,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         n = run.parameters
         log.say(
             f"{run.ranks}, products in {str(run.model.compute_dtype)[6:]}; {n['total']:,} "
-            f"parameters, {n['trained']:,} trained; {run.steps} steps of {run.tokens_per_step:,} tokens"
+            f"parameters, {n['trained']:,} trained; {run.steps} steps of "
+            f"{run.tokens_per_step:,} tokens"
         )
         stop = loop(run)
         if stop:
