@@ -1,11 +1,13 @@
 """A training step here against a plain transformers (+ peft) loop, on this machine's CPU.
 
-    python -m bench.train_step [--quick] [--rounds 2] [--steps 5] [--md FILE]
+    python -m bench.train_step [--quick] [--rounds 2] [--steps 5] [--compile] [--md FILE] [--json FILE]
 
-The same random LLaMA, written once by transformers, is loaded by both sides; both take the same
-tokens, dtype, fused AdamW and clipping. Each measurement is a process of its own, in turn, so that
-a slow minute is slow for both. Where the two losses of step 0 differ, not the same was measured.
-The parent stays small: a child inherits its parent's peak of memory.
+The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
+tokens, dtype, start of LoRA, fused AdamW and clipping. Each measurement is a process of its own, in
+turn, so that a slow minute is slow for all. peft is measured in three forms and we are compared
+with its fastest and with its smallest. The losses of the first and of the last step must agree, or
+not the same was measured: that is an error. The parent stays small, for a child's peak of memory
+begins with its parent's.
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ from typing import Any
 SIZES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary, rows, row length
     "full": (768, 2048, 12, 12, 4, 32000, 4, 512),
     "quick": (64, 128, 2, 4, 2, 512, 2, 32)}
-CASES = {"bf16": "all weights, bf16 products", "lora": "LoRA r 16, bf16",
-         "fp32": "all weights, fp32"}
-RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 1e-4, (0.9, 0.95), 0.1, 1.0
+CASES = {  # what is trained, and by whom; ours keeps what trains in float32, as the peer's defaults do
+    "bf16": ("all weights, bf16 products", ["ours", "transformers"]),
+    "lora": ("LoRA r 16, bf16", ["ours", "peft", "peft, autocast", "peft, bf16 adapter"]),
+    "fp32": ("all weights, fp32", ["ours", "transformers"])}
+RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 3e-4, (0.9, 0.95), 0.1, 1.0
+APART = {"bf16": 5e-3, "lora": 5e-3, "fp32": 1e-4}  # of the loss, at most
 
 
 def draw(size: str, folder: str) -> int:
@@ -54,8 +59,20 @@ def tokens_of(size: str) -> Any:
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def ours(case: str, size: str, folder: str) -> Callable[[], float]:
-    """One step of train.py; it gives the loss."""
+def same_start(model: Any) -> None:
+    """Fill every A of LoRA with the same numbers on all sides; B is zero on all."""
+    import torch
+
+    found = {n[n.index("layers."):].replace(".default", ""): p
+             for n, p in model.named_parameters() if ".lora_A." in n}
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, p in sorted(found.items()):
+            p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
+
+
+def ours(case: str, size: str, folder: str, compiled: bool) -> tuple[Callable[[], float], Any]:
+    """One step of train.py, giving the loss; and the model."""
     import torch
 
     import lora
@@ -70,18 +87,22 @@ def ours(case: str, size: str, folder: str) -> Callable[[], float]:
     model.model.compute_dtype = torch.float32 if case == "fp32" else torch.bfloat16
     if case == "lora":
         lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
+    same_start(model)
     model.train()
+    if compiled:
+        for block in model.model.layers:
+            block.compile()
     optimizer = optim.adamw(model, LR, BETAS, DECAY)
     tokens = tokens_of(size)
     targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE)
     doc, pos = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = Batch(tokens, targets, doc, pos)
     cpu = Ranks(0, 1, torch.device("cpu"))
-    return lambda: train.train_step(model, train.NLL, [batch], optimizer, cpu, CLIP)[0]
+    return lambda: train.train_step(model, train.NLL, [batch], optimizer, cpu, CLIP)[0], model
 
 
-def peer(case: str, size: str, folder: str) -> Callable[[], float]:
-    """One step as transformers' users write it; it gives the loss."""
+def peer(side: str, case: str, size: str, folder: str, compiled: bool) -> tuple[Callable, Any]:
+    """One step as transformers' users write it, giving the loss; and the model."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -90,35 +111,44 @@ def peer(case: str, size: str, folder: str) -> Callable[[], float]:
     if case == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
+                              task_type="CAUSAL_LM"),
+            autocast_adapter_dtype=side != "peft, bf16 adapter")  # True, peft's own: float32
+    same_start(model)
     model.train()
+    if compiled:
+        model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, LR, BETAS, weight_decay=DECAY, fused=True)
     tokens = tokens_of(size)
+    mixed = case == "bf16" or side == "peft, autocast"
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=case == "bf16"):
-            loss = model(tokens, labels=tokens, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
 
-    return step
+    return step, model
 
 
-def measure(side: str, case: str, size: str, folder: str, steps: str) -> dict[str, Any]:
-    """The first step's loss, seconds of each later one, and the peak in GB of 2^30."""
-    step = {"ours": ours, "peer": peer}[side](case, size, folder)
-    loss, seconds = step(), []
+def measure(side: str, case: str, size: str, folder: str, steps: str, compiled: str) -> dict:
+    """Losses of all steps, seconds of those after the warm-up, the peak in GB of 2^30, parameters
+    trained."""
+    make = ours if side == "ours" else lambda *a: peer(side, *a)
+    step, model = make(case, size, folder, compiled == "True")
+    losses, seconds = [step(), step()], []
     for _ in range(int(steps)):
         begun = time.perf_counter()
-        step()
+        losses.append(step())
         seconds.append(time.perf_counter() - begun)
     unit = 2**30 if sys.platform == "darwin" else 2**20
-    return {"loss": loss, "seconds": seconds, "gb": getrusage(RUSAGE_SELF).ru_maxrss / unit}
+    return {"losses": losses, "seconds": seconds, "gb": getrusage(RUSAGE_SELF).ru_maxrss / unit,
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
 def matmul(case: str, size: str) -> tuple[float, int]:
@@ -139,61 +169,92 @@ CHILDREN: dict[str, Callable[..., Any]] = {"draw": draw, "measure": measure, "ma
 
 
 def child(name: str, *args: object) -> Any:
-    """What a function of CHILDREN gives in a new process."""
+    """What a function of CHILDREN gives in a new process; its complaints are shown if it fails."""
     command = [sys.executable, "-m", "bench.train_step", "--child", name, *map(str, args)]
-    said = subprocess.check_output(command, cwd=Path(__file__).parents[1])
-    return json.loads(said.splitlines()[-1])
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, (name, *args)))} ended with {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(case: str, size: str, folder: str, rounds: int, steps: int) -> list[str]:
-    """The two lines of a case, and what follows from them."""
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    speeds, lines, medians, gbs, (*_, B, T) = [], [], [], [], SIZES[size]
-    for _ in range(rounds):
-        speeds.append(child("matmul", case, size)[0])
-        for side, done in runs.items():
-            done.append(child("measure", side, case, size, folder, steps))
+def compare(case: str, size: str, folder: str, s: argparse.Namespace) -> dict[str, Any]:
+    """All sides of a case, `rounds` times in turn: what each took, and ours beside the best peer."""
+    what, sides = CASES[case]
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    gflops, (*_, B, T) = [], SIZES[size]
+    for _ in range(s.rounds):
+        gflops.append(child("matmul", case, size)[0])
+        for side in sides:
+            runs[side].append(child("measure", side, case, size, folder, s.steps, s.compile))
+    rows = []
     for side, done in runs.items():
         seconds = sorted(x for run in done for x in run["seconds"])
-        medians.append(statistics.median(seconds))
-        gbs.append(max(run["gb"] for run in done))
-        lines.append(f"| {CASES[case]} | {side} | {medians[-1]:.3f} | {seconds[0]:.3f} to "
-                     f"{seconds[-1]:.3f} | {B * T / medians[-1]:,.0f} | {gbs[-1]:.2f} | "
-                     f"{done[0]['loss']:.5f} |")
-    apart = abs(runs["ours"][0]["loss"] - runs["peer"][0]["loss"])
-    return [*lines, f"- {CASES[case]}: {medians[1] / medians[0]:.2f} times the peer's speed in "
-                    f"{gbs[0] / gbs[1]:.2f} of its memory; step 0's losses are {apart:.1e} apart; "
-                    f"the machine multiplies at {max(speeds):,.0f} GFLOP/s."]
+        middle, losses = statistics.median(seconds), done[0]["losses"]
+        rows.append({"case": what, "side": side, "seconds": middle, "least": seconds[0],
+                     "most": seconds[-1], "tokens_per_second": B * T / middle,
+                     "gb": max(run["gb"] for run in done), "first_loss": losses[0],
+                     "last_loss": losses[-1], "trained": done[0]["trained"]})
+    us, *peers = rows
+    fastest, smallest = min(peers, key=lambda r: r["seconds"]), min(peers, key=lambda r: r["gb"])
+    apart = max(abs(us[k] / r[k] - 1) for r in peers for k in ("first_loss", "last_loss"))
+    same = apart <= APART[case] and len({r["trained"] for r in rows}) == 1
+    return {"rows": rows, "speed": fastest["seconds"] / us["seconds"], "fastest": fastest["side"],
+            "memory": us["gb"] / smallest["gb"], "smallest": smallest["side"], "apart": apart,
+            "same": same, "gflops": max(gflops)}
 
 
-def main() -> None:
+def table(found: list[dict[str, Any]]) -> str:
+    """The measurements in Markdown, and a line for each case."""
+    lines = ["| | | seconds a step | range | tokens/s | peak GB | first loss | last loss |",
+             "|---|---|---:|---:|---:|---:|---:|---:|"]
+    for r in (r for f in found for r in f["rows"]):
+        lines.append(f"| {r['case']} | {r['side']} | {r['seconds']:.3f} | {r['least']:.3f} to "
+                     f"{r['most']:.3f} | {r['tokens_per_second']:,.0f} | {r['gb']:.2f} | "
+                     f"{r['first_loss']:.5f} | {r['last_loss']:.5f} |")
+    lines.append("")
+    for f in found:
+        lines.append(
+            f"- {f['rows'][0]['case']}: {f['speed']:.2f} times the speed of the fastest peer "
+            f"({f['fastest']}), in {f['memory']:.2f} of the memory of the smallest "
+            f"({f['smallest']}); losses at most {f['apart']:.1e} apart, relative"
+            f"{'' if f['same'] else ': NOT THE SAME WAS MEASURED'}; the machine multiplies at "
+            f"{f['gflops']:,.0f} GFLOP/s.")
+    return "\n".join(lines)
+
+
+def main() -> int:
     if sys.argv[1:2] == ["--child"]:
-        return print(json.dumps(CHILDREN[sys.argv[2]](*sys.argv[3:])))
+        print(json.dumps(CHILDREN[sys.argv[2]](*sys.argv[3:])))
+        return 0
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=2, help="processes a side")
-    parser.add_argument("--steps", type=int, help="measured in each process")
+    parser.add_argument("--steps", type=int, help="measured in each process, after two")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on all sides")
     parser.add_argument("--md", help="append the table to this file")
+    parser.add_argument("--json", help="write all numbers to this file")
     s = parser.parse_args()
-    size, steps = "quick" if s.quick else "full", s.steps or (2 if s.quick else 5)
+    size, s.steps = "quick" if s.quick else "full", s.steps or (2 if s.quick else 5)
     C, M, L, H, K, V, B, T = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
         n = child("draw", size, folder)
-        found = [compare(case, size, folder, s.rounds, steps) for case in s.cases]
-    versions = ", ".join(f"{x} {version(x)}" for x in ("torch", "transformers", "peft"))
-    text = "\n".join([
-        f"{n / 1e6:.1f}M parameters: {L} layers, C {C}, M {M}, {H} heads over {K}, V {V}. "
-        f"{B} x {T} tokens. Median of {s.rounds} x {steps} steps after a first. "
-        f"{platform.machine()}, {child('matmul', 'fp32', 'quick')[1]} threads; {versions}.", "",
-        "| | | seconds a step | range | tokens/s | peak GB | loss of step 0 |",
-        "|---|---|---:|---:|---:|---:|---:|", *(x for f in found for x in f[:2]), "",
-        *(f[2] for f in found)]) + "\n"
+        found = [compare(case, size, folder, s) for case in s.cases]
+    about = {"parameters": n, "machine": platform.machine(), "compile": s.compile,
+             "threads": child("matmul", "fp32", "quick")[1], "rounds": s.rounds, "steps": s.steps,
+             "versions": {x: version(x) for x in ("torch", "transformers", "peft")}}
+    text = (f"{n / 1e6:.1f}M parameters: {L} layers, C {C}, M {M}, {H} heads over {K}, V {V}. "
+            f"{B} x {T} tokens. Median of {s.rounds} x {s.steps} steps after two"
+            f"{', compiled' if s.compile else ''}. {about['machine']}, {about['threads']} threads; "
+            f"{', '.join(f'{k} {v}' for k, v in about['versions'].items())}.\n\n{table(found)}\n")
     print(text)
     if s.md:
         with open(s.md, "a") as file:
             print(text, file=file)
+    if s.json:
+        Path(s.json).write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")
+    return 0 if all(f["same"] for f in found) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

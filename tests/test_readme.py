@@ -1,0 +1,77 @@
+"""What the README tells people to type works, and the demo shows what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+import eval as eval_command
+import prepare
+import sample
+import train
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"train.py": train.Settings, "sample.py": sample.Settings, "eval.py": eval_command.Settings,
+            **{f"prepare.py {name}": cls for name, (cls, _) in prepare.COMMANDS.items()}}
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every `python X.py ...` of the README's and the docs' shell blocks: (program, arguments)."""
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+            lines = block.replace("\\\n", " ").splitlines()
+            for part in [p for line in lines for p in shlex.split(line, comments=True) and re.split(r"&&|;", line)]:
+                words = shlex.split(part, comments=True)
+                if len(words) > 1 and words[0] == "python" and words[1].endswith(".py"):
+                    rest = words[2:]
+                    name = words[1] if words[1] != "prepare.py" else f"prepare.py {rest.pop(0)}"
+                    found.append((name, rest))
+    return found
+
+
+def test_there_are_commands_to_check():
+    assert {"train.py", "sample.py", "eval.py"} <= {name for name, _ in commands()}
+
+
+@pytest.mark.parametrize("name, args", commands(), ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else x)
+def test_every_command_in_the_pages_has_flags_that_exist(name, args):
+    args = [a for a in args if not a.startswith("$")]
+    config.read(SETTINGS[name], args, name)
+
+
+def test_ci_runs_exactly_the_test_command_of_the_readme():
+    line = re.search(r"^pip install -r requirements-dev.txt && .*$", (ROOT / "README.md").read_text(), re.M)
+    assert line and line.group() == "pip install -r requirements-dev.txt && pytest"
+    assert "grep -m1 '^pip install -r requirements-dev.txt && ' README.md" in (ROOT / ".ci/run").read_text()
+
+
+def test_files_named_in_the_map_exist_and_all_programs_are_named():
+    tree = (ROOT / "README.md").read_text().split("## The code")[1].split("```")[1]
+    named = {line.split()[0] for line in tree.strip().splitlines()}
+    assert named == {p.name for p in ROOT.glob("*.py")} | {"kinyarwanda/", "bench/"}
+
+
+def test_the_demo_learns_kinyarwanda_and_keeps_english(tmp_path):
+    """A plain run, as a newcomer's: Kinyarwanda falls by more than 40 %, English rises by less than 5 %."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--mode", "cpt", "--out", str(tmp_path / "run")],
+        capture_output=True, text=True, cwd=ROOT, timeout=1500, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    change = {lang: float(re.search(rf"^{lang} .*?([+-][\d.]+)%", done.stdout, re.M)[1])
+              for lang in ("Kinyarwanda", "English")}
+    assert change["Kinyarwanda"] < -40 and change["English"] < 5, done.stdout
+    assert done.stdout.count("before:") == done.stdout.count("after: ") == 3 and "demo" in done.stderr
+    for file in ("model/model.safetensors", "report.html", "metrics.jsonl", "samples.txt", "settings.toml"):
+        assert (tmp_path / "run" / file).exists()
+    again = subprocess.run(  # the next command it names
+        [sys.executable, str(ROOT / "sample.py"), "--model", str(tmp_path / "run/model"), "--prompt", "Umugabo",
+         "--max-new-tokens", "8"], capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0 and again.stdout.startswith("Umugabo"), again.stderr
