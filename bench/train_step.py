@@ -1,7 +1,7 @@
 """A training step here against a plain transformers (+ peft) loop, on this machine's CPU.
 
-    python -m bench.train_step [--quick] [--cases bf16 lora fp32] [--rounds 2] [--steps 5] [--compile]
-                               [--md FILE] [--json FILE]
+    python -m bench.train_step [--quick] [--cases bf16 lora fp32] [--rounds 2] [--steps 5]
+                               [--compile] [--md FILE] [--json FILE]
 
 The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
 tokens, dtype, start of LoRA, fused AdamW and clipping. Each measurement is a process of its own, in

@@ -27,12 +27,10 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
-            lines = block.replace("\\\n", " ").splitlines()
-            for part in [p for line in lines for p in shlex.split(line, comments=True) and re.split(r"&&|;", line)]:
-                words = shlex.split(part, comments=True)
-                if len(words) > 1 and words[0] == "python" and words[1].endswith(".py"):
-                    rest = words[2:]
-                    name = words[1] if words[1] != "prepare.py" else f"prepare.py {rest.pop(0)}"
+            for part in re.split(r"\n|&&", block.replace("\\\n", " ")):
+                if re.match(r"\s*python \w+\.py ", part):
+                    _, name, *rest = shlex.split(part, comments=True)
+                    name += f" {rest.pop(0)}" if name == "prepare.py" else ""
                     found.append((name, rest))
     return found
 
