@@ -1,10 +1,11 @@
-"""Which of the demo's word forms stand in real texts and word lists, and how often.
+"""Which of the demo's word forms stand in real Kinyarwanda, and how often.
 
-    python -m kinyarwanda.attest FILE ...
+    python -m kinyarwanda.attest FILE[:FIELD] ...
 
-Reads .txt, .jsonl (every string in it) and .tsv (every cell); apostrophes are made one and part
-words, so that `cy'umwana` counts for cy and umwana. Prints the forms that no file has, and those
-that only one place has.
+FIELD says where in a file the Kinyarwanda is, so that nothing else is counted: a column of a .tsv
+(its name in the first line, or its number from 1 where there is no such line) or a key of a .jsonl.
+Without it every line counts, as in a plain text. The elided words of `cy'umwana` are two forms,
+cy' and umwana. Prints the forms that no file has, and those that only one place has.
 """
 
 from __future__ import annotations
@@ -13,41 +14,51 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import log
+from kinyarwanda.normalise import apostrophe
 from kinyarwanda.world import word_forms
 from log import FLAGS, UserError
 
-WORD = re.compile(r"[a-z]+")
+WORD = re.compile(r"[^\W\d_]+(?:'(?=[^\W\d_]))?")
 
 
-def words(path: Path) -> Iterable[str]:
-    """Every word of a file, in small letters."""
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for line in f:
-            if path.suffix == ".jsonl":
-                line = " ".join(x for x in json.loads(line).values() if isinstance(x, str))
-            yield from WORD.findall(line.lower())
+def words(source: str) -> Iterator[str]:
+    """Every word of FILE[:FIELD], in small letters, its apostrophes made one."""
+    name, _, field = source.partition(":")
+    if not Path(name).is_file():
+        raise UserError(f"{name}: no such file; name texts or word lists", FLAGS)
+    with open(name, encoding="utf-8", errors="replace") as f:
+        column = int(field) - 1 if field.isdigit() else -1
+        for i, line in enumerate(f):
+            if field and name.endswith(".jsonl"):
+                found = json.loads(line).get(field)
+                line = " ".join(found) if isinstance(found, list) else str(found)
+            elif field:
+                cells = line.rstrip("\n").split("\t")
+                if i == 0 and column < 0:
+                    if field not in cells:
+                        raise UserError(f"{name}: no column {field}; it has {cells}", FLAGS)
+                    column = cells.index(field)
+                    continue
+                line = cells[column] if column < len(cells) else ""
+            yield from WORD.findall(apostrophe(line.lower())[0])
 
 
-def counts(paths: Iterable[Path]) -> Counter[str]:
+def counts(sources: Iterable[str]) -> Counter[str]:
     """How often each of the demo's forms stands in the files."""
-    forms = word_forms()
-    found: Counter[str] = Counter(dict.fromkeys(forms, 0))
-    for path in paths:
-        found.update(w for w in words(path) if w in forms)
+    found = Counter(dict.fromkeys(word_forms(), 0))
+    for source in sources:
+        found.update(w for w in words(source) if w in found)
     return found
 
 
 def main() -> None:
-    paths = [Path(x) for x in sys.argv[1:]]
-    if not paths or not all(p.is_file() for p in paths):
-        raise UserError(
-            "python -m kinyarwanda.attest FILE ...: name word lists or texts that exist", FLAGS
-        )
-    found = counts(paths)
+    if not sys.argv[1:]:
+        raise UserError("python -m kinyarwanda.attest FILE[:FIELD] ...: name texts to read", FLAGS)
+    found = counts(sys.argv[1:])
     for n, title in ((0, "in no file"), (1, "once")):
         forms = sorted(w for w, count in found.items() if count == n)
         print(f"{title}: {len(forms)}   {' '.join(forms)}")

@@ -34,7 +34,7 @@ PERSONS = {"I": "I", "we": "we"}  # subjects that are no noun
 GRAZE = [v for v in VERBS if v.infinitive == "kurya"] + [
     v for v in ALONE if v.infinitive in ("kuruhuka", "kuryama")
 ]
-FUNCTION_WORDS = {"ni", "si", "na", "n", "hari", "ndi", "turi", "kandi", "ariko", "mu", "ku", "i"}
+FUNCTION_WORDS = {"ni", "si", "na", "n'", "hari", "ndi", "turi", "kandi", "ariko", "mu", "ku", "i"}
 
 
 class World:
@@ -318,8 +318,8 @@ def _written(kin: str, eng: str) -> Pair:
 
 
 def word_forms() -> set[str]:
-    """Every Kinyarwanda word that can be said, in small letters; an elided n' counts as n, cy' as
-    cy."""
+    """Every Kinyarwanda word that can be said, in small letters; those of cy'umwana are cy' and
+    umwana."""
     return set(_forms()) - {""}
 
 
@@ -338,7 +338,7 @@ def _forms() -> Iterator[str]:
                 yield g.THIS[cls]
                 yield from (g.adjective(root, cls) for root in FITS[noun.kind])
             yield from (g.possessive(owner, cls) for owner in ("my", "our", "their"))
-            yield g.OF[cls][:-1]
+            yield f"{g.OF[cls][:-1]}'"
             if noun.kind in (
                 "animal",
                 "text",
