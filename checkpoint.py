@@ -32,9 +32,8 @@ MANIFEST = "manifest.json"
 REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
-def save(
-    root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
-) -> Path:
+def save(root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any],
+         keep: int) -> Path:
     """Write root/step-NNNNNN: a safetensors file for each part, state.json and the manifest.
 
     The newest `keep` up to this step stay. UserError: FLAGS if `keep` is below 2, STORAGE if the
@@ -53,10 +52,8 @@ def save(
     try:
         aside.mkdir()
         for part, tensors in parts.items():
-            save_file(
-                {k: t.detach().cpu().contiguous() for k, t in tensors.items()},
-                aside / f"{part}.safetensors",
-            )
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()},
+                      aside / f"{part}.safetensors")
         (aside / "state.json").write_text(json.dumps(state))
         files = sorted(p for p in aside.iterdir())
         manifest = {p.name: [p.stat().st_size, _sha256(p)] for p in files}
@@ -81,9 +78,7 @@ def save(
         raise UserError(
             f"{folder}: cannot be written: needs {need:,} bytes, "
             f"{shutil.disk_usage(root).free:,} are free ({e}); earlier checkpoints are whole. "
-            "Make room and --resume",
-            STORAGE,
-        ) from None
+            "Make room and --resume", STORAGE) from None
     if replaced:
         _remove(replaced)
     # a later step is a damaged one that this run went back behind: it must not push good ones out
@@ -142,8 +137,7 @@ def _steps(root: Path) -> list[Path]:
     found = (
         [p for p in root.iterdir() if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
         if root.is_dir()
-        else []
-    )
+        else [])
     return sorted(found, key=_step)
 
 
@@ -186,11 +180,8 @@ def _sweep(root: Path) -> None:
     """Remove what killed processes left behind."""
     for path in root.iterdir():
         left = ASIDE.fullmatch(path.name)
-        if (
-            left
-            and not path.is_symlink()
-            and not (int(left[2]) != os.getpid() and _alive(int(left[2])))
-        ):
+        if (left and not path.is_symlink()
+            and not (int(left[2]) != os.getpid() and _alive(int(left[2])))):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -36,19 +36,15 @@ def read(cls: type[T], argv: list[str], prog: str) -> tuple[T, dict[str, str]]:
         recipe, argv = argv[0], argv[1:]
         values = _recipe(cls, recipe)
         settings = _parse(
-            cls, [x for k, v in values.items() for x in _flag(k, v)], prog, settings, f"{recipe}: "
-        )
+            cls, [x for k, v in values.items() for x in _flag(k, v)], prog, settings, f"{recipe}: ")
         for key, value in values.items():
             if getattr(settings, key) != value:  # "10" for a number, 5 for a name
                 raise UserError(
                     f"{recipe}: {key} = {json.dumps(value)} is a {type(value).__name__}, expected "
-                    f"{_type_of(cls, key)}",
-                    FLAGS,
-                )
+                    f"{_type_of(cls, key)}", FLAGS)
             origins[key] = recipe
     given = [
-        a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--") and len(a) > 2
-    ]
+        a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--") and len(a) > 2]
     for name in given:
         name = name if name in origins else name.removeprefix("no_")
         if name != "help":
@@ -61,8 +57,7 @@ def pick(commands: dict[str, type], argv: list[str], prog: str, about: str) -> t
     """The subcommand that the first argument names, and its settings."""
     if not argv or argv[0] in ("-h", "--help"):
         lines = [
-            f"  {name:<11}{(cls.__doc__ or '').splitlines()[0]}" for name, cls in commands.items()
-        ]
+            f"  {name:<11}{(cls.__doc__ or '').splitlines()[0]}" for name, cls in commands.items()]
         print(f"{about}\n\nusage: python {prog} COMMAND ...\n\n" + "\n".join(lines) +
               f"\n\n`python {prog} COMMAND --help` lists its flags.")
         raise SystemExit(0 if argv else FLAGS)
@@ -132,8 +127,7 @@ def _parse(cls: type[T], args: list[str], prog: str, default: T | None, where: s
 
     said = io.StringIO()
     os.environ.setdefault(
-        "COLUMNS", "110"
-    )  # a box is drawn as wide as the terminal: wide enough for one line
+        "COLUMNS", "110")  # a box is drawn as wide as the terminal: wide enough for one line
     wants_help = "--help" in args or "-h" in args
     try:
         with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(said), \

@@ -62,11 +62,8 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """As meta.json keeps it."""
-        return {
-            "documents": dict(self.documents),
-            "bytes": dict(self.bytes),
-            "changes": dict(self.changes),
-        }
+        return {"documents": dict(self.documents), "bytes": dict(self.bytes),
+                "changes": dict(self.changes)}
 
 
 def files(specs: Iterable[str]) -> list[Path]:
@@ -77,25 +74,21 @@ def files(specs: Iterable[str]) -> list[Path]:
         if spec.startswith("hf:"):
             raise UserError(
                 f"{spec}: data on the hub cannot be read yet; download the files and name them",
-                FLAGS,
-            )
+                FLAGS)
         path = Path(spec)
         if path.is_dir():
             named = sorted(p for p in path.rglob("*") if _kind(p) in KINDS)
         else:
-            named = (
-                [path]
-                if path.is_file()
-                else sorted(Path(p) for p in glob.glob(spec, recursive=True))
-            )
+            named = ([path]
+                     if path.is_file()
+                     else sorted(Path(p) for p in glob.glob(spec, recursive=True)))
         if not named:
             raise UserError(f"{spec}: no such file, and no file matches it")
         for p in named:
             if _kind(p) not in KINDS:
                 raise UserError(
                     f"{p}: unknown kind of file; known are {', '.join(KINDS)}, and .gz of the "
-                    f"first three"
-                )
+                    f"first three")
         found += named
     return found
 
@@ -104,9 +97,8 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def read(
-    path: Path, unit: str = "auto", key: str = "text", max_bytes: int = 64 << 20
-) -> Iterator[Piece]:
+def read(path: Path, unit: str = "auto", key: str = "text",
+         max_bytes: int = 64 << 20) -> Iterator[Piece]:
     """The documents of one file, streamed. `unit` says what a document of a .txt is; `key` names
     the text elsewhere."""
     kind = _kind(path)
@@ -132,8 +124,7 @@ def texts(path: str | Path, unit: str = "auto", key: str = "text") -> list[str]:
     if bad is not None:
         raise UserError(
             f"{path}: document {bad + 1} is {pieces[bad].fault}; an evaluation leaves nothing "
-            f"out, mend it"
-        )
+            f"out, mend it")
     found = [piece.text for piece in pieces if piece.text.strip()]
     if not found:
         raise UserError(f"{path}: no text in it")
@@ -200,8 +191,7 @@ def _txt(f: IO[bytes], path: Path, unit: str, max_bytes: int) -> Iterator[Piece]
             if size > max_bytes:
                 raise UserError(
                     f"{path}: a document above {max_bytes >> 20} MB; cut it with --documents line "
-                    f"or block"
-                )
+                    f"or block")
     if held:
         yield _decoded(b"\n".join(held))
 
@@ -225,12 +215,10 @@ def _jsonl(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator
             yield Piece("", len(line), "undecodable")  # half a surrogate pair, written as an escape
         except (ValueError, RecursionError):
             raise UserError(
-                f"{path}, line {n}: not JSON; expected an object with {key!r}"
-            ) from None
+                f"{path}, line {n}: not JSON; expected an object with {key!r}") from None
         except (KeyError, TypeError, AssertionError):
             raise UserError(
-                f"{path}, line {n}: no text under {key!r}; name the key with --text-key"
-            ) from None
+                f"{path}, line {n}: no text under {key!r}; name the key with --text-key") from None
 
 
 def _tsv(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator[Piece]:
@@ -239,8 +227,7 @@ def _tsv(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator[P
         raise UserError(
             f"{path}: no column {key!r} in its first line, which has {', '.join(header)}; name "
             f"one with "
-            "--text-key"
-        )
+            "--text-key")
     for n, (line, fault) in enumerate(lines, 2):
         cells = line.split(b"\t")
         if fault:
@@ -261,16 +248,11 @@ def _parquet(path: Path, key: str) -> Iterator[Piece]:
             raise UserError(
                 f"{path}: no column {key!r}; it has {', '.join(table.schema_arrow.names)}; name "
                 f"one with "
-                "--text-key"
-            )
-        if (kind := str(table.schema_arrow.field(key).type)) not in (
-            "string",
-            "large_string",
-            "null",
-        ):
+                "--text-key")
+        if (kind := str(table.schema_arrow.field(key).type)) not in ("string", "large_string",
+                                                                     "null"):
             raise UserError(
-                f"{path}: column {key!r} is {kind}, expected text; name another with --text-key"
-            )
+                f"{path}: column {key!r} is {kind}, expected text; name another with --text-key")
         for batch in table.iter_batches(1024, columns=[key]):
             for text in batch.column(0).to_pylist():
                 yield Piece(text or "", len((text or "").encode()))
@@ -291,34 +273,17 @@ def _work(chunk: list[str]) -> list[tuple[bytes, np.ndarray, int, int, dict[str,
     """Texts -> (hash of the clean text, ids, its bytes, its characters, changes by step)."""
     cleaned = [_normalise(t) if _normalise else (t, {}) for t in chunk]
     ends = [[] if x is None else [x] for x in (_tokenizer.bos, _tokenizer.eos)]
-    return [
-        (
-            hashlib.blake2b(text.encode(), digest_size=16).digest(),
-            np.array([*ends[0], *ids, *ends[1]], np.uint32),
-            len(text.encode()),
-            len(text.strip()),
-            changes,
-        )
-        for (text, changes), ids in zip(
-            cleaned, _tokenizer.encode_batch([t for t, _ in cleaned]), strict=True
-        )
-    ]
+    return [(hashlib.blake2b(text.encode(), digest_size=16).digest(),
+             np.array([*ends[0], *ids, *ends[1]], np.uint32), len(text.encode()), len(text.strip()),
+             changes)
+            for (text, changes), ids in zip(
+                cleaned, _tokenizer.encode_batch([t for t, _ in cleaned]), strict=True)]
 
 
-def prepare(
-    specs: list[str],
-    tokenizer_at: Path,
-    out: Path,
-    *,
-    unit: str = "auto",
-    key: str = "text",
-    normalise: Normaliser | None = None,
-    keep_duplicates: bool = False,
-    min_chars: int = 1,
-    max_doc_mb: int = 64,
-    on_bad: str = "stop",
-    processes: int = 1,
-) -> tuple[Bin, Ledger]:
+def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "auto",
+            key: str = "text", normalise: Normaliser | None = None, keep_duplicates: bool = False,
+            min_chars: int = 1, max_doc_mb: int = 64, on_bad: str = "stop",
+            processes: int = 1) -> tuple[Bin, Ledger]:
     """Prepare text into a bin; the same bytes for any number of processes, in memory bounded by the
     largest document."""
     tokenizer = Tokenizer.open(tokenizer_at)
@@ -349,8 +314,7 @@ def prepare(
                 waiting: deque[tuple[list[Piece], Future]] = deque()
                 for chunk in _chunks(sources, unit, key, max_doc_mb << 20):
                     waiting.append(
-                        (chunk, pool.submit(_work, [p.text for p in chunk if not p.fault]))
-                    )
+                        (chunk, pool.submit(_work, [p.text for p in chunk if not p.fault])))
                     if (
                         len(waiting) > 2 * processes
                     ):  # no further ahead than that: memory stays bounded
@@ -366,15 +330,12 @@ def prepare(
             raise UserError(
                 f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more than "
                 f"{BAD_SHARE:.1%}; mend "
-                "them, or leave them out with --on-bad skip"
-            )
+                "them, or leave them out with --on-bad skip")
         if not ledger.documents["kept"]:
             raise UserError(
-                f"{', '.join(specs)}: no document left of {read_in} read; the corpus is empty"
-            )
+                f"{', '.join(specs)}: no document left of {read_in} read; the corpus is empty")
         described = [
-            {"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)} for p in sources
-        ]
+            {"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)} for p in sources]
         return writer.close(ledger.to_json(), described), ledger
     except BaseException:
         writer.abandon()
@@ -388,10 +349,8 @@ def _chunks(sources: list[Path], unit: str, key: str, max_bytes: int) -> Iterato
     for path in sources:
         if _kind(path) == ".txt":
             chosen = choose_unit(path) if unit == "auto" else unit
-            say(
-                f"{path}: a document is a {chosen}"
-                + (" (chosen: --documents says otherwise)" if unit == "auto" else "")
-            )
+            say(f"{path}: a document is a {chosen}"
+                + (" (chosen: --documents says otherwise)" if unit == "auto" else ""))
         for piece in read(path, unit, key, max_bytes):
             chunk.append(piece)
             size += piece.size

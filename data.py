@@ -63,8 +63,7 @@ class BinWriter:
             self.mask = open(self.aside / "mask.bin", "wb")
         except OSError as e:
             raise UserError(
-                f"{folder}: cannot be written ({e.strerror}); name another", STORAGE
-            ) from e
+                f"{folder}: cannot be written ({e.strerror}); name another", STORAGE) from e
         self.starts, self.n_bytes, self.trained = [0], 0, 0
 
     def add(self, document: Document) -> None:
@@ -72,13 +71,10 @@ class BinWriter:
         ids = np.asarray(document.ids, dtype=np.int64)
         # numpy would wrap 128256 into 62720 without a word
         assert ids.size == 0 or (ids.min() >= 0 and ids.max() < self.vocab_size), (
-            "id out of vocabulary"
-        )
-        mask = (
-            np.ones(len(ids), np.uint8)
-            if document.mask is None
-            else np.asarray(document.mask, np.uint8)
-        )
+            "id out of vocabulary")
+        mask = (np.ones(len(ids), np.uint8)
+                if document.mask is None
+                else np.asarray(document.mask, np.uint8))
         assert len(mask) == len(ids)
         self.tokens.write(ids.astype(self.dtype).tobytes())
         self.mask.write(mask.tobytes())
@@ -99,8 +95,7 @@ class BinWriter:
             "vocabulary": self.vocab_size, "tokenizer": self.tokenizer_sha,
             "documents": len(self.starts) - 1, "tokens": self.starts[-1], "trained": self.trained,
             "bytes": self.n_bytes, "ledger": ledger, "sources": sources,
-            "sha256": {f.name: sha256(f) for f in files},
-        }
+            "sha256": {f.name: sha256(f) for f in files}}
         (self.aside / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
         if self.folder.exists():
             shutil.rmtree(self.folder)
@@ -128,8 +123,7 @@ class Bin:
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             wanted = {
-                k: self.meta[k] for k in ("format", "dtype", "vocabulary", "tokenizer", "sha256")
-            }
+                k: self.meta[k] for k in ("format", "dtype", "vocabulary", "tokenizer", "sha256")}
         except FileNotFoundError:
             raise UserError(
                 f"{folder}: no meta.json here, so this is not a bin; make one with prepare.py"
@@ -139,21 +133,16 @@ class Bin:
         if wanted["format"] != FORMAT or wanted["dtype"] not in ("u16", "u32"):
             raise UserError(
                 f"{folder}: bin format {wanted['format']} {wanted['dtype']}, this program reads "
-                f"format {FORMAT} u16 or u32; prepare the bin again"
-            )
+                f"format {FORMAT} u16 or u32; prepare the bin again")
         dtype = np.dtype({"u16": "<u2", "u32": "<u4"}[wanted["dtype"]])
         self.starts = self._read("starts.bin", np.dtype("<i8"), self.meta["documents"] + 1)
         self.tokens = self._read("tokens.bin", dtype, self.meta["tokens"])
         self.mask = self._read("mask.bin", np.dtype("u1"), self.meta["tokens"]) \
             if "mask.bin" in self.meta["sha256"] else None
-        if (
-            self.starts[0] != 0
-            or self.starts[-1] != len(self.tokens)
-            or (np.diff(self.starts) < 0).any()
-        ):
+        if (self.starts[0] != 0 or self.starts[-1] != len(self.tokens)
+            or (np.diff(self.starts) < 0).any()):
             raise UserError(
-                f"{folder}/starts.bin: offsets do not fit tokens.bin; prepare the bin again"
-            )
+                f"{folder}/starts.bin: offsets do not fit tokens.bin; prepare the bin again")
 
     def _read(self, name: str, dtype: np.dtype, n: int) -> np.ndarray:
         path = self.folder / name
@@ -161,8 +150,7 @@ class Bin:
         if found != n * dtype.itemsize:
             raise UserError(
                 f"{path}: {found} bytes, expected {n * dtype.itemsize}; the bin was cut short, "
-                "prepare it again"
-            )
+                "prepare it again")
         return np.memmap(path, dtype, "r") if n else np.zeros(0, dtype)
 
     def __len__(self) -> int:
@@ -178,26 +166,22 @@ class Bin:
         if self.meta["tokenizer"] != tokenizer_sha:
             raise UserError(
                 f"{self.folder}: made with tokenizer {self.meta['tokenizer'][:12]}, the model has "
-                f"{tokenizer_sha[:12]}; prepare the text again with this model's tokenizer"
-            )
+                f"{tokenizer_sha[:12]}; prepare the text again with this model's tokenizer")
         for name, digest in self.meta["sha256"].items():
             if sha256(self.folder / name) != digest:
                 raise UserError(
                     f"{self.folder / name}: its sha256 is not the one in meta.json; the file was "
-                    "changed, prepare the bin again"
-                )
+                    "changed, prepare the bin again")
         top = int(self.tokens.max()) if len(self.tokens) else -1
         if top >= vocab_size:
             raise UserError(
                 f"{self.folder}: holds id {top}, the model's vocabulary ends at {vocab_size - 1}; "
-                "prepare the text again with this model's tokenizer"
-            )
+                "prepare the text again with this model's tokenizer")
         if self.meta["trained"] == 0:
             raise UserError(
                 f"{self.folder}: no token to train on in {len(self)} documents; a document needs "
                 f"at "
-                "least two tokens"
-            )
+                "least two tokens")
 
 
 def hold_out(bin: Bin, share: float) -> np.ndarray:
@@ -209,10 +193,8 @@ def hold_out(bin: Bin, share: float) -> np.ndarray:
     """
     if len(bin) < 2 or share <= 0:
         return np.zeros(len(bin), bool)
-    digests = (
-        hashlib.blake2b(bin.document(i)[:64].tobytes(), digest_size=8).digest()
-        for i in range(len(bin))
-    )
+    digests = (hashlib.blake2b(bin.document(i)[:64].tobytes(), digest_size=8).digest()
+               for i in range(len(bin)))
     h = np.frombuffer(b"".join(digests), "<u8")
     return h <= max(np.uint64(share * 2.0**64), h.min())
 
@@ -251,12 +233,8 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""
-        return Batch(
-            *(
-                x.to(device, non_blocking=True)
-                for x in (self.tokens, self.targets, self.doc, self.pos)
-            )
-        )
+        return Batch(*(x.to(device, non_blocking=True)
+                       for x in (self.tokens, self.targets, self.doc, self.pos)))
 
 
 class Stream:
@@ -270,8 +248,7 @@ class Stream:
         self.tokens = int(self.lengths.sum())  # predictions in an epoch
         if self.tokens == 0:
             raise UserError(
-                f"{self.bin.folder}: no token to train on; a document needs at least two tokens"
-            )
+                f"{self.bin.folder}: no token to train on; a document needs at least two tokens")
         self.rows = -(-self.tokens // T)  # in an epoch; the last may have an unused tail
         self.epoch = -1
 
@@ -284,8 +261,7 @@ class Stream:
         self.ends = np.cumsum(self.lengths[self.order])  # where each document ends in the epoch
         self.shuffled = rng.permutation(self.rows)
         self.short_at = int(
-            np.flatnonzero(self.shuffled == self.rows - 1)[0]
-        )  # turn of the row with a tail
+            np.flatnonzero(self.shuffled == self.rows - 1)[0])  # turn of the row with a tail
         self.epoch = epoch
 
     def served(self, rows: int) -> int:
@@ -329,9 +305,8 @@ class Loader:
     whole state.
     """
 
-    def __init__(
-        self, sources: Sequence[Source], T: int, rows: int, seed: int, rank: int = 0, world: int = 1
-    ):
+    def __init__(self, sources: Sequence[Source], T: int, rows: int, seed: int, rank: int = 0,
+                 world: int = 1):
         self.T, self.rows, self.rank, self.world = T, rows, rank, world
         self.sources = list(sources)
         self.streams = [Stream(s, T, (seed, i)) for i, s in enumerate(sources)]

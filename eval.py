@@ -123,16 +123,13 @@ def measure(text: Text, model: Llama, tokenizer: Tokenizer, length: int) -> dict
     choices = {
         "unit": text.unit, "start": "eos" if tokenizer.bos is None else "bos", "window": length,
         "dtype": name_of(model), "sum": "fp64", "ci": f"documents,{tasks.RESAMPLES},{tasks.SEED}",
-        **({"limit": len(ids)} if text.partial else {}), "version": VERSION,
-    }
-    return {
-        "suite": f"text:{text.name}", "metric": "bits_per_byte",
-        "value": bits_per_byte(float(nats.sum()), int(n_bytes.sum())), "low": low, "high": high,
-        "n": len(ids), "signature": "|".join(f"{k}:{v}" for k, v in choices.items()),
-        "partial": text.partial, "bytes": int(n_bytes.sum()), "tokens": n_tokens,
-        "seconds": round(time.perf_counter() - began, 2),
-        "files": [{"path": str(file), "sha256": sha256(file)} for file in text.files],
-    }
+        **({"limit": len(ids)} if text.partial else {}), "version": VERSION}
+    return {"suite": f"text:{text.name}", "metric": "bits_per_byte",
+            "value": bits_per_byte(float(nats.sum()), int(n_bytes.sum())), "low": low, "high": high,
+            "n": len(ids), "signature": "|".join(f"{k}:{v}" for k, v in choices.items()),
+            "partial": text.partial, "bytes": int(n_bytes.sum()), "tokens": n_tokens,
+            "seconds": round(time.perf_counter() - began, 2),
+            "files": [{"path": str(file), "sha256": sha256(file)} for file in text.files]}
 
 
 def name_of(model: Llama) -> str:

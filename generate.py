@@ -40,12 +40,10 @@ class Sampling:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        good = {
-            "max-new-tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            "top-k": (self.top_k >= 0, "0 (all) or more"),
-            "top-p": (0 < self.top_p <= 1, "above 0, at most 1"),
-        }
+        good = {"max-new-tokens": (self.max_new_tokens >= 1, "at least 1"),
+                "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+                "top-k": (self.top_k >= 0, "0 (all) or more"),
+                "top-p": (0 < self.top_p <= 1, "above 0, at most 1")}
         for name, (is_good, expected) in good.items():
             if not is_good:
                 found = getattr(self, name.replace("-", "_"))

@@ -134,11 +134,9 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError(
-                    "--track tensorboard: not installed; pip install tensorboard", FLAGS
-                ) from None
+                    "--track tensorboard: not installed; pip install tensorboard", FLAGS) from None
             self.board = SummaryWriter(
-                path.with_name("tensorboard"), purge_step=max(after_step, 0) + 1
-            )
+                path.with_name("tensorboard"), purge_step=max(after_step, 0) + 1)
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line; it is flushed, so that a kill loses none."""

@@ -62,10 +62,8 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)
         if not self.enabled:
             return y
-        A, B = (
-            self.lora_A.weight.to(x.dtype),
-            self.lora_B.weight.to(x.dtype),
-        )  # products in the compute dtype
+        A, B = (self.lora_A.weight.to(x.dtype),
+                self.lora_B.weight.to(x.dtype))  # products in the compute dtype
         down = F.linear(F.dropout(x, self.dropout, self.training), A)  # (B,T,R)
         return y + F.linear(down * self.scale, B)  # scaled where it is small
 
@@ -74,9 +72,8 @@ class LoRALinear(nn.Module):
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
-def attach(
-    model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]
-) -> None:
+def attach(model: nn.Module, rank: int, alpha: float, dropout: float,
+           targets: Sequence[str]) -> None:
     """Freeze the model and wrap every linear layer that a target names, whole or by its end, as in
     PEFT.
 
@@ -84,26 +81,21 @@ def attach(
     width.
     """
     linears = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"
-    ]
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     known = sorted({name.rsplit(".", 1)[-1] for name in linears})
     targets = known if list(targets) == ["all-linear"] else list(targets)
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linears):
             raise UserError(
                 f"--lora-targets: no layer is named {target!r}; there are {', '.join(known)}, and "
-                "all-linear",
-                FLAGS,
-            )
+                "all-linear", FLAGS)
     wrapped = [name for name in linears if any(f".{name}".endswith(f".{t}") for t in targets)]
     for name in wrapped:
         base = model.get_submodule(name)
         if not 0 < rank <= min(base.in_features, base.out_features):
             raise UserError(
                 f"--lora-rank {rank}: {name} is {base.out_features} x {base.in_features}, so the "
-                f"rank must be from 1 to {min(base.in_features, base.out_features)}",
-                FLAGS,
-            )
+                f"rank must be from 1 to {min(base.in_features, base.out_features)}", FLAGS)
     model.requires_grad_(False)
     for name in wrapped:
         parent, _, child = name.rpartition(".")
@@ -126,17 +118,10 @@ def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
     """adapter_config.json for the attached adapter, on the base of that name or path."""
     found = adapters(model)
     one = next(iter(found.values()))
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": one.rank,
-        "lora_alpha": one.alpha,
-        "lora_dropout": one.dropout,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in found}),
-    }
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+            "r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout, "bias": "none",
+            "inference_mode": True,
+            "target_modules": sorted({name.rsplit(".", 1)[-1] for name in found})}
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
@@ -147,28 +132,19 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     where = folder / "adapter_config.json"
     words = json.loads(where.read_text())
     odd = [
-        f"{k} {words[k]!r}" for k, plain in PLAIN.items() if words.get(k) and words[k] not in plain
-    ]
+        f"{k} {words[k]!r}" for k, plain in PLAIN.items() if words.get(k) and words[k] not in plain]
     if words.get("peft_type") != "LORA" or odd:
         raise UserError(
-            f"{where}: {', '.join(odd) or words.get('peft_type')} is not supported; plain LoRA is"
-        )
+            f"{where}: {', '.join(odd) or words.get('peft_type')} is not supported; plain LoRA is")
     r, alpha, dropout = words.get("r"), words.get("lora_alpha"), words.get("lora_dropout", 0.0)
     targets = words.get("target_modules")
     targets = [targets] if isinstance(targets, str) else targets
-    if (
-        type(r) is not int
-        or r < 1
-        or type(alpha) not in (int, float)
-        or not isinstance(targets, list)
-        or not all(isinstance(t, str) for t in targets)
-        or type(dropout) not in (int, float)
-        or not 0 <= dropout < 1
-    ):
+    if (type(r) is not int or r < 1 or type(alpha) not in (int, float)
+        or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets)
+        or type(dropout) not in (int, float) or not 0 <= dropout < 1):
         raise UserError(
             f"{where}: r {r!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}, target_modules "
-            f"{targets!r} do not describe an adapter; fetch it again"
-        )
+            f"{targets!r} do not describe an adapter; fetch it again")
     try:
         attach(model, r, alpha, dropout, targets)
     except UserError as e:
@@ -188,18 +164,15 @@ def fill(model: nn.Module, found: dict[str, Tensor], where: str) -> None:
     shape."""
     wanted = adapter_state(model)
     for name in sorted(wanted.keys() ^ found.keys()):
-        raise UserError(
-            f"{where}: tensor {name} is "
-            f"{'missing' if name in wanted else 'not one of this model'}; the "
-            "adapter belongs to another base"
-        )
+        raise UserError(f"{where}: tensor {name} is "
+                        f"{'missing' if name in wanted else 'not one of this model'}; the "
+                        "adapter belongs to another base")
     for name, tensor in wanted.items():
         if tensor.shape != found[name].shape:
             raise UserError(
                 f"{where}: {name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}; "
                 f"the "
-                "adapter belongs to another base"
-            )
+                "adapter belongs to another base")
         tensor.copy_(found[name])
 
 

@@ -61,9 +61,8 @@ class _TokenNLL(torch.autograd.Function):
         return dh, dW, None
 
 
-def _logit_gradient(
-    h: Tensor, W: Tensor, targets: Tensor, wanted: bool = True
-) -> tuple[Tensor, Tensor | None]:
+def _logit_gradient(h: Tensor, W: Tensor, targets: Tensor,
+                    wanted: bool = True) -> tuple[Tensor, Tensor | None]:
     """(n,C), (V,C), (n,) -> NLL (n,) float32, and softmax - onehot (n,V) in h's dtype if wanted."""
     logp = torch.log_softmax(h @ W.T, -1, dtype=torch.float32)  # (n,V)
     nll = -logp.gather(-1, targets[:, None]).squeeze(-1)
@@ -74,14 +73,8 @@ def _logit_gradient(
     return nll, d.to(h.dtype)
 
 
-def _head_gradient(
-    h: Tensor,
-    W: Tensor,
-    targets: Tensor,
-    nll: Tensor | None = None,
-    dh: Tensor | None = None,
-    factor: Tensor | None = None,
-) -> Tensor:
+def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, nll: Tensor | None = None,
+                   dh: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
     """Sum over tokens of factor x (softmax - onehot) h^T, (V,C) float32; fills nll (N,) and dh
     (N,C) if given."""
     dW = None

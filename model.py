@@ -33,9 +33,7 @@ from loss import token_nll
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 ROPE_KINDS = ("default", "linear", "llama3")
-ONE_BY_ONE = (
-    "cpu",
-)  # devices where packed documents are attended one after the other; elsewhere by a mask
+ONE_BY_ONE = ("cpu",)  # where packed documents are attended one after the other, not by a mask
 
 
 @dataclass(frozen=True)
@@ -65,29 +63,24 @@ class ModelConfig:
         if type(architecture) is not list or architecture[0] not in (*ARCHITECTURES, "llama"):
             raise UserError(
                 f"config.json: architectures {architecture!r} is not supported; supported are "
-                f"{', '.join(ARCHITECTURES)}"
-            )
+                f"{', '.join(ARCHITECTURES)}")
         if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(
-                f"config.json: activation {raw['hidden_act']!r}, only 'silu' is supported"
-            )
+            raise UserError(f"config.json: activation {raw['hidden_act']!r}, only 'silu' is "
+                            "supported")
         if raw.get("quantization_config"):
             raise UserError(
                 "config.json: the weights are quantised (quantization_config); take the model "
-                "in its original precision"
-            )
+                "in its original precision")
         H, C = _size(raw, "num_attention_heads"), _size(raw, "hidden_size")
         K = _size(raw, "num_key_value_heads", H)
         if raw.get("head_dim") is None and C % H:
-            raise UserError(
-                f"config.json: hidden_size {C} is not a multiple of num_attention_heads {H}"
-            )
+            raise UserError(f"config.json: hidden_size {C} is not a multiple of "
+                            f"num_attention_heads {H}")
         D = _size(raw, "head_dim", C // H)
         if H % K or D % 2:
             raise UserError(
                 f"config.json: {H} heads over {K} key/value heads of width {D}: heads must be a "
-                "multiple of key/value heads, and the width even"
-            )
+                "multiple of key/value heads, and the width even")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if type(rope) is not dict:
             raise UserError(f"config.json: rope_scaling is {rope!r}, expected an object")
@@ -96,33 +89,26 @@ class ModelConfig:
         if rope["rope_type"] not in ROPE_KINDS:
             raise UserError(
                 f"config.json: rope kind {rope['rope_type']!r} is not supported; supported are "
-                f"{', '.join(ROPE_KINDS)}"
-            )
+                f"{', '.join(ROPE_KINDS)}")
         wanted = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                     "original_max_position_embeddings")}
         scaling = {k: _number(rope, k) for k in wanted.get(rope["rope_type"], ())}
-        return cls(
-            vocab_size=_size(raw, "vocab_size"), hidden_size=C,
-            intermediate_size=_size(raw, "intermediate_size"),
-            num_hidden_layers=_size(raw, "num_hidden_layers"),
-            num_attention_heads=H, num_key_value_heads=K, head_dim=D,
-            max_position_embeddings=_size(raw, "max_position_embeddings", 2048),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-            rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10000.0)),
-            rope_scaling={"rope_type": rope["rope_type"], **scaling} if scaling else None,
-            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-            attention_bias=_flag(raw, "attention_bias"), mlp_bias=_flag(raw, "mlp_bias"),
-        )
+        return cls(vocab_size=_size(raw, "vocab_size"), hidden_size=C,
+                   intermediate_size=_size(raw, "intermediate_size"),
+                   num_hidden_layers=_size(raw, "num_hidden_layers"),
+                   num_attention_heads=H, num_key_value_heads=K, head_dim=D,
+                   max_position_embeddings=_size(raw, "max_position_embeddings", 2048),
+                   rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+                   rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10000.0)),
+                   rope_scaling={"rope_type": rope["rope_type"], **scaling} if scaling else None,
+                   tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+                   attention_bias=_flag(raw, "attention_bias"), mlp_bias=_flag(raw, "mlp_bias"))
 
     def to_hf(self) -> dict[str, Any]:
         """config.json's words for this shape, as transformers 4 and 5 both read them."""
         words = dict(vars(self))
-        return {
-            "architectures": [ARCHITECTURES[0]],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            **words,
-        }
+        return {"architectures": [ARCHITECTURES[0]], "model_type": "llama", "hidden_act": "silu",
+                **words}
 
 
 def _size(raw: dict, key: str, default: int | None = None) -> int:
@@ -156,9 +142,8 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Embedding):
@@ -187,12 +172,8 @@ def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     f = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)  # (D/2,)
     if scaling["rope_type"] == "linear":
         return f / scaling["factor"]
-    if (
-        scaling["rope_type"] == "llama3"
-    ):  # Llama 3.1: slow turns are stretched, fast ones kept, between blended
-        turns = (
-            scaling["original_max_position_embeddings"] * f / (2 * math.pi)
-        )  # in the original context
+    if scaling["rope_type"] == "llama3":  # slow turns are stretched, fast ones kept, others blended
+        turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return f * (keep + (1 - keep) / scaling["factor"])
@@ -219,9 +200,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
-        self.extent = (
-            0  # no token stands at or beyond it in any row; known without asking the device
-        )
+        self.extent = 0  # no row has a token at or beyond it; known without asking the device
 
     def put(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k, v (B,T,K,D) at pos (B,T); return all keys and values up to the extent,
@@ -249,9 +228,7 @@ class Layout:
         B, T = doc.shape
         if cache is not None:
             if B == 1 and (T == 1 or cache.extent == T):
-                return (
-                    cls()
-                )  # the only row's next token sees all keys; its first tokens are plain causal
+                return cls()  # the next token sees all keys; the first ones are plain causal
             keys = torch.arange(cache.extent, device=pos.device)
             return cls(mask=(keys <= pos[..., None])[:, None])
         first = torch.ones_like(doc, dtype=torch.bool)
@@ -282,10 +259,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """`attend`, document by document; split and cat, because their backward passes copy nothing
     twice."""
-    parts = zip(
-        *(x.flatten(0, 1)[None].split(layout.lengths, dim=1) for x in (q, k, v)), strict=True
-    )
-    return torch.cat([attend(*part, Layout()) for part in parts], dim=1).view(q.shape)
+    parts = (x.flatten(0, 1)[None].split(layout.lengths, dim=1) for x in (q, k, v))
+    done = [attend(*part, Layout()) for part in zip(*parts, strict=True)]
+    return torch.cat(done, dim=1).view(q.shape)
 
 
 class Attention(nn.Module):
@@ -354,9 +330,8 @@ class Decoder(nn.Module):
         self.compute_dtype = torch.float32  # of products and of what flows between them
         self.recompute = False
 
-    def forward(
-        self, tokens: Tensor, doc: Tensor, pos: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor,
+                cache: KVCache | None = None) -> Tensor:
         x = self.embed_tokens(tokens).to(self.compute_dtype)  # (B,T,C)
         angles = pos[..., None].float() * rotary_frequencies(self.config, x.device)  # (B,T,D/2)
         cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]  # (B,T,1,D/2)
@@ -441,7 +416,5 @@ class Llama(nn.Module):
             else:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 p.normal_(
-                    0,
-                    std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std,
-                    generator=g,
-                )
+                    0, std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std,
+                    generator=g)

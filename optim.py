@@ -11,9 +11,8 @@ from torch import Tensor, nn
 SCHEDULES = ("cosine", "linear", "inverse-sqrt", "wsd", "constant")
 
 
-def learning_rate(
-    step: int, steps: int, peak: float, schedule: str, warmup: int, floor: float
-) -> float:
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int,
+                  floor: float) -> float:
     """The rate of step 1 .. steps: up linearly over `warmup` steps, then down to `floor` x peak by
     the schedule.
 
@@ -39,9 +38,8 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict]:
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
 
 
-def adamw(
-    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
+def adamw(model: nn.Module, lr: float, betas: tuple[float, float],
+          weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over what trains; one fused kernel for all tensors."""
     return torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=betas, eps=1e-8, fused=True)
 
@@ -52,9 +50,8 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
             for what, x in optimizer.state.get(p, {}).items()}
 
 
-def load_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
-) -> None:
+def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str,
+               Tensor]) -> None:
     """Put a checkpoint's tensors back, on each parameter's device. AdamW's `step` counts stay where
     they were kept."""
     named = dict(model.named_parameters())

@@ -88,18 +88,10 @@ class Fertility:
 def text(s: Text) -> None:
     steps = [] if s.normalise == ["none"] else s.normalise
     bin, ledger = corpus.prepare(
-        s.files,
-        Path(s.tokenizer),
-        Path(s.out),
-        unit=s.documents,
-        key=s.text_key,
-        normalise=normalise.normaliser(steps) if steps else None,
-        keep_duplicates=s.keep_duplicates,
-        min_chars=s.min_chars,
-        max_doc_mb=s.max_doc_mb,
-        on_bad=s.on_bad,
-        processes=max(1, s.processes),
-    )
+        s.files, Path(s.tokenizer), Path(s.out), unit=s.documents, key=s.text_key,
+        normalise=normalise.normaliser(steps) if steps else None, keep_duplicates=s.keep_duplicates,
+        min_chars=s.min_chars, max_doc_mb=s.max_doc_mb, on_bad=s.on_bad,
+        processes=max(1, s.processes))
     ledger_lines(ledger.to_json())
     print(f"{bin.folder}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
           f"{bin.meta['bytes'] / max(1, bin.meta['tokens']):.2f} bytes per token")
@@ -117,10 +109,8 @@ def ledger_lines(ledger: dict) -> None:
 def show(s: Show) -> None:
     bin, tokenizer = Bin(s.bin), Tokenizer.open(s.tokenizer)
     bin.check(tokenizer.fingerprint, tokenizer.vocab_size)
-    print(
-        f"{s.bin}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
-        f"{bin.meta['bytes']:,} bytes"
-    )
+    print(f"{s.bin}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
+          f"{bin.meta['bytes']:,} bytes")
     ledger_lines(bin.meta["ledger"])
     on, off = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
     for i in range(min(s.n, len(bin))):
@@ -135,18 +125,14 @@ def show(s: Show) -> None:
 
 def vocab(s: Vocab) -> None:
     clean = normalise.normaliser([] if s.normalise == ["none"] else s.normalise)
-    pieces = (
-        piece
-        for path in corpus.files(s.files)
-        for piece in corpus.read(path, s.documents, s.text_key)
-    )
-    lines = (
-        line
-        for piece in pieces
-        if not piece.fault
-        for line in clean(piece.text)[0].split("\n")
-        if line
-    )
+    pieces = (piece
+              for path in corpus.files(s.files)
+              for piece in corpus.read(path, s.documents, s.text_key))
+    lines = (line
+             for piece in pieces
+             if not piece.fault
+             for line in clean(piece.text)[0].split("\n")
+             if line)
     tokenizer = learn(lines, s.size, Path(s.out))
     print(f"{s.out}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:12]}")
 
@@ -158,18 +144,12 @@ def fertility(s: Fertility) -> None:
         words, n_bytes = sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts)
         for name in s.tokenizers:
             tokens = sum(map(len, Tokenizer.open(name).encode_batch(texts)))
-            print(
-                f"{file.name:32}{Path(name).name:24}{tokens / words:>12.2f}"
-                f"{n_bytes / tokens:>12.2f}"
-            )
+            print(f"{file.name:32}{Path(name).name:24}{tokens / words:>12.2f}"
+                  f"{n_bytes / tokens:>12.2f}")
 
 
-COMMANDS = {
-    "text": (Text, text),
-    "show": (Show, show),
-    "vocab": (Vocab, vocab),
-    "fertility": (Fertility, fertility),
-}
+COMMANDS = {"text": (Text, text), "show": (Show, show), "vocab": (Vocab, vocab),
+            "fertility": (Fertility, fertility)}
 
 
 def main() -> None:

@@ -23,15 +23,8 @@ from log import FLAGS, UserError
 
 # bf16 (T4: fp16) tensor-core peaks without sparsity, FLOP/s, from the makers' data sheets: the
 # limit of an MFU
-PEAKS = {
-    "T4": 65e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "4090": 165e12,
-}
+PEAKS = {"T4": 65e12, "L4": 121e12, "A10G": 70e12, "A100": 312e12, "H100": 989e12, "H200": 989e12,
+         "4090": 165e12}
 
 
 @dataclass
@@ -50,9 +43,7 @@ class Ranks:
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 "--device cuda: no GPU that this torch can use; take --device cpu or install a "
-                "CUDA build of torch",
-                FLAGS,
-            )
+                "CUDA build of torch", FLAGS)
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

@@ -72,12 +72,10 @@ class Run:
         folder = weights.find(s.model)
         # what trains is float32; frozen weights are kept as products need them
         model, tokenizer = weights.load(
-            folder, ranks.device, torch.float32 if s.tune == "full" else dtype
-        )
+            folder, ranks.device, torch.float32 if s.tune == "full" else dtype)
         if s.tune == "full" and lora.adapters(model):
             raise UserError(
-                f"--model {s.model}: an adapter; go on training it with --tune lora", FLAGS
-            )
+                f"--model {s.model}: an adapter; go on training it with --tune lora", FLAGS)
         if s.tune == "lora" and not lora.adapters(model):
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
         model.model.compute_dtype, model.model.recompute = dtype, s.recompute
@@ -92,9 +90,7 @@ class Run:
         if whole % micro:
             raise UserError(
                 f"--tokens-per-step {whole}: no multiple of {micro} (rows {s.rows} x seq-len "
-                f"{s.seq_len} x ranks {ranks.world})",
-                FLAGS,
-            )
+                f"{s.seq_len} x ranks {ranks.world})", FLAGS)
         first = (
             s.epochs * loader.streams[0].tokens / loader.shares[0]
         )  # all tokens, the first source's epochs
@@ -104,20 +100,8 @@ class Run:
         if s.compile:
             for block in model.model.layers:
                 block.compile()
-        return cls(
-            s,
-            out,
-            ranks,
-            model,
-            folder,
-            tokenizer,
-            loader,
-            held,
-            optimizer,
-            scaler,
-            steps,
-            whole // micro,
-        )
+        return cls(s, out, ranks, model, folder, tokenizer, loader, held, optimizer, scaler, steps,
+                   whole // micro)
 
     @property
     def tokens_per_step(self) -> int:
@@ -127,10 +111,8 @@ class Run:
     def parameters(self) -> dict[str, int]:
         """How many numbers the model has, and how many of them train."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        return {
-            "total": sum(n for n, _ in sizes),
-            "trained": sum(n for n, trained in sizes if trained),
-        }
+        return {"total": sum(n for n, _ in sizes),
+                "trained": sum(n for n, trained in sizes if trained)}
 
     @property
     def data(self) -> dict[str, str]:
@@ -158,8 +140,7 @@ class Run:
         read = [start + tok.encode(p) for p in prompts]
         new: list[list[int]] = [[] for _ in prompts]
         sampling = Sampling(
-            min(40, self.model.config.max_position_embeddings // 2), temperature=0.0
-        )
+            min(40, self.model.config.max_position_embeddings // 2), temperature=0.0)
         self.model.eval()
         for i, token in generate(self.model, read, sampling, {tok.eos}, tok.bos):
             new[i].append(token)
@@ -178,19 +159,11 @@ class Run:
             rng = {"cpu": torch.get_rng_state()}
             if self.ranks.device.type == "cuda":
                 rng["cuda"] = torch.cuda.get_rng_state(self.ranks.device)
-            parts = {
-                "model": trained,
-                "optimizer": optim.state(self.model, self.optimizer),
-                "rng": rng,
-            }
-            state = {
-                "step": self.step,
-                "tokens": self.tokens,
-                "skipped": self.skipped,
-                "served": self.loader.served,
-                "data": self.data,
-                "scaler": self.scaler.state_dict(),
-            }
+            parts = {"model": trained, "optimizer": optim.state(self.model, self.optimizer),
+                     "rng": rng}
+            state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
+                     "served": self.loader.served, "data": self.data,
+                     "scaler": self.scaler.state_dict()}
             checkpoint.save(self.out / "checkpoints", self.step, parts, state, self.s.keep)
         self.ranks.barrier()
 
@@ -204,8 +177,7 @@ class Run:
         if state["data"] != self.data:
             raise UserError(
                 f"--resume: the data are not those of {newest} (sha256 of the bins differ); start "
-                "anew with another --out"
-            )
+                "anew with another --out")
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 if p.requires_grad:
@@ -225,25 +197,16 @@ class Run:
         s = dataclasses.replace(self.s, resume=False, plan=False)
         (self.out / "settings.toml").write_text(config.to_toml(s))
         git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         about = {
             "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
-            "commit": git.stdout.strip() or None,
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "device": str(self.ranks),
-            "ranks": self.ranks.world,
-            "dtype": str(self.model.compute_dtype)[6:],
-            "model": str(self.folder),
-            "tokenizer": self.tokenizer.fingerprint,
-            "data": self.data,
-            "steps": self.steps,
-            "tokens_per_step": self.tokens_per_step,
-            "parameters": self.parameters,
-            "changed_settings": {k: getattr(s, k) for k, v in origins.items() if v != "default"},
-        }
+            "commit": git.stdout.strip() or None, "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "python": platform.python_version(), "torch": torch.__version__,
+            "device": str(self.ranks), "ranks": self.ranks.world,
+            "dtype": str(self.model.compute_dtype)[6:], "model": str(self.folder),
+            "tokenizer": self.tokenizer.fingerprint, "data": self.data, "steps": self.steps,
+            "tokens_per_step": self.tokens_per_step, "parameters": self.parameters,
+            "changed_settings": {k: getattr(s, k) for k, v in origins.items() if v != "default"}}
         (self.out / "run.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
@@ -259,12 +222,9 @@ class Run:
         for name in self.held:
             before, after = seen[0][name], seen[-1][name]
             log.say(
-                f"{name}: {before:.4f} -> {after:.4f} bits per byte ({after / before - 1:+.1%})"
-            )
-        log.say(
-            f"the model: {self.out / 'model'}   the report: {page}   "
-            f"samples: {self.out / 'samples.txt'}"
-        )
+                f"{name}: {before:.4f} -> {after:.4f} bits per byte ({after / before - 1:+.1%})")
+        log.say(f"the model: {self.out / 'model'}   the report: {page}   "
+                f"samples: {self.out / 'samples.txt'}")
 
     def show_plan(self, origins: dict[str, str], objective: Any) -> None:
         """What would be done and what it takes, measured on one micro-batch that changes
@@ -274,18 +234,15 @@ class Run:
             print(f"{f.name.replace('_', '-'):16} {getattr(s, f.name)!s:40} {origins[f.name]}")
         batch = self.loader.next()
         begun = time.perf_counter()
-        (
-            objective.total(self.model, batch.to(self.ranks.device))
-            / max(1, objective.count(batch))
-        ).backward()
+        (objective.total(self.model, batch.to(self.ranks.device))
+         / max(1, objective.count(batch))).backward()
         self.ranks.wait()
         minutes = (time.perf_counter() - begun) * self.micro_batches * self.steps / 60
         moments = 8 * n["trained"] / 2**30  # AdamW's two, float32
         result = 4 * n["trained"] / 2**30
         shares = ", ".join(
             f"{x.source.name} {share:.1%} ({x.tokens:,} tokens an epoch)"
-            for x, share in zip(self.loader.streams, self.loader.shares, strict=True)
-        )
+            for x, share in zip(self.loader.streams, self.loader.shares, strict=True))
         print(
             f"\nmachine      {self.ranks}, products in {str(self.model.compute_dtype)[6:]}\n"
             f"parameters   {n['total']:,}, trained {n['trained']:,}\n"
@@ -297,45 +254,36 @@ class Run:
             "the slowest)\n"
             f"disk         {s.keep * (result + moments) + result:.2f} GB for {s.keep} checkpoints "
             "and the result\n"
-            "\nthe first row; what is trained is in colour:"
-        )
-        tokens, targets, pos = (
-            batch.tokens[0].tolist(),
-            batch.targets[0].tolist(),
-            batch.pos[0].tolist(),
-        )
+            "\nthe first row; what is trained is in colour:")
+        tokens, targets, pos = (batch.tokens[0].tolist(), batch.targets[0].tolist(),
+                                batch.pos[0].tolist())
         for i, (token, target) in enumerate(zip(tokens, targets, strict=True)):
             if pos[i] == 0:
                 print(
-                    ("\n" if i else "") + log.coloured(self.tokenizer.piece(token), False), end=""
-                )
+                    ("\n" if i else "") + log.coloured(self.tokenizer.piece(token), False), end="")
             following = (
-                target if target != IGNORE else tokens[i + 1] if pos[i + 1 : i + 2] > [0] else None
-            )
+                target if target != IGNORE else tokens[i + 1] if pos[i + 1 : i + 2] > [0] else None)
             if following is not None:
                 print(log.coloured(self.tokenizer.piece(following), target != IGNORE), end="")
         print()
 
 
-def open_data(
-    s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int, out: Path, ranks: Ranks
-) -> tuple[list[Source], dict[str, list[np.ndarray]]]:
+def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int, out: Path,
+              ranks: Ranks) -> tuple[list[Source], dict[str, list[np.ndarray]]]:
     """The sources to train on, and held-out documents by name."""
     if not s.data:
         raise UserError("--data: name at least one bin or file of text", FLAGS)
     specs = [split_weight(x) for x in s.data]
     if len({weight is None for _, weight in specs}) > 1:
         raise UserError(
-            "--data: give a weight to every source or to none, as in kin.txt:3 eng.txt:1", FLAGS
-        )
+            "--data: give a weight to every source or to none, as in kin.txt:3 eng.txt:1", FLAGS)
 
     def opened(spec: str, as_is: bool) -> Bin:
         bin = open_bin(spec, folder, tokenizer, out, ranks, as_is)
         bin.check(tokenizer.fingerprint, vocab)
         if bin.meta["kind"] != kind:
             raise UserError(
-                f"{bin.folder}: a bin of {bin.meta['kind']}, --mode {s.mode} trains on {kind}"
-            )
+                f"{bin.folder}: a bin of {bin.meta['kind']}, --mode {s.mode} trains on {kind}")
         return bin
 
     sources, held = [], {}
@@ -345,17 +293,14 @@ def open_data(
         name = bin.folder.name
         if name in {x.name for x in sources}:
             raise UserError(
-                f"--data: two sources are called {name}; give their files different names", FLAGS
-            )
+                f"--data: two sources are called {name}; give their files different names", FLAGS)
         if kept.any():
             held[name] = texts_of(bin, np.flatnonzero(kept), tokenizer, s.eval_tokens)
         elif not s.val and s.hold_out:
             log.say(
-                f"{name}: one document, so none is held out; cut it into documents, or give --val"
-            )
+                f"{name}: one document, so none is held out; cut it into documents, or give --val")
         sources.append(
-            Source(name, bin, np.flatnonzero(~kept), weight or float(bin.meta["trained"]))
-        )
+            Source(name, bin, np.flatnonzero(~kept), weight or float(bin.meta["trained"])))
     for item in s.val:
         name, _, spec = item.partition("=")
         if not spec:
@@ -365,17 +310,14 @@ def open_data(
     return sources, held
 
 
-def open_bin(
-    spec: str, folder: Path, tokenizer: Tokenizer, out: Path, ranks: Ranks, as_is: bool
-) -> Bin:
+def open_bin(spec: str, folder: Path, tokenizer: Tokenizer, out: Path, ranks: Ranks,
+             as_is: bool) -> Bin:
     """A prepared bin, or text prepared once under OUT/bins by prepare.py; held-out text is left as
     it is."""
     if (Path(spec) / "meta.json").exists():
         return Bin(spec)
-    stem = (
-        "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(spec).name.split(".")[0])
-        or "text"
-    )
+    stem = ("".join(c if c.isalnum() or c in "-_" else "_" for c in Path(spec).name.split(".")[0])
+            or "text")
     bin = out / "bins" / (f"{stem}-val" if as_is else stem)
     if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer):
         words = ["text", spec, "--tokenizer", str(folder), "--out", str(bin)]
@@ -397,8 +339,7 @@ def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer) -> bool:
     meta = Bin(bin).meta
     now = [(str(p), p.stat().st_size) for p in corpus.files([spec])]
     return meta["tokenizer"] == tokenizer.fingerprint and now == [
-        (x["path"], x["bytes"]) for x in meta["sources"]
-    ]
+        (x["path"], x["bytes"]) for x in meta["sources"]]
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
@@ -415,9 +356,8 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     return head, weight
 
 
-def texts_of(
-    bin: Bin, documents: Sequence[int], tokenizer: Tokenizer, limit: int
-) -> list[np.ndarray]:
+def texts_of(bin: Bin, documents: Sequence[int], tokenizer: Tokenizer,
+             limit: int) -> list[np.ndarray]:
     """Documents without BOS and EOS, up to `limit` tokens in all; the last is cut there."""
     texts = []
     for i in documents:

@@ -30,10 +30,8 @@ FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_
 MOST = 1 << 22  # ids: a single wrong one must not become a table of gigabytes
 LARGEST = 64 << 20  # bytes of a tokenizer file: the largest known are 35 MB
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
-BEGIN, END = (
-    ("<s>", "<|begin_of_text|>"),
-    ("</s>", "<|end_of_text|>", "<|endoftext|>"),
-)  # where no file says
+BEGIN, END = (("<s>", "<|begin_of_text|>"),
+              ("</s>", "<|end_of_text|>", "<|endoftext|>"))  # where no file says
 
 
 class Tokenizer:
@@ -48,54 +46,37 @@ class Tokenizer:
         """From a model's folder, or from a tokenizer.json or .model file itself; UserError if it
         cannot be used."""
         path = Path(path)
-        file = (
-            path
-            if path.is_file()
-            else next((path / n for n in FILES[:2] if (path / n).exists()), None)
-        )
+        file = (path
+                if path.is_file()
+                else next((path / n for n in FILES[:2] if (path / n).exists()), None))
         if file is None:
             raise UserError(
-                f"{path}: no tokenizer.json or tokenizer.model here; give a model's folder"
-            )
+                f"{path}: no tokenizer.json or tokenizer.model here; give a model's folder")
         if file.stat().st_size > LARGEST:
             raise UserError(
-                f"{file}: {file.stat().st_size >> 20} MB, no tokenizer is above {LARGEST >> 20} MB"
-            )
+                f"{file}: {file.stat().st_size >> 20} MB, no tokenizer is above {LARGEST >> 20} MB")
         return (_Json if file.suffix == ".json" else _SentencePiece)(file)
 
-    def __init__(
-        self,
-        file: Path,
-        pieces: list[str],
-        control: set[int],
-        names: dict[str, int],
-        content: bytes,
-        bytewise: bool,
-    ):
+    def __init__(self, file: Path, pieces: list[str], control: set[int], names: dict[str, int],
+                 content: bytes, bytewise: bool):
         folder = file.parent
         self.files = [folder / n for n in FILES if (folder / n).exists()] or [file]
         self.pieces, self.control, self.vocab_size = pieces, control, len(pieces)
         self.bos, self.eos = (_special(folder, key, known, names) for key, known in
                               (("bos_token", BEGIN), ("eos_token", END)))
         self.fingerprint = hashlib.sha256(
-            content + json.dumps([self.bos, self.eos]).encode()
-        ).hexdigest()
-        self.byte_lengths = np.array(
-            [
-                0
-                if i in control
-                else len(p)
-                if bytewise
-                else 1
-                if BYTE.fullmatch(p)
-                else len(p.replace("▁", " ").encode())
-                for i, p in enumerate(pieces)
-            ],
-            np.int32,
-        )
+            content + json.dumps([self.bos, self.eos]).encode()).hexdigest()
+        self.byte_lengths = np.array([0
+                                      if i in control
+                                      else len(p)
+                                      if bytewise
+                                      else 1
+                                      if BYTE.fullmatch(p)
+                                      else len(p.replace("▁", " ").encode())
+                                      for i, p in enumerate(pieces)],
+                                     np.int32)
         self.dummy_prefix = (
-            int(self.byte_lengths[self.encode("a")].sum()) - 1
-        )  # SentencePiece's space before all
+            int(self.byte_lengths[self.encode("a")].sum()) - 1)  # SentencePiece's space before all
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or EOS."""
@@ -123,8 +104,7 @@ class Tokenizer:
         ids = np.asarray(ids, dtype=np.int64)
         inside = ids[~np.isin(ids, list(self.control))]
         return max(
-            0, int(self.byte_lengths[inside].sum()) - (self.dummy_prefix if len(inside) else 0)
-        )
+            0, int(self.byte_lengths[inside].sum()) - (self.dummy_prefix if len(inside) else 0))
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files into a folder."""
@@ -144,8 +124,7 @@ class _SentencePiece(Tokenizer):
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as e:
             raise UserError(
-                f"{file}: not a SentencePiece model ({' '.join(str(e).split())[:80]})"
-            ) from None
+                f"{file}: not a SentencePiece model ({' '.join(str(e).split())[:80]})") from None
         n = self.sp.vocab_size()
         pieces = self.sp.id_to_piece(list(range(n)))
         control = {i for i in range(n) if self.sp.is_control(i)}
@@ -157,8 +136,7 @@ class _SentencePiece(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.sp.decode(
-            [i for i in map(int, ids) if i < self.vocab_size and i not in self.control]
-        )
+            [i for i in map(int, ids) if i < self.vocab_size and i not in self.control])
 
 
 class _Json(Tokenizer):
@@ -201,8 +179,7 @@ class _Json(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tok.decode(
-            [int(i) for i in ids if int(i) not in self.control], skip_special_tokens=False
-        )
+            [int(i) for i in ids if int(i) not in self.control], skip_special_tokens=False)
 
 
 def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]) -> int | None:
@@ -217,8 +194,7 @@ def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]
             if token is not None:
                 if not isinstance(token, str) or token not in names:
                     raise UserError(
-                        f"{folder / file}: {key} {token!r} is no control token of the tokenizer"
-                    )
+                        f"{folder / file}: {key} {token!r} is no control token of the tokenizer")
                 return names[token]
     return next((names[x] for x in known if x in names), None)
 
@@ -234,23 +210,10 @@ def learn(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=out,
-            vocab_size=size,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            character_coverage=0.9999,
-            max_sentence_length=1 << 20,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
+            sentence_iterator=iter(texts), model_writer=out, vocab_size=size, model_type="bpe",
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.9999,
+            max_sentence_length=1 << 20, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
     except RuntimeError as e:
         raise UserError(
             f"--size {size}: cannot be learned from these texts ({' '.join(str(e).split())[-120:]})"
@@ -258,15 +221,8 @@ def learn(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(out.getvalue())
-    words = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": False,
-        "clean_up_tokenization_spaces": False,
-    }
+    words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+             "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": False,
+             "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=1) + "\n")
     return Tokenizer.open(folder)

@@ -105,21 +105,8 @@ class Settings:
 
 
 # What a resumed run may change, because the result stays the same run; all else must be as it was.
-FREE = {
-    "out",
-    "resume",
-    "rows",
-    "device",
-    "compile",
-    "recompute",
-    "eval_every",
-    "eval_tokens",
-    "prompts",
-    "save_every",
-    "keep",
-    "track",
-    "plan",
-}
+FREE = {"out", "resume", "rows", "device", "compile", "recompute", "eval_every", "eval_tokens",
+        "prompts", "save_every", "keep", "track", "plan"}
 
 
 def read_settings(argv: list[str]) -> tuple[Settings, dict[str, str]]:
@@ -128,20 +115,16 @@ def read_settings(argv: list[str]) -> tuple[Settings, dict[str, str]]:
     if settings.resume:
         kept = Path(settings.out) / "settings.toml"
         if not kept.exists():
-            raise UserError(
-                f"--resume: {kept} is not there, so {settings.out} holds no run; check --out",
-                BAD_INPUT,
-            )
+            raise UserError(f"--resume: {kept} is not there, so {settings.out} holds no run; "
+                            "check --out", BAD_INPUT)
         before = config.read(Settings, [str(kept)], "train.py")[0]
         settings, origins = config.read(Settings, [str(kept), *argv], "train.py")
         for f in dataclasses.fields(Settings):
             old, new = getattr(before, f.name), getattr(settings, f.name)
             if old != new and f.name not in FREE:
                 raise UserError(
-                    f"--resume: {f.name.replace('_', '-')} was {old!r}, now {new!r}; that "
-                    "is another run: leave the flag out, or start anew with another --out",
-                    FLAGS,
-                )
+                    f"--resume: {f.name.replace('_', '-')} was {old!r}, now {new!r}; that is "
+                    "another run: leave the flag out, or start anew with another --out", FLAGS)
     return settings, origins
 
 
@@ -218,9 +201,8 @@ def loop(run: Run) -> int:
         if ranks.rank == 0:
             run.write_samples()
         metrics.write(step=run.step, bits_per_byte=found)
-        log.say(
-            f"step {run.step}: bits per byte " + ", ".join(f"{k} {x:.4f}" for k, x in found.items())
-        )
+        said = ", ".join(f"{name} {x:.4f}" for name, x in found.items())
+        log.say(f"step {run.step}: bits per byte {said}")
 
     run.model.train()
     if run.step == 0 and run.held:
@@ -228,9 +210,8 @@ def loop(run: Run) -> int:
     with log.stopping() as asked, log.progress("training", run.steps, run.step) as move:
         while run.step < run.steps and not stop:
             begun = time.perf_counter()
-            lr = optim.learning_rate(
-                run.step + 1, run.steps, s.lr, s.schedule, warmup, s.min_lr_ratio
-            )
+            lr = optim.learning_rate(run.step + 1, run.steps, s.lr, s.schedule, warmup,
+                                     s.min_lr_ratio)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             batches = [run.loader.next() for _ in range(run.micro_batches)]
@@ -243,27 +224,20 @@ def loop(run: Run) -> int:
                 run.skipped, failures = run.skipped + 1, failures + 1
                 log.say(f"step {run.step + 1}: {e}")
                 if failures == 3 and not run.scaler.is_enabled():
-                    raise UserError(
-                        f"step {run.step + 1}: three steps in a row were not finite, the last "
-                        "checkpoint stands; lower --lr, or look at the data",
-                        NON_FINITE,
-                    ) from None
+                    raise UserError(f"step {run.step + 1}: three steps in a row were not finite; "
+                                    "the last checkpoint stands; lower --lr, or look at the data",
+                                    NON_FINITE) from None
 
             count = int(ranks.total(sum(objective.count(b) for b in batches)))
             run.step, run.tokens = run.step + 1, run.tokens + count
             speed = count / (time.perf_counter() - begun)
             served = dict(zip(run.data, run.loader.tokens, strict=True))
             metrics.write(
-                step=run.step,
-                tokens=run.tokens,
-                loss=loss,
-                lr=lr,
-                grad_norm=norm,
+                step=run.step, tokens=run.tokens, loss=loss, lr=lr, grad_norm=norm,
                 tokens_per_second=round(speed, 1),
                 mfu=peak and speed * flops / (peak * ranks.world),
                 memory_gb=round(ranks.memory_gb(), 3),
-                share={name: n / sum(served.values()) for name, n in served.items()},
-            )
+                share={name: n / sum(served.values()) for name, n in served.items()})
             note = f"loss {loss if loss is not None else float('nan'):.4f}  {speed:,.0f} tokens/s"
             move(1, note)
             if run.step % max(1, run.steps // 20) == 0:
@@ -281,37 +255,24 @@ def loop(run: Run) -> int:
 def train(s: Settings, origins: dict[str, str]) -> int:
     """One run, from settings to the saved result; 0 done, 130 or 143 interrupted and saved."""
     out = Path(s.out)
-    fit = {
-        "seq-len": s.seq_len >= 2,
-        "rows": s.rows >= 1,
-        "keep": s.keep >= 2,
-        "steps": s.steps >= 0,
-        "epochs": s.epochs > 0,
-        "hold-out": 0 <= s.hold_out < 1,
-        "lr": s.lr > 0,
-        "clip": s.clip > 0,
-        "warmup": s.warmup >= 0,
-        "tokens-per-step": s.tokens_per_step >= 0,
-        "eval-tokens": s.eval_tokens > 0,
-    }
+    fit = {"seq-len": s.seq_len >= 2, "keep": s.keep >= 2, "hold-out": 0 <= s.hold_out < 1,
+           "rows": s.rows >= 1, "steps": s.steps >= 0, "tokens-per-step": s.tokens_per_step >= 0,
+           "epochs": s.epochs > 0, "lr": s.lr > 0, "clip": s.clip > 0, "warmup": s.warmup >= 0,
+           "eval-tokens": s.eval_tokens > 0}
     for name, good in fit.items():
         if not good:
-            raise UserError(
-                f"--{name} {getattr(s, name.replace('-', '_'))}: out of range; seq-len and keep "
-                "are at least 2, hold-out below 1, the others above 0",
-                FLAGS,
-            )
+            value = getattr(s, name.replace("-", "_"))
+            raise UserError(f"--{name} {value}: out of range; seq-len and keep are at least 2, "
+                            "hold-out below 1, the others above 0", FLAGS)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".lock").touch()
     except OSError as e:
-        raise UserError(
-            f"--out {out}: cannot be written ({e.strerror}); name another folder", FLAGS
-        ) from None
+        raise UserError(f"--out {out}: cannot be written ({e.strerror}); name another folder",
+                        FLAGS) from None
     if log.speaking() and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
-        raise UserError(
-            f"--out {out}: holds a run; go on with --resume, or name another folder", FLAGS
-        )
+        raise UserError(f"--out {out}: holds a run; go on with --resume, or name another folder",
+                        FLAGS)
     with checkpoint.lock(out) if log.speaking() else nullcontext():
         run = Run.start(s, MODES[s.mode][0])
         if s.plan:
@@ -325,17 +286,13 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         if run.ranks.rank == 0:
             run.begin(origins)
         n = run.parameters
-        log.say(
-            f"{run.ranks}, products in {str(run.model.compute_dtype)[6:]}; {n['total']:,} "
-            f"parameters, {n['trained']:,} trained; {run.steps} steps of "
-            f"{run.tokens_per_step:,} tokens"
-        )
+        log.say(f"{run.ranks}, products in {str(run.model.compute_dtype)[6:]}; {n['total']:,} "
+                f"parameters, {n['trained']:,} trained; {run.steps} steps of "
+                f"{run.tokens_per_step:,} tokens")
         stop = loop(run)
         if stop:
-            log.say(
-                f"stopped and saved at step {run.step}; go on with: "
-                f"python train.py --resume --out {out}"
-            )
+            log.say(f"stopped and saved at step {run.step}; go on with: "
+                    f"python train.py --resume --out {out}")
         elif run.ranks.rank == 0:
             run.finish()
         run.ranks.leave()

@@ -46,10 +46,8 @@ def texts(folder: Path, seed: int) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for side, lang in enumerate(("kin", "eng")):
-        world, held = (
-            World(random.Random(f"{seed}/{lang}")),
-            World(random.Random(f"{seed}/{lang}/held")),
-        )
+        world, held = (World(random.Random(f"{seed}/{lang}")),
+                       World(random.Random(f"{seed}/{lang}/held")))
         train = [world.document(SENTENCES)[side] for _ in range(DOCUMENTS)]
         seen = {s for text in train for s in text.split(".")}
         fresh = (held.document(SENTENCES)[side] for _ in iter(int, 1))
@@ -78,31 +76,17 @@ def run(s: Any, origins: dict[str, str], train: Callable[[Any, dict[str, str]], 
         paths = texts(out / "text", s.seed)
         lines = [x for name in ("eng", "kin") for x in paths[name].read_text().splitlines()]
         tokenizer = learn(lines, 1024, out / "tokenizer")
-        shape = ModelConfig(
-            tokenizer.vocab_size,
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-        )
+        shape = ModelConfig(tokenizer.vocab_size, hidden_size=128, intermediate_size=352,
+                            num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                            head_dim=32, max_position_embeddings=256, tie_word_embeddings=True)
         if not (out / "seed").exists():
             weights.fresh(shape, tokenizer, out / "seed", s.seed)
         for name in ("eng", "kin"):
             prepare([str(paths[name])], out / "seed", out / "text" / name, unit="line")
     base = dataclasses.replace(
-        s,
-        **{k: v for k, v in {**BOTH, **BASE}.items() if k not in given or k in BASE},
-        tune="full",
-        model=str(out / "seed"),
-        data=[str(out / "text/eng")],
-        val=_val(out),
-        prompts=PROMPTS,
-        out=str(out / "base"),
-    )
+        s, **{k: v for k, v in {**BOTH, **BASE}.items() if k not in given or k in BASE},
+        tune="full", model=str(out / "seed"), data=[str(out / "text/eng")], val=_val(out),
+        prompts=PROMPTS, out=str(out / "base"))
     if not (out / "base" / "model").exists():
         log.say("1. the base: English only")
         again = (out / "base" / "metrics.jsonl").exists()

@@ -18,79 +18,21 @@ from __future__ import annotations
 VOICELESS = ("k", "t", "s", "c", "h", "f", "p")
 VOWELS = "aeiou"
 
-ADJECTIVE = {
-    1: "mu",
-    2: "ba",
-    3: "mu",
-    4: "mi",
-    5: "ri",
-    6: "ma",
-    7: "ki",
-    8: "bi",
-    9: "n",
-    10: "n",
-    11: "ru",
-    12: "ka",
-    13: "tu",
-    14: "bu",
-}
-OF = {
-    1: "wa",
-    2: "ba",
-    3: "wa",
-    4: "ya",
-    5: "rya",
-    6: "ya",
-    7: "cya",
-    8: "bya",
-    9: "ya",
-    10: "za",
-    11: "rwa",
-    12: "ka",
-    13: "twa",
-    14: "bwa",
-}
-THIS = {
-    1: "uyu",
-    2: "aba",
-    3: "uyu",
-    4: "iyi",
-    5: "iri",
-    6: "aya",
-    7: "iki",
-    8: "ibi",
-    9: "iyi",
-    10: "izi",
-    11: "uru",
-    12: "aka",
-    13: "utu",
-    14: "ubu",
-}
-ONE = {
-    1: "umwe",
-    3: "umwe",
-    5: "rimwe",
-    7: "kimwe",
-    9: "imwe",
-    11: "rumwe",
-    12: "kamwe",
-    14: "bumwe",
-}
+ADJECTIVE = {1: "mu", 2: "ba", 3: "mu", 4: "mi", 5: "ri", 6: "ma", 7: "ki", 8: "bi", 9: "n",
+             10: "n", 11: "ru", 12: "ka", 13: "tu", 14: "bu"}
+OF = {1: "wa", 2: "ba", 3: "wa", 4: "ya", 5: "rya", 6: "ya", 7: "cya", 8: "bya", 9: "ya", 10: "za",
+      11: "rwa", 12: "ka", 13: "twa", 14: "bwa"}
+THIS = {1: "uyu", 2: "aba", 3: "uyu", 4: "iyi", 5: "iri", 6: "aya", 7: "iki", 8: "ibi", 9: "iyi",
+        10: "izi", 11: "uru", 12: "aka", 13: "utu", 14: "ubu"}
+ONE = {1: "umwe", 3: "umwe", 5: "rimwe", 7: "kimwe", 9: "imwe", 11: "rumwe", 12: "kamwe",
+       14: "bumwe"}
 COUNT = {2: ("babiri", "batatu", "bane", "batanu"), 4: ("ibiri", "itatu", "ine", "itanu"),
          6: ("abiri", "atatu", "ane", "atanu"), 8: ("bibiri", "bitatu", "bine", "bitanu"),
          10: ("ebyiri", "eshatu", "enye", "eshanu")}
 NUMBERS = ("two", "three", "four", "five")
 SUBJECT = {"I": "n", "you": "u", "we": "tu", "you all": "mu", 1: "a", 2: "ba", 9: "i", 10: "zi"}
-PAST = {
-    "I": "na",
-    "you": "wa",
-    "we": "twa",
-    "you all": "mwa",
-    1: "ya",
-    2: "ba",
-    9: "ya",
-    10: "za",
-}  # subject + -a-
+PAST = {"I": "na", "you": "wa", "we": "twa", "you all": "mwa", 1: "ya", 2: "ba", 9: "ya",
+        10: "za"}  # subject + -a-
 OWNER = {"my": "njye", "your": "we", "our": "cu", "their": "bo"}  # after the connective: wa + njye
 
 
@@ -124,23 +66,11 @@ def adjective(root: str, cls: int) -> str:
     prefix = ADJECTIVE[cls]
     if root == "re":  # long, tall: the prefix stands twice, its vowel in between
         return {"mu": "muremure", "n": "ndende", "ki": "kirekire", "ru": "rurerure"}.get(
-            prefix, f"{prefix}re{prefix}re"
-        )
+            prefix, f"{prefix}re{prefix}re")
     if root == "iza":
-        glide = {
-            "mu": "mwiza",
-            "ba": "beza",
-            "mi": "myiza",
-            "ri": "ryiza",
-            "ma": "meza",
-            "ki": "cyiza",
-            "bi": "byiza",
-            "n": "nziza",
-            "ru": "rwiza",
-            "ka": "keza",
-            "tu": "twiza",
-            "bu": "bwiza",
-        }
+        glide = {"mu": "mwiza", "ba": "beza", "mi": "myiza", "ri": "ryiza", "ma": "meza",
+                 "ki": "cyiza", "bi": "byiza", "n": "nziza", "ru": "rwiza", "ka": "keza",
+                 "tu": "twiza", "bu": "bwiza"}
         return glide[prefix]
     if prefix == "n":
         return {"bi": "mbi", "nini": "nini"}.get(root, "n" + root)
@@ -164,14 +94,8 @@ def joined(word: str, noun: str) -> str:
     return f"{word[:-1]}'{noun}" if noun[0] in VOWELS else f"{word} {noun}"
 
 
-def verb(
-    stem: str,
-    perfective: str,
-    subject: str | int,
-    tense: str,
-    negative: bool = False,
-    final: bool = False,
-) -> str:
+def verb(stem: str, perfective: str, subject: str | int, tense: str, negative: bool = False,
+         final: bool = False) -> str:
     """A verb with its subject: `tense` present, past or future; `final` where nothing follows it
     (-ra-).
 

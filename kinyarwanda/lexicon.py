@@ -38,10 +38,8 @@ class Verb(NamedTuple):
 
 def _nouns(kind: str, table: str) -> list[Noun]:
     rows = [line.split("|") for line in table.strip().splitlines()]
-    return [
-        Noun(a.strip(), int(b), c.strip(), int(d), e.strip(), f.strip(), kind)
-        for a, b, c, d, e, f in rows
-    ]
+    return [Noun(a.strip(), int(b), c.strip(), int(d), e.strip(), f.strip(), kind)
+            for a, b, c, d, e, f in rows]
 
 
 PEOPLE = _nouns("person", """
@@ -146,19 +144,8 @@ SONGS = _nouns("song", """
 indirimbo|9|indirimbo|10|song|songs
 """)
 
-NOUNS = [
-    *PEOPLE,
-    *ANIMALS,
-    *READABLE,
-    *FOOD,
-    *DRINK,
-    *THINGS,
-    *OPENINGS,
-    *TREES,
-    *BUILT,
-    *LAND,
-    *SONGS,
-]
+NOUNS = [*PEOPLE, *ANIMALS, *READABLE, *FOOD, *DRINK, *THINGS, *OPENINGS, *TREES, *BUILT, *LAND,
+         *SONGS]
 
 VERBS = [Verb(*(x.strip() for x in line.split("|"))) for line in """
 kugura|gura|guze|buy|buys|bought|buying|animal text food drink thing
@@ -210,15 +197,8 @@ NARROW = {  # kinds of object that only some nouns of a kind are
     "thing-light": {"ikaramu", "isahani", "igikombe", "isuka", "umufuka", "umupira"},
 }
 
-ADJECTIVES = {
-    "iza": "good",
-    "nini": "big",
-    "to": "small",
-    "bi": "bad",
-    "shya": "new",
-    "re": "long",
-    "gufi": "short",
-}
+ADJECTIVES = {"iza": "good", "nini": "big", "to": "small", "bi": "bad", "shya": "new", "re": "long",
+              "gufi": "short"}
 FITS = {  # which adjectives are said of a kind, and how in English
     "person": {"iza": "good", "to": "young", "re": "tall", "gufi": "short"},
     "animal": {"iza": "good", "nini": "big", "to": "small"},
@@ -231,53 +211,26 @@ FITS = {  # which adjectives are said of a kind, and how in English
     "song": {"iza": "beautiful", "shya": "new", "bi": "bad"},
 }
 
-NAMES = {
-    "Kamana": "he",
-    "Gasana": "he",
-    "Habimana": "he",
-    "Bizimana": "he",
-    "Kagabo": "he",
-    "Mugisha": "he",
-    "Uwase": "she",
-    "Uwera": "she",
-    "Mutesi": "she",
-    "Umutoni": "she",
-    "Ingabire": "she",
-    "Mukamana": "she",
-}
+NAMES = {"Kamana": "he", "Gasana": "he", "Habimana": "he", "Bizimana": "he", "Kagabo": "he",
+         "Mugisha": "he", "Uwase": "she", "Uwera": "she", "Mutesi": "she", "Umutoni": "she",
+         "Ingabire": "she", "Mukamana": "she"}
 
-PLACES = [
-    ("ku isoko", "at the market", "to the market"),
-    ("ku ishuri", "at school", "to school"),
-    ("mu rugo", "at home", "home"),
-    ("mu murima", "in the field", "to the field"),
-    ("mu mujyi", "in town", "to town"),
-    ("mu ishyamba", "in the forest", "to the forest"),
-    ("ku musozi", "on the hill", "to the hill"),
-    ("ku mugezi", "at the river", "to the river"),
-    ("mu nzu", "in the house", "into the house"),
-    ("mu cyumba", "in the room", "into the room"),
-    ("i Kigali", "in Kigali", "to Kigali"),
-    ("i Huye", "in Huye", "to Huye"),
-    ("i Musanze", "in Musanze", "to Musanze"),
-]
+PLACES = [("ku isoko", "at the market", "to the market"), ("ku ishuri", "at school", "to school"),
+          ("mu rugo", "at home", "home"), ("mu murima", "in the field", "to the field"),
+          ("mu mujyi", "in town", "to town"), ("mu ishyamba", "in the forest", "to the forest"),
+          ("ku musozi", "on the hill", "to the hill"),
+          ("ku mugezi", "at the river", "to the river"),
+          ("mu nzu", "in the house", "into the house"),
+          ("mu cyumba", "in the room", "into the room"), ("i Kigali", "in Kigali", "to Kigali"),
+          ("i Huye", "in Huye", "to Huye"), ("i Musanze", "in Musanze", "to Musanze")]
 
 TIMES = {  # by tense: said at the end of a sentence
-    "present": [
-        ("buri munsi", "every day"),
-        ("mu gitondo", "in the morning"),
-        ("nimugoroba", "in the evening"),
-    ],
-    "past": [
-        ("ejo hashize", "yesterday"),
-        ("mu gitondo", "in the morning"),
-        ("nimugoroba", "in the evening"),
-    ],
-    "future": [
-        ("ejo", "tomorrow"),
-        ("mu gitondo", "in the morning"),
-        ("nimugoroba", "in the evening"),
-    ],
+    "present": [("buri munsi", "every day"), ("mu gitondo", "in the morning"),
+                ("nimugoroba", "in the evening")],
+    "past": [("ejo hashize", "yesterday"), ("mu gitondo", "in the morning"),
+             ("nimugoroba", "in the evening")],
+    "future": [("ejo", "tomorrow"), ("mu gitondo", "in the morning"),
+               ("nimugoroba", "in the evening")],
 }
 
 # made by the rules, but in none of the texts and lists they were checked against: never said

@@ -44,11 +44,8 @@ def spaces(text: str) -> tuple[str, int]:
 
 # in the order they are taken: an unseen character may part a letter from its accent, or from its
 # apostrophe
-STEPS: dict[str, Callable[[str], tuple[str, int]]] = {
-    "spaces": spaces,
-    "nfc": nfc,
-    "apostrophe": apostrophe,
-}
+STEPS: dict[str, Callable[[str], tuple[str, int]]] = {"spaces": spaces, "nfc": nfc,
+                                                      "apostrophe": apostrophe}
 
 
 def normaliser(steps: Sequence[str]) -> Callable[[str], tuple[str, dict[str, int]]]:
@@ -57,8 +54,7 @@ def normaliser(steps: Sequence[str]) -> Callable[[str], tuple[str, dict[str, int
     for step in steps:
         if step not in STEPS:
             raise UserError(
-                f"--normalise {step}: no such step; there are {', '.join(STEPS)}, and none", FLAGS
-            )
+                f"--normalise {step}: no such step; there are {', '.join(STEPS)}, and none", FLAGS)
     return partial(_clean, tuple(step for step in STEPS if step in steps))
 
 

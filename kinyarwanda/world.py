@@ -32,8 +32,7 @@ from kinyarwanda.lexicon import (
 Pair = tuple[str, str]  # Kinyarwanda, English
 PERSONS = {"I": "I", "we": "we"}  # subjects that are no noun
 GRAZE = [v for v in VERBS if v.infinitive == "kurya"] + [
-    v for v in ALONE if v.infinitive in ("kuruhuka", "kuryama")
-]
+    v for v in ALONE if v.infinitive in ("kuruhuka", "kuryama")]
 FUNCTION_WORDS = {"ni", "si", "na", "n'", "hari", "ndi", "turi", "kandi", "ariko", "mu", "ku", "i"}
 
 
@@ -46,17 +45,8 @@ class World:
     def sentence(self) -> Pair:
         """One sentence that stands alone."""
         kin, eng = self.rng.choice(
-            (
-                self.action,
-                self.action,
-                self.action,
-                self.description,
-                self.wish,
-                self.possession,
-                self.presence,
-                self.journey,
-                self.herd,
-            )
+            (self.action, self.action, self.action, self.description, self.wish, self.possession,
+             self.presence, self.journey, self.herd)
         )()
         return _written(kin, eng)
 
@@ -95,31 +85,19 @@ class World:
         plural = self.rng.random() < 0.4
         if draw < 0.4:
             other = self.rng.choice([x for x in PEOPLE if x is not noun])
-            return (
-                f"{noun.sg} {g.joined('na', other.sg)}",
-                2,
-                f"the {noun.eng} and the {other.eng}",
-                False,
-            )
+            return (f"{noun.sg} {g.joined('na', other.sg)}", 2,
+                    f"the {noun.eng} and the {other.eng}", False)
         kin, cls, eng = _form(noun, plural)
         if draw < 0.55:
-            return (
-                f"{g.THIS[cls]} {g.bare(kin)}",
-                cls,
-                f"{'these' if plural else 'this'} {eng}",
-                not plural,
-            )
+            return (f"{g.THIS[cls]} {g.bare(kin)}", cls, f"{'these' if plural else 'this'} {eng}",
+                    not plural)
         if draw < 0.7:
             mine, my = self.rng.choice((("my", "my"), ("our", "our"), ("their", "their")))
             return f"{kin} {g.possessive(mine, cls)}", cls, f"{my} {eng}", not plural
         if draw < 0.8:
             root = self.rng.choice(sorted(FITS["person"]))
-            return (
-                f"{kin} {g.adjective(root, cls)}",
-                cls,
-                f"the {FITS['person'][root]} {eng}",
-                not plural,
-            )
+            return (f"{kin} {g.adjective(root, cls)}", cls, f"the {FITS['person'][root]} {eng}",
+                    not plural)
         return kin, cls, f"the {eng}", not plural
 
     def thing(self, kinds: str) -> Pair:
@@ -136,8 +114,7 @@ class World:
             root = self.rng.choice(sorted(FITS[noun.kind]))
             described = f"{FITS[noun.kind][root]} {eng}"
             return f"{kin} {g.adjective(root, cls)}", described if plural or not counted else _a(
-                described
-            )
+                described)
         if draw < 0.5 and counted:
             owner = self.rng.choice(PEOPLE)
             return f"{kin} {g.joined(g.OF[cls], owner.sg)}", f"the {owner.eng}'s {eng}"
@@ -155,10 +132,8 @@ class World:
                 if n == 1 and noun.sg_class in g.ONE:
                     return f"{noun.sg} {g.number(1, noun.sg_class)}", f"one {noun.eng}"
                 if n > 1:
-                    return (
-                        f"{noun.pl} {g.number(n, noun.pl_class)}",
-                        f"{g.NUMBERS[n - 2]} {noun.eng_pl}",
-                    )
+                    return (f"{noun.pl} {g.number(n, noun.pl_class)}",
+                            f"{g.NUMBERS[n - 2]} {noun.eng_pl}")
 
     def deed(self, cls: str | int, eng: str, adds_s: bool) -> Pair:
         """Somebody does, did, will do or does not do something."""
@@ -192,10 +167,8 @@ class World:
             tense = self.rng.choice(("present", "past", "future"))
             if _can(verb, cls, tense, False):
                 word = g.verb(verb.stem, verb.perfective, cls, tense)
-                return (
-                    f"{kin} {word} {place}",
-                    f"{eng} {_english(verb, tense, False, adds_s)} {where}",
-                )
+                return (f"{kin} {word} {place}",
+                        f"{eng} {_english(verb, tense, False, adds_s)} {where}")
 
     def description(self) -> Pair:
         """X is good; X is not good; I am a teacher."""
@@ -245,10 +218,8 @@ class World:
         """There is something somewhere."""
         place, where, _ = self.rng.choice(PLACES)
         thing, told = self.counted()
-        return (
-            f"{place} hari {thing}",
-            f"there {'is' if told.startswith('one ') else 'are'} {told} {where}",
-        )
+        return (f"{place} hari {thing}",
+                f"there {'is' if told.startswith('one ') else 'are'} {told} {where}")
 
     def trip(self, cls: str | int, eng: str, adds_s: bool) -> Pair:
         """Somebody went, or will go, somewhere."""
@@ -339,20 +310,10 @@ def _forms() -> Iterator[str]:
                 yield from (g.adjective(root, cls) for root in FITS[noun.kind])
             yield from (g.possessive(owner, cls) for owner in ("my", "our", "their"))
             yield f"{g.OF[cls][:-1]}'"
-            if noun.kind in (
-                "animal",
-                "text",
-                "thing",
-                "person",
-                "opening",
-                "tree",
-                "built",
-                "land",
-                "song",
-            ):
+            if noun.kind in ("animal", "text", "thing", "person", "opening", "tree", "built",
+                             "land", "song"):
                 yield from (
-                    [g.ONE[cls]] if form == noun.sg and cls in g.ONE else g.COUNT.get(cls, ())
-                )
+                    [g.ONE[cls]] if form == noun.sg and cls in g.ONE else g.COUNT.get(cls, ()))
     for verb in [*VERBS, *ALONE, GO]:
         yield verb.infinitive
         for cls in ("I", "we", 1, 2):

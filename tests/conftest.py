@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported: two workers share two cores
+    "OMP_NUM_THREADS", "1")  # before torch is imported: two workers share two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

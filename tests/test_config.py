@@ -31,25 +31,15 @@ def test_flags_go_over_recipes_and_recipes_over_defaults_left_to_right(tmp_path)
     first, second = str(tmp_path / "1.toml"), str(tmp_path / "2.toml")
     settings, origins = config.read(Settings, [first, second, "--data", "z", "--no-fast"], "x.py")
     assert settings == Settings(steps=5, lr=2e-5, data=["z"], fast=False)
-    assert origins == {
-        "steps": first,
-        "lr": second,
-        "name": "default",
-        "kind": "default",
-        "data": "flag",
-        "fast": "flag",
-    }
+    assert origins == {"steps": first, "lr": second, "name": "default", "kind": "default",
+                       "data": "flag", "fast": "flag"}
 
 
 @pytest.mark.parametrize(
     "argv, word",
-    [
-        (["--stepps", "3"], "did you mean steps"),
-        (["--steps", "three"], "steps"),
-        (["--kind", "c"], "'a', 'b'"),
-        (["--steps", "3", "4"], "4"),
-        (["none.toml"], "no such recipe"),
-    ],
+    [(["--stepps", "3"], "did you mean steps"), (["--steps", "three"], "steps"),
+     (["--kind", "c"], "'a', 'b'"), (["--steps", "3", "4"], "4"),
+     (["none.toml"], "no such recipe")],
 )
 def test_what_cannot_be_read_is_one_line(argv, word):
     with pytest.raises(UserError, match=word) as e:
@@ -59,14 +49,9 @@ def test_what_cannot_be_read_is_one_line(argv, word):
 
 @pytest.mark.parametrize(
     "line, word",
-    [
-        ('steps = "10"', "expected int"),
-        ("name = 5", "expected str"),
-        ("stps = 1", "did you mean steps"),
-        ("steps = 1.5", "steps"),
-        ("steps = ", "TOML"),
-        ("data = 3", "expected list"),
-    ],
+    [('steps = "10"', "expected int"), ("name = 5", "expected str"),
+     ("stps = 1", "did you mean steps"), ("steps = 1.5", "steps"), ("steps = ", "TOML"),
+     ("data = 3", "expected list")],
 )
 def test_a_recipe_is_held_to_its_types(tmp_path, line, word):
     (tmp_path / "r.toml").write_text(line + "\n")
@@ -76,20 +61,12 @@ def test_a_recipe_is_held_to_its_types(tmp_path, line, word):
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12).filter(
-    lambda x: not x.startswith("-")
-)
+    lambda x: not x.startswith("-"))
 
 
 @given(
-    st.builds(
-        Settings,
-        st.integers(-9, 99),
-        st.floats(allow_nan=False, allow_infinity=False),
-        TEXT,
-        st.sampled_from("ab"),
-        st.lists(TEXT, max_size=3),
-        st.booleans(),
-    )
+    st.builds(Settings, st.integers(-9, 99), st.floats(allow_nan=False, allow_infinity=False), TEXT,
+              st.sampled_from("ab"), st.lists(TEXT, max_size=3), st.booleans())
 )
 def test_settings_written_as_a_recipe_come_back(tmp_path_factory, settings):
     path = tmp_path_factory.mktemp("r") / "r.toml"

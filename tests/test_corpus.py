@@ -355,8 +355,7 @@ def test_a_bad_input_is_one_line_and_an_exit_code(tmp_path, tok, name):
     (["txet"], 2, "unknown command 'txet'; did you mean text?"),
     (["show", "nowhere", "--tokenizer", "TOK"], 3, "no meta.json here"),
     (["vocab", "x.txt", "--out", "o", "--size", "100000"], 3, "no such file"),
-    (["fertility", "--tokenizers", "TOK"], 2, "fertility"),
-])
+    (["fertility", "--tokenizers", "TOK"], 2, "fertility")])
 def test_a_bad_command_is_one_line_too(tok, args, code, why):
     said = call(*(str(tok) if x == "TOK" else x for x in args), code=code)[1]
     assert said.count("\n") == 1 and said.startswith("error: ") and why in said
@@ -398,8 +397,7 @@ def test_cleaned_text_has_no_blank_to_spare_and_loses_no_letter(text):
 
 @pytest.mark.parametrize("text, wanted", [
     ("n’umwana, n‘umwana, nʼumwana, n`umwana, n´umwana", ", ".join(["n'umwana"] * 5)),
-    ("’umwana’ ‘mu’ 5’6 a’ ’b", "’umwana’ ‘mu’ 5’6 a’ ’b"), ("n’”a", "n’”a"), ("é’ê", "é'ê"),
-])
+    ("’umwana’ ‘mu’ 5’6 a’ ’b", "’umwana’ ‘mu’ 5’6 a’ ’b"), ("n’”a", "n’”a"), ("é’ê", "é'ê")])
 def test_only_a_mark_between_two_letters_is_an_elision(text, wanted):
     assert normalise.apostrophe(text)[0] == wanted
 

@@ -32,8 +32,7 @@ def unique(lengths) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "vocab, dtype", [(65535, "<u2"), (65536, "<u2"), (65537, "<u4"), (128256, "<u4")]
-)
+    "vocab, dtype", [(65535, "<u2"), (65536, "<u2"), (65537, "<u4"), (128256, "<u4")])
 def test_a_bin_is_read_by_three_lines_of_numpy(tmp_path, vocab, dtype):
     documents = [[1, vocab - 1, 2], [1, 2], [5]]
     make(tmp_path / "b", documents, vocab)
@@ -54,27 +53,18 @@ def test_a_mask_is_kept_where_something_is_not_trained(tmp_path):
 
 
 BROKEN = {
-    "tokens cut short": (
-        lambda f: (f / "tokens.bin").write_bytes(b"\0" * 3),
-        "3 bytes, expected 14",
-    ),
-    "starts cut short": (
-        lambda f: (f / "starts.bin").write_bytes(b"\0" * 8),
-        "8 bytes, expected 24",
-    ),
+    "tokens cut short": (lambda f: (f / "tokens.bin").write_bytes(b"\0" * 3),
+                         "3 bytes, expected 14"),
+    "starts cut short": (lambda f: (f / "starts.bin").write_bytes(b"\0" * 8),
+                         "8 bytes, expected 24"),
     "no tokens": (lambda f: (f / "tokens.bin").unlink(), "0 bytes, expected 14"),
     "no meta": (lambda f: (f / "meta.json").unlink(), "not a bin"),
     "meta that is no JSON": (lambda f: (f / "meta.json").write_text("{"), "damaged"),
-    "another format": (
-        lambda f: (f / "meta.json").write_text(
-            (f / "meta.json").read_text().replace('"format": 1', '"format": 9')
-        ),
-        "bin format 9",
-    ),
-    "starts that do not fit": (
-        lambda f: np.array([0, 9, 7], "<i8").tofile(f / "starts.bin"),
-        "do not fit",
-    ),
+    "another format": (lambda f: (f / "meta.json").write_text(
+                           (f / "meta.json").read_text().replace('"format": 1', '"format": 9')),
+                       "bin format 9"),
+    "starts that do not fit": (lambda f: np.array([0, 9, 7], "<i8").tofile(f / "starts.bin"),
+                               "do not fit"),
 }
 
 
@@ -112,15 +102,10 @@ def test_a_folder_that_is_no_bin_is_never_replaced(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=20).filter(lambda x: max(x) > 1),
-    st.integers(2, 17),
-    st.integers(0, 5),
-    st.integers(0, 3),
-)
-def test_every_prediction_of_every_document_comes_once_in_each_epoch(
-    tmp_path_factory, lengths, T, seed, epoch
-):
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20).filter(lambda x: max(x) > 1),
+       st.integers(2, 17), st.integers(0, 5), st.integers(0, 3))
+def test_every_prediction_of_every_document_comes_once_in_each_epoch(tmp_path_factory, lengths, T,
+                                                                     seed, epoch):
     bin = make(tmp_path_factory.mktemp("bin") / "b", unique(lengths))
     stream = Stream(Source("b", bin, np.arange(len(bin)), 1), T, (seed, 0))
     seen = []
@@ -128,8 +113,7 @@ def test_every_prediction_of_every_document_comes_once_in_each_epoch(
         tokens, targets, doc, pos = stream.row(i)
         inside = doc >= 0
         assert (targets[~inside] == IGNORE).all() and (
-            np.flatnonzero(inside) == np.arange(inside.sum())
-        ).all()
+            np.flatnonzero(inside) == np.arange(inside.sum())).all()
         assert (targets[inside] == tokens[inside] + 1).all(), "the next id of the same document"
         begins = np.r_[True, np.diff(doc[inside]) != 0]
         assert (pos[inside][begins] == 0).all() and (np.diff(pos[inside])[~begins[1:]] == 1).all()
@@ -142,10 +126,8 @@ def test_every_prediction_of_every_document_comes_once_in_each_epoch(
 def two(folder: Path) -> list[Source]:
     draw = np.random.default_rng(0)
     bins = [make(folder / n, unique(draw.integers(2, 40, k))) for n, k in (("a", 50), ("b", 7))]
-    return [
-        Source(b.folder.name, b, np.arange(len(b)), w)
-        for b, w in zip(bins, (3.0, 1.0), strict=True)
-    ]
+    return [Source(b.folder.name, b, np.arange(len(b)), w)
+            for b, w in zip(bins, (3.0, 1.0), strict=True)]
 
 
 @settings(max_examples=20, deadline=None)

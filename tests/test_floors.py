@@ -22,17 +22,8 @@ FLOORS = {
 }
 COMMANDS = {name for name, floor in FLOORS.items() if floor == 8}
 KNOW_KINYARWANDA = {"prepare", "train"}  # train: the demo
-FOREIGN = {
-    "safetensors",
-    "sentencepiece",
-    "tokenizers",
-    "huggingface_hub",
-    "tyro",
-    "rich",
-    "jinja2",
-    "matplotlib",
-    "pyarrow",
-}
+FOREIGN = {"safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tyro", "rich",
+           "jinja2", "matplotlib", "pyarrow"}
 
 
 def imports(path: Path) -> set[str]:
@@ -71,13 +62,8 @@ def test_modules_are_short_and_open_with_an_essay(path):
 @pytest.mark.parametrize("path", shipped(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_nothing_unpickles_or_runs_text(path):
     text = path.read_text()
-    for word in (
-        r"\bpickle\b",
-        r"torch\.load\b",
-        r"(?<![.\w])eval\(",
-        r"(?<![.\w])exec\(",
-        "trust_remote_code=True",
-    ):
+    for word in (r"\bpickle\b", r"torch\.load\b", r"(?<![.\w])eval\(", r"(?<![.\w])exec\(",
+                 "trust_remote_code=True"):
         assert not re.search(word, text), f"{path.name}: {word}"
 
 

@@ -28,26 +28,15 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def test_dahls_law_voices_a_prefix_before_a_voiceless_stem():
-    for stem, whole in (
-        ("kora", "gukora"),
-        ("soma", "gusoma"),
-        ("teka", "guteka"),
-        ("hinga", "guhinga"),
-        ("fasha", "gufasha"),
-        ("bona", "kubona"),
-        ("gura", "kugura"),
-        ("rya", "kurya"),
-        ("vuga", "kuvuga"),
-        ("nywa", "kunywa"),
-    ):
+    for stem, whole in (("kora", "gukora"), ("soma", "gusoma"), ("teka", "guteka"),
+                        ("hinga", "guhinga"), ("fasha", "gufasha"), ("bona", "kubona"),
+                        ("gura", "kugura"), ("rya", "kurya"), ("vuga", "kuvuga"),
+                        ("nywa", "kunywa")):
         assert g.infinitive(stem) == whole
     assert g.verb("kora", "koze", "we", "present") == "dukora"
     assert g.verb("bona", "bonye", "we", "present") == "tubona"
-    assert (
-        g.adjective("to", 7) == "gito"
-        and g.adjective("to", 13) == "duto"
-        and g.adjective("nini", 7) == "kinini"
-    )
+    assert (g.adjective("to", 7) == "gito" and g.adjective("to", 13) == "duto"
+            and g.adjective("nini", 7) == "kinini")
 
 
 def test_every_infinitive_of_the_lexicon_follows_from_its_stem():
@@ -61,15 +50,10 @@ def test_every_infinitive_of_the_lexicon_follows_from_its_stem():
     (5, "ryiza", "rirerire", "iri", "ryanjye"), (6, "meza", "maremare", "aya", "yanjye"),
     (7, "cyiza", "kirekire", "iki", "cyanjye"), (8, "byiza", "birebire", "ibi", "byanjye"),
     (9, "nziza", "ndende", "iyi", "yanjye"), (10, "nziza", "ndende", "izi", "zanjye"),
-    (11, "rwiza", "rurerure", "uru", "rwanjye"), (14, "bwiza", "burebure", "ubu", "bwanjye"),
-])
+    (11, "rwiza", "rurerure", "uru", "rwanjye"), (14, "bwiza", "burebure", "ubu", "bwanjye")])
 def test_a_class_gives_everything_around_a_noun_its_shape(cls, good, long, this, mine):
-    assert (
-        g.adjective("iza", cls),
-        g.adjective("re", cls),
-        g.THIS[cls],
-        g.possessive("my", cls),
-    ) == (good, long, this, mine)
+    assert (g.adjective("iza", cls), g.adjective("re", cls), g.THIS[cls],
+            g.possessive("my", cls)) == (good, long, this, mine)
 
 
 def test_numbers_agree_and_possessors_elide():
@@ -86,24 +70,16 @@ def test_verbs_take_their_subject_tense_and_negation():
     assert g.verb(*buy, 1, "present") == "agura" and g.verb(*buy, 1, "past") == "yaguze"
     assert g.verb(*buy, 2, "past") == "baguze" and g.verb(*buy, "we", "past") == "twaguze"
     assert g.verb(*buy, 1, "future") == "azagura" and g.verb(*buy, "I", "future") == "nzagura"
-    assert (
-        g.verb(*buy, 1, "present", True) == "ntagura"
-        and g.verb(*buy, 2, "present", True) == "ntibagura"
-    )
-    assert (
-        g.verb(*buy, 1, "past", True) == "ntiyaguze"
-        and g.verb(*buy, "I", "present", True) == "singura"
-    )
+    assert (g.verb(*buy, 1, "present", True) == "ntagura"
+            and g.verb(*buy, 2, "present", True) == "ntibagura")
+    assert (g.verb(*buy, 1, "past", True) == "ntiyaguze"
+            and g.verb(*buy, "I", "present", True) == "singura")
     assert g.verb("kina", "kinnye", 2, "present", final=True) == "barakina"
     assert g.verb("kina", "kinnye", "I", "present", final=True) == "ndakina"
     assert [g.nasal(x) for x in ("bona", "fasha", "hinga", "rya", "gura", "soma")] == \
         ["mbona", "mfasha", "mpinga", "ndya", "ngura", "nsoma"]
-    assert (g.have("I"), g.have(1), g.have("we"), g.have(2, True)) == (
-        "mfite",
-        "afite",
-        "dufite",
-        "ntibafite",
-    )
+    assert (g.have("I"), g.have(1), g.have("we"), g.have(2, True)) == ("mfite", "afite", "dufite",
+                                                                       "ntibafite")
 
 
 def test_all_words_of_many_sentences_are_enumerated():

@@ -24,12 +24,8 @@ def pair(shape: str = "llama3", targets=("all-linear",), folder: Path | None = N
     peer = tiny.peer(shape)
     ours = tiny.ours(tiny.peer(shape), shape)
     config = peft.LoraConfig(
-        r=4,
-        lora_alpha=12,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-        target_modules=("all-linear" if list(targets) == ["all-linear"] else list(targets)),
-    )
+        r=4, lora_alpha=12, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules=("all-linear" if list(targets) == ["all-linear"] else list(targets)))
     peer = peft.get_peft_model(peer, config)
     lora.attach(ours, 4, 12.0, 0.0, targets)
     mine = lora.adapter_state(ours)
@@ -48,8 +44,7 @@ def test_logits_loss_and_gradients_equal_pefts(shape, targets):
     ours, peer = pair(shape, targets)
     with torch.no_grad():
         torch.testing.assert_close(
-            ours(IDS, DOC, POS), peer(IDS).logits[:, -1], atol=1e-5, rtol=1e-5
-        )
+            ours(IDS, DOC, POS), peer(IDS).logits[:, -1], atol=1e-5, rtol=1e-5)
     loss = ours(IDS, DOC, POS, TARGETS).mean()
     logits = peer(IDS).logits
     theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), TARGETS.flatten())
@@ -57,8 +52,7 @@ def test_logits_loss_and_gradients_equal_pefts(shape, targets):
     loss.backward()
     theirs.backward()
     grads = {
-        n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None
-    }
+        n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None}
     mine = {f"{lora.PREFIX}{n}": p.grad for n, p in ours.named_parameters() if p.grad is not None}
     assert mine.keys() == grads.keys(), "the same tensors train, under the same names"
     for name in mine:
@@ -95,9 +89,7 @@ def test_merged_equals_adapter_and_leaves_a_plain_model():
 def test_only_the_adapter_trains():
     ours, _ = pair()
     assert {n.rsplit(".", 2)[-2] for n, p in ours.named_parameters() if p.requires_grad} == {
-        "lora_A",
-        "lora_B",
-    }
+        "lora_A", "lora_B"}
 
 
 def test_pefts_own_folder_opens_here_and_ours_there(tmp_path):
@@ -108,18 +100,15 @@ def test_pefts_own_folder_opens_here_and_ours_there(tmp_path):
     (tmp_path / "ours").mkdir()
     save_file(lora.adapter_state(ours), tmp_path / "ours/adapter_model.safetensors")
     (tmp_path / "ours/adapter_config.json").write_text(
-        json.dumps(lora.adapter_config(ours, "base"))
-    )
+        json.dumps(lora.adapter_config(ours, "base")))
     assert load_file(tmp_path / "ours/adapter_model.safetensors").keys() == \
         load_file(tmp_path / "theirs/adapter_model.safetensors").keys()
     theirs = peft.PeftModel.from_pretrained(tiny.peer("llama3"), tmp_path / "ours")
     with torch.no_grad():
         torch.testing.assert_close(
-            opened(IDS, DOC, POS), peer(IDS).logits[:, -1], atol=1e-5, rtol=1e-5
-        )
+            opened(IDS, DOC, POS), peer(IDS).logits[:, -1], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
-            ours(IDS, DOC, POS), theirs(IDS).logits[:, -1], atol=1e-5, rtol=1e-5
-        )
+            ours(IDS, DOC, POS), theirs(IDS).logits[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_is_drawn_in_training_only():
@@ -134,11 +123,8 @@ def test_dropout_is_drawn_in_training_only():
 
 @pytest.mark.parametrize(
     "rank, targets, word",
-    [
-        (4, ["q_pro"], "there are down_proj, gate_proj, k_proj"),
-        (0, ["all-linear"], "from 1 to"),
-        (99, ["q_proj"], "from 1 to 32"),
-    ],
+    [(4, ["q_pro"], "there are down_proj, gate_proj, k_proj"), (0, ["all-linear"], "from 1 to"),
+     (99, ["q_proj"], "from 1 to 32")],
 )
 def test_what_cannot_be_attached_is_refused_in_one_line(rank, targets, word):
     with pytest.raises(UserError, match=word):
@@ -147,21 +133,13 @@ def test_what_cannot_be_attached_is_refused_in_one_line(rank, targets, word):
 
 @pytest.mark.parametrize(
     "words, word",
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
-        ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"r": "x"}, "do not describe"),
-        ({"r": True}, "do not describe"),
-        ({"lora_dropout": 2.0}, "do not describe"),
-        ({"target_modules": None}, "do not describe"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"r": 3}, "belongs to another base"),
-        ({"r": 999}, "another base"),
-        ({"target_modules": ["nothing"]}, "another base"),
-    ],
+    [({"use_dora": True}, "use_dora"), ({"use_rslora": True}, "use_rslora"),
+     ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+     ({"peft_type": "IA3"}, "IA3"), ({"r": "x"}, "do not describe"),
+     ({"r": True}, "do not describe"), ({"lora_dropout": 2.0}, "do not describe"),
+     ({"target_modules": None}, "do not describe"), ({"init_lora_weights": "pissa"}, "pissa"),
+     ({"r": 3}, "belongs to another base"), ({"r": 999}, "another base"),
+     ({"target_modules": ["nothing"]}, "another base")],
 )
 def test_an_adapter_that_would_be_computed_otherwise_is_refused_by_name(tmp_path, words, word):
     ours, _ = pair()

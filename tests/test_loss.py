@@ -37,11 +37,9 @@ def plain(h, W, targets):
 @pytest.mark.parametrize("factor", ["sum", "each its own"])
 def test_values_and_gradients_equal_cross_entropy(n, kept, factor):
     h, W, targets = setting(n, kept)
-    w = (
-        torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
-        if factor != "sum"
-        else None
-    )
+    w = (torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+         if factor != "sum"
+         else None)
     results = []
     for nll in (loss.token_nll(h, W, targets), plain(h, W, targets)):
         total = nll.sum() / 7 if w is None else (nll * w).sum()

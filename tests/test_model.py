@@ -129,24 +129,19 @@ def test_bf16_products_stay_near_float32_and_logits_come_as_float32():
     ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ({"architectures": None, "model_type": "gemma2"}, "gemma2"),
-    ({"architectures": 7}, "architectures"),
-    ({"hidden_act": "gelu"}, "gelu"),
+    ({"architectures": 7}, "architectures"), ({"hidden_act": "gelu"}, "gelu"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
-    ({"rope_scaling": "linear"}, "rope"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor"), ({"rope_scaling": "linear"}, "rope"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantis"),
-    ({"hidden_size": 33}, "hidden_size 33"),
-    ({"num_key_value_heads": 3}, "key/value heads"),
-    ({"head_dim": 7}, "width 7"),
-    ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"hidden_size": 33}, "hidden_size 33"), ({"num_key_value_heads": 3}, "key/value heads"),
+    ({"head_dim": 7}, "width 7"), ({"vocab_size": 0}, "vocab_size is 0"),
     ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
     ({"num_attention_heads": True}, "num_attention_heads is True"),
     ({"intermediate_size": 1e12}, "intermediate_size"),
     ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
     ({"rope_theta": float("inf")}, "rope_theta is inf"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-])
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'")])
 def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(change, says):
     with pytest.raises(UserError) as e:
         ModelConfig.from_hf(tiny.config(**change))

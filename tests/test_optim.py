@@ -16,8 +16,7 @@ STEPS, WARMUP, PEAK = 100, 10, 2e-3
     ("cosine", lambda o: transformers.get_cosine_schedule_with_warmup(o, WARMUP, STEPS)),
     ("linear", lambda o: transformers.get_linear_schedule_with_warmup(o, WARMUP, STEPS)),
     ("constant", lambda o: transformers.get_constant_schedule_with_warmup(o, WARMUP)),
-    ("inverse-sqrt", lambda o: transformers.get_inverse_sqrt_schedule(o, WARMUP)),
-])
+    ("inverse-sqrt", lambda o: transformers.get_inverse_sqrt_schedule(o, WARMUP))])
 def test_a_curve_equals_transformers_at_every_step(schedule, theirs):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     curve = theirs(optimizer)
@@ -31,19 +30,15 @@ def test_a_curve_equals_transformers_at_every_step(schedule, theirs):
 
 def test_wsd_stays_at_the_peak_and_falls_over_the_last_tenth():
     rate = [optim.learning_rate(i, 110, 1.0, "wsd", 10, 0.1) for i in range(1, 111)]
-    assert (
-        rate[9:100] == pytest.approx([1.0] * 91)
-        and rate[104] == pytest.approx(0.55)
-        and rate[-1] == pytest.approx(0.1)
-    )
+    assert (rate[9:100] == pytest.approx([1.0] * 91) and rate[104] == pytest.approx(0.55)
+            and rate[-1] == pytest.approx(0.1))
 
 
 @pytest.mark.parametrize("schedule", optim.SCHEDULES)
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (2, 0), (3, 3), (50, 1)])
 def test_a_rate_lies_between_zero_and_the_peak_and_ends_at_the_floor(schedule, steps, warmup):
     rates = [
-        optim.learning_rate(i, steps, PEAK, schedule, warmup, 0.1) for i in range(1, steps + 1)
-    ]
+        optim.learning_rate(i, steps, PEAK, schedule, warmup, 0.1) for i in range(1, steps + 1)]
     assert all(0 < r <= PEAK * (1 + 1e-12) for r in rates)
     if schedule in ("cosine", "linear", "wsd") and steps > warmup:
         assert rates[-1] == pytest.approx(0.1 * PEAK)

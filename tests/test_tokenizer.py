@@ -186,8 +186,8 @@ def test_ids_that_no_piece_has_are_left_out_of_a_text(both):
         assert tok.decode([]) == "" and tok.count_bytes([]) == 0
 
 
-def test_a_fingerprint_follows_what_decides_the_ids_and_not_the_folder(
-        model_folder, json_folder, tmp_path):
+def test_a_fingerprint_follows_what_decides_the_ids_and_not_the_folder(model_folder, json_folder,
+                                                                       tmp_path):
     sp, js = Tokenizer.open(model_folder), Tokenizer.open(json_folder)
     sp.save(tmp_path / "a")
     js.save(tmp_path / "b")

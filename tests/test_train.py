@@ -41,42 +41,18 @@ def place(tmp_path_factory) -> Path:
     tiny.folder(root / "model", "llama32", max_position_embeddings=64)
     draw = random.Random(0)
     for name, n in (("kin", 60), ("eng", 30)):
-        lines = [
-            " ".join(draw.choice(tiny.SENTENCES) for _ in range(draw.randint(1, 4))) + f" {i}"
-            for i in range(n)
-        ]
+        lines = [" ".join(draw.choice(tiny.SENTENCES) for _ in range(draw.randint(1, 4))) + f" {i}"
+                 for i in range(n)]
         (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
         corpus.prepare([str(root / f"{name}.txt")], root / "model", root / name)
     return root
 
 
 def command(place: Path, out: str, *flags: str) -> list[str]:
-    return [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--model",
-        str(place / "model"),
-        "--data",
-        f"{place}/kin:3",
-        f"{place}/eng:1",
-        "--out",
-        str(place / out),
-        "--seq-len",
-        "32",
-        "--rows",
-        "2",
-        "--tokens-per-step",
-        "128",
-        "--lr",
-        "1e-3",
-        "--hold-out",
-        "0.1",
-        "--dtype",
-        "fp32",
-        "--device",
-        "cpu",
-        *flags,
-    ]
+    return [sys.executable, str(ROOT / "train.py"), "--model", str(place / "model"), "--data",
+            f"{place}/kin:3", f"{place}/eng:1", "--out", str(place / out), "--seq-len", "32",
+            "--rows", "2", "--tokens-per-step", "128", "--lr", "1e-3", "--hold-out", "0.1",
+            "--dtype", "fp32", "--device", "cpu", *flags]
 
 
 def call(args: list[str], code: int = 0) -> str:
@@ -97,23 +73,12 @@ def losses(out: Path) -> dict[int, float]:
 def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, tune):
     """20 steps = some + kill -9 + resume, bit for bit, past the end of an epoch of the smaller
     source."""
-    flags = [
-        "--steps",
-        "20",
-        "--tune",
-        tune,
-        "--lora-dropout",
-        "0.1",
-        "--save-every",
-        "5",
-        "--eval-every",
-        "10",
-    ]
+    flags = ["--steps", "20", "--tune", tune, "--lora-dropout", "0.1", "--save-every", "5",
+             "--eval-every", "10"]
     call(command(place, f"whole-{tune}", *flags))
     cut = place / f"cut-{tune}"
     going = subprocess.Popen(
-        command(place, cut.name, *flags), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+        command(place, cut.name, *flags), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (cut / "checkpoints/step-000010").exists():
         assert going.poll() is None
         time.sleep(0.01)
@@ -130,13 +95,8 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, t
 
 def test_sigterm_saves_and_says_so_and_the_run_goes_on(place):
     out = place / "term"
-    going = subprocess.Popen(
-        command(place, "term", "--steps", "5000"),
-        env=ENV,
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    going = subprocess.Popen(command(place, "term", "--steps", "5000"), env=ENV, cwd=ROOT,
+                             stderr=subprocess.PIPE, text=True)
     while (
         not (out / "metrics.jsonl").exists() or '"loss"' not in (out / "metrics.jsonl").read_text()
     ):
@@ -152,22 +112,14 @@ def test_sigterm_saves_and_says_so_and_the_run_goes_on(place):
 def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(place):
     call(command(place, "done", "--steps", "2"))
     assert "nothing to do" in call(
-        [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(place / "done")]
-    )
+        [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(place / "done")])
     assert "holds a run" in call(command(place, "done", "--steps", "2"), code=2)
 
 
 def test_settings_of_a_run_are_a_recipe_for_it(place):
     call(command(place, "first", "--steps", "3"))
-    call(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            str(place / "first/settings.toml"),
-            "--out",
-            str(place / "again"),
-        ]
-    )
+    call([sys.executable, str(ROOT / "train.py"), str(place / "first/settings.toml"), "--out",
+          str(place / "again")])
     assert losses(place / "first") == losses(place / "again")
 
 
@@ -180,16 +132,14 @@ def test_the_saved_model_opens_in_transformers_and_the_adapter_in_peft_with_equa
     ids = tiny.tokens(2, 20)
     doc, pos = torch.zeros_like(ids), torch.arange(20).repeat(2, 1)
     full = transformers.AutoModelForCausalLM.from_pretrained(
-        place / "open-full/model", dtype=torch.float32
-    )
+        place / "open-full/model", dtype=torch.float32)
     base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(base, place / "open-lora/model")
     for peer, folder in ((full, "open-full"), (adapted, "open-lora")):
         model, _ = weights.load(place / folder / "model")
         with torch.no_grad():
             torch.testing.assert_close(
-                model.eval()(ids, doc, pos), peer.eval()(ids).logits[:, -1], atol=1e-5, rtol=1e-5
-            )
+                model.eval()(ids, doc, pos), peer.eval()(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
     moved = load_file(place / "open-lora/model/adapter_model.safetensors")
     assert all(x.abs().sum() > 0 for x in moved.values()), "every B has left zero"
 
@@ -198,47 +148,27 @@ def test_shares_evaluations_and_samples_are_in_the_run(place):
     call(command(place, "look", "--steps", "16", "--eval-every", "8"))
     lines = [json.loads(x) for x in (place / "look/metrics.jsonl").read_text().splitlines()]
     looks = [x for x in lines if "bits_per_byte" in x]
-    assert [x["step"] for x in looks] == [0, 8, 16] and set(looks[0]["bits_per_byte"]) == {
-        "kin",
-        "eng",
-    }
+    assert [x["step"] for x in looks] == [0, 8, 16] and set(looks[0]["bits_per_byte"]) == {"kin",
+                                                                                           "eng"}
     assert all(looks[-1]["bits_per_byte"][k] < looks[0]["bits_per_byte"][k] for k in ("kin", "eng"))
     assert abs([x for x in lines if "share" in x][-1]["share"]["kin"] - 0.75) < 32 / 2000
     samples = (place / "look/samples.txt").read_text()
     assert samples.count("== step ") == 3 and samples.count("\n-- ") in (9, 12), (
-        "two a text, if it has two"
-    )
+        "two a text, if it has two")
     made = json.loads((place / "look/run.json").read_text())
     assert made["parameters"]["total"] == made["parameters"]["trained"] > 0 and set(
-        made["data"]
-    ) == {"kin", "eng"}
+        made["data"]) == {"kin", "eng"}
 
 
 def test_held_out_bits_per_byte_are_those_that_eval_prints(place):
     val = place / "val.txt"
     val.write_text("\n".join(tiny.SENTENCES[:6]) + "\n")
     call(command(place, "same", "--steps", "2", "--val", f"v={val}"))
-    last = [
-        json.loads(x)
-        for x in (place / "same/metrics.jsonl").read_text().splitlines()
-        if "bits_per" in x
-    ][-1]
-    call(
-        [
-            sys.executable,
-            str(ROOT / "eval.py"),
-            "--model",
-            str(place / "same/model"),
-            "--text",
-            f"v={val}",
-            "--out",
-            str(place / "same-eval"),
-            "--dtype",
-            "fp32",
-            "--device",
-            "cpu",
-        ]
-    )
+    last = [json.loads(x)
+            for x in (place / "same/metrics.jsonl").read_text().splitlines()
+            if "bits_per" in x][-1]
+    call([sys.executable, str(ROOT / "eval.py"), "--model", str(place / "same/model"), "--text",
+          f"v={val}", "--out", str(place / "same-eval"), "--dtype", "fp32", "--device", "cpu"])
     result = json.loads((place / "same-eval/results.json").read_text())["results"][0]
     assert result["value"] == pytest.approx(last["bits_per_byte"]["v"], abs=1e-5)
 
@@ -260,10 +190,8 @@ def packed(seed: int, rows: int, T: int = 24) -> Batch:
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_step_of_eight_rows_equals_two_times_four_with_uneven_masks(tune):
     batch = packed(3, 8)
-    halves = [
-        Batch(*(getattr(batch, f.name)[i : i + 4] for f in dataclasses.fields(Batch)))
-        for i in (0, 4)
-    ]
+    halves = [Batch(*(getattr(batch, f.name)[i : i + 4] for f in dataclasses.fields(Batch)))
+              for i in (0, 4)]
     results = []
     for batches in ([batch], halves):
         model = tiny.ours(tiny.peer("llama3"), "llama3")
@@ -283,8 +211,7 @@ def test_a_step_that_is_not_finite_moves_nothing():
     model = tiny.ours(tiny.peer())
     optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
     bad = train.Objective(
-        total=lambda m, b: train.NLL.total(m, b) * float("nan"), count=train.NLL.count
-    )
+        total=lambda m, b: train.NLL.total(m, b) * float("nan"), count=train.NLL.count)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(FloatingPointError):
         train.train_step(model, bad, [packed(0, 2)], optimizer, ALONE, clip=1.0)
@@ -324,29 +251,16 @@ def test_tensorboard_holds_the_numbers_of_metrics_jsonl(place):
     events = loading.EventAccumulator(str(place / "board/tensorboard"))
     events.Reload()
     assert [x.value for x in events.Scalars("loss")] == pytest.approx(
-        list(losses(place / "board").values()), rel=1e-6
-    )
+        list(losses(place / "board").values()), rel=1e-6)
     assert len(events.Scalars("bits_per_byte/kin")) >= 2
 
 
 def test_the_plan_says_what_it_takes_and_writes_no_run(place):
-    done = subprocess.run(
-        command(place, "plan", "--steps", "7", "--plan", "--seq-len", "64"),
-        capture_output=True,
-        text=True,
-        env=ENV,
-        cwd=ROOT,
-    )
+    done = subprocess.run(command(place, "plan", "--steps", "7", "--plan", "--seq-len", "64"),
+                          capture_output=True, text=True, env=ENV, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for word in (
-        "steps        7 of 128 tokens",
-        "parameters",
-        "memory",
-        "minutes",
-        "disk",
-        "seq-len          64",
-        "flag",
-    ):
+    for word in ("steps        7 of 128 tokens", "parameters", "memory", "minutes", "disk",
+                 "seq-len          64", "flag"):
         assert word in done.stdout
     assert any(s in done.stdout for s in tiny.SENTENCES), "the first row stands there to be read"
     assert not (place / "plan/metrics.jsonl").exists()
@@ -355,39 +269,29 @@ def test_the_plan_says_what_it_takes_and_writes_no_run(place):
 def test_help_answers_at_once():
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, env=ENV
-    )
+        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0 and "--tokens-per-step" in done.stdout
     imported = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"],
-        capture_output=True,
-        text=True,
-        env=ENV,
-    ).stderr
+        [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"], capture_output=True,
+        text=True, env=ENV).stderr
     assert "torch" not in imported, (
-        f"torch was imported for --help ({time.perf_counter() - begun:.1f} s)"
-    )
+        f"torch was imported for --help ({time.perf_counter() - begun:.1f} s)")
 
 
-BAD = {
-    "an unknown flag": (["--stepps", "3"], 2, "did you mean steps"),
-    "a flag of a wrong type": (["--steps", "three"], 2, "--steps"),
-    "a row too short": (["--seq-len", "1"], 2, "seq-len"),
-    "a row too long": (["--seq-len", "128"], 2, "context is 64"),
-    "tokens that are no whole micro-batches": (
-        ["--tokens-per-step", "100"],
-        2,
-        "no multiple of 64",
-    ),
-    "no such model": (["--model", "nowhere"], 3, "nowhere"),
-    "no such data": (["--data", "nowhere.txt"], 3, "nowhere.txt"),
-    "a weight below zero": (["--data", "x.txt:-1"], 2, "above 0"),
-    "an unknown target": (["--tune", "lora", "--lora-targets", "q_pro"], 2, "q_proj"),
-    "a rank too high": (["--tune", "lora", "--lora-rank", "999"], 2, "rank"),
-    "one checkpoint kept": (["--keep", "1"], 2, "keep"),
-    "a held-out text without a name": (["--val", "val.txt"], 2, "NAME=SPEC"),
-    "no GPU": (["--device", "cuda"], 2, "--device cpu"),
-}
+BAD = {"an unknown flag": (["--stepps", "3"], 2, "did you mean steps"),
+       "a flag of a wrong type": (["--steps", "three"], 2, "--steps"),
+       "a row too short": (["--seq-len", "1"], 2, "seq-len"),
+       "a row too long": (["--seq-len", "128"], 2, "context is 64"),
+       "tokens that are no whole micro-batches": (["--tokens-per-step", "100"], 2,
+                                                  "no multiple of 64"),
+       "no such model": (["--model", "nowhere"], 3, "nowhere"),
+       "no such data": (["--data", "nowhere.txt"], 3, "nowhere.txt"),
+       "a weight below zero": (["--data", "x.txt:-1"], 2, "above 0"),
+       "an unknown target": (["--tune", "lora", "--lora-targets", "q_pro"], 2, "q_proj"),
+       "a rank too high": (["--tune", "lora", "--lora-rank", "999"], 2, "rank"),
+       "one checkpoint kept": (["--keep", "1"], 2, "keep"),
+       "a held-out text without a name": (["--val", "val.txt"], 2, "NAME=SPEC"),
+       "no GPU": (["--device", "cuda"], 2, "--device cpu")}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -437,15 +341,13 @@ def test_resume_refuses_other_flags_and_other_data_and_takes_free_ones(place, st
     )  # the same tokens a step, in one micro-batch less
     after = losses(stopped)
     assert after.keys() == before.keys() and all(
-        after[k] == pytest.approx(before[k], rel=1e-5) for k in after
-    )
+        after[k] == pytest.approx(before[k], rel=1e-5) for k in after)
 
 
 def test_resume_without_a_run_says_so(tmp_path):
     said = call(
         [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(tmp_path / "none")],
-        code=3,
-    )
+        code=3)
     assert "holds no run" in said
 
 
@@ -459,14 +361,8 @@ def test_every_setting_is_fixed_or_free_on_resume_and_is_read_somewhere():
 def test_two_ranks_train_as_one(place):
     """torchrun with two real processes gives the losses of one, and writes the run once."""
     call(command(place, "one-rank", "--steps", "6"))
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2"]
     call([*launcher, *command(place, "two-ranks", "--steps", "6")[1:]])
     one, two = losses(place / "one-rank"), losses(place / "two-ranks")
     assert one.keys() == two.keys() and all(one[k] == pytest.approx(two[k], rel=1e-5) for k in one)
@@ -485,8 +381,7 @@ def test_the_seed_model_learns_from_nothing(tmp_path):
     weights.fresh(shape, tokenizer, tmp_path / "twin", seed=1)
     twin, _ = weights.load(tmp_path / "twin")
     assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
-    )
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_bins_are_prepared_once_and_prepared_again_when_the_text_changed(place):
@@ -497,10 +392,8 @@ def test_bins_are_prepared_once_and_prepared_again_when_the_text_changed(place):
     try:
         (place / "kin.txt").write_text(text + "Umwana mushya yaje.\n")
         said = call(command(place, "bins", *data, "--plan"))
-        assert (
-            "preparing" in said
-            and Bin(place / "bins/bins/kin").meta["documents"] == first["documents"] + 1
-        )
+        assert ("preparing" in said
+                and Bin(place / "bins/bins/kin").meta["documents"] == first["documents"] + 1)
         assert "preparing" not in call(command(place, "bins", *data, "--plan"))
     finally:
         (place / "kin.txt").write_text(text)
@@ -509,11 +402,7 @@ def test_bins_are_prepared_once_and_prepared_again_when_the_text_changed(place):
 def test_origins_are_told(tmp_path):
     (tmp_path / "r.toml").write_text("lr = 1e-4\nsteps = 5\n")
     settings, origins = config.read(
-        train.Settings, [str(tmp_path / "r.toml"), "--steps", "7"], "train.py"
-    )
+        train.Settings, [str(tmp_path / "r.toml"), "--steps", "7"], "train.py")
     assert (settings.lr, settings.steps) == (1e-4, 7)
-    assert (
-        origins["lr"].endswith("r.toml")
-        and origins["steps"] == "flag"
-        and origins["seed"] == "default"
-    )
+    assert (origins["lr"].endswith("r.toml") and origins["steps"] == "flag"
+            and origins["seed"] == "default")

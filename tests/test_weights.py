@@ -109,8 +109,8 @@ def same(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loading_computes_what_transformers_does_and_saving_gives_it_back(
-        made, tmp_path, shape, sharded):
+def test_loading_computes_what_transformers_does_and_saving_gives_it_back(made, tmp_path, shape,
+                                                                          sharded):
     folder = made(shape, sharded)
     model, tokenizer = weights.load(folder)
     close(logits(model), peers_logits(folder))
@@ -488,8 +488,7 @@ def test_every_tensor_is_needed(copy, sharded):
     (Q, torch.zeros(32, 32, dtype=torch.int64), "is I64, expected"),
     (Q, torch.zeros(32, 32).to(torch.float8_e4m3fn), "is F8_E4M3, expected"),
     (Q, torch.full((32, 32), float("nan")), "NaN"),
-    ("model.embed_tokens.weight", torch.zeros(tiny.V + 1, 32), "expects (320, 32) by vocab_size"),
-])
+    ("model.embed_tokens.weight", torch.zeros(tiny.V + 1, 32), "expects (320, 32) by vocab_size")])
 def test_a_tensor_that_does_not_fit_is_named(copy, name, value, says):
     said = refusal(weights.load, edit(copy(), lambda t: t.update({name: value})))
     assert says in said and (name in said or "layers" in says)
@@ -626,8 +625,7 @@ def test_random_damage_to_a_header_is_refused_or_changes_nothing_that_is_read(co
     (b"\xff\xfe", "not proper JSON"), (b'{"rms_norm_eps": NaN}', "NaN"),
     (b'{"vocab_size": 320, "vocab_size": 320}', "'vocab_size' stands twice"),
     (b'{"a": -Infinity}', "-Infinity"), (b'{"a":' * 100000, "JSON|nested"),
-    (b'{"vocab_size": ' + b"9" * 5000 + b"}", "JSON"),
-])
+    (b'{"vocab_size": ' + b"9" * 5000 + b"}", "JSON")])
 def test_a_config_that_is_no_strict_json_is_refused(copy, text, says):
     folder = copy()
     (folder / "config.json").write_bytes(text)
@@ -645,8 +643,7 @@ def test_a_config_that_is_no_strict_json_is_refused(copy, text, says):
     ({"num_hidden_layers": 10**9}, "num_hidden_layers"), ({"num_key_value_heads": 4}, "k_proj"),
     ({"head_dim": 16}, "q_proj"), ({"attention_bias": True}, "bias"),
     ({"num_attention_heads": 2**30, "num_key_value_heads": 1, "head_dim": 2**30}, "config.json"),
-    ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "trust_remote_code": True}, None),
-])
+    ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "trust_remote_code": True}, None)])
 def test_a_config_of_another_model_is_refused_by_word_or_tensor(copy, change, says):
     folder = words(copy(), **change)
     if says is None:  # words that ask for foreign code are not even looked at
@@ -742,8 +739,7 @@ def test_a_model_with_an_adapter_is_saved_only_once_merged(adapter, tmp_path):
     (lambda a, b: edit(a, lambda t: t.pop(min(t))), "missing"),
     (lambda a, b: edit(a, lambda t: t.update({min(t): t[min(t)][:, :-1].clone()})), "expected"),
     (lambda a, b: words(a, CONFIG, use_dora=True), "use_dora"),
-    (lambda a, b: words(a, CONFIG, r=8), "expected"),
-])
+    (lambda a, b: words(a, CONFIG, r=8), "expected")])
 def test_an_adapter_that_does_not_fit_is_refused(adapter, damage, says):
     folder, base, _ = adapter
     damage(folder, base)

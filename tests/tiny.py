@@ -52,13 +52,11 @@ The water of the river is good and cold.
 
 def config(shape: str = "llama2", **changes: Any) -> dict[str, Any]:
     """config.json of a shape, in the words the published models use; `changes` go over it."""
-    words = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
-        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
-        "tie_word_embeddings": False,
-    }
+    words = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+             "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+             "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
+             "tie_word_embeddings": False}
     return {**words, **SHAPES[shape], **changes}
 
 
