@@ -72,23 +72,20 @@ def files(specs: Iterable[str]) -> list[Path]:
     found: list[Path] = []
     for spec in specs:
         if spec.startswith("hf:"):
-            raise UserError(
-                f"{spec}: data on the hub cannot be read yet; download the files and name them",
-                FLAGS)
+            raise UserError(f"{spec}: data on the hub cannot be read yet; download the files and "
+                            "name them", FLAGS)
         path = Path(spec)
         if path.is_dir():
             named = sorted(p for p in path.rglob("*") if _kind(p) in KINDS)
         else:
-            named = ([path]
-                     if path.is_file()
-                     else sorted(Path(p) for p in glob.glob(spec, recursive=True)))
+            matched = [spec] if path.is_file() else glob.glob(spec, recursive=True)
+            named = sorted(Path(p) for p in matched)
         if not named:
             raise UserError(f"{spec}: no such file, and no file matches it")
         for p in named:
             if _kind(p) not in KINDS:
-                raise UserError(
-                    f"{p}: unknown kind of file; known are {', '.join(KINDS)}, and .gz of the "
-                    f"first three")
+                raise UserError(f"{p}: unknown kind of file; known are {', '.join(KINDS)}, and .gz "
+                                "of the first three")
         found += named
     return found
 
@@ -122,12 +119,13 @@ def texts(path: str | Path, unit: str = "auto", key: str = "text") -> list[str]:
     pieces = [piece for file in files([str(path)]) for piece in read(file, unit, key)]
     bad = next((i for i, piece in enumerate(pieces) if piece.fault), None)
     if bad is not None:
-        raise UserError(
-            f"{path}: document {bad + 1} is {pieces[bad].fault}; an evaluation leaves nothing "
-            f"out, mend it")
+        raise UserError(f"{path}: document {bad + 1} is {pieces[bad].fault}; an evaluation leaves "
+                        "nothing out, mend it")
     found = [piece.text for piece in pieces if piece.text.strip()]
     if not found:
         raise UserError(f"{path}: no text in it")
+    if len(found) < len(pieces):
+        say(f"{path}: {len(pieces) - len(found)} of {len(pieces)} documents are empty")
     return found
 
 
@@ -139,9 +137,9 @@ def choose_unit(path: Path) -> str:
             lines = f.read(1 << 20).strip().split(b"\n")
     except (OSError, EOFError, zlib.error):
         return "file"  # reading it will say what is wrong
-    return (
-        "block" if any(not line.strip() for line in lines) else "line" if len(lines) > 1 else "file"
-    )
+    if any(not line.strip() for line in lines):
+        return "block"
+    return "line" if len(lines) > 1 else "file"
 
 
 def _lines(f: IO[bytes], max_bytes: int) -> Iterator[tuple[bytes, str]]:
@@ -150,14 +148,10 @@ def _lines(f: IO[bytes], max_bytes: int) -> Iterator[tuple[bytes, str]]:
     while line := f.readline(max_bytes):
         if b"\0" in line[:4096] and line.count(b"\0", 0, 4096) > 40:
             raise UserError(f"{getattr(f, 'name', 'file')}: binary, not text")
-        size = len(line)
-        while (
-            not line.endswith(b"\n") and len(line) == max_bytes and (more := f.readline(max_bytes))
-        ):
+        size, more = len(line), line
+        while size >= max_bytes and more and not more.endswith(b"\n"):  # on to where the line ends
+            more = f.readline(max_bytes)
             size += len(more)
-            line = more if more.endswith(b"\n") else line
-            if more.endswith(b"\n"):
-                break
         if size > max_bytes:
             yield bytes(min(size, 1)), f"too long/{size}"
             continue
@@ -189,9 +183,8 @@ def _txt(f: IO[bytes], path: Path, unit: str, max_bytes: int) -> Iterator[Piece]
             held.append(line)
             size += len(line) + 1
             if size > max_bytes:
-                raise UserError(
-                    f"{path}: a document above {max_bytes >> 20} MB; cut it with --documents line "
-                    f"or block")
+                raise UserError(f"{path}: a document above {max_bytes >> 20} MB; cut it with "
+                                "--documents line or block")
     if held:
         yield _decoded(b"\n".join(held))
 
@@ -214,20 +207,18 @@ def _jsonl(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator
         except UnicodeEncodeError:
             yield Piece("", len(line), "undecodable")  # half a surrogate pair, written as an escape
         except (ValueError, RecursionError):
-            raise UserError(
-                f"{path}, line {n}: not JSON; expected an object with {key!r}") from None
+            raise UserError(f"{path}, line {n}: not JSON; expected an object with "
+                            f"{key!r}") from None
         except (KeyError, TypeError, AssertionError):
-            raise UserError(
-                f"{path}, line {n}: no text under {key!r}; name the key with --text-key") from None
+            raise UserError(f"{path}, line {n}: no text under {key!r}; name the key with "
+                            "--text-key") from None
 
 
 def _tsv(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator[Piece]:
     header = next(lines, (b"", ""))[0].decode(errors="replace").split("\t")
     if key not in header:
-        raise UserError(
-            f"{path}: no column {key!r} in its first line, which has {', '.join(header)}; name "
-            f"one with "
-            "--text-key")
+        raise UserError(f"{path}: no column {key!r} in its first line, which has "
+                        f"{', '.join(header)}; name one with --text-key")
     for n, (line, fault) in enumerate(lines, 2):
         cells = line.split(b"\t")
         if fault:
@@ -245,17 +236,15 @@ def _parquet(path: Path, key: str) -> Iterator[Piece]:
     try:
         table = pyarrow.parquet.ParquetFile(path)
         if key not in table.schema_arrow.names:
-            raise UserError(
-                f"{path}: no column {key!r}; it has {', '.join(table.schema_arrow.names)}; name "
-                f"one with "
-                "--text-key")
-        if (kind := str(table.schema_arrow.field(key).type)) not in ("string", "large_string",
-                                                                     "null"):
-            raise UserError(
-                f"{path}: column {key!r} is {kind}, expected text; name another with --text-key")
+            raise UserError(f"{path}: no column {key!r}; it has "
+                            f"{', '.join(table.schema_arrow.names)}; name one with --text-key")
+        kind = str(table.schema_arrow.field(key).type)
+        if kind not in ("string", "large_string", "null"):
+            raise UserError(f"{path}: column {key!r} is {kind}, expected text; name another with "
+                            "--text-key")
         for batch in table.iter_batches(1024, columns=[key]):
-            for text in batch.column(0).to_pylist():
-                yield Piece(text or "", len((text or "").encode()))
+            for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                yield _decoded(raw or b"")
     except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a parquet file that can be read ({e})") from None
 
@@ -273,11 +262,11 @@ def _work(chunk: list[str]) -> list[tuple[bytes, np.ndarray, int, int, dict[str,
     """Texts -> (hash of the clean text, ids, its bytes, its characters, changes by step)."""
     cleaned = [_normalise(t) if _normalise else (t, {}) for t in chunk]
     ends = [[] if x is None else [x] for x in (_tokenizer.bos, _tokenizer.eos)]
+    encoded = _tokenizer.encode_batch([text for text, _ in cleaned])
     return [(hashlib.blake2b(text.encode(), digest_size=16).digest(),
-             np.array([*ends[0], *ids, *ends[1]], np.uint32), len(text.encode()), len(text.strip()),
-             changes)
-            for (text, changes), ids in zip(
-                cleaned, _tokenizer.encode_batch([t for t, _ in cleaned]), strict=True)]
+             np.array([*ends[0], *ids, *ends[1]], np.uint32),
+             len(text.encode()), len(text.strip()), changes)
+            for (text, changes), ids in zip(cleaned, encoded, strict=True)]
 
 
 def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "auto",
@@ -313,11 +302,9 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
             with ProcessPoolExecutor(processes, context, _start, (tokenizer_at, normalise)) as pool:
                 waiting: deque[tuple[list[Piece], Future]] = deque()
                 for chunk in _chunks(sources, unit, key, max_doc_mb << 20):
-                    waiting.append(
-                        (chunk, pool.submit(_work, [p.text for p in chunk if not p.fault])))
-                    if (
-                        len(waiting) > 2 * processes
-                    ):  # no further ahead than that: memory stays bounded
+                    work = pool.submit(_work, [p.text for p in chunk if not p.fault])
+                    waiting.append((chunk, work))
+                    if len(waiting) > 2 * processes:  # no further ahead: memory stays bounded
                         settle(*waiting.popleft())
                 while waiting:
                     settle(*waiting.popleft())
@@ -327,15 +314,14 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
                 settle(chunk, None)
         bad, read_in = ledger.documents["undecodable"], ledger.documents["read"]
         if on_bad == "stop" and bad > BAD_SHARE * read_in:
-            raise UserError(
-                f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more than "
-                f"{BAD_SHARE:.1%}; mend "
-                "them, or leave them out with --on-bad skip")
+            raise UserError(f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more "
+                            f"than {BAD_SHARE:.1%}; mend them, or leave them out with --on-bad "
+                            "skip")
         if not ledger.documents["kept"]:
-            raise UserError(
-                f"{', '.join(specs)}: no document left of {read_in} read; the corpus is empty")
-        described = [
-            {"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)} for p in sources]
+            raise UserError(f"{', '.join(specs)}: no document left of {read_in} read; the corpus "
+                            "is empty")
+        described = [{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)}
+                     for p in sources]
         return writer.close(ledger.to_json(), described), ledger
     except BaseException:
         writer.abandon()

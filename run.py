@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -91,9 +92,7 @@ class Run:
             raise UserError(
                 f"--tokens-per-step {whole}: no multiple of {micro} (rows {s.rows} x seq-len "
                 f"{s.seq_len} x ranks {ranks.world})", FLAGS)
-        first = (
-            s.epochs * loader.streams[0].tokens / loader.shares[0]
-        )  # all tokens, the first source's epochs
+        first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
         steps = s.steps or max(1, round(first / whole))
         optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay)
         scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
@@ -145,11 +144,16 @@ class Run:
         for i, token in generate(self.model, read, sampling, {tok.eos}, tok.bos):
             new[i].append(token)
         self.model.train()
-        with open(self.out / "samples.txt", "a") as f:
-            f.write(f"== step {self.step}\n")
-            for prompt, ids, more in zip(prompts, read, new, strict=True):
-                continued = tok.decode(ids + more)[len(prompt):]
-                f.write(f"-- {prompt}\n{log.printable(continued)}\n")
+        file, block = self.out / "samples.txt", f"== step {self.step}\n"
+        for prompt, ids, more in zip(prompts, read, new, strict=True):
+            continued = tok.decode(ids + more)[len(prompt):]
+            block += f"-- {prompt}\n{log.printable(continued)}\n"
+        before = file.read_text() if file.exists() else ""
+        for m in re.finditer(r"^== step (\d+)$", before, re.M):
+            if int(m[1]) >= self.step:  # of work that was lost, and is done again
+                before = before[: m.start()]
+                break
+        file.write_text(before + block)
 
     def save(self) -> None:
         """The resume point: what trains, the optimizer, the random state, and where the data
@@ -175,9 +179,8 @@ class Run:
             return
         parts, state = checkpoint.read(newest)
         if state["data"] != self.data:
-            raise UserError(
-                f"--resume: the data are not those of {newest} (sha256 of the bins differ); start "
-                "anew with another --out")
+            raise UserError(f"--resume: the data are not those of {newest} (sha256 of the bins "
+                            "differ); start anew with another --out")
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 if p.requires_grad:
@@ -221,8 +224,8 @@ class Run:
         seen = [x["bits_per_byte"] for x in lines if "bits_per_byte" in x]
         for name in self.held:
             before, after = seen[0][name], seen[-1][name]
-            log.say(
-                f"{name}: {before:.4f} -> {after:.4f} bits per byte ({after / before - 1:+.1%})")
+            log.say(f"{name}: {before:.4f} -> {after:.4f} bits per byte "
+                    f"({after / before - 1:+.1%})")
         log.say(f"the model: {self.out / 'model'}   the report: {page}   "
                 f"samples: {self.out / 'samples.txt'}")
 

@@ -182,6 +182,15 @@ def test_a_parquet_gives_the_column_of_that_name_in_order(tmp_path):
     assert [p.size for p in pieces] == [len((t or "").encode()) for t in texts]
 
 
+def test_a_parquet_cell_that_is_not_utf8_is_counted(tmp_path):
+    raw = pyarrow.array([b"Amazi", b"\xff\xfe", b"meza"], pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": raw.view(pyarrow.string())}),
+                                tmp_path / "x.parquet")
+    pieces = list(corpus.read(tmp_path / "x.parquet"))
+    assert [p.fault for p in pieces] == ["", "undecodable", ""]
+    assert [p.size for p in pieces] == [5, 2, 4]
+
+
 def test_only_a_newline_ends_a_line(tmp_path, tok):
     odd = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh"
     file = write(tmp_path / "x.txt", f"{odd}\n{odd}x\n".encode())
