@@ -187,6 +187,8 @@ def compare(case: str, size: str, folder: str, s: argparse.Namespace) -> dict[st
         gflops.append(child("matmul", case, size)[0])
         for side in sides:
             runs[side].append(child("measure", side, case, size, folder, s.steps, s.compile))
+            middle = statistics.median(runs[side][-1]["seconds"])
+            print(f"{what}, {side}: {middle:.3f} s a step", file=sys.stderr, flush=True)
     rows = []
     for side, done in runs.items():
         seconds = sorted(x for run in done for x in run["seconds"])
