@@ -1,9 +1,7 @@
-"""The LLaMA family in plain PyTorch, with Hugging Face's own names.
+"""The LLaMA family and its kin in plain PyTorch, with Hugging Face's own names.
 
 Modules are named so that `state_dict()` *is* the checkpoint: there is no converter, so none can be
-wrong. A family is a row of flags: `ModelConfig.from_hf` reads config.json once, and below it no
-line asks which model this is. What it does not know by name (architecture, rope kind, activation,
-quantisation) it refuses: never load what would be computed wrongly.
+wrong. A family is a row of features (families.py): no line here asks which model this is.
 
 The alphabet, here and everywhere. Capitals are sizes, small letters tensors:
     B rows   T tokens in a row   S keys   C width   M MLP width   V vocabulary
@@ -28,110 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from log import UserError
-from loss import token_nll
+from families import ModelConfig, Rope
+from loss import capped, token_nll
 
-ARCHITECTURES = ("LlamaForCausalLM",)
-ROPE_KINDS = ("default", "linear", "llama3")
 ONE_BY_ONE = ("cpu",)  # where packed documents are attended one after the other, not by a mask
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A model's shape, in config.json's own words. Sizes are counts, `rope_theta` a base, eps a
-    number."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # {"rope_type": linear | llama3, "factor": ...}
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Read config.json; UserError on anything that this model would compute wrongly."""
-        architecture = raw.get("architectures") or [raw.get("model_type")]
-        if type(architecture) is not list or architecture[0] not in (*ARCHITECTURES, "llama"):
-            raise UserError(
-                f"config.json: architectures {architecture!r} is not supported; supported are "
-                f"{', '.join(ARCHITECTURES)}")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"config.json: activation {raw['hidden_act']!r}, only 'silu' is "
-                            "supported")
-        if raw.get("quantization_config"):
-            raise UserError(
-                "config.json: the weights are quantised (quantization_config); take the model "
-                "in its original precision")
-        H, C = _size(raw, "num_attention_heads"), _size(raw, "hidden_size")
-        K = _size(raw, "num_key_value_heads", H)
-        if raw.get("head_dim") is None and C % H:
-            raise UserError(f"config.json: hidden_size {C} is not a multiple of "
-                            f"num_attention_heads {H}")
-        D = _size(raw, "head_dim", C // H)
-        if H % K or D % 2:
-            raise UserError(
-                f"config.json: {H} heads over {K} key/value heads of width {D}: heads must be a "
-                "multiple of key/value heads, and the width even")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if type(rope) is not dict:
-            raise UserError(f"config.json: rope_scaling is {rope!r}, expected an object")
-        rope = dict(rope)
-        rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
-        if rope["rope_type"] not in ROPE_KINDS:
-            raise UserError(
-                f"config.json: rope kind {rope['rope_type']!r} is not supported; supported are "
-                f"{', '.join(ROPE_KINDS)}")
-        wanted = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                                                    "original_max_position_embeddings")}
-        scaling = {k: _number(rope, k) for k in wanted.get(rope["rope_type"], ())}
-        return cls(vocab_size=_size(raw, "vocab_size"), hidden_size=C,
-                   intermediate_size=_size(raw, "intermediate_size"),
-                   num_hidden_layers=_size(raw, "num_hidden_layers"),
-                   num_attention_heads=H, num_key_value_heads=K, head_dim=D,
-                   max_position_embeddings=_size(raw, "max_position_embeddings", 2048),
-                   rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-                   rope_theta=_number(rope, "rope_theta", _number(raw, "rope_theta", 10000.0)),
-                   rope_scaling={"rope_type": rope["rope_type"], **scaling} if scaling else None,
-                   tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-                   attention_bias=_flag(raw, "attention_bias"), mlp_bias=_flag(raw, "mlp_bias"))
-
-    def to_hf(self) -> dict[str, Any]:
-        """config.json's words for this shape, as transformers 4 and 5 both read them."""
-        words = dict(vars(self))
-        return {"architectures": [ARCHITECTURES[0]], "model_type": "llama", "hidden_act": "silu",
-                **words}
-
-
-def _size(raw: dict, key: str, default: int | None = None) -> int:
-    """A whole number from 1 to 2^31 under a key of config.json."""
-    x = default if raw.get(key) is None else raw[key]
-    if type(x) is not int or not 0 < x < 1 << 31:
-        raise UserError(f"config.json: {key} is {x!r}, expected a whole number above 0")
-    return x
-
-
-def _number(raw: dict, key: str, default: float | None = None) -> float:
-    """A finite number above 0 under a key of config.json."""
-    x = default if raw.get(key) is None else raw[key]
-    if type(x) not in (int, float) or not math.isfinite(x) or x <= 0:
-        raise UserError(f"config.json: {key} is {x!r}, expected a number above 0")
-    return float(x)
-
-
-def _flag(raw: dict, key: str) -> bool:
-    x = raw.get(key) or False
-    if type(x) is not bool:
-        raise UserError(f"config.json: {key} is {x!r}, expected true or false")
-    return x
 
 
 class Linear(nn.Linear):
@@ -156,28 +54,51 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the width, in float32 (Zhang & Sennrich 2019, eq. 4)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
-def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Radians per position for each pair of a head's widths, (D/2,) float32 (RoFormer, section
-    3.2.2)."""
-    D, scaling = config.head_dim, config.rope_scaling or {"rope_type": "default"}
-    f = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)  # (D/2,)
-    if scaling["rope_type"] == "linear":
-        return f / scaling["factor"]
-    if scaling["rope_type"] == "llama3":  # slow turns are stretched, fast ones kept, others blended
-        turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return f * (keep + (1 - keep) / scaling["factor"])
-    return f
+def rotary_frequencies(rope: Rope, D: int, device: Any, length: Tensor | None = None) -> Tensor:
+    """Radians per position for each pair of a head's widths, (D/2,) float32 (RoFormer, 3.2.2).
+
+    `dynamic` frequencies depend on how long a token's document is: `length` (B,T,1) -> (B,T,D/2).
+    """
+    even = torch.arange(0, D, 2, device=device).float()
+    theta: float | Tensor = rope.theta
+    if rope.kind == "dynamic" and length is not None:  # NTK-aware: the base grows with the text
+        over = length.clamp(min=rope.original) / rope.original
+        theta = theta * (rope.factor * over - (rope.factor - 1)) ** (D / (D - 2))  # (B,T,1)
+    f = 1.0 / theta ** (even / D)
+    if rope.kind == "linear":
+        return f / rope.factor
+    if rope.kind == "llama3":  # slow turns are stretched, fast ones kept, others blended
+        turns = rope.original * f / (2 * math.pi)  # within the original context
+        keep = ((turns - rope.low) / (rope.high - rope.low)).clamp(0, 1)
+    elif rope.kind == "yarn":  # the same, blended by the index of the pair (Peng et al. 2023, 3.2)
+        low, high = (D * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                     for turns in (rope.high, rope.low))
+        low, high = (math.floor(low), math.ceil(high)) if rope.whole else (low, high)
+        low, high = max(low, 0), min(high, D - 1)
+        keep = 1 - ((even / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)
+    else:
+        return f
+    return f * (keep + (1 - keep) / rope.factor)
+
+
+def turns(rope: Rope, D: int, doc: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every token's angles, (B,T,1,D/2) float32."""
+    length = None
+    if rope.kind == "dynamic" and pos.numel() and pos.max() >= rope.original:
+        same = doc[:, :, None] == doc[:, None, :]  # (B,T,T)
+        length = ((pos + 1)[:, None, :] * same).amax(-1, keepdim=True)  # (B,T,1)
+    angles = pos[..., None].float() * rotary_frequencies(rope, D, pos.device, length)  # (B,T,D/2)
+    return angles.cos()[:, :, None] * rope.amplitude, angles.sin()[:, :, None] * rope.amplitude
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -212,55 +133,75 @@ class KVCache:
 
 @dataclass
 class Layout:
-    """Who sees whom in this batch, found once and used by all layers.
+    """Who sees whom in this batch, found once and used by all layers that see as far.
 
     `lengths`: documents end to end over all rows, attended one by one (fast on a CPU: half of
     nothing is computed). `mask` (B,1,T,S): True where a key is seen. Neither: each row is one
-    document, plain causal.
+    document, plain causal. `window`: tokens seen back, the token itself included; 0: all.
     """
 
     lengths: list[int] | None = None
     mask: Tensor | None = None
+    window: int = 0
 
     @classmethod
-    def of(cls, doc: Tensor, pos: Tensor, cache: KVCache | None) -> Layout:
+    def of(cls, doc: Tensor, pos: Tensor, cache: KVCache | None, window: int = 0) -> Layout:
         """From doc, pos (B,T) and the cache that is read, if any."""
         B, T = doc.shape
         if cache is not None:
-            if B == 1 and (T == 1 or cache.extent == T):
-                return cls()  # the next token sees all keys; the first ones are plain causal
+            near = not window or cache.extent <= window
+            if B == 1 and (cache.extent == T or (T == 1 and near)):
+                return cls(window=window)  # first tokens: causal; the next one sees all keys
             keys = torch.arange(cache.extent, device=pos.device)
-            return cls(mask=(keys <= pos[..., None])[:, None])
+            mask = keys <= pos[..., None]  # (B,T,S)
+            return cls(mask=(mask if near else mask & (keys > pos[..., None] - window))[:, None])
         first = torch.ones_like(doc, dtype=torch.bool)
         first[:, 1:] = doc[:, 1:] != doc[:, :-1]
         starts = first.flatten().nonzero().squeeze(-1)
         if len(starts) == B:
-            return cls()
+            return cls(window=window)
         if doc.device.type in ONE_BY_ONE:
-            return cls(lengths=torch.diff(starts, append=starts.new_tensor([B * T])).tolist())
-        causal = torch.ones(T, T, dtype=torch.bool, device=doc.device).tril()
-        return cls(mask=((doc[:, :, None] == doc[:, None, :]) & causal)[:, None])
+            lengths = torch.diff(starts, append=starts.new_tensor([B * T])).tolist()
+            return cls(lengths, window=window)
+        seen = causal_mask(T, window, doc.device)
+        return cls(mask=((doc[:, :, None] == doc[:, None, :]) & seen)[:, None])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def causal_mask(T: int, window: int, device: Any) -> Tensor:
+    """True where a token sees another: not ahead, and within the window if there is one, (T,T)."""
+    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    return seen.triu(1 - window) if window else seen
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
+           cap: float = 0.0) -> Tensor:
     """Softmax attention: q (B,T,H,D) over k, v (B,S,K,D) -> (B,T,H,D), each query head with its
     group's keys."""
     T, H = q.shape[1:3]
     if layout.lengths is not None:
-        return attend_documents(q, k, v, layout)
+        return attend_documents(q, k, v, layout, scale, cap)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,H,T,D), (B,K,S,D)
     if k.shape[1] != H:
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (B,H,S,D)
-    causal = layout.mask is None and T > 1
-    return F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=causal).transpose(1, 2)
+    mask, causal = layout.mask, layout.mask is None and T > 1
+    if causal and (cap or 0 < layout.window < T):
+        mask, causal = causal_mask(T, layout.window, q.device), False
+    if not cap:
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+        return y.transpose(1, 2)
+    scores = cap * torch.tanh((q @ k.mT).float() * (scale / cap))  # (B,H,T,S): no fused kernel caps
+    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
 @torch.compiler.disable  # lengths differ in every batch: compiled, each would be a new graph
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
+                     cap: float) -> Tensor:
     """`attend`, document by document; split and cat, because their backward passes copy nothing
     twice."""
     parts = (x.flatten(0, 1)[None].split(layout.lengths, dim=1) for x in (q, k, v))
-    done = [attend(*part, Layout()) for part in zip(*parts, strict=True)]
+    alone = Layout(window=layout.window)
+    done = [attend(*part, alone, scale, cap) for part in zip(*parts, strict=True)]
     return torch.cat(done, dim=1).view(q.shape)
 
 
@@ -274,22 +215,32 @@ class Attention(nn.Module):
         self.q_proj = Linear(C, H * D, bias=config.attention_bias)
         self.k_proj = Linear(C, K * D, bias=config.attention_bias)
         self.v_proj = Linear(C, K * D, bias=config.attention_bias)
-        self.o_proj = Linear(H * D, C, bias=config.attention_bias)
-        self.D = D
+        self.o_proj = Linear(H * D, C, bias=config.output_bias)
+        self.D, self.normed, self.cap = D, config.qk_norm, config.attention_cap
+        self.scale = (config.query_scalar or D) ** -0.5
+        if config.qk_norm:
+            self.q_norm = RMSNorm(D if config.qk_norm == "head" else H * D, config)
+            self.k_norm = RMSNorm(D if config.qk_norm == "head" else K * D, config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, pos: Tensor,
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, pos: Tensor,
                 cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, -1, self.D), cos, sin)  # (B,T,H,D)
-        k = rotate(self.k_proj(x).view(B, T, -1, self.D), cos, sin)  # (B,T,K,D)
+        q, k = self.q_proj(x), self.k_proj(x)
+        if self.normed == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.view(B, T, -1, self.D), k.view(B, T, -1, self.D)  # (B,T,H,D), (B,T,K,D)
+        if self.normed == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
         v = self.v_proj(x).view(B, T, -1, self.D)  # (B,T,K,D)
         if cache is not None:
             k, v = cache.put(layer, k, v, pos)
-        return self.o_proj(attend(q, k, v, layout).flatten(2))  # (B,T,C)
+        return self.o_proj(attend(q, k, v, layout, self.scale, self.cap).flatten(2))  # (B,T,C)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
+    """A gated MLP (Shazeer 2020): down(act(gate x) * up x)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -297,25 +248,44 @@ class MLP(nn.Module):
         self.gate_proj = Linear(C, M, bias=config.mlp_bias)
         self.up_proj = Linear(C, M, bias=config.mlp_bias)
         self.down_proj = Linear(M, C, bias=config.mlp_bias)
+        self.activation = {"silu": F.silu, "gelu_tanh": gelu_tanh}[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B,T,M) inside
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x times the normal distribution function, by tanh (Hendrycks & Gimpel 2016, section 2)."""
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each after a norm and added to what came in."""
+    """One layer: attention and MLP, each added to what came in; normed before, after, or both.
+
+    The norms have HF's names, in which `post_attention_layernorm` is the one *before* the MLP
+    where there is none after attention.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        names = {"pre": ("input_layernorm", "", "post_attention_layernorm", ""),
+                 "post": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+                 "sandwich": ("input_layernorm", "post_attention_layernorm",
+                              "pre_feedforward_layernorm", "post_feedforward_layernorm")}
+        self.names = names[config.norms]  # before and after attention, before and after the MLP
+        for name in filter(None, self.names):
+            self.add_module(name, RMSNorm(config.hidden_size, config))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, pos: Tensor,
+    def norm(self, which: int, x: Tensor) -> Tensor:
+        return getattr(self, self.names[which])(x) if self.names[which] else x
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, pos: Tensor,
                 cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, pos, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))  # (B,T,C)
+        seen = self.self_attn(self.norm(0, x), turn, layout, pos, cache, layer)
+        x = x + self.norm(1, seen)
+        return x + self.norm(3, self.mlp(self.norm(2, x)))  # (B,T,C)
 
 
 class Decoder(nn.Module):
@@ -326,25 +296,28 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
         self.compute_dtype = torch.float32  # of products and of what flows between them
         self.recompute = False
 
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor,
                 cache: KVCache | None = None) -> Tensor:
+        c = self.config
         x = self.embed_tokens(tokens).to(self.compute_dtype)  # (B,T,C)
-        angles = pos[..., None].float() * rotary_frequencies(self.config, x.device)  # (B,T,D/2)
-        cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]  # (B,T,1,D/2)
+        if c.scale_embeddings:  # rounded to the dtype of products, as the published models were
+            x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype, device=x.device)
         if cache is not None:
             cache.extent += tokens.shape[1]
-        layout = Layout.of(doc, pos, cache)
-        for i, block in enumerate(self.layers):
+        windows = c.windows or (0,) * len(self.layers)
+        layouts = {window: Layout.of(doc, pos, cache, window) for window in set(windows)}
+        turn = turns(c.rope, c.head_dim, doc, pos)
+        local = turns(c.local_rope, c.head_dim, doc, pos) if c.local_rope else turn
+        for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
+            here = None if i in c.no_rope else local if window else turn
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, layout, pos, use_reentrant=False)
-            else:
-                x = block(
-                    x, cos, sin, layout, pos, cache, 0 if cache is None else i
-                )  # a number that varies recompiles
+                x = checkpoint(block, x, here, layouts[window], pos, use_reentrant=False)
+            else:  # without a cache all layers get one number: one that varies recompiles
+                x = block(x, here, layouts[window], pos, cache, 0 if cache is None else i)
         if cache is not None:
             cache.length = torch.maximum(cache.length, torch.where(doc >= 0, pos + 1, 0).amax(1))
         return self.norm(x)
@@ -385,10 +358,10 @@ class Llama(nn.Module):
         """
         h = self.model(tokens, doc, pos, cache)  # (B,T,C)
         if targets is not None:
-            return token_nll(h, self.head, targets)
+            return token_nll(h, self.head, targets, self.config.logit_cap)
         last = ((doc >= 0) * torch.arange(1, doc.shape[1] + 1, device=doc.device)).argmax(1)  # (B,)
         h = h[torch.arange(len(h), device=h.device), last]  # (B,C)
-        return F.linear(h, self.head.to(h.dtype)).float()  # (B,V)
+        return capped(F.linear(h, self.head.to(h.dtype)).float(), self.config.logit_cap)  # (B,V)
 
     def flops_per_token(self, T: int) -> float:
         """Products to train one token in rows of T: 2 a weight for y, 2 for dx, 2 for dW where it
@@ -410,7 +383,7 @@ class Llama(nn.Module):
         g = torch.Generator(device=self.device).manual_seed(seed)
         for name, p in self.named_parameters():
             if "norm" in name:
-                p.fill_(1.0)
+                p.fill_(1.0 - self.config.norm_offset)
             elif name.endswith("bias"):
                 p.zero_()
             else:

@@ -27,9 +27,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import families
 import lora
+from families import ModelConfig
 from log import STORAGE, UserError
-from model import Llama, ModelConfig
+from model import Llama
 from tokenizer import Tokenizer
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -50,6 +52,7 @@ class Slot:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    name: str  # its name in the file
 
 
 def find(name: str | Path) -> Path:
@@ -183,7 +186,7 @@ def header(file: Path) -> dict[str, Slot]:
         if name != "__metadata__":
             try:
                 shape, (_, stop) = tuple(map(int, x["shape"])), map(int, x["data_offsets"])
-                found[name] = Slot(file, str(x["dtype"]), shape)
+                found[name] = Slot(file, str(x["dtype"]), shape, name)
             except (KeyError, TypeError, ValueError, OverflowError):
                 raise UserError(f"{file}: header damaged at {name!r}; fetch it again") from None
             end = max(end, stop)
@@ -232,6 +235,14 @@ def contents(folder: Path) -> dict[str, Slot]:
     return found
 
 
+def tensors(folder: Path) -> dict[str, Slot]:
+    """`contents` under our names: of a model that also sees pictures, the text part alone."""
+    found, words = contents(folder), read_json(_inside(folder, CONFIG))
+    if families.text_words(words) is words:
+        return found
+    return {own: slot for k, slot in found.items() if (own := families.text_name(k)) is not None}
+
+
 def _five(names: Iterable[str]) -> str:
     """Up to five names, and how many more there are."""
     names = list(names)
@@ -267,7 +278,7 @@ def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torc
 
 def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Llama:
     """The model of a folder, every tensor of its files used exactly once."""
-    config, found = read_config(folder), contents(folder)
+    config, found = read_config(folder), tensors(folder)
     found = {k: slot for k, slot in found.items() if not k.endswith("rotary_emb.inv_freq")}
     layers = {m[1] for k in found if (m := re.match(r"model\.layers\.(\d+)\.", k))}
     if len(layers) != config.num_hidden_layers:  # said before a billion of them are built
@@ -284,7 +295,7 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -
     for k, slot in found.items():
         if file != slot.file:
             shard, file = safe_open(slot.file, "pt"), slot.file
-        x = shard.get_tensor(k)
+        x = shard.get_tensor(slot.name)
         placed = x.to(device, dtype or x.dtype)
         _check_finite(placed, f"{file}: {k}")
         parent, _, leaf = k.rpartition(".")
@@ -292,7 +303,7 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -
         if placed is not x:
             shard = x = file = None  # opened anew for the next: the pages read so far can go
     if head is not None:
-        x = safe_open(head.file, "pt").get_tensor("lm_head.weight")
+        x = safe_open(head.file, "pt").get_tensor(head.name)
         if not torch.equal(x.to(device, model.head.dtype), model.head):
             raise UserError(f"{folder}: tie_word_embeddings in config.json is true, but "
                             "lm_head.weight is not model.embed_tokens.weight; false would use both")
@@ -336,7 +347,7 @@ def save(model: Llama, folder: Path | str, like: Path | str,
         raise UserError(f"{folder}: the model has an adapter; merge it, or save the adapter alone")
     like = base_of(find(like))
     index = read_json(_inside(like, INDEX)) if (like / INDEX).exists() else None
-    before = contents(like) if index or (like / SINGLE).exists() else {}
+    before = tensors(like) if index or (like / SINGLE).exists() else {}
     state = {k: p.detach() for k, p in model.named_parameters()}
     kept = {k: DTYPES[slot.dtype] for k, slot in before.items() if slot.dtype in DTYPES}
     kinds = {k: dtype or kept.get(k, model.head.dtype) for k in state}
@@ -388,18 +399,20 @@ def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path 
 
 
 def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
-    """config.json as in `like`, with only the words that changed; byte for byte if none did."""
-    words = read_json(_inside(like, CONFIG))
-    was = vars(ModelConfig.from_hf(words))
-    changed = {k: v for k, v in vars(config).items() if v != was[k]}
-    if "rope_parameters" in words and changed.keys() & {"rope_theta", "rope_scaling"}:
-        changed = {k: v for k, v in changed.items() if k not in ("rope_theta", "rope_scaling")}
-        kind = config.rope_scaling or {"rope_type": "default"}
-        changed["rope_parameters"] = {**kind, "rope_theta": config.rope_theta}
+    """config.json as in `like`, with only what changed: the vocabulary's size, the weights' dtype.
+
+    Byte for byte if nothing did; the text part alone, of a model that also sees pictures.
+    """
+    raw = read_json(_inside(like, CONFIG))
+    words = families.text_words(raw)
+    changed: dict[str, Any] = {}
+    if config != ModelConfig.from_hf(words):
+        changed["vocab_size"] = config.vocab_size
+        assert config == ModelConfig.from_hf({**words, **changed}), "another model than `like`"
     key = "dtype" if "dtype" in words else "torch_dtype"  # transformers 5's word, and 4's
     if dtype is not None and words.get(key) != str(dtype)[6:]:
         changed[key] = str(dtype)[6:]
-    if changed:
+    if changed or words is not raw:
         text = json.dumps({**words, **changed}, indent=2, ensure_ascii=False) + "\n"
         (aside / CONFIG).write_text(text, encoding="utf-8")
     else:

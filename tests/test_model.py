@@ -1,7 +1,5 @@
 """The model against transformers' on every shape; packed against separate; a cache against none."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,7 +56,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(shape):
                                    msg=lambda m, k=k: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("shape", ["llama1", "llama31", "llama32", "biases"])
+@pytest.mark.parametrize("shape", ["llama1", "llama31", "llama32", "biases", "gemma2", "olmo2"])
 def test_twenty_adamw_steps_lose_what_transformers_loses(shape):
     peer, model = both(shape)
     peer.train()
@@ -91,8 +89,14 @@ def test_names_and_shapes_are_those_of_transformers_and_config_words_survive(sha
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     assert {k: p.shape for k, p in state.items()} == wanted
-    assert ModelConfig.from_hf(config.to_hf()) == config
     assert ModelConfig.from_hf(peer.config.to_dict()) == config  # in transformers 5's words
+
+
+@pytest.mark.parametrize("shape", [x for x in tiny.LLAMAS if x not in ("yarn", "dynamic")])
+def test_a_llamas_config_is_written_in_words_that_transformers_reads(shape):
+    peer, _ = both(shape)
+    config = ModelConfig.from_hf(tiny.config(shape))
+    assert ModelConfig.from_hf(config.to_hf()) == config
     again = transformers.LlamaConfig(**config.to_hf())
     for word in ("head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
                  "attention_bias", "mlp_bias", "max_position_embeddings"):
@@ -100,15 +104,17 @@ def test_names_and_shapes_are_those_of_transformers_and_config_words_survive(sha
     assert again.rope_parameters.items() <= peer.config.rope_parameters.items()
 
 
-@pytest.mark.parametrize("shape", ["llama3", "llama31", "linear"])
+@pytest.mark.parametrize("shape", ["llama3", "llama31", "linear", "yarn"])
 def test_rotary_frequencies_are_those_of_transformers_at_published_sizes(shape):
     words = tiny.config(shape, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
                         max_position_embeddings=131072)
     if shape == "llama31":
         words["rope_scaling"] = {**tiny.LLAMA3_ROPE, "original_max_position_embeddings": 8192}
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**words))
-    mine = model_module.rotary_frequencies(ModelConfig.from_hf(words), torch.device("cpu"))
+    rope = ModelConfig.from_hf(words).rope
+    mine = model_module.rotary_frequencies(rope, 128, "cpu")
     torch.testing.assert_close(mine, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert rope.amplitude == pytest.approx(theirs.attention_scaling)
 
 
 def test_bf16_products_stay_near_float32_and_logits_come_as_float32():
@@ -126,12 +132,14 @@ def test_bf16_products_stay_near_float32_and_logits_come_as_float32():
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+    ({"architectures": ["MixtralForCausalLM"]}, "Olmo2ForCausalLM"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-    ({"architectures": None, "model_type": "gemma2"}, "gemma2"),
+    ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
     ({"architectures": 7}, "architectures"), ({"hidden_act": "gelu"}, "gelu"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
+    ({"rope_scaling": {"type": "dynamic"}}, "factor is None"),
+    ({"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}}, "in part"),
+    ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
     ({"rope_scaling": {"rope_type": "linear"}}, "factor"), ({"rope_scaling": "linear"}, "rope"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantis"),
     ({"hidden_size": 33}, "hidden_size 33"), ({"num_key_value_heads": 3}, "key/value heads"),
@@ -149,9 +157,11 @@ def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(change, says
 
 
 def test_any_word_of_any_kind_is_refused_or_harmless():
-    values = [0, -1, 10**12, 1e12, "x", None, [], {}, [1], True]
-    for key, value in itertools.product(tiny.config("llama31"), values):
-        words = tiny.config("llama31", **{key: value})
+    values = [0, -1, 10**12, 1e12, "x", None, [], {}, [1], True, float("nan"), 2**31 - 1]
+    every = ["llama31", "qwen2-window", "smollm3-window", "gemma2", "gemma3"]
+    cases = [(x, key, value) for x in every for key in tiny.config(x) for value in values]
+    for shape, key, value in cases:
+        words = tiny.config(shape, **{key: value})
         try:
             ModelConfig.from_hf(words)
         except UserError as e:
@@ -172,9 +182,9 @@ def packed(lengths: list[int], rows: int, width: int) -> tuple[torch.Tensor, tor
     return doc, pos
 
 
-def prepare(path: str, monkeypatch) -> Llama:
+def prepare(path: str, shape: str, monkeypatch) -> Llama:
     """A model whose attention takes that path."""
-    model = tiny.ours(tiny.peer("llama31"), "llama31")
+    model = tiny.ours(tiny.peer(shape), shape)
     if path == "mask":  # as on a GPU
         monkeypatch.setattr(model_module, "ONE_BY_ONE", ())
     model.model.recompute = path == "recompute"
@@ -182,11 +192,13 @@ def prepare(path: str, monkeypatch) -> Llama:
 
 
 PATHS = ["one by one", "mask", "recompute", GPU]
+PACKED = ["llama31", "gemma2", "qwen2-window", "smollm3"]  # plain; capped and windowed; unturned
 
 
+@pytest.mark.parametrize("shape", PACKED)
 @pytest.mark.parametrize("path", PATHS)
-def test_changing_a_document_leaves_its_neighbours_untouched(path, monkeypatch):
-    model = prepare(path, monkeypatch)
+def test_changing_a_document_leaves_its_neighbours_untouched(path, shape, monkeypatch):
+    model = prepare(path, shape, monkeypatch)
 
     @settings(max_examples=25, deadline=None)
     @given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.randoms(use_true_random=False))
@@ -208,9 +220,10 @@ def test_changing_a_document_leaves_its_neighbours_untouched(path, monkeypatch):
     check()
 
 
+@pytest.mark.parametrize("shape", PACKED)
 @pytest.mark.parametrize("path", PATHS)
-def test_packed_documents_compute_what_they_do_alone(path, monkeypatch):
-    model = prepare(path, monkeypatch)
+def test_packed_documents_compute_what_they_do_alone(path, shape, monkeypatch):
+    model = prepare(path, shape, monkeypatch)
 
     @settings(max_examples=12, deadline=None)
     @given(st.lists(st.integers(1, 40), min_size=1, max_size=8))
@@ -237,6 +250,21 @@ def test_packed_documents_compute_what_they_do_alone(path, monkeypatch):
             torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-4)
 
     check()
+
+
+def test_dynamic_rotary_beyond_its_context_is_that_of_each_document_alone():
+    words = {"max_position_embeddings": 24}
+    peer = tiny.peer("dynamic", **words)
+    model = tiny.ours(peer, "dynamic", **words)
+    lengths = [40, 20, 30]
+    doc, pos = packed(lengths, 1, sum(lengths))
+    ids = tiny.tokens(1, sum(lengths))
+    with torch.no_grad():
+        together = tiny.logits(model, ids, doc, pos)
+        for d in range(len(lengths)):
+            here = doc[0] == d
+            theirs = peer(ids[:, here]).logits
+            torch.testing.assert_close(together[:, here], theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_one_document_each_do_not_see_each_other():

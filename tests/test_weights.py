@@ -8,7 +8,6 @@ import socket
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -232,12 +231,6 @@ def test_only_the_words_that_changed_change_in_the_config(made, tmp_path):
     assert b.pop("vocab_size") == tiny.V + 16 and a.pop("vocab_size") == tiny.V and a == b
     with torch.no_grad():
         torch.testing.assert_close(peers_logits(tmp_path / "out"), bigger(IDS).logits)
-    model.config = replace(model.config, rope_theta=20000.0, rope_scaling=None)
-    weights.save(model, tmp_path / "rope", like=folder)
-    b = json.loads((tmp_path / "rope" / "config.json").read_text())
-    assert b["rope_parameters"] == {"rope_type": "default", "rope_theta": 20000.0}
-    assert "rope_scaling" not in b and "rope_theta" not in b
-    assert weights.read_config(tmp_path / "rope") == model.config
 
 
 def test_a_shape_without_weights_gives_one_file_in_the_models_dtype(made, tmp_path):

@@ -7,6 +7,7 @@ here is therefore what it will meet, only smaller.
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
@@ -17,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from loss import capped
 from model import Llama, ModelConfig
 
 V = 320  # ids: 3 control tokens, 256 bytes, 61 pieces
@@ -34,6 +36,43 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tinyllama": {"num_attention_heads": 8, "num_key_value_heads": 1, "rms_norm_eps": 1e-5},
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                              "original_max_position_embeddings": 32}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+}
+LLAMAS = list(SHAPES)
+
+WINDOW = 12  # of every shape that has one: shorter than the rows of the tests
+SANDWICH = {"hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 4, "head_dim": 16,
+            "num_key_value_heads": 2, "sliding_window": WINDOW, "query_pre_attn_scalar": 12,
+            "tie_word_embeddings": True}
+SHAPES |= {
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral",
+                "num_key_value_heads": 2, "sliding_window": WINDOW, "rope_theta": 1e6},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6,
+              "num_key_value_heads": 2, "tie_word_embeddings": True, "sliding_window": WINDOW,
+              "use_sliding_window": False, "max_window_layers": 2},
+    "qwen2-window": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+                     "num_key_value_heads": 2, "num_hidden_layers": 3, "sliding_window": WINDOW,
+                     "use_sliding_window": True, "max_window_layers": 1,
+                     "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                                      "original_max_position_embeddings": 64}},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16,
+              "num_key_value_heads": 2, "use_sliding_window": False, "rope_theta": 1e6},
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3",
+                "num_hidden_layers": 4, "num_key_value_heads": 2, "no_rope_layer_interval": 2,
+                "tie_word_embeddings": True, "rope_theta": 5e6, "pad_token_id": 0},
+    "smollm3-window": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3",
+                       "num_hidden_layers": 3, "num_key_value_heads": 2, "pad_token_id": 0,
+                       "no_rope_layers": [1, 0, 1], "use_sliding_window": True,
+                       "sliding_window": WINDOW},
+    "gemma2": {**SANDWICH, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2",
+               "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3": {**SANDWICH, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+               "sliding_window_pattern": 3, "rope_theta": 1e6, "rope_local_base_freq": 1e3,
+               "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "rope_theta": 5e5,
+              "num_key_value_heads": 2},
 }
 
 SENTENCES = """\
@@ -60,19 +99,21 @@ def config(shape: str = "llama2", **changes: Any) -> dict[str, Any]:
     return {**words, **SHAPES[shape], **changes}
 
 
-def peer(shape: str = "llama2", seed: int = 0, **changes: Any) -> transformers.LlamaForCausalLM:
+def peer(shape: str = "llama2", seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """transformers' random model of a shape; a mistake anywhere shows in its strong logits."""
-    words = config(shape, **changes)
-    model = transformers.LlamaForCausalLM._from_config(
-        transformers.LlamaConfig(**words), attn_implementation="eager", dtype=torch.float32)
+    words = copy.deepcopy(config(shape, **changes))  # transformers writes into what it reads
+    theirs = transformers.AutoConfig.for_model(**words)
+    model = transformers.AutoModelForCausalLM.from_config(
+        theirs, attn_implementation="eager", dtype=torch.float32)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=draw)
+            one = 0.0 if shape.startswith("gemma") else 1.0  # Gemma adds 1 to a norm's weight
+            p.normal_(one if "norm" in name else 0.0, 0.2, generator=draw)
     return model.eval()
 
 
-def ours(peer: transformers.LlamaForCausalLM, shape: str = "llama2", **changes: Any) -> Llama:
+def ours(peer: transformers.PreTrainedModel, shape: str = "llama2", **changes: Any) -> Llama:
     """Our model with the same weights; its config is read from the published words."""
     model = Llama(ModelConfig.from_hf(config(shape, **changes)))
     state = peer.state_dict()
@@ -126,4 +167,4 @@ def logits(model: Llama, ids: Tensor, doc: Tensor | None = None,
     """Our logits at every token, (B,T) -> (B,T,V); by default a row is one document."""
     doc = torch.zeros_like(ids) if doc is None else doc
     pos = torch.arange(ids.shape[1]).expand_as(ids) if pos is None else pos
-    return model.model(ids, doc, pos) @ model.head.T
+    return capped(model.model(ids, doc, pos) @ model.head.T, model.config.logit_cap)
