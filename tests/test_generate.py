@@ -53,6 +53,21 @@ def test_greedy_equals_transformers_for_prompts_of_many_lengths_at_once():
     assert len({tuple(x) for x in wanted}) == len(wanted) and len(set(wanted[0])) > 3  # not dull
 
 
+@pytest.mark.parametrize("shape", list(tiny.SHAPES))
+def test_every_family_continues_as_transformers_does_beyond_its_window(shape):
+    peer = tiny.peer(shape, seed=3)
+    model = tiny.ours(peer, shape)
+    prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (30, 3, 17)]
+    found = [[] for _ in prompts]
+    for row, token in generate(model, prompts, Sampling(24, temperature=0)):
+        found[row].append(token)
+    for prompt, mine in zip(prompts, found, strict=True):
+        out = peer.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False,
+                            pad_token_id=0, eos_token_id=[],
+                            attention_mask=torch.ones(1, len(prompt), dtype=torch.long))
+        assert mine == out[0, len(prompt):].tolist()
+
+
 def test_rows_end_at_eos_as_in_transformers_and_the_others_go_on():
     greedy = [greedily(p, 20) for p in PROMPTS]
     eos = greedy[2][4]  # the longest prompt leaves first: the batch shrinks and its cache with it

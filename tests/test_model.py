@@ -117,6 +117,20 @@ def test_rotary_frequencies_are_those_of_transformers_at_published_sizes(shape):
     assert rope.amplitude == pytest.approx(theirs.attention_scaling)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_weights_give_the_logits_of_transformers_to_bf16_rounding(shape):
+    peer, model = both(shape)
+    ids = tiny.tokens(2, 40)
+    with torch.no_grad():
+        exact = tiny.logits(model, ids)
+        theirs = peer.to(torch.bfloat16)(ids).logits.float()
+        model.to(torch.bfloat16).model.compute_dtype = torch.bfloat16
+        mine = tiny.logits(model, ids).float()
+    span = exact.std()
+    assert (mine - exact).abs().mean() < 1e-2 * span + 1.2 * (theirs - exact).abs().mean()
+    assert (mine - theirs).abs().mean() < 3e-2 * span
+
+
 def test_bf16_products_stay_near_float32_and_logits_come_as_float32():
     peer, model = both("llama31")
     ids = tiny.tokens(2, 40)

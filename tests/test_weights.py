@@ -150,6 +150,44 @@ def test_another_dtype_is_written_and_said_in_the_config_if_asked_for(made, tmp_
     close(logits(weights.load(tmp_path / "out")[0]), peers_logits(tmp_path / "out"))
 
 
+def see_and_write(folder: Path, style: str) -> transformers.PreTrainedModel:
+    """Write a tiny Gemma 3 that also sees pictures; `style`: its tensors' names on the hub."""
+    text = tiny.config("gemma3")
+    words = {k: v for k, v in text.items() if k not in ("architectures", "model_type")}
+    model = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**words),
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                       "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        image_token_index=7, mm_tokens_per_image=4)).eval()
+    model.save_pretrained(folder)
+    tiny.write_tokenizer(folder)
+    state = st.load_file(folder / "model.safetensors")
+    if style == "hub":  # as published: language_model.model.layers..., vision_tower...
+        state = {k.replace("model.language_model.", "language_model.model.")
+                 if "language_model" in k else k.removeprefix("model."): x.contiguous()
+                 for k, x in state.items()}
+        st.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("style", ["hub", "new"])
+def test_the_text_part_of_a_model_that_sees_pictures_is_read_alone(tmp_path, style):
+    peer = see_and_write(tmp_path / "both", style)
+    names = st.load_file(tmp_path / "both" / "model.safetensors")
+    assert any("vision_tower" in k for k in names)
+    model, _ = weights.load(tmp_path / "both")
+    ids = tiny.tokens(2, 40).clamp(min=8)
+    with torch.no_grad():
+        wanted = peer(ids).logits
+        torch.testing.assert_close(tiny.logits(model, ids), wanted, rtol=1e-5, atol=1e-5)
+    weights.save(model, tmp_path / "text", like=tmp_path / "both")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert type(again).__name__ == "Gemma3ForCausalLM"
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    assert weights.load(tmp_path / "text")[0].config == model.config
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_config_in_the_words_of_the_published_models_loads_the_same(copy, shape):
     folder = copy(shape)
@@ -628,7 +666,7 @@ def test_a_config_that_is_no_strict_json_is_refused(copy, text, says):
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "yarn"),
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
     ({"vocab_size": 321}, "vocab_size"), ({"hidden_size": 64}, "hidden_size"),
     ({"intermediate_size": 47}, "intermediate_size"),
     ({"num_hidden_layers": 3}, "num_hidden_layers"),
