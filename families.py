@@ -131,7 +131,8 @@ class ModelConfig:
             raise UserError("config.json: use_bidirectional_attention is true; a causal model is "
                             "needed")
         named = "hidden_activation" if "hidden_activation" in words else "hidden_act"
-        if (activation := words.get(named, "silu")) not in (*ACTIVATIONS, None):
+        activation = words.get(named) or family.words.get(named, "silu")
+        if type(activation) is not str or activation not in ACTIVATIONS:
             raise UserError(f"config.json: activation {activation!r}, only "
                             f"{' and '.join(map(repr, ACTIVATIONS))} are supported")
         H, C = _size(words, "num_attention_heads"), _size(words, "hidden_size")
@@ -159,7 +160,7 @@ class ModelConfig:
             max_position_embeddings=_size(words, "max_position_embeddings", 2048),
             rms_norm_eps=_number(words, "rms_norm_eps", 1e-6),
             tie_word_embeddings=_flag(words, "tie_word_embeddings"),
-            activation=ACTIVATIONS[activation or "silu"], rope=rope, local_rope=local, **found)
+            activation=ACTIVATIONS[activation], rope=rope, local_rope=local, **found)
 
     def to_hf(self) -> dict[str, Any]:
         """config.json for a LLaMA of this shape, as transformers 4 and 5 both read it."""
@@ -184,7 +185,7 @@ class ModelConfig:
 def text_words(raw: dict[str, Any]) -> dict[str, Any]:
     """config.json of the text part, for a model that also sees pictures; any other as it is."""
     named = raw.get("architectures")
-    if type(named) is not list or not named or named[0] not in TEXT_PART:
+    if type(named) is not list or not named or str(named[0]) not in TEXT_PART:
         return raw
     text = raw.get("text_config")
     if type(text) is not dict:

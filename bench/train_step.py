@@ -4,11 +4,9 @@
                                [--compile] [--md FILE] [--json FILE]
 
 The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
-tokens, dtype, start of LoRA, fused AdamW and clipping. Each measurement is a process of its own, in
-turn, so that a slow minute is slow for all. peft is measured in three forms and we are compared
-with its fastest and with its smallest. The losses of the first and of the last step must agree, or
-not the same was measured: that is an error. The parent stays small, for a child's peak of memory
-begins with its parent's.
+tokens, dtype, start of LoRA, fused AdamW and clipping. peft is measured in three forms and we are
+compared with its fastest and with its smallest. The losses of the first and of the last step must
+agree, or not the same was measured: that is an error.
 """
 
 from __future__ import annotations
@@ -17,16 +15,17 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+from bench import answer, child, peak_gb
+
+HERE = "bench.train_step"
 SIZES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary, rows, row length
     "full": (768, 2048, 12, 12, 4, 32000, 4, 512),
     "quick": (64, 128, 2, 4, 2, 512, 2, 32)}
@@ -147,8 +146,7 @@ def measure(side: str, case: str, size: str, folder: str, steps: str, compiled: 
         begun = time.perf_counter()
         losses.append(step())
         seconds.append(time.perf_counter() - begun)
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return {"losses": losses, "seconds": seconds, "gb": getrusage(RUSAGE_SELF).ru_maxrss / unit,
+    return {"losses": losses, "seconds": seconds, "gb": peak_gb(),
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
@@ -169,24 +167,15 @@ def matmul(case: str, size: str) -> tuple[float, int]:
 CHILDREN: dict[str, Callable[..., Any]] = {"draw": draw, "measure": measure, "matmul": matmul}
 
 
-def child(name: str, *args: object) -> Any:
-    """What a function of CHILDREN gives in a new process; its complaints are shown if it fails."""
-    command = [sys.executable, "-m", "bench.train_step", "--child", name, *map(str, args)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name} {' '.join(map(str, args))}: exit code {done.returncode}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def compare(case: str, size: str, folder: str, s: argparse.Namespace) -> dict[str, Any]:
     """All sides of a case, `rounds` times in turn: what each took; ours beside the best peer."""
     what, sides = CASES[case]
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     gflops, (*_, B, T) = [], SIZES[size]
     for _ in range(s.rounds):
-        gflops.append(child("matmul", case, size)[0])
+        gflops.append(child(HERE, "matmul", case, size)[0])
         for side in sides:
-            runs[side].append(child("measure", side, case, size, folder, s.steps, s.compile))
+            runs[side].append(child(HERE, "measure", side, case, size, folder, s.steps, s.compile))
             middle = statistics.median(runs[side][-1]["seconds"])
             print(f"{what}, {side}: {middle:.3f} s a step", file=sys.stderr, flush=True)
     rows = []
@@ -226,8 +215,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(CHILDREN[sys.argv[2]](*sys.argv[3:])))
+    if answer(CHILDREN):
         return 0
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
@@ -241,10 +229,11 @@ def main() -> int:
     size, s.steps = "quick" if s.quick else "full", s.steps or (2 if s.quick else 5)
     C, M, L, H, K, V, B, T = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
-        n = child("draw", size, folder)
+        n = child(HERE, "draw", size, folder)
         found = [compare(case, size, folder, s) for case in s.cases]
     about = {"parameters": n, "machine": platform.machine(), "compile": s.compile,
-             "threads": child("matmul", "fp32", "quick")[1], "rounds": s.rounds, "steps": s.steps,
+             "threads": child(HERE, "matmul", "fp32", "quick")[1],
+             "rounds": s.rounds, "steps": s.steps,
              "versions": {x: version(x) for x in ("torch", "transformers", "peft")}}
     text = (f"{n / 1e6:.1f}M parameters: {L} layers, C {C}, M {M}, {H} heads over {K}, V {V}. "
             f"{B} x {T} tokens. Median of {s.rounds} x {s.steps} steps after two"

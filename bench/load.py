@@ -1,0 +1,105 @@
+"""Loading a model from warm disk here against transformers' from_pretrained, on this machine's CPU.
+
+    python -m bench.load [--quick] [--rounds 3] [--md FILE]
+
+A random LLaMA of TinyLlama's shape (1.1 billion parameters, bf16) is written once, in shards. Both
+sides load it in the file's dtype and in float32, and then read one token, so that every weight has
+been touched: a file that is only mapped is not loaded yet. Memory is the peak of the process above
+what it held after its imports; the next logits of both sides must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from typing import Any
+
+from bench import answer, child, peak_gb
+
+HERE = "bench.load"
+SIZES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary
+    "full": (2048, 5632, 22, 32, 4, 32000), "quick": (64, 128, 2, 4, 2, 512)}
+
+
+def draw(size: str, folder: str) -> int:
+    """Write the random model in bf16; the bytes of its weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    C, M, L, H, K, V = SIZES[size]
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=V, hidden_size=C, intermediate_size=M, num_hidden_layers=L,
+        num_attention_heads=H, num_key_value_heads=K))
+    model.save_pretrained(folder, max_shard_size="1GB")
+    return 2 * model.num_parameters()
+
+
+def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
+    """Seconds to load and to read a token, the peak in GB above the imports, the likeliest id."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    import weights
+
+    kept = getattr(torch, dtype)
+    ids = torch.tensor([[7]])
+    before, begun = peak_gb(), time.perf_counter()
+    if side == "ours":
+        model, _ = weights.load(folder, dtype=kept, tokenizer=False)
+        model.model.compute_dtype = kept
+    else:
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=kept)
+    loaded = time.perf_counter()
+    with torch.inference_mode():
+        if side == "ours":
+            logits = model(ids, torch.zeros_like(ids), torch.zeros_like(ids))[0]
+        else:
+            logits = model(ids).logits[0, -1]
+    return {"load": loaded - begun, "ready": time.perf_counter() - begun,
+            "gb": peak_gb() - before, "top": int(logits.argmax())}
+
+
+def main() -> int:
+    if answer({"draw": draw, "measure": measure}):
+        return 0
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
+    parser.add_argument("--rounds", type=int, default=3, help="processes a side")
+    parser.add_argument("--md", help="append the table to this file")
+    s = parser.parse_args()
+    lines = ["| kept as | | seconds to load | to the first token | peak GB above imports | "
+             "of the weights |", "|---|---|---:|---:|---:|---:|"]
+    same = True
+    with tempfile.TemporaryDirectory() as folder:
+        size = child(HERE, "draw", "quick" if s.quick else "full", folder)
+        child(HERE, "measure", "ours", "bfloat16", folder)  # the disk is warm from here on
+        for dtype, weights_gb in (("bfloat16", size / 2**30), ("float32", 2 * size / 2**30)):
+            runs: dict[str, list[dict]] = {"ours": [], "transformers": []}
+            for _ in range(s.rounds):
+                for side, done in runs.items():
+                    done.append(child(HERE, "measure", side, dtype, folder))
+            for side, done in runs.items():
+                load, ready = (statistics.median(x[k] for x in done) for k in ("load", "ready"))
+                gb = max(x["gb"] for x in done)
+                lines.append(f"| {dtype} | {side} | {load:.2f} | {ready:.2f} | {gb:.2f} | "
+                             f"{gb / weights_gb:.2f} |")
+            same = same and len({x["top"] for done in runs.values() for x in done}) == 1
+    text = (f"{size / 2e9:.2f}B parameters, {size / 2**30:.2f} GB in bf16. Median of {s.rounds} "
+            f"processes; torch {version('torch')}, transformers {version('transformers')}."
+            + ("" if same else " THE SIDES DISAGREE ABOUT THE NEXT TOKEN.")
+            + "\n\n" + "\n".join(lines) + "\n")
+    print(text)
+    if s.md:
+        with open(s.md, "a") as file:
+            print(text, file=file)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
