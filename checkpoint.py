@@ -54,10 +54,10 @@ def save(root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict
         for part, tensors in parts.items():
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()},
                       aside / f"{part}.safetensors")
-        (aside / "state.json").write_text(json.dumps(state))
+        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files = sorted(p for p in aside.iterdir())
         manifest = {p.name: [p.stat().st_size, _sha256(p)] for p in files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         umask = os.umask(0)
         os.umask(umask)
         for path in [*files, aside / MANIFEST]:
@@ -110,9 +110,9 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """A checkpoint's parts (tensors on the CPU) and state."""
     from safetensors.torch import load_file
 
-    files = [folder / name for name in json.loads((folder / MANIFEST).read_text())]
+    files = [folder / name for name in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))]
     parts = {path.stem: load_file(path) for path in files if path.suffix == ".safetensors"}
-    return parts, json.loads((folder / "state.json").read_text())
+    return parts, json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def lock(out: Path) -> Iterator[None]:
     path = out / ".lock"
     if path.is_symlink():
         raise UserError(f"{path}: is a link, and a run writes nowhere but in its folder", FLAGS)
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -148,7 +148,7 @@ def _step(folder: Path) -> int:
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if every file is what the manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, (size, digest) in manifest.items():
             path = folder / name
             if path.parent != folder or path.is_symlink() or not path.is_file():

@@ -84,7 +84,7 @@ def _toml(value: Any) -> str:
 def _recipe(cls: type, path: str) -> dict[str, Any]:
     """A recipe's values by field name."""
     try:
-        raw = tomllib.loads(Path(path).read_text())
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe", FLAGS) from None
     except (OSError, ValueError) as e:

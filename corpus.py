@@ -202,14 +202,15 @@ def _jsonl(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator
             continue
         try:
             text = json.loads(raw.text)[key]
-            assert isinstance(text, str)
+            if not isinstance(text, str):
+                raise TypeError
             yield Piece(text, len(text.encode()))
         except UnicodeEncodeError:
             yield Piece("", len(line), "undecodable")  # half a surrogate pair, written as an escape
         except (ValueError, RecursionError):
             raise UserError(f"{path}, line {n}: not JSON; expected an object with "
                             f"{key!r}") from None
-        except (KeyError, TypeError, AssertionError):
+        except (KeyError, TypeError):
             raise UserError(f"{path}, line {n}: no text under {key!r}; name the key with "
                             "--text-key") from None
 

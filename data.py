@@ -96,7 +96,8 @@ class BinWriter:
             "documents": len(self.starts) - 1, "tokens": self.starts[-1], "trained": self.trained,
             "bytes": self.n_bytes, "ledger": ledger, "sources": sources,
             "sha256": {f.name: sha256(f) for f in files}}
-        (self.aside / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(meta, indent=1, ensure_ascii=False)
+        (self.aside / "meta.json").write_text(text + "\n", encoding="utf-8")
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.aside.rename(self.folder)
@@ -121,7 +122,7 @@ class Bin:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
+            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             wanted = {
                 k: self.meta[k] for k in ("format", "dtype", "vocabulary", "tokenizer", "sha256")}
         except FileNotFoundError:

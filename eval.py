@@ -179,7 +179,7 @@ def main(s: Settings) -> None:
                     "tokenizer": tokenizer.fingerprint}
         results = [measure(text, model, tokenizer, length) for text in texts]
         found = {"model": s.model, "settings": settings, "results": results}
-        aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)

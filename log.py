@@ -95,6 +95,8 @@ def run(command: Callable[[], T]) -> T:
         if __name__ == "__main__":
             log.run(lambda: main(SETTINGS))
     """
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to end
+        stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except UserError as e:
@@ -124,11 +126,12 @@ class Metrics:
         if not speaking():
             return
         if path.exists():
-            kept = [x for x in path.read_text().splitlines(True) if _step(x) <= after_step]
+            lines = path.read_text(encoding="utf-8").splitlines(True)
+            kept = [x for x in lines if _step(x) <= after_step]
             aside = path.with_suffix(".tmp")
-            aside.write_text("".join(kept))
+            aside.write_text("".join(kept), encoding="utf-8")
             aside.replace(path)
-        self.file = open(path, "a")
+        self.file = open(path, "a", encoding="utf-8")
         if track == "tensorboard":
             try:
                 from torch.utils.tensorboard import SummaryWriter

@@ -130,7 +130,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     where = folder / "adapter_config.json"
-    words = json.loads(where.read_text())
+    words = json.loads(where.read_text(encoding="utf-8"))
     odd = [
         f"{k} {words[k]!r}" for k, plain in PLAIN.items() if words.get(k) and words[k] not in plain]
     if words.get("peft_type") != "LORA" or odd:

@@ -148,12 +148,12 @@ class Run:
         for prompt, ids, more in zip(prompts, read, new, strict=True):
             continued = tok.decode(ids + more)[len(prompt):]
             block += f"-- {prompt}\n{log.printable(continued)}\n"
-        before = file.read_text() if file.exists() else ""
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
         for m in re.finditer(r"^== step (\d+)$", before, re.M):
             if int(m[1]) >= self.step:  # of work that was lost, and is done again
                 before = before[: m.start()]
                 break
-        file.write_text(before + block)
+        file.write_text(before + block, encoding="utf-8")
 
     def save(self) -> None:
         """The resume point: what trains, the optimizer, the random state, and where the data
@@ -198,7 +198,7 @@ class Run:
         """Write down what is run: settings.toml feeds back into train.py, run.json says with
         what."""
         s = dataclasses.replace(self.s, resume=False, plan=False)
-        (self.out / "settings.toml").write_text(config.to_toml(s))
+        (self.out / "settings.toml").write_text(config.to_toml(s), encoding="utf-8")
         git = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         about = {
@@ -210,7 +210,8 @@ class Run:
             "tokenizer": self.tokenizer.fingerprint, "data": self.data, "steps": self.steps,
             "tokens_per_step": self.tokens_per_step, "parameters": self.parameters,
             "changed_settings": {k: getattr(s, k) for k, v in origins.items() if v != "default"}}
-        (self.out / "run.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(about, indent=1, ensure_ascii=False)
+        (self.out / "run.json").write_text(text + "\n", encoding="utf-8")
 
     def finish(self) -> None:
         """Write the result as an HF or PEFT folder, and the report; say what changed."""
@@ -220,8 +221,8 @@ class Run:
         else:
             weights.save(self.model, self.out / "model", self.folder)
         page = report.run_report(self.out)
-        lines = (json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines())
-        seen = [x["bits_per_byte"] for x in lines if "bits_per_byte" in x]
+        lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        seen = [x["bits_per_byte"] for x in map(json.loads, lines) if "bits_per_byte" in x]
         for name in self.held:
             before, after = seen[0][name], seen[-1][name]
             log.say(f"{name}: {before:.4f} -> {after:.4f} bits per byte "

@@ -187,7 +187,7 @@ def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).exists():
             try:
-                token: Any = json.loads((folder / file).read_text()).get(key)
+                token: Any = json.loads((folder / file).read_text(encoding="utf-8")).get(key)
             except (ValueError, AttributeError, RecursionError):
                 raise UserError(f"{folder / file}: not a JSON object; fetch it again") from None
             token = token.get("content") if isinstance(token, dict) else token
@@ -224,5 +224,5 @@ def learn(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
     words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
              "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": False,
              "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=1) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
     return Tokenizer.open(folder)

@@ -35,10 +35,10 @@ from model import Llama
 from tokenizer import Tokenizer
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER, MERGED = "adapter_config.json", "adapter_model.safetensors", "merge.json"
 CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-           "chat_template.json", "LICENSE*", "NOTICE*", "USE_POLICY*")  # go wherever a model goes
+           "chat_template.json", MERGED, "LICENSE*", "NOTICE*", "USE_POLICY*")  # go with a model
 MODEL_FILES = (CONFIG, ADAPTER_CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", ADAPTER, *CARRIED)
 NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -366,7 +366,7 @@ def save(model: Llama, folder: Path | str, like: Path | str,
             size = sum(x.numel() * kinds[k].itemsize for k, x in state.items())
             index["metadata"] = {**index.get("metadata", {}), "total_size": size}
             index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
-            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: int) -> None:
@@ -376,7 +376,7 @@ def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: i
     tokenizer.save(folder)
     words = {**config.to_hf(), "dtype": "float32",
              "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    (folder / CONFIG).write_text(json.dumps(words, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
     save(model, folder, like=folder)
 
 
@@ -392,7 +392,7 @@ def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path 
             words["base_model_name_or_path"] = repo.removeprefix("models--").replace("--", "/")
             words["revision"] = there.name
     with _aside(Path(folder)) as aside:
-        (aside / ADAPTER_CONFIG).write_text(json.dumps(words, indent=2) + "\n")
+        (aside / ADAPTER_CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
         _carry(find(like), aside)
         state = {k: x.cpu().contiguous() for k, x in lora.adapter_state(model).items()}
         save_file(state, aside / ADAPTER, metadata={"format": "pt"})

@@ -96,7 +96,7 @@ def main() -> int:
             + "\n\n" + "\n".join(lines) + "\n")
     print(text)
     if s.md:
-        with open(s.md, "a") as file:
+        with open(s.md, "a", encoding="utf-8") as file:
             print(text, file=file)
     return 0 if same else 1
 

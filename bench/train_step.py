@@ -241,10 +241,11 @@ def main() -> int:
             f"{', '.join(f'{k} {v}' for k, v in about['versions'].items())}.\n\n{table(found)}\n")
     print(text)
     if s.md:
-        with open(s.md, "a") as file:
+        with open(s.md, "a", encoding="utf-8") as file:
             print(text, file=file)
     if s.json:
-        Path(s.json).write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")
+        text = json.dumps({**about, "cases": found}, indent=1)
+        Path(s.json).write_text(text + "\n", encoding="utf-8")
     return 0 if all(f["same"] for f in found) else 1
 
 

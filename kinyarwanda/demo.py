@@ -59,7 +59,7 @@ def texts(folder: Path, seed: int) -> dict[str, Path]:
                 break
         for name, lines in ((lang, train), (f"{lang}-val", kept)):
             paths[name] = folder / f"{name}.txt"
-            paths[name].write_text("\n".join(lines) + "\n")
+            paths[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
     return paths
 
 
@@ -74,8 +74,8 @@ def run(s: Any, origins: dict[str, str], train: Callable[[Any, dict[str, str]], 
     ours = {**BOTH, **NEXT, "prompts": PROMPTS}
     if log.speaking():
         paths = texts(out / "text", s.seed)
-        lines = [x for name in ("eng", "kin") for x in paths[name].read_text().splitlines()]
-        tokenizer = learn(lines, 1024, out / "tokenizer")
+        both = "".join(paths[name].read_text(encoding="utf-8") for name in ("eng", "kin"))
+        tokenizer = learn(both.splitlines(), 1024, out / "tokenizer")
         shape = ModelConfig(tokenizer.vocab_size, hidden_size=128, intermediate_size=352,
                             num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                             head_dim=32, max_position_embeddings=256, tie_word_embeddings=True)
@@ -110,7 +110,8 @@ def _val(out: Path) -> list[str]:
 
 def tell(out: Path) -> None:
     """What was shown: both languages before and after, continuations, and what to run next."""
-    looks = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    looks = [json.loads(x) for x in lines]
     looks = [x["bits_per_byte"] for x in looks if "bits_per_byte" in x]
     print("\nbits per byte    before    after")
     for lang, name in (("kin", "Kinyarwanda"), ("eng", "English")):
@@ -130,6 +131,6 @@ Next:
 
 def _samples(path: Path, which: int) -> dict[str, str]:
     """The continuations of one evaluation, by prompt."""
-    block = path.read_text().split("== step ")[1:][which]
+    block = path.read_text(encoding="utf-8").split("== step ")[1:][which]
     pairs = (x.split("\n", 1) for x in block.split("\n-- ")[1:])
     return {prompt: text.replace("\n", " ") for prompt, text in pairs}

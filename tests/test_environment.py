@@ -1,0 +1,57 @@
+"""A run gives the same losses whatever surrounds it: flags of Python, locale, umask, odd paths."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SURROUNDINGS = {  # flags of Python, environment, umask, the folder it runs in
+    "optimised": (["-O"], {}, 0o022, "here"),
+    "warnings are errors": (["-W", "error"], {}, 0o022, "here"),
+    "another hash seed": ([], {"PYTHONHASHSEED": "12345"}, 0o022, "here"),
+    "an ASCII locale": ([], {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 0o022,
+                        "here"),
+    "a private umask": ([], {}, 0o077, "here"),
+    "an open umask": ([], {}, 0o000, "here"),
+    "an odd path": ([], {}, 0o022, "ahandi hantu h'ishyamba é\n2"),
+}
+
+
+def losses(place: Path, flags: list[str], env: dict[str, str], umask: int) -> list[str]:
+    """Losses of a short run, digit for digit, in a folder that is made for it."""
+    place.mkdir()
+    tiny.folder(place / "model", "llama32", max_position_embeddings=64)
+    lines = [f"{s} é’ {i}" for i in range(12) for s in tiny.SENTENCES]
+    (place / "kin.txt").write_text("\n".join(lines), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, *flags, str(ROOT / "train.py"), "--model", "model", "--data", "kin.txt",
+         "--out", "out", "--seq-len", "32", "--rows", "2", "--steps", "4", "--dtype", "fp32",
+         "--device", "cpu"], cwd=place, env={**ENV, **env}, umask=umask, capture_output=True)
+    said = done.stderr.decode(errors="replace")
+    assert done.returncode == 0, said[-2000:]
+    mode = (place / "out/model/model.safetensors").stat().st_mode & 0o777
+    assert mode == 0o666 & ~umask
+    found = [json.loads(x) for x in
+             (place / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "\n-- " in (place / "out/samples.txt").read_text(encoding="utf-8")
+    return [repr(x["loss"]) for x in found if "loss" in x]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> list[str]:
+    return losses(tmp_path_factory.mktemp("plain") / "here", [], {}, 0o022)
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_the_losses_are_the_same_in_other_surroundings(name, plain, tmp_path):
+    flags, env, umask, folder = SURROUNDINGS[name]
+    assert losses(tmp_path / folder, flags, env, umask) == plain and len(plain) == 4
