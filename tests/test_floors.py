@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "train": 8, "sample": 8, "eval": 8, "prepare": 8,
+    "train": 8, "sample": 8, "eval": 8, "prepare": 8, "export": 8,
     "run": 7,  # what stands around the loop
-    "corpus": 6, "tasks": 6, "checkpoint": 6,
+    "corpus": 6, "tasks": 6, "checkpoint": 6, "card": 6,
     "weights": 5, "generate": 5,
     "model": 4,
     "loss": 3,
@@ -74,6 +74,7 @@ def test_each_foreign_library_has_one_home():
             homes.setdefault(name, set()).add(path.stem)
     # safetensors: weights in folders, adapters, resume points; tyro: its flags, and its mark for
     # positional ones
-    shared = {"safetensors": {"weights", "lora", "checkpoint"}, "tyro": {"config", "prepare"}}
+    shared = {"safetensors": {"weights", "lora", "checkpoint", "export"},
+              "tyro": {"config", "prepare"}, "huggingface_hub": {"weights", "hub", "export"}}
     for name, where in homes.items():
         assert len(where) == 1 or where <= shared.get(name, set()), f"{name} in {sorted(where)}"

@@ -13,6 +13,7 @@ import pytest
 
 import config
 import eval as eval_command
+import export
 import prepare
 import sample
 import train
@@ -20,7 +21,8 @@ import train
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"train.py": train.Settings, "sample.py": sample.Settings,
             "eval.py": eval_command.Settings,
-            **{f"prepare.py {name}": cls for name, (cls, _) in prepare.COMMANDS.items()}}
+            **{f"prepare.py {name}": cls for name, (cls, _) in prepare.COMMANDS.items()},
+            **{f"export.py {name}": cls for name, cls in export.COMMANDS.items()}}
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -31,7 +33,7 @@ def commands() -> list[tuple[str, list[str]]]:
             for part in re.split(r"\n|&&", block.replace("\\\n", " ")):
                 if re.match(r"\s*python \w+\.py ", part):
                     _, name, *rest = shlex.split(part, comments=True)
-                    name += f" {rest.pop(0)}" if name == "prepare.py" else ""
+                    name += f" {rest.pop(0)}" if name in ("prepare.py", "export.py") else ""
                     found.append((name, rest))
     return found
 

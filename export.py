@@ -1,0 +1,412 @@
+"""What is done with a trained model: merge, look it over, describe it, send it.
+
+    python export.py merge --model out/kin/model --out out/kin-merged
+    python export.py check --model out/kin-merged
+    python export.py card --model out/kin-merged --run out/kin --results out/kin-eval/results.json
+    python export.py push --model out/kin-merged --repo org/name
+
+One idea: what leaves here is what was trained, and says so. A merge goes tensor by tensor in the
+base's own precision, so that it needs the memory of one shard and not of two models; a check opens
+what another program will open; a card repeats what files say, and calls the rest unknown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import config
+import log
+from log import BAD_INPUT, FLAGS, STORAGE, UserError
+
+
+@dataclass
+class Merge:
+    """Add an adapter to its base, in the base's own precision, a shard in memory at a time."""
+
+    model: str
+    """The adapter's folder, or its run's."""
+    out: str
+    """The merged model's folder; an older model there is replaced."""
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
+    """Of what is written; keep: each tensor's own in the base."""
+    compare: bool = True
+    """Load the adapter on its base, then the result, both in float32, and compare their logits."""
+
+
+@dataclass
+class Check:
+    """Look a model's folder over, a line for each thing; exit code 3 if one is wrong."""
+
+    model: str
+    """A Hugging Face folder, an adapter's folder, a run's folder, or a hub id."""
+
+
+@dataclass
+class Card:
+    """Write the folder's README.md, a model card, from what its files and its run's say."""
+
+    model: str
+    """The model's folder, or its run's."""
+    run: str = ""
+    """The run's folder: data, settings, bits per byte before and after."""
+    results: list[str] = field(default_factory=list)
+    """results.json files of eval.py."""
+    language: list[str] = field(default_factory=lambda: ["rw", "en"])
+    licence: str = ""
+    """The licence's name on the hub; without it, the base's, if its folder says."""
+    force: bool = False
+    """Replace a README.md that this command did not write."""
+
+
+@dataclass
+class Push:
+    """Send a model's folder to the hub, after showing what goes where."""
+
+    model: str
+    repo: str
+    """org/name on the hub; made, as a private one, if it is not there."""
+    public: bool = False
+    """For everybody to see."""
+    yes: bool = False
+    """Do not ask."""
+
+
+COMMANDS = {"merge": Merge, "check": Check, "card": Card, "push": Push}
+
+if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
+    NAME, SETTINGS = log.run(lambda: config.pick(
+        dict(COMMANDS), sys.argv[1:], "export.py", (__doc__ or "").strip()))
+
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import lora  # noqa: E402
+import weights  # noqa: E402
+from card import WRITTEN, identity, merges  # noqa: E402
+from card import text as card_text  # noqa: E402
+from data import sha256  # noqa: E402
+from generate import Sampling, generate  # noqa: E402
+from loss import capped  # noqa: E402
+from model import Llama  # noqa: E402
+from tokenizer import FILES, Tokenizer  # noqa: E402
+from weights import ADAPTER, ADAPTER_CONFIG, CONFIG, INDEX, MERGED, Slot  # noqa: E402
+
+KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TEXT = "Umwana ajya ku ishuri. The child goes to school."
+
+
+def merge(s: Merge) -> None:
+    """Write base + adapter as a folder laid out like the base; each sum is rounded once."""
+    folder = weights.find(s.model)
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise UserError(f"{folder}: no {ADAPTER_CONFIG}, so this is no adapter; name the folder of "
+                        "one, as --tune lora writes it")
+    base, out = weights.base_of(folder), Path(s.out).expanduser().resolve()
+    if out in (folder.resolve(), base.resolve()):
+        raise UserError(f"--out {s.out}: is the {'base' if out == base.resolve() else 'adapter'} "
+                        "itself; name another folder", FLAGS)
+    adapter = sha256(weights._inside(folder, ADAPTER))
+    earlier = merges(base)
+    if adapter in [x.get("merged_adapter") for x in earlier]:
+        raise UserError(f"{folder}: this adapter is already merged into {base} ({MERGED} there "
+                        "says so); merge it into the model it was trained on")
+    model = adapted(base, folder)
+    before = logits(folder) if s.compare else None
+    name, revision = identity(str(base))
+    with weights._aside(out) as aside:
+        write_merged(model, base, aside, s.dtype)
+        weights._carry(base, aside)
+        if any((folder / x).exists() for x in FILES[:2]):  # one tokenizer, never halves of two
+            for x in (*FILES[:4], "added_tokens.json"):
+                (aside / x).unlink(missing_ok=True)
+        weights._carry(folder, aside)
+        mine = out / "README.md"
+        if mine.exists() and WRITTEN not in (text := mine.read_text("utf-8", "replace")):
+            (aside / mine.name).write_text(text, encoding="utf-8")  # a person's stays
+        record = {"merged_adapter": adapter, "base": name, "revision": revision}
+        (aside / MERGED).write_text(json.dumps({"merges": [*earlier, record]}, indent=1) + "\n")
+    print(f"{out}: an adapter of {len(lora.adapters(model))} layers merged into {base}, "
+          f"dtype {s.dtype}")
+    if before is not None:
+        after = logits(out)
+        print(f"largest logit difference to the adapter on its base: "
+              f"{(after - before).abs().max():.2e}, of logits up to {before.abs().max():.3g}")
+
+
+def adapted(base: Path, folder: Path) -> Llama:
+    """The base's shapes without its weights, and the adapter in them, real and checked."""
+    weights.header(weights._inside(folder, ADAPTER))
+    with torch.device("meta"):
+        model = Llama(weights.read_config(base))
+    lora.load_adapter(model, folder)  # all that can be wrong is said here, as when it is loaded
+    for k in [k for k, p in model.named_parameters() if p.requires_grad]:  # what was trained
+        parent, _, leaf = k.rpartition(".")
+        p = torch.empty(model.get_parameter(k).shape, dtype=torch.float32)
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(p))
+    lora.fill(model, load_file(folder / ADAPTER), str(folder))
+    for k, x in lora.adapter_state(model).items():
+        weights._check_finite(x, f"{folder / ADAPTER}: {k}")
+    return model
+
+
+def write_merged(model: Llama, base: Path, aside: Path, dtype: str) -> None:
+    """The merged weights, shard by shard: save_file wants a whole shard, so one is in memory."""
+    adapters = lora.adapters(model)
+    wanted = {k.replace(".base_layer.", "."): p for k, p in model.named_parameters()
+              if ".lora_" not in k}
+    found = slots(base, model)
+    weights._compare(base, model.config, wanted, found)
+    shards: dict[str, list[str]] = {}
+    for k, slot in found.items():
+        shards.setdefault(slot.file.name, []).append(k)
+    weights._write_config(aside, base, model.config, KINDS.get(dtype))
+    size = 0
+    with log.progress("merging", len(found)) as move:
+        for file, names in shards.items():
+            part: dict[str, Tensor] = {}
+            for k in names:
+                x = read(found[k])
+                kind = KINDS.get(dtype, x.dtype)  # a sum is in float32, and rounded once
+                if k.endswith(".weight") and k.removesuffix(".weight") in adapters:
+                    one = nn.Module()
+                    one.layer = adapters[k.removesuffix(".weight")]
+                    one.layer.base_layer.weight = nn.Parameter(x.float(), requires_grad=False)
+                    lora.merge(one)
+                    x = one.layer.weight.detach()
+                    adapters[k.removesuffix(".weight")].base_layer.weight = None  # let it go
+                elif wanted[k].requires_grad:  # trained as it is, beside the adapter
+                    x = wanted[k].detach()
+                part[k] = x.to(kind).contiguous()
+                weights._check_finite(part[k], k)  # a narrower dtype overflows without a word
+                size += part[k].nbytes
+                move(1)
+            save_file(part, aside / file, metadata={"format": "pt"})
+    if (base / INDEX).exists():
+        index = weights.read_json(weights._inside(base, INDEX))
+        index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+        index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
+        (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def slots(folder: Path, model: Llama) -> dict[str, Slot]:
+    """A folder's tensors but old rotary buffers and the copy of a tied head, neither of them
+    read."""
+    tied = model.config.tie_word_embeddings
+    return {k: slot for k, slot in weights.tensors(folder).items()
+            if not (k.endswith("rotary_emb.inv_freq") or (tied and k == "lm_head.weight"))}
+
+
+def read(slot: Slot) -> Tensor:
+    """One tensor; the file is opened for it alone, so that the pages it read can go with it."""
+    if slot.dtype not in weights.DTYPES:
+        raise UserError(f"{slot.file}: {slot.name} is {slot.dtype}, expected "
+                        f"{' '.join(weights.DTYPES)}; take the model in its original precision")
+    return safe_open(slot.file, "pt").get_tensor(slot.name)
+
+
+@torch.inference_mode()
+def logits(folder: Path) -> Tensor:
+    """Logits of a short fixed text at each token, in float32: (T,V)."""
+    model, tokenizer = weights.load(folder)
+    assert tokenizer is not None
+    ids = torch.tensor([tokenizer.document(TEXT)[: model.config.max_position_embeddings]])  # (1,T)
+    h = model.eval().model(ids, torch.zeros_like(ids), torch.arange(ids.shape[1])[None])
+    return capped(h @ model.head.T, model.config.logit_cap)[0]
+
+
+def check(s: Check) -> None:
+    """A line with a tick or a cross for each thing; a folder that cannot be read is an error."""
+    wrong = 0
+    for good, line in findings(weights.find(s.model)):
+        print("✓" if good else "✗", log.printable(line), flush=True)
+        wrong += not good
+    if wrong:
+        print(f"{wrong} wrong")
+        raise SystemExit(BAD_INPUT)
+
+
+def findings(folder: Path) -> Iterator[tuple[bool, str]]:
+    """Each thing that is right or wrong in a folder, and what it is."""
+    base = weights.base_of(folder)
+    shape = weights.read_config(base)
+    with torch.device("meta"):
+        model = Llama(shape)
+    wanted, found = dict(model.named_parameters()), slots(base, model)
+    odd = [f"{k} missing" for k in wanted if k not in found]
+    odd += [f"{k} not of this model" for k in found if k not in wanted]
+    yield not odd, f"tensors: {weights._five(odd) or f'all {len(wanted)} are there'}"
+    astray = [f"{k} {found[k].shape}, expected {tuple(p.shape)}" for k, p in wanted.items()
+              if k in found and found[k].shape != tuple(p.shape)]
+    yield not astray, f"shapes: {weights._five(astray) or 'as config.json says'}"
+    bad, adapter = [], weights.header(weights._inside(folder, ADAPTER)) if folder != base else {}
+    for k, slot in [*found.items(), *adapter.items()]:
+        try:
+            weights._check_finite(read(slot), k)
+        except UserError as e:
+            bad.append(str(e).split(";")[0])
+    yield not bad, f"numbers: {weights._five(bad) or 'all finite'}"
+    head, tied = weights.tensors(base).get("lm_head.weight"), shape.tie_word_embeddings
+    embedding = found.get("model.embed_tokens.weight")
+    if tied and head is not None and embedding is not None:
+        same = torch.equal(read(head), read(embedding))
+        yield same, f"head: tied, and its copy in the file is {'the same' if same else 'another'}"
+    else:
+        yield tied or head is not None, "head: " + (
+            "tied to the embeddings" if tied else "its own" if head else "neither tied nor there")
+
+    own = any((folder / x).exists() for x in FILES[:2])
+    tokenizer = Tokenizer.open(folder if own else base)
+    given = (tokenizer.bos, tokenizer.eos, *tokenizer.byte_lengths.nonzero()[0][-1:].tolist())
+    top = max(x for x in given if x is not None)
+    rows = embedding.shape[0] if embedding is not None else 0
+    fits = rows == shape.vocab_size > top
+    yield fits, (f"vocabulary: {shape.vocab_size} in config.json, {rows} embeddings, the "
+                 f"tokenizer's ids end at {top}")
+    ids = tokenizer.document(TEXT)
+    begins = ids.count(tokenizer.bos), ids[0] == tokenizer.bos
+    yield begins == (1, True) or tokenizer.bos is None, (
+        "BOS: the tokenizer has none" if tokenizer.bos is None
+        else f"BOS: {begins[0]} in a document, expected one, at its beginning")
+
+    eos, name = tokenizer.eos, None if tokenizer.eos is None else tokenizer.pieces[tokenizer.eos]
+    template = chat_template(folder) or chat_template(base)
+    said = name is not None and (name in template or "eos_token" in template)
+    yield not template or said, "chat template: " + (
+        "none" if not template else f"{'ends' if said else 'does not end'} a turn with {name}")
+    stops, where = stop_ids(folder, base)
+    right = bool(stops) and all(type(x) is int and 0 <= x < shape.vocab_size for x in stops) and (
+        eos is None or eos in stops)
+    yield right, f"stop ids: {stops} in {where}, vocabulary {shape.vocab_size}, EOS {eos}"
+    del model
+
+    if odd or astray or bad or not fits:
+        yield False, "continuation: not tried"
+        return
+    try:
+        loaded, _ = weights.load(folder, dtype=None)
+        start = ids[: max(1, len(ids) // 4)]  # far from where a sentence ends
+        new = min(16, shape.max_position_embeddings - 1)
+        more = [x for _, x in generate(loaded.eval(), [start], Sampling(new, temperature=0.0),
+                                       {eos}, tokenizer.bos)]
+        yield True, f"continuation: {tokenizer.decode(start)!r} -> {tokenizer.decode(more)!r}"
+    except UserError as e:
+        yield False, f"continuation: {e}"
+
+
+def chat_template(folder: Path) -> str:
+    """The folder's chat template wherever it stands, or nothing; of several, all."""
+    if (folder / "chat_template.jinja").exists():
+        return weights._inside(folder, "chat_template.jinja").read_text(encoding="utf-8")
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / file).exists():
+            found = weights.read_json(weights._inside(folder, file)).get("chat_template")
+            if found:
+                return found if type(found) is str else json.dumps(found, ensure_ascii=False)
+    return ""
+
+
+def stop_ids(folder: Path, base: Path) -> tuple[list[Any], str]:
+    """The ids at which other programs stop, and the file that says so: config.json where
+    generation_config.json does not."""
+    for file in (folder / "generation_config.json", base / "generation_config.json", base / CONFIG):
+        if file.exists():
+            found = weights.read_json(weights._inside(file.parent, file.name)).get("eos_token_id")
+            if found is not None:
+                return found if type(found) is list else [found], file.name
+    return [], "no file"
+
+
+def card(s: Card) -> None:
+    """Write README.md into the model's folder; one that a person wrote stays."""
+    folder = weights.find(s.model)
+    file = folder / "README.md"
+    if file.exists() and WRITTEN not in file.read_text("utf-8", "replace") and not s.force:
+        raise UserError(f"{file}: not written by this command, so it stays; move it, or --force",
+                        STORAGE)
+    if s.licence and not re.fullmatch(r"[\w.-]+", s.licence):
+        raise UserError(f"--licence {s.licence!r}: expected a name of the hub's, as mit", FLAGS)
+    aside = file.with_suffix(".tmp")
+    try:
+        aside.write_text("\n".join(card_text(folder, s)) + "\n", encoding="utf-8")
+        aside.replace(file)
+    except OSError as e:
+        raise UserError(f"{file}: cannot be written ({e.strerror})", STORAGE) from None
+    print(f"wrote {file}; read it before it is published")
+
+
+def push(s: Push) -> None:
+    """Say what would be sent and where, ask, and send it."""
+    folder = Path(s.model).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--model {s.model}: no such folder; only what is here can be sent", FLAGS)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", s.repo):
+        raise UserError(f"--repo {s.repo!r}: expected org/name", FLAGS)
+    folder = weights.find(folder)
+    known = (*weights.MODEL_FILES, MERGED, "README.md")
+    here = sorted(f for f in folder.iterdir())
+    files = [weights._inside(folder, f.name) for f in here if any(f.match(p) for p in known)]
+    for f in files:
+        print(f"{f.stat().st_size:>16,}  {f.name}")
+    if left := [f.name for f in here if f not in files]:
+        print(f"stays here: {log.printable(weights._five(left))}")
+    print(f"{sum(f.stat().st_size for f in files):>16,}  bytes to {s.repo}, "
+          f"{'PUBLIC: everybody sees them' if s.public else 'private'}")
+    if folder / "README.md" not in files:
+        log.say("no README.md: python export.py card writes one")
+    if folder / ADAPTER_CONFIG in files:
+        name = str(weights.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+        if Path(name).is_absolute():
+            log.say(f"{ADAPTER_CONFIG} names its base {name}, a folder that nobody else has; name "
+                    "one on the hub there, or merge")
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if not token:
+        raise UserError("no token of the hub here; run: hf auth login, or set HF_TOKEN", FLAGS)
+    if not s.yes:
+        if not sys.stdin.isatty():
+            raise UserError("nothing is sent: this is no terminal to ask at; give --yes", FLAGS)
+        if input("send? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing is sent")
+            return
+    print(send(folder, [f.name for f in files], s, token))
+
+
+def send(folder: Path, files: list[str], s: Push, token: str) -> str:
+    """Upload files to the hub; where they are now, or why not in one line, never with the token."""
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(s.repo, private=not s.public, exist_ok=True)
+        if not s.public and api.repo_info(s.repo).private is False:
+            raise UserError(f"{s.repo}: is there already, and public; give --public to send there, "
+                            "or name another", FLAGS)
+        return str(api.upload_folder(
+            repo_id=s.repo, folder_path=folder, allow_patterns=files,
+            commit_message="Sent by kinyarwanda_ft_llm").commit_url)
+    except errors.OfflineModeIsEnabled:
+        why = "HF_HUB_OFFLINE is set; unset it to send"
+    except errors.HfHubHTTPError as e:
+        status = e.response.status_code
+        why = {401: "the token is not valid; run: hf auth login",
+               403: "the token may not write there; take one with write access, or another name",
+               404: "no such organisation, or none that the token sees; check --repo",
+               }.get(status, f"the hub answered {status}: {' '.join(str(e).split())[:300]}")
+    except UserError:
+        raise
+    except Exception as e:  # a network has more ways to fail than one can name
+        why = f"the hub cannot be reached ({type(e).__name__}: {' '.join(str(e).split())[:300]})"
+    raise UserError(f"{s.repo}: not sent; {why}".replace(token, "***"), STORAGE)
+
+
+if __name__ == "__main__":
+    log.run(lambda: {"merge": merge, "check": check, "card": card, "push": push}[NAME](SETTINGS))
