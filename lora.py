@@ -1,13 +1,18 @@
-"""LoRA (Hu et al. 2021) by hand: y = W x + (alpha / r) B A x, with W frozen.
+"""LoRA (Hu et al. 2021) and its kin by hand: y = W x + s B A x, with W frozen.
+
+s is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023), with which a high rank learns
+no slower than a low one. DoRA (Liu et al. 2024) gives the sum's rows a trained length m.
 
 A wrapped linear keeps the base under `base_layer`, as PEFT does, so a parameter's name here is,
 behind the prefix `base_model.model.`, its name in a PEFT adapter file. There is nothing to convert.
+Beside the adapter, embeddings or norms may train as they are ("whole": PEFT's modules_to_save).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +29,12 @@ PLAIN = {  # what adapter_config.json may say besides nothing: all else changes 
     "bias": ["none"],
     "task_type": ["CAUSAL_LM"],
     "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],
-    "use_dora": [],
-    "use_rslora": [],
-    "modules_to_save": [],
+    "use_dora": [True],
+    "use_rslora": [True],
+    "ensure_weight_tying": [True],
     "rank_pattern": [],
     "alpha_pattern": [],
-    "layers_to_transform": [],
+    "layers_pattern": ["layers"],
     "fan_in_fan_out": [],
     "layer_replication": [],
     "lora_bias": [],
@@ -40,56 +45,90 @@ PLAIN = {  # what adapter_config.json may say besides nothing: all else changes 
     "use_qalora": [],
     "megatron_config": [],
 }
+EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 class LoRALinear(nn.Module):
-    """y = W x + scale * B A x; A (R,in) starts random, B (out,R) at zero, so that step 0 is the
-    base model."""
+    """y = W x + s B A x; A (R,in) starts random, B (out,R) at zero, so that step 0 is the base
+    model. With DoRA every row of W + s B A has the trained length m (out,)."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool,
+                 dora: bool):
         super().__init__()
         self.base_layer = base
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.scale = alpha / rank
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         at = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=at, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=at, dtype=torch.float32)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        self.squares = base.weight.detach().float().square().sum(1) if dora else None  # (out,)
+        self.lora_magnitude_vector = nn.Parameter(self.squares.sqrt()) if dora else None
         self.enabled = True  # off: the base model
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
         if not self.enabled:
-            return y
-        A, B = (self.lora_A.weight.to(x.dtype),
-                self.lora_B.weight.to(x.dtype))  # products in the compute dtype
-        down = F.linear(F.dropout(x, self.dropout, self.training), A)  # (B,T,R)
-        return y + F.linear(down * self.scale, B)  # scaled where it is small
+            return self.base_layer(x)
+        A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        dropped = F.dropout(x, self.dropout, self.training)
+        down = F.linear(dropped, A) * self.scale  # (B,T,R): scaled where it is small
+        y = self.base_layer(x)
+        if self.lora_magnitude_vector is None:
+            return y + F.linear(down, B)
+        # what m / |row| - 1 multiplies has no bias, and sees the dropout, as in PEFT
+        share = (self.lora_magnitude_vector / self.lengths()).to(x.dtype)  # (out,)
+        bias = self.base_layer.bias
+        if self.dropout and self.training:
+            plain = F.linear(dropped, self.base_layer.weight.to(x.dtype))
+        else:
+            plain = y if bias is None else y - bias.to(x.dtype)
+        return y + (share - 1) * plain + share * F.linear(down, B)
 
     def delta(self) -> Tensor:
-        """What the adapter adds to W: (out,in) float32."""
+        """s B A, what LoRA adds to W: (out,in) float32."""
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
+    @torch.no_grad()
+    def lengths(self) -> Tensor:
+        """Lengths of the rows of W + s B A, (out,); a constant to the gradient (DoRA, 4.3).
 
-def attach(model: nn.Module, rank: int, alpha: float, dropout: float,
-           targets: Sequence[str]) -> None:
+        |w + d|^2 = |w|^2 + 2 w.d + |d|^2, row by row, so the sum (out,in) is never made.
+        """
+        A, B = self.lora_A.weight, self.lora_B.weight * self.scale
+        cross = F.linear(self.base_layer.weight, A.to(self.base_layer.weight.dtype))  # (out,R)
+        square = self.squares + ((2 * cross.float() + B @ (A @ A.T)) * B).sum(1)
+        return square.clamp(min=0).sqrt()
+
+    def merged(self) -> Tensor:
+        """The one matrix that does what base and adapter do: (out,in) float32."""
+        W = self.base_layer.weight.float() + self.delta()
+        if self.lora_magnitude_vector is None:
+            return W
+        return W * (self.lora_magnitude_vector / W.norm(dim=1))[:, None]
+
+
+def attach(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str],
+           rslora: bool = False, dora: bool = False, layers: Sequence[int] = (),
+           whole: Sequence[str] = ()) -> None:
     """Freeze the model and wrap every linear layer that a target names, whole or by its end, as in
-    PEFT.
+    PEFT; of `layers` only, if any are named. Modules that `whole` names train as they are.
 
-    `all-linear` is all but lm_head. UserError on a target that names none, or a rank above the
-    width.
+    `all-linear` is all but lm_head. UserError on a name that fits none, or a rank above the width.
     """
-    linears = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    linears = [name for name, m in model.named_modules()
+               if isinstance(m, nn.Linear) and name != "lm_head"]
     known = sorted({name.rsplit(".", 1)[-1] for name in linears})
     targets = known if list(targets) == ["all-linear"] else list(targets)
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linears):
-            raise UserError(
-                f"--lora-targets: no layer is named {target!r}; there are {', '.join(known)}, and "
-                "all-linear", FLAGS)
-    wrapped = [name for name in linears if any(f".{name}".endswith(f".{t}") for t in targets)]
+        if not any(_ends(name, target) for name in linears):
+            raise UserError(f"--lora-targets: no layer is named {target!r}; there are "
+                            f"{', '.join(known)}, and all-linear", FLAGS)
+    deep = max((_index(name) for name in linears), default=-1)
+    if odd := [i for i in layers if not 0 <= i <= deep]:
+        raise UserError(f"--lora-layers: there is no layer {odd[0]}; they are 0 to {deep}", FLAGS)
+    wrapped = [name for name in linears if any(_ends(name, t) for t in targets)
+               and (not layers or _index(name) in layers)]
     for name in wrapped:
         base = model.get_submodule(name)
         if not 0 < rank <= min(base.in_features, base.out_features):
@@ -100,7 +139,67 @@ def attach(model: nn.Module, rank: int, alpha: float, dropout: float,
     for name in wrapped:
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
-        setattr(model.get_submodule(parent), child, LoRALinear(base, rank, alpha, dropout))
+        setattr(model.get_submodule(parent), child,
+                LoRALinear(base, rank, alpha, dropout, rslora, dora))
+    train_whole(model, whole)
+
+
+def _ends(name: str, target: str) -> bool:
+    """Whether a target names a module: whole, or by the end of its name."""
+    return f".{name}".endswith(f".{target}")
+
+
+def _index(name: str) -> int:
+    """The layer a module is in; -1 outside of all."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def train_whole(model: nn.Module, names: Sequence[str]) -> None:
+    """Train modules (embeddings, norms) as they are, in float32, beside an adapter.
+
+    The frozen values are kept, so that the base is still there when the adapter is disabled.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, m in model.named_modules():
+        if isinstance(m, LoRALinear) or not name.endswith(tuple(names)):  # PEFT's rule
+            continue
+        for key, p in m.named_parameters(name, recurse=False):
+            kept[key] = p.detach()
+            p.data = p.detach().float().clone()
+            p.requires_grad_(True)
+    for name in names:
+        if not any(key.rpartition(".")[0].endswith(name) for key in kept):
+            raise UserError(f"no module of the model is named {name!r}", FLAGS)
+    model.whole = kept  # a plain dict: neither a parameter nor a buffer
+
+
+def indices(ranges: Sequence[str], flag: str) -> list[int]:
+    """Layers as a person names them, `0-7 30`, by index; UserError on what is no range."""
+    found: set[int] = set()
+    for x in ranges:
+        if not (m := re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", x)) or int(m[2] or m[1]) < int(m[1]):
+            raise UserError(f"--{flag} {x}: expected layers such as 0-7 or 30", FLAGS)
+        found |= set(range(int(m[1]), int(m[2] or m[1]) + 1))
+    return sorted(found)
+
+
+def train_layers(model: nn.Module, layers: Sequence[int], whole: Sequence[str] = ()) -> None:
+    """Freeze all but these layers and the modules that `whole` names, which train in float32
+    (UCCIX-MT: the embeddings, the first eight layers and the last three)."""
+    deep = max(_index(name) for name, _ in model.named_parameters())
+    if odd := [i for i in layers if i > deep]:
+        raise UserError(f"--train-layers: there is no layer {odd[0]}; they are 0 to {deep}", FLAGS)
+    for name, p in model.named_parameters():
+        chosen = _index(name) in layers or name.rpartition(".")[0].endswith(tuple(whole))
+        p.requires_grad_(chosen)
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+def trained_whole(model: nn.Module) -> dict[str, Tensor]:
+    """What trains as it is beside the adapter: {parameter's name: the base's values}."""
+    return getattr(model, "whole", {})
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -110,18 +209,38 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors under PEFT's names: what adapter_model.safetensors holds."""
-    return {f"{PREFIX}{name}.lora_{x}.weight": getattr(m, f"lora_{x}").weight.detach()
-            for name, m in adapters(model).items() for x in "AB"}
+    state = {f"{PREFIX}{name}.lora_{x}.weight": getattr(m, f"lora_{x}").weight.detach()
+             for name, m in adapters(model).items() for x in "AB"}
+    state |= {f"{PREFIX}{name}.lora_magnitude_vector": m.lora_magnitude_vector.detach()
+              for name, m in adapters(model).items() if m.lora_magnitude_vector is not None}
+    state |= {PREFIX + name: model.get_parameter(name).detach() for name in trained_whole(model)}
+    if (tied := f"{PREFIX}model.embed_tokens.weight") in state and model.lm_head is None:
+        state[f"{PREFIX}lm_head.weight"] = state[tied].clone()  # PEFT wants the tied head too
+    return state
 
 
 def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
     """adapter_config.json for the attached adapter, on the base of that name or path."""
-    found = adapters(model)
+    found, whole = adapters(model), trained_whole(model)
     one = next(iter(found.values()))
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-            "r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout, "bias": "none",
-            "inference_mode": True,
-            "target_modules": sorted({name.rsplit(".", 1)[-1] for name in found})}
+    everywhere = {_index(name) for name, m in model.named_modules() if _index(name) >= 0}
+    layers = sorted({_index(name) for name in found})
+    words = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+             "r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout, "bias": "none",
+             "use_rslora": one.rslora, "use_dora": one.lora_magnitude_vector is not None,
+             "inference_mode": True,
+             "target_modules": sorted({name.rsplit(".", 1)[-1] for name in found})}
+    if len(layers) < len(everywhere):
+        words["layers_to_transform"] = layers
+    if whole:
+        modules = {name.rpartition(".")[0] for name in whole}
+        names = {name.rpartition(".")[2] for name in modules}
+        meant = {name for name, _ in model.named_modules() if name.endswith(tuple(names))}
+        words["modules_to_save"] = sorted(names if meant == modules else modules)
+        # a tied head is the embedding: PEFT must be told, or it keeps the frozen one
+        words["ensure_weight_tying"] = "embed_tokens" in names and "lm_head" not in names \
+            and model.lm_head is None
+    return words
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
@@ -131,31 +250,42 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
     where = folder / "adapter_config.json"
     words = json.loads(where.read_text(encoding="utf-8"))
-    odd = [
-        f"{k} {words[k]!r}" for k, plain in PLAIN.items() if words.get(k) and words[k] not in plain]
+    odd = [f"{k} {words[k]!r}" for k, plain in PLAIN.items()
+           if words.get(k) and words[k] not in plain]
     if words.get("peft_type") != "LORA" or odd:
-        raise UserError(
-            f"{where}: {', '.join(odd) or words.get('peft_type')} is not supported; plain LoRA is")
+        raise UserError(f"{where}: {', '.join(odd) or words.get('peft_type')} is not supported; "
+                        "LoRA, rsLoRA and DoRA are")
     r, alpha, dropout = words.get("r"), words.get("lora_alpha"), words.get("lora_dropout", 0.0)
-    targets = words.get("target_modules")
+    targets, layers = words.get("target_modules"), words.get("layers_to_transform") or []
+    whole = words.get("modules_to_save") or []
     targets = [targets] if isinstance(targets, str) else targets
+    layers = [layers] if type(layers) is int else layers
     if (type(r) is not int or r < 1 or type(alpha) not in (int, float)
-        or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets)
-        or type(dropout) not in (int, float) or not 0 <= dropout < 1):
-        raise UserError(
-            f"{where}: r {r!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}, target_modules "
-            f"{targets!r} do not describe an adapter; fetch it again")
+            or not _list_of(str, targets) or not _list_of(int, layers) or not _list_of(str, whole)
+            or type(dropout) not in (int, float) or not 0 <= dropout < 1):
+        raise UserError(f"{where}: r {r!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}, "
+                        f"target_modules {targets!r}, layers_to_transform {layers!r}, "
+                        f"modules_to_save {whole!r} do not describe an adapter; fetch it again")
+    if getattr(model, "lm_head", None) is None and "lm_head" in whole:
+        if "embed_tokens" not in whole or not words.get("ensure_weight_tying"):
+            raise UserError(f"{where}: modules_to_save has lm_head of its own, but the base's is "
+                            "tied to its embeddings; untie the base first")
+        whole = [x for x in whole if x != "lm_head"]
     try:
-        attach(model, r, alpha, dropout, targets)
+        attach(model, r, alpha, dropout, targets, bool(words.get("use_rslora")),
+               bool(words.get("use_dora")), layers, whole)
     except UserError as e:
-        raise UserError(
-            f"{where}: {str(e).replace('--lora-', '')}; the adapter belongs to another base"
-        ) from None
+        said = str(e).replace("--lora-", "")
+        raise UserError(f"{where}: {said}; the adapter belongs to another base") from None
     try:
         found = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, RuntimeError) as e:
         raise UserError(f"{folder}/adapter_model.safetensors: cannot be read ({e})") from None
     fill(model, found, str(folder))
+
+
+def _list_of(kind: type, x: Any) -> bool:
+    return isinstance(x, list) and all(type(i) is kind for i in x)
 
 
 @torch.no_grad()
@@ -179,20 +309,30 @@ def fill(model: nn.Module, found: dict[str, Tensor], where: str) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model, for as long as the context lasts."""
+    whole = {name: model.get_parameter(name) for name in trained_whole(model)}
+    trained = {name: p.data for name, p in whole.items()}
     for m in adapters(model).values():
         m.enabled = False
+    for name, p in whole.items():
+        p.data = trained_whole(model)[name].to(p)
     try:
         yield
     finally:
         for m in adapters(model).values():
             m.enabled = True
+        for name, p in whole.items():
+            p.data = trained[name]
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add every adapter to its base and unwrap it; the sum is taken in float32."""
+    """Put every adapter into its base and unwrap it; the sum is taken in float32."""
     for name, m in adapters(model).items():
         W = m.base_layer.weight
-        W.copy_((W.float() + m.delta()).to(W.dtype))
+        W.copy_(m.merged().to(W.dtype))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, m.base_layer)
+    for name, before in trained_whole(model).items():
+        p = model.get_parameter(name)
+        p.data = p.data.to(before.dtype)
+    model.whole = {}

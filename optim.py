@@ -30,18 +30,36 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int
     return peak * (floor + (1 - floor) * down)
 
 
-def groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """What trains, in two groups: matrices decay, norms and biases (one number a channel) do
-    not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+def groups(model: nn.Module, weight_decay: float, embeddings: float = 1.0,
+           lora_B: float = 1.0) -> list[dict]:
+    """What trains, by its weight decay and its share of the learning rate (`scale`).
+
+    Matrices decay; norms, biases and lengths (one number a channel) do not. `embeddings` is the
+    share of embed_tokens and lm_head, `lora_B` that of LoRA's B (LoRA+, Hayou et al. 2024).
+    """
+    found: dict[tuple[float, float], dict] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        scale = lora_B if ".lora_B." in name else 1.0
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            scale = embeddings
+        decay = weight_decay if p.dim() >= 2 else 0.0
+        group = found.setdefault((scale, decay), {"params": [], "names": [], "scale": scale,
+                                                  "weight_decay": decay})
+        group["params"].append(p)
+        group["names"].append(name)
+    return list(found.values())
 
 
-def adamw(model: nn.Module, lr: float, betas: tuple[float, float],
-          weight_decay: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float,
+          embeddings: float = 1.0, lora_B: float = 1.0) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over what trains; one fused kernel for all tensors."""
-    return torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=betas, eps=1e-8, fused=True)
+    parts = groups(model, weight_decay, embeddings, lora_B)
+    for part in parts:
+        part["lr"] = lr * part["scale"]
+        del part["names"]
+    return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=1e-8, fused=True)
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -72,13 +72,19 @@ class Run:
         dtype = ranks.compute_dtype(s.dtype)
         folder = weights.find(s.model)
         # what trains is float32; frozen weights are kept as products need them
-        model, tokenizer = weights.load(
-            folder, ranks.device, torch.float32 if s.tune == "full" else dtype)
+        kept = dtype if s.tune == "lora" else None if s.train_layers else torch.float32
+        model, tokenizer = weights.load(folder, ranks.device, kept)
         if s.tune == "full" and lora.adapters(model):
             raise UserError(
                 f"--model {s.model}: an adapter; go on training it with --tune lora", FLAGS)
+        whole = [x for x in lora.EMBEDDINGS if s.train_embeddings
+                 and not (x == "lm_head" and model.lm_head is None)]
+        whole += ["norm"] if s.train_norms else []
         if s.tune == "lora" and not lora.adapters(model):
-            lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
+            lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
+                        s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
+        if s.train_layers:
+            lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         model.model.compute_dtype, model.model.recompute = dtype, s.recompute
         context, vocab = model.config.max_position_embeddings, model.config.vocab_size
         if s.seq_len > context:
@@ -94,7 +100,8 @@ class Run:
                 f"{s.seq_len} x ranks {ranks.world})", FLAGS)
         first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
         steps = s.steps or max(1, round(first / whole))
-        optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay)
+        optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
+                                s.embedding_lr / s.lr or 1.0, s.lora_plus)
         scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
         if s.compile:
             for block in model.model.layers:
@@ -244,12 +251,18 @@ class Run:
         minutes = (time.perf_counter() - begun) * self.micro_batches * self.steps / 60
         moments = 8 * n["trained"] / 2**30  # AdamW's two, float32
         result = 4 * n["trained"] / 2**30
+        trained = "\n".join(
+            f"             {len(x['params'])} tensors, {sum(p.numel() for p in x['params']):,} "
+            f"numbers at {s.lr * x['scale']:.2e}, weight decay {x['weight_decay']}: "
+            f"{', '.join(sorted({re.sub(r'layers.[0-9]+.', 'layers.*.', k) for k in x['names']}))}"
+            for x in optim.groups(self.model, s.weight_decay, s.embedding_lr / s.lr or 1.0,
+                                  s.lora_plus))
         shares = ", ".join(
             f"{x.source.name} {share:.1%} ({x.tokens:,} tokens an epoch)"
             for x, share in zip(self.loader.streams, self.loader.shares, strict=True))
         print(
             f"\nmachine      {self.ranks}, products in {str(self.model.compute_dtype)[6:]}\n"
-            f"parameters   {n['total']:,}, trained {n['trained']:,}\n"
+            f"parameters   {n['total']:,}, trained {n['trained']:,}\n{trained}\n"
             f"data         {shares}\n"
             f"steps        {self.steps} of {self.tokens_per_step:,} tokens\n"
             f"memory       {self.ranks.memory_gb() + moments:.2f} GB: measured on one micro-batch, "

@@ -51,6 +51,22 @@ class Settings:
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of linear layers, such as q_proj v_proj, or all-linear."""
+    lora_layers: list[str] = field(default_factory=list)
+    """Layers that get an adapter, such as 0-7 30; without any, all."""
+    rslora: bool = False
+    """Scale the adapter by alpha / sqrt(rank), not alpha / rank: for high ranks."""
+    dora: bool = False
+    """Train the lengths of the weights' rows too (DoRA)."""
+    lora_plus: float = 1.0
+    """B's learning rate as a multiple of A's (LoRA+); its authors advise about 16."""
+    train_embeddings: bool = False
+    """Train embed_tokens and lm_head as they are, beside an adapter or --train-layers."""
+    train_norms: bool = False
+    """Train all norms as they are, beside an adapter or --train-layers."""
+    embedding_lr: float = 0.0
+    """Learning rate of embed_tokens and lm_head where they train; 0: --lr."""
+    train_layers: list[str] = field(default_factory=list)
+    """With --tune full: train only these layers, such as 0-7 37-39; without any, everything."""
 
     seq_len: int = 1024
     """Tokens in a row."""
@@ -213,7 +229,7 @@ def loop(run: Run) -> int:
             lr = optim.learning_rate(run.step + 1, run.steps, s.lr, s.schedule, warmup,
                                      s.min_lr_ratio)
             for group in run.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             batches = [run.loader.next() for _ in range(run.micro_batches)]
             try:
                 loss, norm = train_step(run.model, objective, batches, run.optimizer, ranks, s.clip,
@@ -258,12 +274,20 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     fit = {"seq-len": s.seq_len >= 2, "keep": s.keep >= 2, "hold-out": 0 <= s.hold_out < 1,
            "rows": s.rows >= 1, "steps": s.steps >= 0, "tokens-per-step": s.tokens_per_step >= 0,
            "epochs": s.epochs > 0, "lr": s.lr > 0, "clip": s.clip > 0, "warmup": s.warmup >= 0,
-           "eval-tokens": s.eval_tokens > 0}
+           "eval-tokens": s.eval_tokens > 0, "lora-plus": s.lora_plus > 0,
+        "embedding-lr": s.embedding_lr >= 0}
     for name, good in fit.items():
         if not good:
             value = getattr(s, name.replace("-", "_"))
             raise UserError(f"--{name} {value}: out of range; seq-len and keep are at least 2, "
                             "hold-out below 1, the others above 0", FLAGS)
+    idle = ("train_layers",) if s.tune == "lora" else ("lora_layers", "rslora", "dora")
+    if s.tune == "full" and not s.train_layers:
+        idle += ("train_embeddings", "train_norms")  # they do
+    for name in idle:
+        if getattr(s, name):
+            raise UserError(f"--{name.replace('_', '-')}: says nothing here, with --tune {s.tune}; "
+                            "leave it out", FLAGS)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".lock").touch()

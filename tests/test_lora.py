@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import peft
 import pytest
@@ -19,29 +18,48 @@ DOC, POS = torch.zeros_like(IDS), torch.arange(24).repeat(2, 1)
 TARGETS = IDS.roll(-1, 1)
 
 
-def pair(shape: str = "llama3", targets=("all-linear",), folder: Path | None = None):
-    """Our model and peft's with the same random base, A and B."""
-    peer = tiny.peer(shape)
-    ours = tiny.ours(tiny.peer(shape), shape)
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KINDS = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True},
+         "both": {"use_rslora": True, "use_dora": True}, "one layer": {"layers_to_transform": [1]},
+         "embeddings": {"modules_to_save": ["embed_tokens", "lm_head"]},
+         "norms": {"modules_to_save": ["input_layernorm", "norm"]}}
+
+
+def attach(model, targets=("all-linear",), layers_to_transform=(), modules_to_save=(),
+           use_rslora=False, use_dora=False, dropout=0.0, **_):
+    """Our adapter, in PEFT's words."""
+    whole = [x for x in modules_to_save if x != "lm_head" or model.lm_head is not None]
+    lora.attach(model, 4, 12.0, dropout, targets, use_rslora, use_dora, layers_to_transform, whole)
+
+
+def pair(shape: str = "llama3", targets=("all-linear",), **words):
+    """Our model and peft's with the same random base and the same random adapter."""
+    if words.get("layers_to_transform") and list(targets) == ["all-linear"]:
+        targets = LINEARS  # peft's all-linear would take no notice of the layers
+    peer, ours = tiny.peer(shape), tiny.ours(tiny.peer(shape), shape)
+    attach(ours, targets, **words)
+    if ours.lm_head is None and words.get("modules_to_save"):
+        words = {**words, "ensure_weight_tying": "embed_tokens" in words["modules_to_save"]}
     config = peft.LoraConfig(
-        r=4, lora_alpha=12, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=("all-linear" if list(targets) == ["all-linear"] else list(targets)))
+        r=4, lora_alpha=12, lora_dropout=words.pop("dropout", 0.0), task_type="CAUSAL_LM",
+        target_modules="all-linear" if list(targets) == ["all-linear"] else list(targets), **words)
     peer = peft.get_peft_model(peer, config)
-    lora.attach(ours, 4, 12.0, 0.0, targets)
-    mine = lora.adapter_state(ours)
-    draw = torch.Generator().manual_seed(1)
+    mine, draw = lora.adapter_state(ours), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in peer.named_parameters():
-            if "lora_" in name:
-                p.normal_(0, 0.1, generator=draw)
-                mine[name.replace(".default", "")].copy_(p)
+            own = name.replace(".default", "").replace(".modules_to_save", "")
+            own = own.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+            if own in mine and p.requires_grad:
+                p.add_(torch.empty_like(p).normal_(0, 0.1, generator=draw))
+                mine[own].copy_(p)
     return ours, peer
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "v_proj"), ("down_proj",)])
-@pytest.mark.parametrize("shape", ["llama3", "llama32", "biases"])
-def test_logits_loss_and_gradients_equal_pefts(shape, targets):
-    ours, peer = pair(shape, targets)
+@pytest.mark.parametrize("shape", ["llama3", "llama32", "biases", "gemma3"])
+def test_logits_loss_and_gradients_equal_pefts(shape, targets, kind):
+    ours, peer = pair(shape, targets, **KINDS[kind])
     with torch.no_grad():
         torch.testing.assert_close(
             ours(IDS, DOC, POS), peer(IDS).logits[:, -1], atol=1e-5, rtol=1e-5)
@@ -51,12 +69,36 @@ def test_logits_loss_and_gradients_equal_pefts(shape, targets):
     torch.testing.assert_close(loss, theirs, atol=1e-5, rtol=1e-5)
     loss.backward()
     theirs.backward()
-    grads = {
-        n.replace(".default", ""): p.grad for n, p in peer.named_parameters() if p.grad is not None}
+    grads = {n.replace(".default", "").replace(".modules_to_save", "")
+             .replace("vector.weight", "vector"): p.grad
+             for n, p in peer.named_parameters() if p.grad is not None}
     mine = {f"{lora.PREFIX}{n}": p.grad for n, p in ours.named_parameters() if p.grad is not None}
     assert mine.keys() == grads.keys(), "the same tensors train, under the same names"
     for name in mine:
-        torch.testing.assert_close(mine[name], grads[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mine[name], grads[name], atol=1e-5, rtol=1e-4,
+                                   msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_steps_lose_what_peft_loses(kind):
+    ours, peer = pair("llama32", **KINDS[kind])
+    sides = [(peer, torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr=3e-3)),
+             (ours, torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=3e-3))]
+    losses = ([], [])
+    for step in range(20):
+        ids = tiny.tokens(2, 24, seed=step % 4)
+        targets = ids.roll(-1, 1)
+        for found, (model, optimizer) in zip(losses, sides, strict=True):
+            if model is ours:
+                loss = model(ids, DOC, POS, targets).mean()
+            else:
+                logits = model(ids).logits.flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][-1] < losses[0][0]
 
 
 def test_step_zero_is_the_base_and_so_is_a_disabled_adapter():
@@ -74,16 +116,28 @@ def test_step_zero_is_the_base_and_so_is_a_disabled_adapter():
         assert torch.equal(moved, wrapped(IDS, DOC, POS)), "enabled again"
 
 
-def test_merged_equals_adapter_and_leaves_a_plain_model():
-    ours, _ = pair()
+@pytest.mark.parametrize("kind", KINDS)
+def test_disabled_is_the_base_and_merged_is_the_adapter(kind):
+    ours, _ = pair("llama32", **KINDS[kind])
+    base = tiny.ours(tiny.peer("llama32"), "llama32")
     with torch.no_grad():
         before = ours(IDS, DOC, POS)
+        with lora.disabled(ours):
+            assert torch.equal(ours(IDS, DOC, POS), base(IDS, DOC, POS))
+        assert torch.equal(ours(IDS, DOC, POS), before), "enabled again"
+        assert not torch.allclose(before, base(IDS, DOC, POS))
         lora.merge(ours)
         torch.testing.assert_close(ours(IDS, DOC, POS), before, atol=1e-5, rtol=1e-5)
-    assert (
-        not lora.adapters(ours)
-        and ours.state_dict().keys() == tiny.ours(tiny.peer("llama3"), "llama3").state_dict().keys()
-    )
+    assert not lora.adapters(ours) and not lora.trained_whole(ours)
+    assert ours.state_dict().keys() == base.state_dict().keys()
+
+
+def test_doras_rows_have_the_lengths_of_the_sum():
+    ours, _ = pair("biases", use_dora=True)
+    for m in lora.adapters(ours).values():
+        wanted = (m.base_layer.weight + m.delta()).norm(dim=1)
+        torch.testing.assert_close(m.lengths(), wanted)
+        torch.testing.assert_close(m.merged().norm(dim=1), m.lora_magnitude_vector.data.abs())
 
 
 def test_only_the_adapter_trains():
@@ -92,18 +146,22 @@ def test_only_the_adapter_trains():
         "lora_A", "lora_B"}
 
 
-def test_pefts_own_folder_opens_here_and_ours_there(tmp_path):
-    ours, peer = pair()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["llama3", "llama32"])  # a head of its own, and a tied one
+def test_pefts_own_folder_opens_here_and_ours_there(tmp_path, shape, kind):
+    ours, peer = pair(shape, **KINDS[kind])
     peer.save_pretrained(tmp_path / "theirs")
-    opened = tiny.ours(tiny.peer("llama3"), "llama3")
+    opened = tiny.ours(tiny.peer(shape), shape)
     lora.load_adapter(opened, tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
-    save_file(lora.adapter_state(ours), tmp_path / "ours/adapter_model.safetensors")
+    save_file({k: x.contiguous() for k, x in lora.adapter_state(ours).items()},
+              tmp_path / "ours/adapter_model.safetensors")
     (tmp_path / "ours/adapter_config.json").write_text(
         json.dumps(lora.adapter_config(ours, "base")))
-    assert load_file(tmp_path / "ours/adapter_model.safetensors").keys() == \
-        load_file(tmp_path / "theirs/adapter_model.safetensors").keys()
-    theirs = peft.PeftModel.from_pretrained(tiny.peer("llama3"), tmp_path / "ours")
+    names = [load_file(tmp_path / x / "adapter_model.safetensors").keys()
+             for x in ("ours", "theirs")]
+    assert names[0] == names[1]
+    theirs = peft.PeftModel.from_pretrained(tiny.peer(shape), tmp_path / "ours")
     with torch.no_grad():
         torch.testing.assert_close(
             opened(IDS, DOC, POS), peer(IDS).logits[:, -1], atol=1e-5, rtol=1e-5)
@@ -133,8 +191,10 @@ def test_what_cannot_be_attached_is_refused_in_one_line(rank, targets, word):
 
 @pytest.mark.parametrize(
     "words, word",
-    [({"use_dora": True}, "use_dora"), ({"use_rslora": True}, "use_rslora"),
-     ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    [({"use_dora": True}, "lora_magnitude_vector is missing"), ({"bias": "all"}, "bias"),
+     ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing"),
+     ({"modules_to_save": ["nothing"]}, "another base"), ({"layers_to_transform": [7]}, "0 to 1"),
+     ({"layers_to_transform": "x"}, "do not describe"), ({"rank_pattern": {"q": 2}}, "rank_pat"),
      ({"peft_type": "IA3"}, "IA3"), ({"r": "x"}, "do not describe"),
      ({"r": True}, "do not describe"), ({"lora_dropout": 2.0}, "do not describe"),
      ({"target_modules": None}, "do not describe"), ({"init_lora_weights": "pissa"}, "pissa"),

@@ -69,12 +69,17 @@ def losses(out: Path) -> dict[int, float]:
     return {x["step"]: x["loss"] for x in lines if "loss" in x}
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+TUNES = {
+    "full": ["--tune", "full"], "lora": ["--tune", "lora", "--lora-dropout", "0.1"],
+    "all of LoRA": ["--tune", "lora", "--lora-dropout", "0.1", "--rslora", "--dora", "--lora-plus",
+                    "4", "--train-embeddings", "--embedding-lr", "5e-4", "--train-norms"]}
+
+
+@pytest.mark.parametrize("tune", TUNES)
 def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, tune):
     """20 steps = some + kill -9 + resume, bit for bit, past the end of an epoch of the smaller
     source."""
-    flags = ["--steps", "20", "--tune", tune, "--lora-dropout", "0.1", "--save-every", "5",
-             "--eval-every", "10"]
+    flags = ["--steps", "20", *TUNES[tune], "--save-every", "5", "--eval-every", "10"]
     call(command(place, f"whole-{tune}", *flags))
     cut = place / f"cut-{tune}"
     going = subprocess.Popen(
@@ -88,7 +93,7 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, t
     whole = place / f"whole-{tune}"
     assert losses(cut) == losses(whole)
     assert (cut / "samples.txt").read_text() == (whole / "samples.txt").read_text()
-    file = "adapter_model.safetensors" if tune == "lora" else "model.safetensors"
+    file = "model.safetensors" if tune == "full" else "adapter_model.safetensors"
     one, two = load_file(whole / "model" / file), load_file(cut / "model" / file)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert sum(1 for _ in (cut / "checkpoints").iterdir()) == 2, "--keep 2"
@@ -135,13 +140,27 @@ def test_the_saved_model_opens_in_transformers_and_the_adapter_in_peft_with_equa
         place / "open-full/model", dtype=torch.float32)
     base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(base, place / "open-lora/model")
-    for peer, folder in ((full, "open-full"), (adapted, "open-lora")):
+    call(command(place, "open-all", "--steps", "3", *TUNES["all of LoRA"]))
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    more = peft.PeftModel.from_pretrained(base, place / "open-all/model")
+    for peer, folder in ((full, "open-full"), (adapted, "open-lora"), (more, "open-all")):
         model, _ = weights.load(place / folder / "model")
         with torch.no_grad():
             torch.testing.assert_close(
                 model.eval()(ids, doc, pos), peer.eval()(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
     moved = load_file(place / "open-lora/model/adapter_model.safetensors")
     assert all(x.abs().sum() > 0 for x in moved.values()), "every B has left zero"
+
+
+def test_only_the_chosen_layers_and_embeddings_move(place):
+    call(command(place, "some", "--steps", "3", "--train-layers", "1", "--train-embeddings",
+                 "--embedding-lr", "1e-4"))
+    before = load_file(place / "model/model.safetensors")
+    after = load_file(place / "some/model/model.safetensors")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved == {k for k in before if ".layers.1." in k or "embed_tokens" in k}
+    step = (after["model.embed_tokens.weight"] - before["model.embed_tokens.weight"]).abs().max()
+    assert 0 < step < 4 * 1e-4, "its own, smaller learning rate"
 
 
 def test_shares_evaluations_and_samples_are_in_the_run(place):
@@ -289,6 +308,9 @@ BAD = {"an unknown flag": (["--stepps", "3"], 2, "did you mean steps"),
        "a weight below zero": (["--data", "x.txt:-1"], 2, "above 0"),
        "an unknown target": (["--tune", "lora", "--lora-targets", "q_pro"], 2, "q_proj"),
        "a rank too high": (["--tune", "lora", "--lora-rank", "999"], 2, "rank"),
+       "no such layer": (["--tune", "lora", "--lora-layers", "0-7"], 2, "they are 0 to 1"),
+       "layers that are no range": (["--train-layers", "3-1"], 2, "0-7 or 30"),
+       "a flag that says nothing": (["--dora"], 2, "--dora"),
        "one checkpoint kept": (["--keep", "1"], 2, "keep"),
        "a held-out text without a name": (["--val", "val.txt"], 2, "NAME=SPEC"),
        "no GPU": (["--device", "cuda"], 2, "--device cpu")}
