@@ -93,13 +93,13 @@ class Run:
         loader = Loader(sources, s.seq_len, s.rows, s.seed, ranks.rank, ranks.world)
 
         micro = s.rows * s.seq_len * ranks.world
-        whole = s.tokens_per_step or micro
-        if whole % micro:
+        per_step = s.tokens_per_step or micro
+        if per_step % micro:
             raise UserError(
-                f"--tokens-per-step {whole}: no multiple of {micro} (rows {s.rows} x seq-len "
+                f"--tokens-per-step {per_step}: no multiple of {micro} (rows {s.rows} x seq-len "
                 f"{s.seq_len} x ranks {ranks.world})", FLAGS)
         first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
-        steps = s.steps or max(1, round(first / whole))
+        steps = s.steps or max(1, round(first / per_step))
         optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
                                 s.embedding_lr / s.lr or 1.0, s.lora_plus)
         scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
@@ -107,7 +107,7 @@ class Run:
             for block in model.model.layers:
                 block.compile()
         return cls(s, out, ranks, model, folder, tokenizer, loader, held, optimizer, scaler, steps,
-                   whole // micro)
+                   per_step // micro)
 
     @property
     def tokens_per_step(self) -> int:
