@@ -116,7 +116,7 @@ def main(s: Settings) -> None:
     model, tokenizer = weights.load(s.model, ranks.device, dtype)
     model.eval().model.compute_dtype = dtype
 
-    bos, eos = tokenizer.bos, {tokenizer.eos} - {None}
+    bos, eos = tokenizer.bos, weights.stop_ids(weights.find(s.model), tokenizer)
     ids = [([] if bos is None else [bos]) + tokenizer.encode(p) for p in prompts]
     shown = log.printable if sys.stdout.isatty() else str  # a model must not steer a terminal
 

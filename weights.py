@@ -243,6 +243,21 @@ def tensors(folder: Path) -> dict[str, Slot]:
     return {own: slot for k, slot in found.items() if (own := families.text_name(k)) is not None}
 
 
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Ids that end an answer: the tokenizer's EOS, and what generation_config.json names besides.
+
+    A chat model ends a turn with another id than a document; the file may name one, or a list.
+    """
+    file = next((x / "generation_config.json" for x in (folder, base_of(folder))
+                 if (x / "generation_config.json").exists()), None)
+    named = read_json(file).get("eos_token_id") if file else None
+    named = named if type(named) is list else [] if named is None else [named]
+    if odd := [x for x in named if type(x) is not int or not 0 <= x < tokenizer.vocab_size]:
+        raise UserError(f"{file}: eos_token_id {odd[0]!r} is no id of the tokenizer, which has "
+                        f"{tokenizer.vocab_size}")
+    return {*named} | ({tokenizer.eos} - {None})
+
+
 def _five(names: Iterable[str]) -> str:
     """Up to five names, and how many more there are."""
     names = list(names)

@@ -170,6 +170,19 @@ def see_and_write(folder: Path, style: str) -> transformers.PreTrainedModel:
     return model
 
 
+@pytest.mark.parametrize("named, wanted", [
+    (None, {2}), (2, {2}), ([2, 7], {2, 7}), (9, {2, 9}), ("2", "eos_token_id '2'"),
+    ([1, tiny.V], f"is no id of the tokenizer, which has {tiny.V}")])
+def test_an_answer_ends_where_the_tokenizer_or_the_generation_config_says(copy, named, wanted):
+    folder = copy()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    tokenizer = weights.load(folder)[1]
+    if isinstance(wanted, str):
+        assert wanted in refusal(weights.stop_ids, folder, tokenizer)
+    else:
+        assert weights.stop_ids(folder, tokenizer) == wanted
+
+
 @pytest.mark.parametrize("style", ["hub", "new"])
 def test_the_text_part_of_a_model_that_sees_pictures_is_read_alone(tmp_path, style):
     peer = see_and_write(tmp_path / "both", style)
