@@ -26,8 +26,9 @@ from typing import IO, Any
 
 import numpy as np
 
+import hub
 from data import Bin, BinWriter, Document, sha256
-from log import FLAGS, UserError, say
+from log import UserError, say
 from tokenizer import Tokenizer
 
 UNITS = ("auto", "file", "line", "block")
@@ -72,10 +73,8 @@ def files(specs: Iterable[str]) -> list[Path]:
     found: list[Path] = []
     for spec in specs:
         if spec.startswith("hf:"):
-            raise UserError(f"{spec}: data on the hub cannot be read yet; download the files and "
-                            "name them", FLAGS)
-        path = Path(spec)
-        if path.is_dir():
+            named = hub.data(spec)
+        elif (path := Path(spec)).is_dir():
             named = sorted(p for p in path.rglob("*") if _kind(p) in KINDS)
         else:
             matched = [spec] if path.is_file() else glob.glob(spec, recursive=True)

@@ -27,6 +27,7 @@ import torch
 import checkpoint
 import config
 import corpus
+import hub
 import log
 import lora
 import optim
@@ -204,7 +205,9 @@ class Run:
     def begin(self, origins: dict[str, str]) -> None:
         """Write down what is run: settings.toml feeds back into train.py, run.json says with
         what."""
-        s = dataclasses.replace(self.s, resume=False, plan=False)
+        repo, commit = hub.source(self.folder)  # a resumed run is of this commit, wherever main is
+        model = f"{repo}@{commit}" if commit else self.s.model
+        s = dataclasses.replace(self.s, resume=False, plan=False, model=model)
         (self.out / "settings.toml").write_text(config.to_toml(s), encoding="utf-8")
         git = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -214,6 +217,7 @@ class Run:
             "python": platform.python_version(), "torch": torch.__version__,
             "device": str(self.ranks), "ranks": self.ranks.world,
             "dtype": str(self.model.compute_dtype)[6:], "model": str(self.folder),
+            "model_commit": commit,
             "tokenizer": self.tokenizer.fingerprint, "data": self.data, "steps": self.steps,
             "tokens_per_step": self.tokens_per_step, "parameters": self.parameters,
             "changed_settings": {k: getattr(s, k) for k, v in origins.items() if v != "default"}}

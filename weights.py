@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import families
+import hub
 import lora
-from families import ModelConfig
+from families import ModelConfig, read_json, strict_json
 from log import STORAGE, UserError
 from model import Llama
 from tokenizer import Tokenizer
@@ -71,26 +72,7 @@ def find(name: str | Path) -> Path:
         raise UserError(f"model {str(name)!r}: no such folder, and no hub id (org/name@revision)")
     if hub_id[2] is None and folder.parent.is_dir():
         raise UserError(f"model {name!r}: not in {folder.parent}; for the hub's write {name}@main")
-    return _fetch(hub_id[1], hub_id[2])
-
-
-def _fetch(repo: str, revision: str | None) -> Path:
-    """The hub's snapshot of a model: only the files that are read here."""
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
-    except errors.GatedRepoError:
-        why = "is gated; accept its licence on its hub page, then run: hf auth login"
-    except errors.RepositoryNotFoundError:
-        why = "is no folder, and no hub model that you may see; check it, or run: hf auth login"
-    except errors.RevisionNotFoundError:
-        why = f"has no revision {revision!r}; its hub page lists the commits"
-    except errors.LocalEntryNotFoundError:
-        why = "is no folder, and the hub cannot be reached; check the network and HF_HUB_OFFLINE"
-    except Exception as e:  # a network has more ways to fail than one can name
-        why = f"could not be fetched from the hub: {' '.join(str(e).split()) or type(e).__name__}"
-    raise UserError(f"model {repo!r} {why}")
+    return hub.snapshot(hub_id[1], hub_id[2], MODEL_FILES)
 
 
 def base_of(folder: Path) -> Path:
@@ -129,36 +111,6 @@ def _inside(folder: Path, name: Any) -> Path:
     if not file.is_file():
         raise UserError(f"{folder / name}: no such file; the model is not complete, fetch it again")
     return folder / name
-
-
-def strict_json(text: bytes, where: Any) -> dict[str, Any]:
-    """A JSON object with each key once and no NaN; UserError on what Python's reader would take."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for k, v in pairs:
-            if k in found:
-                raise ValueError(f"the key {k!r} stands twice")
-            found[k] = v
-        return found
-
-    def not_json(word: str) -> None:
-        raise ValueError(f"{word} is no number")
-
-    try:
-        words = json.loads(text.decode(), object_pairs_hook=once, parse_constant=not_json)
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply; this is no model's file") from None
-    except ValueError as e:  # broken, not UTF-8, or one of the two above
-        raise UserError(f"{where}: not proper JSON ({e}); fetch it again") from None
-    if type(words) is not dict:
-        raise UserError(f"{where}: a JSON {type(words).__name__}, expected an object")
-    return words
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A file's JSON object, read strictly."""
-    return strict_json(file.read_bytes(), file)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -402,10 +354,9 @@ def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path 
     """
     words = lora.adapter_config(model, str(base))
     if (there := Path(base).expanduser().resolve()).is_dir():
-        words["base_model_name_or_path"], repo = str(there), there.parent.parent.name
-        if there.parent.name == "snapshots" and repo.startswith("models--"):
-            words["base_model_name_or_path"] = repo.removeprefix("models--").replace("--", "/")
-            words["revision"] = there.name
+        repo, commit = hub.source(there)
+        words["base_model_name_or_path"] = repo or str(there)
+        words |= {"revision": commit} if commit else {}
     with _aside(Path(folder)) as aside:
         (aside / ADAPTER_CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
         _carry(find(like), aside)

@@ -17,7 +17,7 @@ FLOORS = {
     "model": 4,
     "loss": 3,
     "lora": 2, "data": 2, "optim": 2, "tokenizer": 2, "ranks": 2, "report": 2,
-    "config": 1, "families": 1,
+    "config": 1, "families": 1, "hub": 1,
     "log": 0,
 }
 COMMANDS = {name for name, floor in FLOORS.items() if floor == 8}
