@@ -1,5 +1,4 @@
-"""What stands around the loop: a run is set up, looked at, saved, resumed, planned and finished
-here.
+"""What stands around the loop: a run is set up, looked at, saved, resumed and finished here.
 
 train.py is the loop and nothing else, so that it can be read in one go; this is the rest of a run's
 life. Its one idea: everything that can be wrong is found in `Run.start`, before step 1, and
@@ -16,7 +15,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,15 @@ import torch
 
 import checkpoint
 import config
-import corpus
 import hub
 import log
 import lora
 import optim
 import report
+import sources
 import tasks
 import weights
-from data import IGNORE, Bin, Loader, Source, hold_out
+from data import Loader
 from generate import Sampling, generate
 from log import FLAGS, UserError
 from loss import bits_per_byte
@@ -90,8 +88,8 @@ class Run:
         context, vocab = model.config.max_position_embeddings, model.config.vocab_size
         if s.seq_len > context:
             raise UserError(f"--seq-len {s.seq_len}: the model's context is {context}", FLAGS)
-        sources, held = open_data(s, kind, folder, tokenizer, vocab, out, ranks)
-        loader = Loader(sources, s.seq_len, s.rows, s.seed, ranks.rank, ranks.world)
+        mixed, held = sources.open_data(s, kind, folder, tokenizer, vocab, out, ranks)
+        loader = Loader(mixed, s.seq_len, s.rows, s.seed, ranks.rank, ranks.world)
 
         micro = s.rows * s.seq_len * ranks.world
         per_step = s.tokens_per_step or micro
@@ -240,153 +238,3 @@ class Run:
                     f"({after / before - 1:+.1%})")
         log.say(f"the model: {self.out / 'model'}   the report: {page}   "
                 f"samples: {self.out / 'samples.txt'}")
-
-    def show_plan(self, origins: dict[str, str], objective: Any) -> None:
-        """What would be done and what it takes, measured on one micro-batch that changes
-        nothing."""
-        s, n = self.s, self.parameters
-        for f in dataclasses.fields(s):
-            print(f"{f.name.replace('_', '-'):16} {getattr(s, f.name)!s:40} {origins[f.name]}")
-        batch = self.loader.next()
-        begun = time.perf_counter()
-        (objective.total(self.model, batch.to(self.ranks.device))
-         / max(1, objective.count(batch))).backward()
-        self.ranks.wait()
-        minutes = (time.perf_counter() - begun) * self.micro_batches * self.steps / 60
-        moments = 8 * n["trained"] / 2**30  # AdamW's two, float32
-        result = 4 * n["trained"] / 2**30
-        trained = "\n".join(
-            f"             {len(x['params'])} tensors, {sum(p.numel() for p in x['params']):,} "
-            f"numbers at {s.lr * x['scale']:.2e}, weight decay {x['weight_decay']}: "
-            f"{', '.join(sorted({re.sub(r'layers.[0-9]+.', 'layers.*.', k) for k in x['names']}))}"
-            for x in optim.groups(self.model, s.weight_decay, s.embedding_lr / s.lr or 1.0,
-                                  s.lora_plus))
-        shares = ", ".join(
-            f"{x.source.name} {share:.1%} ({x.tokens:,} tokens an epoch)"
-            for x, share in zip(self.loader.streams, self.loader.shares, strict=True))
-        print(
-            f"\nmachine      {self.ranks}, products in {str(self.model.compute_dtype)[6:]}\n"
-            f"parameters   {n['total']:,}, trained {n['trained']:,}\n{trained}\n"
-            f"data         {shares}\n"
-            f"steps        {self.steps} of {self.tokens_per_step:,} tokens\n"
-            f"memory       {self.ranks.memory_gb() + moments:.2f} GB: measured on one micro-batch, "
-            f"with {moments:.2f} for AdamW's moments\n"
-            f"time         {minutes:.1f} minutes of steps, from that micro-batch (the first is "
-            "the slowest)\n"
-            f"disk         {s.keep * (result + moments) + result:.2f} GB for {s.keep} checkpoints "
-            "and the result\n"
-            "\nthe first row; what is trained is in colour:")
-        tokens, targets, pos = (batch.tokens[0].tolist(), batch.targets[0].tolist(),
-                                batch.pos[0].tolist())
-        for i, (token, target) in enumerate(zip(tokens, targets, strict=True)):
-            if pos[i] == 0:
-                print(
-                    ("\n" if i else "") + log.coloured(self.tokenizer.piece(token), False), end="")
-            following = (
-                target if target != IGNORE else tokens[i + 1] if pos[i + 1 : i + 2] > [0] else None)
-            if following is not None:
-                print(log.coloured(self.tokenizer.piece(following), target != IGNORE), end="")
-        print()
-
-
-def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int, out: Path,
-              ranks: Ranks) -> tuple[list[Source], dict[str, list[np.ndarray]]]:
-    """The sources to train on, and held-out documents by name."""
-    if not s.data:
-        raise UserError("--data: name at least one bin or file of text", FLAGS)
-    specs = [split_weight(x) for x in s.data]
-    if len({weight is None for _, weight in specs}) > 1:
-        raise UserError(
-            "--data: give a weight to every source or to none, as in kin.txt:3 eng.txt:1", FLAGS)
-
-    def opened(spec: str, as_is: bool) -> Bin:
-        bin = open_bin(spec, folder, tokenizer, out, ranks, as_is)
-        bin.check(tokenizer.fingerprint, vocab)
-        if bin.meta["kind"] != kind:
-            raise UserError(
-                f"{bin.folder}: a bin of {bin.meta['kind']}, --mode {s.mode} trains on {kind}")
-        return bin
-
-    sources, held = [], {}
-    for spec, weight in specs:
-        bin = opened(spec, as_is=False)
-        kept = hold_out(bin, 0.0 if s.val else s.hold_out)
-        name = bin.folder.name
-        if name in {x.name for x in sources}:
-            raise UserError(
-                f"--data: two sources are called {name}; give their files different names", FLAGS)
-        if kept.any():
-            held[name] = texts_of(bin, np.flatnonzero(kept), tokenizer, s.eval_tokens)
-        elif not s.val and s.hold_out:
-            log.say(
-                f"{name}: one document, so none is held out; cut it into documents, or give --val")
-        sources.append(
-            Source(name, bin, np.flatnonzero(~kept), weight or float(bin.meta["trained"])))
-    for item in s.val:
-        name, _, spec = item.partition("=")
-        if not spec:
-            raise UserError(f"--val {item}: expected NAME=SPEC, as in kin=val.jsonl", FLAGS)
-        bin = opened(spec, as_is=True)
-        held[name] = texts_of(bin, range(len(bin)), tokenizer, s.eval_tokens)
-    return sources, held
-
-
-def open_bin(spec: str, folder: Path, tokenizer: Tokenizer, out: Path, ranks: Ranks,
-             as_is: bool) -> Bin:
-    """A prepared bin, or text prepared once under OUT/bins by prepare.py; held-out text is left as
-    it is."""
-    if (Path(spec) / "meta.json").exists():
-        return Bin(spec)
-    stem = ("".join(c if c.isalnum() or c in "-_" else "_" for c in Path(spec).name.split(".")[0])
-            or "text")
-    bin = out / "bins" / (f"{stem}-val" if as_is else stem)
-    if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer):
-        words = ["text", spec, "--tokenizer", str(folder), "--out", str(bin)]
-        words += ["--normalise", "none", "--keep-duplicates"] if as_is else []
-        log.say("preparing: " + shlex.join(["python", "prepare.py", *words]))
-        program = Path(__file__).with_name("prepare.py")
-        code = subprocess.run([sys.executable, str(program), *words], stdout=sys.stderr).returncode
-        if code:
-            sys.exit(code)  # prepare.py has said what is wrong
-    ranks.barrier()
-    return Bin(bin)
-
-
-def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer) -> bool:
-    """Whether a bin prepared earlier is what preparing `spec` again would give, by its sources'
-    sizes."""
-    if not (bin / "meta.json").exists():
-        return False
-    meta = Bin(bin).meta
-    now = [(str(p), p.stat().st_size) for p in corpus.files([spec])]
-    return meta["tokenizer"] == tokenizer.fingerprint and now == [
-        (x["path"], x["bytes"]) for x in meta["sources"]]
-
-
-def split_weight(spec: str) -> tuple[str, float | None]:
-    """`SPEC[:WEIGHT]` -> (SPEC, WEIGHT or None)."""
-    head, _, tail = spec.rpartition(":")
-    try:
-        weight = float(tail)
-    except ValueError:
-        return spec, None
-    if not head:
-        return spec, None
-    if not 0 < weight < float("inf"):
-        raise UserError(f"--data {spec}: the weight is {tail}, expected a number above 0", FLAGS)
-    return head, weight
-
-
-def texts_of(bin: Bin, documents: Sequence[int], tokenizer: Tokenizer,
-             limit: int) -> list[np.ndarray]:
-    """Documents without BOS and EOS, up to `limit` tokens in all; the last is cut there."""
-    texts = []
-    for i in documents:
-        ids = bin.document(i)
-        ids = ids[int(len(ids) and ids[0] == tokenizer.bos):]
-        ids = ids[: len(ids) - int(len(ids) and ids[-1] == tokenizer.eos)][:limit]
-        limit -= len(ids)
-        texts += [np.array(ids)] if len(ids) else []
-        if limit <= 0:
-            break
-    return texts

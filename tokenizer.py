@@ -1,9 +1,9 @@
 """One face for both kinds of tokenizer file: SentencePiece's `tokenizer.model` and
 `tokenizer.json`.
 
-There is one way to encode. BOS and EOS are added here, in `document`, exactly once; a tokenizer's
-own hidden rules for them are never asked. Text stays text: `</s>` typed by a user is five
-characters, not an end.
+There is one way to encode. BOS and EOS are added here, in `document`, exactly once: BOS where the
+tokenizer's own files say that a text begins with it, for many name a BOS and never write it. Text
+stays text: `</s>` typed by a user is four characters, not an end.
 
 `byte_lengths` says how many bytes of text each id stands for, which is what makes bits per byte
 possible where a document is cut between tokens.
@@ -58,23 +58,17 @@ class Tokenizer:
         return (_Json if file.suffix == ".json" else _SentencePiece)(file)
 
     def __init__(self, file: Path, pieces: list[str], control: set[int], names: dict[str, int],
-                 content: bytes, bytewise: bool):
+                 content: bytes, bytewise: bool, begins: bool):
         folder = file.parent
         self.files = [folder / n for n in FILES if (folder / n).exists()] or [file]
         self.pieces, self.control, self.vocab_size = pieces, control, len(pieces)
         self.bos, self.eos = (_special(folder, key, known, names) for key, known in
                               (("bos_token", BEGIN), ("eos_token", END)))
+        self.bos = self.bos if _begins_with(folder, self.bos, begins) else None
         self.fingerprint = hashlib.sha256(
             content + json.dumps([self.bos, self.eos]).encode()).hexdigest()
-        self.byte_lengths = np.array([0
-                                      if i in control
-                                      else len(p)
-                                      if bytewise
-                                      else 1
-                                      if BYTE.fullmatch(p)
-                                      else len(p.replace("▁", " ").encode())
-                                      for i, p in enumerate(pieces)],
-                                     np.int32)
+        sizes = [0 if i in control else _bytes_of(p, bytewise) for i, p in enumerate(pieces)]
+        self.byte_lengths = np.array(sizes, np.int32)
         self.dummy_prefix = (
             int(self.byte_lengths[self.encode("a")].sum()) - 1)  # SentencePiece's space before all
 
@@ -88,6 +82,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control tokens are left out."""
+        raise AssertionError("a kind of file says how")
+
+    def encode_piece(self, text: str, control: bool, first: bool) -> list[int]:
+        """Ids of a part of a text, its control tokens read as such if `control`; `first`: nothing
+        stands before it."""
         raise AssertionError("a kind of file says how")
 
     def document(self, text: str) -> list[int]:
@@ -129,10 +128,25 @@ class _SentencePiece(Tokenizer):
         pieces = self.sp.id_to_piece(list(range(n)))
         control = {i for i in range(n) if self.sp.is_control(i)}
         names = {pieces[i]: i for i in control}
-        super().__init__(file, pieces, control, names, file.read_bytes(), bytewise=False)
+        super().__init__(file, pieces, control, names, file.read_bytes(), bytewise=False,
+                         begins=True)  # as LLaMA's and Gemma's: the file itself cannot say
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self.sp.encode(list(texts), num_threads=1)
+
+    def encode_piece(self, text: str, control: bool, first: bool) -> list[int]:
+        names = {self.pieces[i]: i for i in self.control} if control else {}
+        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
+        ids: list[int] = []
+        before = self.sp.encode("\n")  # what is not first gets no space of its own before it
+        for part in filter(None, parts):
+            if part in names:
+                ids.append(names[part])
+            elif first and not ids:
+                ids += self.sp.encode(part)
+            else:
+                ids += self.sp.encode("\n" + part)[len(before):]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.sp.decode(
@@ -166,16 +180,25 @@ class _Json(Tokenizer):
         self.tok.encode_special_tokens = True  # a control token's name in a text stays text
         pieces = [self.tok.id_to_token(i) or "" for i in range(n)]
         control = {i for i, a in added.items() if a["special"]}
+        begins = _template_begins(raw.get("post_processor"))
         raw.update(padding=None, truncation=None, post_processor=None)
         bytewise = "ByteLevel" in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
         super().__init__(file, pieces, control, {pieces[i]: i for i in control},
-                         json.dumps(raw, sort_keys=True, ensure_ascii=False).encode(), bytewise)
+                         json.dumps(raw, sort_keys=True, ensure_ascii=False).encode(), bytewise,
+                         begins)
         for i, a in added.items():
             if i not in control:
                 self.byte_lengths[i] = len(a["content"].encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.tok.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_piece(self, text: str, control: bool, first: bool) -> list[int]:
+        self.tok.encode_special_tokens = not control
+        try:
+            return self.tok.encode(text, add_special_tokens=False).ids
+        finally:
+            self.tok.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tok.decode(
@@ -197,6 +220,31 @@ def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]
                         f"{folder / file}: {key} {token!r} is no control token of the tokenizer")
                 return names[token]
     return next((names[x] for x in known if x in names), None)
+
+
+def _begins_with(folder: Path, bos: int | None, begins: bool) -> bool:
+    """Whether a text begins with BOS: tokenizer_config.json's add_bos_token says, else `begins`."""
+    file = folder / "tokenizer_config.json"
+    told = json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") if file.exists() \
+        else None
+    return bos is not None and (told if isinstance(told, bool) else begins)
+
+
+def _template_begins(processor: Any) -> bool:
+    """Whether tokenizer.json's post-processor puts a control token before a text."""
+    if not isinstance(processor, dict):
+        return False
+    if processor.get("type") == "Sequence":
+        return any(map(_template_begins, processor.get("processors", [])))
+    single = processor.get("single") or [{}]
+    return processor.get("type") == "TemplateProcessing" and "SpecialToken" in single[0]
+
+
+def _bytes_of(piece: str, bytewise: bool) -> int:
+    """Bytes of text that a piece stands for: a character each, a named byte, or its spelling."""
+    if bytewise:
+        return len(piece)
+    return 1 if BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode())
 
 
 def learn(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:

@@ -153,6 +153,7 @@ from torch import Tensor  # noqa: E402
 
 import checkpoint  # noqa: E402
 import optim  # noqa: E402
+import plan  # noqa: E402
 from data import IGNORE, Batch  # noqa: E402
 from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
@@ -300,7 +301,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     with checkpoint.lock(out) if log.speaking() else nullcontext():
         run = Run.start(s, MODES[s.mode][0])
         if s.plan:
-            run.show_plan(origins, MODES[s.mode][1])
+            plan.show(run, origins, MODES[s.mode][1])
             return 0
         if s.resume:
             run.resume()

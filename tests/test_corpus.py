@@ -318,7 +318,7 @@ def numbers() -> bytes:
 
 BAD = {  # file, what it holds, flags, exit code, what the one line says
     "no such file": (None, b"", [], 3, "no such file"),
-    "the hub": ("hf:org/data", b"", [], 2, "cannot be read yet"),
+    "the hub": ("hf:org/data", b"", [], 2, "expected hf:org/name/glob"),
     "a kind not known": ("x.pdf", b"%PDF", [], 3, "unknown kind of file"),
     "empty": ("x.txt", b"", [], 3, "no document left of 0 read"),
     "blank": ("x.txt", b" \n\n \n", [], 3, "no document left"),

@@ -196,9 +196,13 @@ def test_a_fingerprint_follows_what_decides_the_ids_and_not_the_folder(model_fol
     assert learn(tiny.SENTENCES * 19, 401, tmp_path / "c").fingerprint != sp.fingerprint
 
     words = json.loads((tmp_path / "b" / "tokenizer.json").read_text())
-    words["post_processor"] = words["padding"] = None  # never asked
+    words["padding"] = words["truncation"] = None  # never asked
     (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(words, indent=9, sort_keys=True))
     assert Tokenizer.open(tmp_path / "b").fingerprint == js.fingerprint
+    words["post_processor"] = None  # it alone says that a text begins with BOS
+    (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(words))
+    assert Tokenizer.open(tmp_path / "b").bos is None
+    assert Tokenizer.open(tmp_path / "b").fingerprint != js.fingerprint
     words["model"]["merges"].pop()
     (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(words))
     assert Tokenizer.open(tmp_path / "b").fingerprint != js.fingerprint
