@@ -1,102 +1,84 @@
-"""Generation: prompts in, tokens out as they come.
+"""Generation and scoring: prompts in; ids, or the likelihood of given ones, out.
 
-Prompts of any lengths are read in one pass (prefill), then every step adds one token to every
-row that is not finished (decode); keys and values stay in a KVCache. Nothing is padded on the left:
-a row's first token stands at position 0, whoever its neighbours are. Finished rows leave the batch.
+**stream** continues prompts. A step adds one token to every row that is being continued; a row that
+ends gives its place to the next prompt, so N prompts of any lengths keep all places filled until
+they run out. **score** asks how likely given continuations are; a prompt asked about several is
+read once.
 
-The one idea: an answer is a function of its prompt and the seed. Every row draws from random
-numbers of its own, so neither the other prompts, nor their order, nor a neighbour that stops early
-changes it, in float32. (In bf16 products over more rows round otherwise, enough to be seen.)
+The one idea: what is computed for a prompt does not depend on its neighbours (sampling.py says how
+far), so batches are ours to form as is fastest.
 
-It knows token ids only. Text, and when half a character may be shown, is the business of who calls.
+It knows token ids only. Text, and when half a character may be shown, is the business of who calls;
+stop strings are looked for in what the caller's `text` makes of ids.
 """
 
 from __future__ import annotations
 
-import math
 import random
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from decode import keep_rows, portions, ragged, refill, step
 from log import FLAGS, UserError, say
+from loss import CHUNK
 from model import KVCache, Llama
+from sampling import Sampling, choose, random_streams
 
 ROWS = 32  # prompts continued side by side: their keys and values are in memory together
+SCORED = 4096  # tokens scored at once
+
+
+class Answer(NamedTuple):
+    """A finished continuation: its ids, and why it ended (eos, stop or length)."""
+
+    ids: list[int]
+    end: str
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: temperature 0 is greedy; top_k 0 and top_p 1 leave no token out."""
+class Stops:
+    """What ends an answer besides its length: an id of `ids`, or a string in its text."""
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 1
+    ids: Collection[int | None] = ()
+    strings: Sequence[str] = ()
+    text: Callable[[Sequence[int]], str] | None = None
 
-    def __post_init__(self) -> None:
-        good = {"max-new-tokens": (self.max_new_tokens >= 1, "at least 1"),
-                "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
-                "top-k": (self.top_k >= 0, "0 (all) or more"),
-                "top-p": (0 < self.top_p <= 1, "above 0, at most 1")}
-        for name, (is_good, expected) in good.items():
-            if not is_good:
-                found = getattr(self, name.replace("-", "_"))
-                raise UserError(f"--{name} {found}: out of range, expected {expected}", FLAGS)
+    def end(self, new: Sequence[int], most: int) -> str:
+        """Why an answer of these ids is over: eos, stop or length; "" while it is not.
 
+        A string is looked for in the text of the last ids alone, which may be many for one
+        character but never hold less than a byte each (control tokens apart, hence some more).
+        """
+        if new[-1] in self.ids:
+            return "eos"
+        if self.strings:
+            reach = max(len(x.encode()) for x in self.strings) + 4
+            tail = self.text(new[-reach:])
+            if any(x in tail for x in self.strings):
+                return "stop"
+        return "length" if len(new) == most else ""
 
-def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Logits (B,V) over the temperature, -inf where top-k or top-p leaves a token out.
-
-    Top-p (Holtzman et al. 2020, section 3.1) keeps the smallest set of likeliest tokens that holds
-    at least p, of what top-k has left. Equals at the edge of top-k all stay, as in transformers.
-    """
-    top = logits.amax(-1, keepdim=True)
-    logits = (logits - top) / temperature  # the likeliest is 0: a tiny temperature cannot overflow
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]  # (B,1)
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        falling, ids = logits.sort(dim=-1, descending=True)
-        before = F.pad(falling.softmax(-1).cumsum(-1)[:, :-1], (1, 0))  # held by likelier tokens
-        logits = logits.scatter(-1, ids, falling.masked_fill(before >= top_p, -math.inf))
-    return logits
+    def cut(self, text: str) -> str:
+        """A text up to the first of each string, one after the other, as lm-evaluation-harness
+        cuts."""
+        for x in self.strings:
+            text = text.split(x, 1)[0]
+        return text
 
 
-def draw(logits: Tensor, u: Tensor) -> Tensor:
-    """An id for each row with probability softmax(logits): (B,V), u (B,) uniform in [0, 1) -> (B,).
+@dataclass
+class Row:
+    """A prompt that is being continued."""
 
-    The inverse of the distribution function. Summed in float64 its last value exceeds u times
-    itself for every float64 u below 1, so a token of probability 0 is never drawn.
-    """
-    cdf = logits.softmax(-1).double().cumsum(-1)  # (B,V)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-
-
-def choose(logits: Tensor, sampling: Sampling, streams: Sequence[random.Random]) -> Tensor:
-    """The next id of each row, (B,V) -> (B,), with one random number from each row's own stream."""
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite: its weights are damaged, or too large "
-                        "for this dtype (try --dtype fp32)")
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    u = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=logits.device)
-    return draw(filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p), u)
-
-
-def random_streams(prompts: Sequence[Sequence[int]], seed: int) -> list[random.Random]:
-    """Random numbers for each prompt: a function of the seed, the prompt, and which copy it is."""
-    seen: Counter[tuple[int, ...]] = Counter()
-    streams = []
-    for ids in (tuple(map(int, ids)) for ids in prompts):
-        streams.append(random.Random(f"{seed}/{seen[ids]}/{ids}"))  # a str is hashed whole
-        seen[ids] += 1
-    return streams
+    index: int
+    prompt: list[int]
+    draws: random.Random
+    new: list[int] = field(default_factory=list)
 
 
 def fit(prompt: Sequence[int], room: int, bos: int | None) -> list[int]:
@@ -110,49 +92,10 @@ def fit(prompt: Sequence[int], room: int, bos: int | None) -> list[int]:
     return kept + ids[len(ids) - room + len(kept) :]
 
 
-def prefill(model: Llama, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Read all prompts in one pass; logits of what follows each, (B,V)."""
-    B, T = len(prompts), max(map(len, prompts))
-    tokens = torch.zeros(B, T, dtype=torch.long)
-    doc = torch.full((B, T), -1)
-    for i, ids in enumerate(prompts):
-        tokens[i, : len(ids)] = torch.tensor(ids)
-        doc[i, : len(ids)] = 0
-    pos = torch.arange(T).repeat(B, 1)
-    return model(*(x.to(model.device) for x in (tokens, doc, pos)), cache=cache)
-
-
-def decode(model: Llama, ids: Tensor, cache: KVCache) -> Tensor:
-    """Read one more id (B,) in each row; logits of what follows it, (B,V)."""
-    return model(ids[:, None], torch.zeros_like(ids)[:, None], cache.length[:, None], cache=cache)
-
-
-def keep_rows(cache: KVCache, keep: Sequence[int]) -> list[int]:
-    """Shrink a cache to the rows of `keep`, in place; returns which old row now stands in each row.
-
-    Only rows from the end move, into the gaps: a row is copied at most once for each that finishes.
-    """
-    n = len(keep)
-    order = list(range(n))
-    gaps = sorted(set(order) - set(keep))
-    moved = [row for row in keep if row >= n]
-    for gap, row in zip(gaps, moved, strict=True):
-        order[gap] = row
-        cache.k[:, gap], cache.v[:, gap] = cache.k[:, row], cache.v[:, row]
-    cache.k, cache.v, cache.length = cache.k[:, :n], cache.v[:, :n], cache.length[order]
-    cache.extent = int(cache.length.max())  # the longest row may have left
-    return order
-
-
-@torch.inference_mode()
-def generate(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
-             eos: Collection[int | None] = (), bos: int | None = None) -> Iterator[tuple[int, int]]:
-    """Continue every prompt, ROWS side by side; yields (index of the prompt, id) as ids come.
-
-    A row ends with an id of `eos`, which is yielded too, or after max_new_tokens. A prompt too long
-    for the model's context beside them loses its beginning (never its BOS), and that is said.
-    """
-    context, new = model.config.max_position_embeddings, sampling.max_new_tokens
+def fit_all(model: Llama, prompts: Sequence[Sequence[int]], new: int,
+            bos: int | None) -> list[list[int]]:
+    """Every prompt so that `new` tokens fit behind it; what is left out is said."""
+    context = model.config.max_position_embeddings
     if new >= context:
         raise UserError(f"--max-new-tokens {new}: the model's context of {context} tokens leaves "
                         f"no room for a prompt; at most {context - 1}", FLAGS)
@@ -161,30 +104,196 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
         if len(ids) < len(whole):
             say(f"prompt {i + 1}: {len(whole) - len(ids)} of its {len(whole)} tokens are left out "
                 f"at the start; the context of {context} holds {context - new} and {new} new ones")
-    streams = random_streams(prompts, sampling.seed)
-    for at in range(0, len(fitted), ROWS):
-        group = slice(at, at + ROWS)
-        for row, token in side_by_side(model, fitted[group], sampling, streams[group], eos):
-            yield at + row, token
+    return fitted
 
 
-def side_by_side(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
-                 streams: Sequence[random.Random], eos: Collection[int | None],
-                 ) -> Iterator[tuple[int, int]]:
-    """`generate` for prompts that fit, all in one batch."""
+@torch.inference_mode()
+def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
+           stops: Stops = Stops(), bos: int | None = None, seeds: Sequence[int] | None = None,
+           rows: int = ROWS) -> Iterator[tuple[int, int, str]]:
+    """Continue every prompt, `rows` side by side; yields (index of the prompt, id, end) as ids
+    come.
+
+    `end` is "" until a prompt's last id: then eos (an id of stops, which is yielded too), stop (the
+    id completed a stop string) or length (max_new_tokens). A prompt too long for the model's
+    context beside them loses its beginning (never its BOS), and that is said. `seeds`: one for
+    each prompt, in place of sampling.seed.
+    """
     new = sampling.max_new_tokens
-    cache = KVCache(model.config, len(prompts), max(map(len, prompts)) + new - 1, model.device,
+    fitted = fit_all(model, prompts, new, bos)
+    draws = random_streams(prompts, seeds or [sampling.seed] * len(prompts))
+    waiting = deque(map(Row, range(len(fitted)), fitted, draws))
+    places = min(rows, len(fitted))
+    whole = KVCache(model.config, places, max(map(len, fitted), default=0) + new - 1, model.device,
                     model.compute_dtype)
-    rows = list(range(len(prompts)))  # which prompt stands in each row of the cache
-    logits = prefill(model, prompts, cache)
-    for step in range(1, new + 1):
-        ids = choose(logits, sampling, [streams[i] for i in rows])  # (B,)
-        found = ids.tolist()
-        yield from zip(rows, found, strict=True)
-        keep = [row for row, token in enumerate(found) if token not in eos]
-        if not keep or step == new:
-            return
-        if len(keep) < len(rows):
-            order = keep_rows(cache, keep)
-            rows, ids = [rows[i] for i in order], ids[order]
-        logits = decode(model, ids, cache)
+    live: list[Row] = []  # which prompt stands in each row of the cache
+    cache, logits = whole.part(slice(0, 0)), torch.empty(0, model.config.vocab_size,
+                                                         device=model.device)
+    while live or waiting:
+        if fresh := [waiting.popleft() for _ in range(min(places - len(live), len(waiting)))]:
+            fresh.sort(key=lambda row: len(row.prompt))  # rows read together are of like lengths
+            cache, more = refill(model, [row.prompt for row in fresh], whole, cache)
+            live, logits = live + fresh, torch.cat([logits, more])
+        ids = choose(logits, sampling, [row.draws for row in live],
+                     [row.prompt + row.new for row in live])  # (B,)
+        keep = []
+        for place, (row, token) in enumerate(zip(live, ids.tolist(), strict=True)):
+            row.new.append(token)
+            end = stops.end(row.new, new)
+            if not end:
+                keep.append(place)
+            yield row.index, token, end
+        order = keep_rows(cache, keep)
+        live, ids = [live[i] for i in order], ids[order]
+        logits = step(model, ids, cache) if live else logits[:0]
+
+
+def generate(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
+             eos: Collection[int | None] = (), bos: int | None = None) -> Iterator[tuple[int, int]]:
+    """`stream` for who needs only (index of the prompt, id)."""
+    for row, token, _ in stream(model, prompts, sampling, Stops(eos), bos):
+        yield row, token
+
+
+def answers(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
+            stops: Stops = Stops(), bos: int | None = None, seeds: Sequence[int] | None = None,
+            rows: int = ROWS) -> Iterator[Answer]:
+    """`stream`'s answers whole, in the prompts' order, each as soon as it and all before it are
+    done."""
+    new: list[list[int]] = [[] for _ in prompts]
+    ends: dict[int, str] = {}
+    first = 0  # not given yet
+    for row, token, end in stream(model, prompts, sampling, stops, bos, seeds, rows):
+        new[row].append(token)
+        if end:
+            ends[row] = end
+        while first in ends:
+            yield Answer(new[first], ends[first])
+            first += 1
+
+
+class Request(NamedTuple):
+    """A continuation to score, behind the end of its prompt that the context holds."""
+
+    index: int
+    context: tuple[int, ...]
+    ids: list[int]
+
+
+@torch.inference_mode()
+def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]],
+          length: int = 0, move: Callable[[int], object] = lambda done: None,
+          ) -> tuple[Tensor, Tensor]:
+    """How likely each continuation is behind its prompt: log p in nats, (N,) float64, and whether
+    it is what greedy decoding gives, (N,) bool.
+
+    Equal prompts are read once, whatever stands behind them. `length`: the most tokens read at
+    once, 0: the model's context; a longer prompt loses its beginning, BOS too, as in
+    lm-evaluation-harness. log-softmax in float32 over the model's whole vocabulary, sums in
+    float64. `move` is told how many requests are done, batch by batch. UserError on an empty
+    prompt or continuation, and on a continuation longer than `length`.
+    """
+    length = length or model.config.max_position_embeddings
+    groups: dict[tuple[int, ...], list[Request]] = {}
+    for i, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
+        request = Request(i, _context(i, prompt, ids, length), list(ids))
+        groups.setdefault(request.context, []).append(request)
+    asked = _Scores(model, len(prompts))
+    rows = []  # what is read in the first pass, and what it answers
+    for context, group in groups.items():
+        if _shares(model, group):
+            rows.append((list(context), group))
+        else:
+            rows += [([*context, *x.ids[:-1]], [x]) for x in group]
+    rows.sort(key=lambda row: len(row[0]), reverse=True)
+    for some in portions([len(ids) for ids, _ in rows], SCORED):
+        part = rows[some]
+        tokens, doc = ragged([ids for ids, _ in part], model.device)
+        later = [(i, x) for i, (_, group) in enumerate(part) for x in group
+                 if len(group) > 1 and len(x.ids) > 1]
+        cache = KVCache(model.config, *tokens.shape, model.device, model.compute_dtype) \
+            if later else None
+        pos = torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
+        h = model.model(tokens, doc, pos, cache)  # (B,T,C)
+        for i, (ids, group) in enumerate(part):
+            for x in group:
+                at = len(x.context) - 1
+                asked.add(h[i, at : len(ids)], x.ids[: len(ids) - at], x.index)
+        if cache is not None:
+            _score_later(model, cache, later, asked)
+        asked.answer()
+        move(sum(len(group) for _, group in part))
+    return asked.nats.cpu(), asked.greedy.cpu()
+
+
+def _context(i: int, prompt: Sequence[int], ids: Sequence[int], length: int) -> tuple[int, ...]:
+    """The end of a prompt that is read before a continuation; UserError where there is none."""
+    if not len(ids):
+        raise UserError(f"request {i + 1}: its continuation has no token, so there is nothing to "
+                        "score; was it empty, or swallowed by the prompt's last token?")
+    if len(ids) > length:
+        raise UserError(f"request {i + 1}: a continuation of {len(ids)} tokens; the context holds "
+                        f"{length}")
+    if not len(prompt):
+        raise UserError(f"request {i + 1}: an empty prompt; begin it with BOS or EOS")
+    return tuple(map(int, prompt[-(length + 1 - len(ids)) :]))
+
+
+def _shares(model: Llama, group: Sequence[Request]) -> bool:
+    """Whether a prompt is read once for several continuations.
+
+    Dynamic rotary turns a token by how long the whole text is: beyond the original context nothing
+    can be shared between texts of different lengths.
+    """
+    rope, longest = model.config.rope, max(len(x.context) + len(x.ids) - 1 for x in group)
+    return len(group) > 1 and (rope.kind != "dynamic" or longest <= rope.original)
+
+
+def _score_later(model: Llama, cache: KVCache, later: Sequence[tuple[int, Request]],
+                 asked: _Scores) -> None:
+    """Read what follows the first token of continuations, (row of its prompt in the cache, it).
+
+    Each has a copy of its prompt's keys and values, so many at once as fit into a batch.
+    """
+    later = sorted(later, key=lambda x: len(x[1].ids))
+    extent = cache.extent
+    for some in portions([extent + len(x.ids) - 1 for _, x in later], SCORED):
+        part = later[some]
+        owners = torch.tensor([i for i, _ in part], device=model.device)
+        tokens, doc = ragged([x.ids[:-1] for _, x in part], model.device)
+        own = KVCache(model.config, len(part), extent + tokens.shape[1], model.device,
+                      model.compute_dtype)
+        own.k[:, :, :extent] = cache.k[:, owners, :extent]
+        own.v[:, :, :extent] = cache.v[:, owners, :extent]
+        start = torch.tensor([len(x.context) for _, x in part], device=model.device)  # (B,)
+        own.extent = extent
+        pos = start[:, None] + torch.arange(tokens.shape[1], device=model.device)
+        h = model.model(tokens, doc, pos, own)  # (B,T,C)
+        for i, (_, x) in enumerate(part):
+            asked.add(h[i, : len(x.ids) - 1], x.ids[1:], x.index)
+
+
+class _Scores:
+    """What was asked, (N,): hidden states and the ids behind them come in, a batch at a time."""
+
+    def __init__(self, model: Llama, N: int):
+        self.model = model
+        self.nats = torch.zeros(N, dtype=torch.float64, device=model.device)
+        self.greedy = torch.ones(N, dtype=torch.bool, device=model.device)
+        self.asked: list[tuple[Tensor, list[int], int]] = []
+
+    def add(self, h: Tensor, ids: list[int], index: int) -> None:
+        """Hidden states (T,C), the T ids that follow them, and which request that is."""
+        self.asked.append((h, ids, index))
+
+    def answer(self) -> None:
+        """Add up what was asked since the last time."""
+        device = self.model.device
+        h = torch.cat([h for h, _, _ in self.asked])
+        ids = torch.tensor([x for _, ids, _ in self.asked for x in ids], device=device)
+        index = torch.tensor([i for _, ids, i in self.asked for _ in ids], device=device)
+        self.asked = []
+        for states, follows, owner in zip(*(x.split(CHUNK) for x in (h, ids, index)), strict=True):
+            logp = self.model.logits(states).log_softmax(-1)  # (T,V)
+            self.nats.index_add_(0, owner, logp.gather(1, follows[:, None])[:, 0].double())
+            self.greedy[owner[logp.argmax(-1) != follows]] = False

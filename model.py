@@ -17,6 +17,7 @@ and softmax, norms, rotary and loss run in float32.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,12 @@ class KVCache:
         self.k[layer][rows, pos], self.v[layer][rows, pos] = k, v
         return self.k[layer][:, : self.extent], self.v[layer][:, : self.extent]
 
+    def part(self, rows: slice) -> KVCache:
+        """Some of the rows as a cache of their own, in the same memory."""
+        part = copy.copy(self)
+        part.k, part.v, part.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+        return part
+
 
 @dataclass
 class Layout:
@@ -150,7 +157,7 @@ class Layout:
         B, T = doc.shape
         if cache is not None:
             near = not window or cache.extent <= window
-            if B == 1 and (cache.extent == T or (T == 1 and near)):
+            if cache.extent == T or (B == 1 and T == 1 and near):
                 return cls(window=window)  # first tokens: causal; the next one sees all keys
             keys = torch.arange(cache.extent, device=pos.device)
             mask = keys <= pos[..., None]  # (B,T,S)
@@ -361,7 +368,11 @@ class Llama(nn.Module):
             return token_nll(h, self.head, targets, self.config.logit_cap)
         last = ((doc >= 0) * torch.arange(1, doc.shape[1] + 1, device=doc.device)).argmax(1)  # (B,)
         h = h[torch.arange(len(h), device=h.device), last]  # (B,C)
-        return capped(F.linear(h, self.head.to(h.dtype)).float(), self.config.logit_cap)  # (B,V)
+        return self.logits(h)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Logits of what follows hidden states (...,C): (...,V) float32."""
+        return capped(F.linear(h, self.head.to(h.dtype)).float(), self.config.logit_cap)
 
     def flops_per_token(self, T: int) -> float:
         """Products to train one token in rows of T: 2 a weight for y, 2 for dx, 2 for dW where it

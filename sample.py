@@ -52,8 +52,9 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
     SETTINGS, _ = log.run(lambda: config.read(Settings, sys.argv[1:], "sample.py"))
 
 import weights  # noqa: E402
-from generate import Sampling, generate  # noqa: E402
+from generate import Stops, answers, stream  # noqa: E402
 from ranks import Ranks  # noqa: E402
+from sampling import Sampling  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
@@ -93,18 +94,6 @@ def pieces(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -
     yield text[shown:]
 
 
-def answers(stream: Iterable[tuple[int, int]], n: int, eos: set[int], most: int,
-            ) -> Iterator[list[int]]:
-    """The new ids of n prompts, in order, each as soon as it and all before it are done."""
-    new: list[list[int]] = [[] for _ in range(n)]
-    first = 0  # not given yet
-    for row, token in stream:
-        new[row].append(token)
-        while first < n and new[first] and (new[first][-1] in eos or len(new[first]) == most):
-            yield new[first]
-            first += 1
-
-
 def main(s: Settings) -> None:
     """Read the prompts, load the model, continue and print."""
     if not s.model:
@@ -116,24 +105,23 @@ def main(s: Settings) -> None:
     model, tokenizer = weights.load(s.model, ranks.device, dtype)
     model.eval().model.compute_dtype = dtype
 
-    bos, eos = tokenizer.bos, weights.stop_ids(weights.find(s.model), tokenizer)
+    bos, stops = tokenizer.bos, Stops(weights.stop_ids(weights.find(s.model), tokenizer))
     ids = [([] if bos is None else [bos]) + tokenizer.encode(p) for p in prompts]
     shown = log.printable if sys.stdout.isatty() else str  # a model must not steer a terminal
 
     def show(text: str) -> None:
         print(shown(text), end="", flush=True)
 
-    stream = generate(model, ids, sampling, eos, bos)
     if len(prompts) == 1 and not s.json:
         show(prompts[0])
-        for piece in pieces(tokenizer, ids[0], (token for _, token in stream)):
+        new = (token for _, token, _ in stream(model, ids, sampling, stops, bos))
+        for piece in pieces(tokenizer, ids[0], new):
             show(piece)
         show("\n")
         return
-    for i, new in enumerate(answers(stream, len(prompts), eos, sampling.max_new_tokens)):
+    for i, (new, end) in enumerate(answers(model, ids, sampling, stops, bos)):
         text = "".join(pieces(tokenizer, ids[i], new))
         if s.json:
-            end = "eos" if new[-1] in eos else "length"
             line = {"prompt": prompts[i], "text": text, "tokens": len(new), "end": end}
             show(json.dumps(line, ensure_ascii=False) + "\n")
         else:

@@ -9,9 +9,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import decode
 import generate as g
+import sampling as chosen
 import tiny
-from generate import Sampling, generate
+from generate import Sampling, Stops, generate, score
 from log import UserError
 from model import KVCache, Llama
 
@@ -33,10 +35,7 @@ def ours() -> Llama:
 
 def answers(prompts, sampling, eos=(), **more) -> list[list[int]]:
     """What follows each prompt."""
-    found = [[] for _ in prompts]
-    for row, token in generate(ours(), prompts, sampling, eos, **more):
-        found[row].append(token)
-    return found
+    return [x.ids for x in g.answers(ours(), prompts, sampling, Stops(eos), **more)]
 
 
 def greedily(prompt: list[int], n: int, eos: int | None = None) -> list[int]:
@@ -89,7 +88,7 @@ def test_cached_logits_equal_those_of_reading_all_again():
     model, rows = ours(), [list(p) for p in PROMPTS]
     with torch.inference_mode():
         cache = KVCache(model.config, len(rows), 32, "cpu", torch.float32)
-        logits = g.prefill(model, rows, cache)
+        logits = decode.prefill(model, rows, cache)
         for step in range(12):
             for i, row in enumerate(rows):
                 torch.testing.assert_close(logits[i], peer()(torch.tensor([row])).logits[0, -1],
@@ -97,9 +96,9 @@ def test_cached_logits_equal_those_of_reading_all_again():
             ids = torch.tensor([(7 * step + 11 * i) % V for i in range(len(rows))])
             rows = [[*row, int(x)] for row, x in zip(rows, ids, strict=True)]
             if step == 5:  # rows leave, the longest among them
-                order = g.keep_rows(cache, [1, 3])
+                order = decode.keep_rows(cache, [1, 3])
                 rows, ids = [rows[i] for i in order], ids[order]
-            logits = g.decode(model, ids, cache)
+            logits = decode.step(model, ids, cache)
 
 
 @given(st.sets(st.integers(0, 7), min_size=1), st.integers(0, 3))
@@ -110,7 +109,7 @@ def test_a_shrunk_cache_holds_the_rows_it_says(keep, more):
     cache.length += torch.arange(1, n + 1)
     cache.k += cache.length[:, None, None, None]
     cache.v += 2 * cache.k
-    order = g.keep_rows(cache, sorted(keep))
+    order = decode.keep_rows(cache, sorted(keep))
     assert sorted(order) == sorted(keep)
     assert cache.length.tolist() == [i + 1 for i in order] and cache.extent == max(order) + 1
     assert cache.k[0, :, 0, 0, 0].tolist() == [i + 1 for i in order]
@@ -118,17 +117,16 @@ def test_a_shrunk_cache_holds_the_rows_it_says(keep, more):
 
 
 @pytest.mark.parametrize("at_once", [32, 3, 1])
-def test_a_sampled_answer_does_not_change_with_its_neighbours_or_their_order(at_once, monkeypatch):
-    monkeypatch.setattr(g, "ROWS", at_once)
+def test_a_sampled_answer_does_not_change_with_its_neighbours_or_their_order(at_once):
     sampling = Sampling(16, temperature=1.3, top_k=40, top_p=0.95, seed=5)
     alone = [answers([p], sampling)[0] for p in PROMPTS]
-    assert answers(PROMPTS, sampling) == alone
-    assert answers(PROMPTS[::-1], sampling) == alone[::-1]
+    assert answers(PROMPTS, sampling, rows=at_once) == alone
+    assert answers(PROMPTS[::-1], sampling, rows=at_once) == alone[::-1]
     ending = {alone[0][3]}  # one leaves early, from each place in turn
     alone = [answers([p], sampling, ending)[0] for p in PROMPTS]
     for i in range(len(PROMPTS)):
         turned, wanted = PROMPTS[i:] + PROMPTS[:i], alone[i:] + alone[:i]
-        assert answers(turned, sampling, ending) == wanted
+        assert answers(turned, sampling, ending, rows=at_once) == wanted
 
 
 def test_a_seed_gives_the_same_answer_again_and_another_seed_another():
@@ -138,7 +136,7 @@ def test_a_seed_gives_the_same_answer_again_and_another_seed_another():
 
 
 def test_prompts_and_seeds_draw_from_streams_of_their_own():
-    streams = g.random_streams([[1, 2], [1, 3], [1], [1, 2]], 1) + g.random_streams([[1, 2]], 2)
+    streams = chosen.random_streams([[1, 2], [1, 3], [1], [1, 2], [1, 2]], [1, 1, 1, 1, 2])
     assert len({s.random() for s in streams}) == len(streams)
 
 
@@ -146,6 +144,144 @@ def test_copies_of_a_prompt_get_different_answers_and_the_first_is_the_one_it_ge
     found = answers([PROMPTS[0]] * 3, Sampling(12, seed=1))
     assert found[0] == answers([PROMPTS[0]], Sampling(12, seed=1))[0]
     assert len({tuple(x) for x in found}) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 40])
+def test_a_finished_row_gives_its_place_to_the_next_prompt_and_no_answer_changes(rows, monkeypatch):
+    prompts = [tiny.tokens(1, 1 + (7 * i) % 19, seed=i)[0].remainder(V).tolist() for i in range(9)]
+    wanted = [greedily(p, 12) for p in prompts]
+    ending = wanted[0][3]
+    wanted = [greedily(p, 12, ending) for p in prompts]
+    assert len({len(x) for x in wanted}) > 1
+    widths, run = [], decode.step
+
+    def watched(model, ids, cache):
+        widths.append(len(ids))
+        return run(model, ids, cache)
+
+    monkeypatch.setattr(g, "step", watched)
+    assert answers(prompts, Sampling(12, 0), {ending}, rows=rows) == wanted
+    assert max(widths) <= rows
+    waiting = sum(map(len, wanted)) - len(wanted)  # tokens that a step must make
+    assert rows != 2 or len(widths) < 0.7 * waiting  # both places are used while prompts wait
+
+
+def text_of(ids) -> str:
+    """A text for ids: a letter each, so that a stop string may span several."""
+    return "".join(chr(97 + i % 26) for i in ids)
+
+
+def test_a_stop_string_ends_a_row_with_the_token_that_completes_it():
+    whole = [greedily(p, 20) for p in PROMPTS]
+    texts = [text_of(x) for x in whole]
+    strings = [texts[0][4:7], texts[2][9:11]]
+    stops = Stops((), strings, text_of)
+    found = list(g.answers(ours(), PROMPTS, Sampling(20, 0), stops))
+    assert {x.end for x in found} == {"stop", "length"}
+    for (ids, end), text in zip(found, texts, strict=True):
+        at = min((text.find(x) + len(x) for x in strings if x in text), default=20)
+        assert text_of(ids) == text[:at] and end == ("length" if at == 20 else "stop")
+    assert stops.cut(texts[0]) == texts[0][:4]
+
+
+def test_a_stop_string_may_end_inside_a_token_and_span_many():
+    ids = [5, 6, 7, 8]
+    text = {5: "a b", 6: "c\nd", 7: "", 8: "efg"}
+    stops = Stops({9}, ["b c\n", "\ndef"], lambda new: "".join(text[i] for i in new))
+    assert [stops.end(ids[: n + 1], 10) for n in range(4)] == ["", "", "", "stop"]
+    assert Stops({9}, ["bc\n"], stops.text).end(ids[:2], 10) == "stop"
+    assert Stops({9}).end([5, 9], 2) == "eos" and Stops({9}).end([9, 5], 2) == "length"
+
+
+def test_each_prompt_may_have_a_seed_of_its_own():
+    alone = [answers([p], Sampling(12, seed=i))[0] for i, p in enumerate(PROMPTS, 5)]
+    assert answers(PROMPTS, Sampling(12), seeds=[5, 6, 7, 8]) == alone
+    assert answers(PROMPTS[::-1], Sampling(12), seeds=[8, 7, 6, 5], rows=2) == alone[::-1]
+
+
+def peer_scores(peer, prompt, ids) -> tuple[float, bool]:
+    """log p and greediness of a continuation, by transformers' forward pass over the whole."""
+    with torch.inference_mode():
+        logp = peer(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
+    logp = logp[len(prompt) - 1 : -1]
+    return (float(logp.gather(1, torch.tensor(ids)[:, None]).double().sum()),
+            logp.argmax(-1).tolist() == list(ids))
+
+
+@pytest.mark.parametrize("shape", list(tiny.SHAPES))
+def test_scores_equal_transformers_for_every_family(shape):
+    peer = tiny.peer(shape, seed=4)
+    model = tiny.ours(peer, shape)
+    prompts, continuations = [], []
+    for i, (n, many) in enumerate([(30, 4), (1, 3), (17, 1), (9, 2), (30, 1)]):
+        prompt = tiny.tokens(1, n, seed=i)[0].tolist()
+        for j in range(many):
+            prompts.append(prompt)
+            continuations.append(tiny.tokens(1, 1 + 4 * j, seed=50 + i + j)[0].tolist())
+    ahead = list(generate(model, prompts[:1], Sampling(3, 0)))
+    prompts.append(prompts[0])
+    continuations.append([token for _, token in ahead])  # greedy by its making
+    found, greedy = score(model, prompts, continuations)
+    wanted = [peer_scores(peer, p, c) for p, c in zip(prompts, continuations, strict=True)]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.tensor([x for x, _ in wanted]).double(), rtol=1e-5,
+                               atol=1e-5)
+    assert greedy.tolist() == [x for _, x in wanted] and greedy[-1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12),
+       st.integers(1, 60), st.integers(9, 40))
+@settings(max_examples=25, deadline=None)
+def test_scores_do_not_depend_on_neighbours_batches_or_order(asked, budget, length):
+    prompts = [PROMPTS[i] for i, _ in asked]
+    continuations = [tiny.tokens(1, n, seed=n)[0].remainder(V).tolist() for _, n in asked]
+    alone = [score(ours(), [p], [c], length) for p, c in zip(prompts, continuations, strict=True)]
+    before, g.SCORED = g.SCORED, budget
+    try:
+        found, greedy = score(ours(), prompts, continuations, length)
+    finally:
+        g.SCORED = before
+    torch.testing.assert_close(found, torch.cat([x for x, _ in alone]), rtol=1e-5, atol=1e-5)
+    assert greedy.tolist() == [bool(x) for _, x in alone]
+
+
+def test_a_prompt_asked_often_is_read_once(monkeypatch):
+    read, run = [], type(ours().model).forward
+
+    def watched(self, tokens, doc, pos, cache=None):
+        read.append(int((doc >= 0).sum()))
+        return run(self, tokens, doc, pos, cache)
+
+    monkeypatch.setattr(type(ours().model), "forward", watched)
+    done = []
+    score(ours(), [PROMPTS[2]] * 4 + [PROMPTS[0]], [[5], [6], [7], [8], [9]], move=done.append)
+    assert read == [len(PROMPTS[2]) + len(PROMPTS[0])] and done == [5]  # one-token choices share it
+    read.clear()
+    score(ours(), [PROMPTS[2]] * 3, [[5, 6, 7], [6], [8, 9]])
+    assert read == [len(PROMPTS[2]), 2 + 1]
+
+
+def test_a_prompt_beyond_the_context_is_scored_behind_its_end_as_in_lm_eval():
+    prompt = tiny.tokens(1, 90)[0].remainder(V).tolist()
+    for ids in ([5], [5, 6, 7, 8], list(range(3, 63))):
+        whole = [*prompt, *ids][-(CONTEXT + 1):]
+        wanted, _ = peer_scores(peer(), whole[: -len(ids)], ids)
+        assert score(ours(), [prompt], [ids])[0].item() == pytest.approx(wanted, rel=1e-5)
+    both, _ = score(ours(), [prompt, prompt], [[5], [5, 6, 7, 8]])
+    assert both[1] == pytest.approx(float(score(ours(), [prompt], [[5, 6, 7, 8]])[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("prompt", "ids", "words"), [
+    ([1, 2], [], "request 2: its continuation has no token"),
+    ([], [5], "request 2: an empty prompt; begin it with BOS"),
+    ([1], [5] * 65, "request 2: a continuation of 65 tokens; the context holds 64")])
+def test_what_cannot_be_scored_is_refused_in_one_line(prompt, ids, words):
+    with pytest.raises(UserError, match=words):
+        score(ours(), [[1], prompt], [[2], ids])
+
+
+def test_nothing_asked_is_nothing_scored():
+    assert [x.tolist() for x in score(ours(), [], [])] == [[], []]
 
 
 def chi_square(counts: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
@@ -192,7 +328,7 @@ def plain_filter(logits: list[float], temperature: float, top_k: int, top_p: flo
        st.integers(0, 40), st.floats(0.05, 0.999) | st.just(1.0))
 @settings(max_examples=150, deadline=None)
 def test_filters_equal_the_plain_formula(logits, temperature, top_k, top_p):
-    found = g.filter_logits(torch.tensor([logits]), temperature, top_k, top_p).softmax(-1)[0]
+    found = chosen.filter_logits(torch.tensor([logits]), temperature, top_k, top_p).softmax(-1)[0]
     wanted = torch.tensor(plain_filter(logits, temperature, top_k, top_p))
     if (found - wanted).abs().max() > 1e-5:
         # at the very edge of top-p float32 may keep a token more; of equals it may keep another
@@ -208,7 +344,7 @@ def test_filters_equal_the_warpers_of_transformers():
         wanted = transformers.TemperatureLogitsWarper(temperature)(None, logits)
         wanted = transformers.TopKLogitsWarper(top_k)(None, wanted) if top_k else wanted
         wanted = transformers.TopPLogitsWarper(top_p)(None, wanted) if top_p < 1 else wanted
-        found = g.filter_logits(logits, temperature, top_k, top_p)
+        found = chosen.filter_logits(logits, temperature, top_k, top_p)
         assert torch.equal(found.isinf(), wanted.isinf())
         torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
 
@@ -217,7 +353,7 @@ def test_draw_never_gives_a_token_of_no_probability_even_at_the_ends():
     logits = torch.full((2, 6), -math.inf)
     logits[:, 1], logits[:, 3] = 0.3, -1.2
     ends = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
-    assert g.draw(logits, ends).tolist() == [1, 3]
+    assert chosen.draw(logits, ends).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-4])

@@ -1,0 +1,131 @@
+"""Choosing the next token: greedy, or drawn from what the filters leave.
+
+The one idea: an answer is a function of its prompt and its seed. Every row draws from random
+numbers of its own, so neither the other prompts, nor their order, nor a neighbour that stops early
+changes it, in float32. (In bf16 products over more rows round otherwise, enough to be seen.)
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from log import FLAGS, UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: temperature 0 is greedy; top_k 0, top_p 1, min_p 0 leave none out.
+
+    Above one beam the likeliest whole answers are sought (beam.py), and nothing is drawn.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+    def __post_init__(self) -> None:
+        good = {"max-new-tokens": (self.max_new_tokens >= 1, "at least 1"),
+                "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+                "top-k": (self.top_k >= 0, "0 (all) or more"),
+                "top-p": (0 < self.top_p <= 1, "above 0, at most 1"),
+                "min-p": (0 <= self.min_p <= 1, "0 (all) to 1"),
+                "repetition-penalty": (0 < self.repetition_penalty < math.inf,
+                                       "above 0; 1 changes nothing"),
+                "beams": (self.beams >= 1, "1 (no search) or more"),
+                "length-penalty": (math.isfinite(self.length_penalty), "a number")}
+        for name, (is_good, expected) in good.items():
+            if not is_good:
+                found = getattr(self, name.replace("-", "_"))
+                raise UserError(f"--{name} {found}: out of range, expected {expected}", FLAGS)
+
+
+def penalise(logits: Tensor, penalty: float, seen: Sequence[Sequence[int]]) -> Tensor:
+    """Logits (B,V) lower for the ids that each row has seen: over the penalty where positive, times
+    it where negative.
+
+    Keskar et al. 2019, equation 2; negative logits as in transformers. `seen` counts the prompt.
+    """
+    if penalty == 1:
+        return logits
+    logits = logits.clone()
+    for row, ids in zip(logits, seen, strict=True):
+        ids = torch.tensor(sorted(set(ids)), device=row.device)
+        row[ids] = torch.where(row[ids] < 0, row[ids] * penalty, row[ids] / penalty)
+    return logits
+
+
+def filter_logits(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,
+                  min_p: float = 0.0) -> Tensor:
+    """Logits (B,V) over the temperature, -inf where top-k, top-p or min-p leaves a token out.
+
+    Top-p (Holtzman et al. 2020, section 3.1) keeps the smallest set of likeliest tokens that holds
+    at least p, of what top-k has left. Min-p (Nguyen et al. 2024, section 3) keeps those at least
+    min_p times as likely as the likeliest. Equals at the edge of top-k all stay, as in
+    transformers.
+    """
+    top = logits.amax(-1, keepdim=True)
+    logits = (logits - top) / temperature  # the likeliest is 0: a tiny temperature cannot overflow
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]  # (B,1)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        falling, ids = logits.sort(dim=-1, descending=True)
+        before = F.pad(falling.softmax(-1).cumsum(-1)[:, :-1], (1, 0))  # held by likelier tokens
+        logits = logits.scatter(-1, ids, falling.masked_fill(before >= top_p, -math.inf))
+    if min_p > 0:
+        logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
+    return logits
+
+
+def draw(logits: Tensor, u: Tensor) -> Tensor:
+    """An id for each row with probability softmax(logits): (B,V), u (B,) uniform in [0, 1) -> (B,).
+
+    The inverse of the distribution function. Summed in float64 its last value exceeds u times
+    itself for every float64 u below 1, so a token of probability 0 is never drawn.
+    """
+    cdf = logits.softmax(-1).double().cumsum(-1)  # (B,V)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Logits as they are; UserError if one is no number."""
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are damaged, or too large "
+                        "for this dtype (try --dtype fp32)")
+    return logits
+
+
+def choose(logits: Tensor, sampling: Sampling, streams: Sequence[random.Random],
+           seen: Sequence[Sequence[int]]) -> Tensor:
+    """The next id of each row, (B,V) -> (B,), with one random number from each row's own stream."""
+    logits = penalise(finite(logits), sampling.repetition_penalty, seen)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    u = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=logits.device)
+    return draw(filter_logits(logits, sampling.temperature, sampling.top_k, sampling.top_p,
+                              sampling.min_p), u)
+
+
+def random_streams(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[random.Random]:
+    """Random numbers for each prompt: a function of its seed, the prompt, and which copy it is."""
+    seen: Counter[tuple[int, tuple[int, ...]]] = Counter()
+    streams = []
+    for seed, ids in zip(seeds, (tuple(map(int, ids)) for ids in prompts), strict=True):
+        streams.append(random.Random(f"{seed}/{seen[seed, ids]}/{ids}"))  # a str is hashed whole
+        seen[seed, ids] += 1
+    return streams
