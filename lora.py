@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from log import FLAGS, UserError
+from nf4 import NF4Linear
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 PLAIN = {  # what adapter_config.json may say besides nothing: all else changes what is computed
@@ -46,24 +48,32 @@ PLAIN = {  # what adapter_config.json may say besides nothing: all else changes 
     "megatron_config": [],
 }
 EMBEDDINGS = ("embed_tokens", "lm_head")
+Base = nn.Linear | NF4Linear  # what an adapter goes on
+
+
+def matrix(base: Base, dtype: torch.dtype) -> Tensor:
+    """The frozen W (out,in) in a dtype; of an NF4 base, made for the moment."""
+    return base.dense(dtype) if isinstance(base, NF4Linear) else base.weight.to(dtype)
 
 
 class LoRALinear(nn.Module):
     """y = W x + s B A x; A (R,in) starts random, B (out,R) at zero, so that step 0 is the base
     model. With DoRA every row of W + s B A has the trained length m (out,)."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool,
+    def __init__(self, base: Base, rank: int, alpha: float, dropout: float, rslora: bool,
                  dora: bool):
         super().__init__()
         self.base_layer = base
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        at = base.weight.device
+        at = next(chain(base.parameters(), base.buffers())).device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=at, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=at, dtype=torch.float32)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-        self.squares = base.weight.detach().float().square().sum(1) if dora else None  # (out,)
+        self.squares = None  # of the rows' lengths (out,), with DoRA
+        if dora:
+            self.squares = matrix(base, torch.float32).detach().square().sum(1)
         self.lora_magnitude_vector = nn.Parameter(self.squares.sqrt()) if dora else None
         self.enabled = True  # off: the base model
 
@@ -77,12 +87,10 @@ class LoRALinear(nn.Module):
         if self.lora_magnitude_vector is None:
             return y + F.linear(down, B)
         # what m / |row| - 1 multiplies has no bias, and sees the dropout, as in PEFT
-        share = (self.lora_magnitude_vector / self.lengths()).to(x.dtype)  # (out,)
-        bias = self.base_layer.bias
-        if self.dropout and self.training:
-            plain = F.linear(dropped, self.base_layer.weight.to(x.dtype))
-        else:
-            plain = y if bias is None else y - bias.to(x.dtype)
+        share = (self.lora_magnitude_vector / self.lengths(x.dtype)).to(x.dtype)  # (out,)
+        plain = self.base_layer(dropped) if self.dropout and self.training else y
+        if self.base_layer.bias is not None:
+            plain = plain - self.base_layer.bias.to(x.dtype)
         return y + (share - 1) * plain + share * F.linear(down, B)
 
     def delta(self) -> Tensor:
@@ -90,19 +98,20 @@ class LoRALinear(nn.Module):
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
     @torch.no_grad()
-    def lengths(self) -> Tensor:
-        """Lengths of the rows of W + s B A, (out,); a constant to the gradient (DoRA, 4.3).
+    def lengths(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Lengths of the rows of W + s B A, (out,) float32; a constant to the gradient (DoRA, 4.3).
 
-        |w + d|^2 = |w|^2 + 2 w.d + |d|^2, row by row, so the sum (out,in) is never made.
+        |w + d|^2 = |w|^2 + 2 w.d + |d|^2, row by row, so the sum (out,in) is never made; `dtype` is
+        that of w.d.
         """
         A, B = self.lora_A.weight, self.lora_B.weight * self.scale
-        cross = F.linear(self.base_layer.weight, A.to(self.base_layer.weight.dtype))  # (out,R)
+        cross = F.linear(matrix(self.base_layer, dtype), A.to(dtype))  # (out,R)
         square = self.squares + ((2 * cross.float() + B @ (A @ A.T)) * B).sum(1)
         return square.clamp(min=0).sqrt()
 
     def merged(self) -> Tensor:
         """The one matrix that does what base and adapter do: (out,in) float32."""
-        W = self.base_layer.weight.float() + self.delta()
+        W = matrix(self.base_layer, torch.float32) + self.delta()
         if self.lora_magnitude_vector is None:
             return W
         return W * (self.lora_magnitude_vector / W.norm(dim=1))[:, None]
@@ -117,7 +126,7 @@ def attach(model: nn.Module, rank: int, alpha: float, dropout: float, targets: S
     `all-linear` is all but lm_head. UserError on a name that fits none, or a rank above the width.
     """
     linears = [name for name, m in model.named_modules()
-               if isinstance(m, nn.Linear) and name != "lm_head"]
+               if isinstance(m, Base) and name != "lm_head"]
     known = sorted({name.rsplit(".", 1)[-1] for name in linears})
     targets = known if list(targets) == ["all-linear"] else list(targets)
     for target in targets:
@@ -326,7 +335,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Put every adapter into its base and unwrap it; the sum is taken in float32."""
+    """Put every adapter into its base and unwrap it; the sum is taken in float32. UserError if the
+    base is quantised: the sum would be rounded to four bits, and lose most of what was learned."""
+    if any(isinstance(m.base_layer, NF4Linear) for m in adapters(model).values()):
+        raise UserError("the adapter's base is in NF4, and a merge into four bits would ruin the "
+                        "model; merge into the base's own files with: python export.py merge")
     for name, m in adapters(model).items():
         W = m.base_layer.weight
         W.copy_(m.merged().to(W.dtype))

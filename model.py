@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import nf4
 from families import ModelConfig, Rope
 from loss import capped, token_nll
 
@@ -385,7 +386,9 @@ class Llama(nn.Module):
         matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         matrices += [self.head] if self.lm_head is None else []
         attention = 6 * T * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-        return sum((6 if W.requires_grad else 4) * W.numel() for W in matrices) + attention
+        quantised = 4 * sum(m.numel for m in nf4.found(self))  # frozen
+        return sum((6 if W.requires_grad else 4) * W.numel() for W in matrices) \
+            + quantised + attention
 
     @torch.no_grad()
     def initialise(self, seed: int, std: float = 0.02) -> None:

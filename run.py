@@ -27,6 +27,7 @@ import config
 import hub
 import log
 import lora
+import nf4
 import optim
 import report
 import sources
@@ -71,15 +72,16 @@ class Run:
         dtype = ranks.compute_dtype(s.dtype)
         folder = weights.find(s.model)
         # what trains is float32; frozen weights are kept as products need them
-        kept = dtype if s.tune == "lora" else None if s.train_layers else torch.float32
-        model, tokenizer = weights.load(folder, ranks.device, kept)
+        kept = dtype if s.tune != "full" else None if s.train_layers else torch.float32
+        model, tokenizer = weights.load(folder, ranks.device, kept, quant="nf4" if s.tune == "qlora"
+                                        else "none", double=s.double_quant)
         if s.tune == "full" and lora.adapters(model):
             raise UserError(
                 f"--model {s.model}: an adapter; go on training it with --tune lora", FLAGS)
         whole = [x for x in lora.EMBEDDINGS if s.train_embeddings
                  and not (x == "lm_head" and model.lm_head is None)]
         whole += ["norm"] if s.train_norms else []
-        if s.tune == "lora" and not lora.adapters(model):
+        if s.tune != "full" and not lora.adapters(model):
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         if s.train_layers:
@@ -116,7 +118,7 @@ class Run:
     def parameters(self) -> dict[str, int]:
         """How many numbers the model has, and how many of them train."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        return {"total": sum(n for n, _ in sizes),
+        return {"total": sum(n for n, _ in sizes) + sum(m.numel for m in nf4.found(self.model)),
                 "trained": sum(n for n, trained in sizes if trained)}
 
     @property

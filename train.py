@@ -44,8 +44,10 @@ class Settings:
     resume: bool = False
     """Go on from the newest checkpoint in --out, with the run's own settings."""
 
-    tune: Literal["full", "lora"] = "full"
-    """Train all weights, or LoRA beside frozen ones."""
+    tune: Literal["full", "lora", "qlora"] = "full"
+    """Train all weights, or LoRA beside frozen ones, or beside ones kept in four bits (QLoRA)."""
+    double_quant: bool = False
+    """With --tune qlora: keep the four bits' scales in eight bits too (0.37 bits a weight less)."""
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -282,7 +284,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
             value = getattr(s, name.replace("-", "_"))
             raise UserError(f"--{name} {value}: out of range; seq-len and keep are at least 2, "
                             "hold-out below 1, the others above 0", FLAGS)
-    idle = ("train_layers",) if s.tune == "lora" else ("lora_layers", "rslora", "dora")
+    idle = ("lora_layers", "rslora", "dora") if s.tune == "full" else ("train_layers",)
+    idle += () if s.tune == "qlora" else ("double_quant",)
     if s.tune == "full" and not s.train_layers:
         idle += ("train_embeddings", "train_norms")  # they do
     for name in idle:

@@ -30,9 +30,11 @@ from torch import Tensor, nn
 import families
 import hub
 import lora
+import nf4
 from families import ModelConfig, read_json, strict_json
 from log import STORAGE, UserError
 from model import Llama
+from nf4 import NF4Linear
 from tokenizer import Tokenizer
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -217,14 +219,17 @@ def _five(names: Iterable[str]) -> str:
 
 
 def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,
-         tokenizer: bool = True) -> tuple[Llama, Tokenizer | None]:
+         tokenizer: bool = True, quant: str = "none",
+         double: bool = False) -> tuple[Llama, Tokenizer | None]:
     """A folder's or hub's model in `dtype` (None: the files'), and its tokenizer if wanted.
 
-    An adapter comes attached to its base, which is frozen. UserError says what is wrong, and where.
+    An adapter comes attached to its base, which is frozen. With `quant` "nf4" the layers' matrices
+    are kept in NF4, with `double` their scales in eight bits. UserError says what is wrong, and
+    where.
     """
     folder = find(name)
     base = base_of(folder)
-    model = _read_model(base, torch.device(device), dtype)
+    model = _read_model(base, torch.device(device), dtype, quant, double)
     if folder != base:
         header(_inside(folder, ADAPTER))
         lora.load_adapter(model, folder)
@@ -243,7 +248,8 @@ def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torc
     return model, found
 
 
-def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Llama:
+def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None, quant: str = "none",
+                double: bool = False) -> Llama:
     """The model of a folder, every tensor of its files used exactly once."""
     config, found = read_config(folder), tensors(folder)
     found = {k: slot for k, slot in found.items() if not k.endswith("rotary_emb.inv_freq")}
@@ -263,12 +269,17 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -
         if file != slot.file:
             shard, file = safe_open(slot.file, "pt"), slot.file
         x = shard.get_tensor(slot.name)
-        placed = x.to(device, dtype or x.dtype)
-        _check_finite(placed, f"{file}: {k}")
         parent, _, leaf = k.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(placed))
-        if placed is not x:
-            shard = x = file = None  # opened anew for the next: the pages read so far can go
+        module = model.get_submodule(parent)
+        narrow = quant == "nf4" and leaf == "weight" and nf4.fits(parent, module)
+        placed = x.to(device, x.dtype if narrow else dtype or x.dtype)
+        _check_finite(placed, f"{file}: {k}")
+        if narrow:  # of the file's own numbers, not of rounded ones
+            model.set_submodule(parent, NF4Linear(placed, module.bias, double))
+        else:
+            setattr(module, leaf, nn.Parameter(placed))
+        if narrow or placed is not x:
+            shard = x = placed = file = None  # opened anew: the pages read so far can go
     if head is not None:
         x = safe_open(head.file, "pt").get_tensor(head.name)
         if not torch.equal(x.to(device, model.head.dtype), model.head):
@@ -312,6 +323,8 @@ def save(model: Llama, folder: Path | str, like: Path | str,
     """
     if lora.adapters(model):
         raise UserError(f"{folder}: the model has an adapter; merge it, or save the adapter alone")
+    if nf4.found(model):
+        raise UserError(f"{folder}: the model is in NF4, less than its files hold; not written")
     like = base_of(find(like))
     index = read_json(_inside(like, INDEX)) if (like / INDEX).exists() else None
     before = tensors(like) if index or (like / SINGLE).exists() else {}

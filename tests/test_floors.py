@@ -20,13 +20,13 @@ FLOORS = {
     "model": 4,
     "loss": 3, "chat": 3,
     "lora": 2, "data": 2, "optim": 2, "sampling": 2, "tokenizer": 2, "ranks": 2, "report": 2,
-    "config": 1, "families": 1, "hub": 1,
+    "config": 1, "families": 1, "hub": 1, "nf4": 1,
     "log": 0,
 }
 COMMANDS = {name for name, floor in FLOORS.items() if floor == 11}
 KNOW_KINYARWANDA = {"prepare", "train"}  # train: the demo
 FOREIGN = {"safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tyro", "rich",
-           "jinja2", "matplotlib", "pyarrow"}
+           "jinja2", "matplotlib", "pyarrow", "bitsandbytes"}
 
 
 def imports(path: Path) -> set[str]:
@@ -79,6 +79,7 @@ def test_each_foreign_library_has_one_home():
     # positional ones
     shared = {"safetensors": {"weights", "lora", "checkpoint", "export"},
               "tyro": {"config", "prepare"}, "jinja2": {"report", "chat"},
+              "bitsandbytes": {"nf4", "optim"},
               "huggingface_hub": {"weights", "hub", "export"}}
     for name, where in homes.items():
         assert len(where) == 1 or where <= shared.get(name, set()), f"{name} in {sorted(where)}"
