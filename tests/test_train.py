@@ -71,6 +71,7 @@ def losses(out: Path) -> dict[int, float]:
 
 TUNES = {
     "full": ["--tune", "full"], "lora": ["--tune", "lora", "--lora-dropout", "0.1"],
+    "qlora": ["--tune", "qlora", "--double-quant", "--lora-dropout", "0.1"],
     "all of LoRA": ["--tune", "lora", "--lora-dropout", "0.1", "--rslora", "--dora", "--lora-plus",
                     "4", "--train-embeddings", "--embedding-lr", "5e-4", "--train-norms"]}
 
