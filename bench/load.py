@@ -1,6 +1,6 @@
 """Loading a model from warm disk here against transformers' from_pretrained, on this machine's CPU.
 
-    python -m bench.load [--quick] [--rounds 3] [--md FILE]
+    python -m bench.load [--quick] [--rounds 3] [--write]
 
 A random LLaMA of TinyLlama's shape (1.1 billion parameters, bf16) is written once, in shards. Both
 sides load it in the file's dtype and in float32, and then read one token, so that every weight has
@@ -10,19 +10,17 @@ what it held after its imports; the next logits of both sides must agree.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from typing import Any
 
-from bench import answer, child, peak_gb
+from bench import Settings, Spread, child, in_turn, limits, main, peak_gb, table
 
 HERE = "bench.load"
 SIZES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary
-    "full": (2048, 5632, 22, 32, 4, 32000), "quick": (64, 128, 2, 4, 2, 512)}
+    "full": (2048, 5632, 22, 32, 4, 32000), "quick": (2048, 5632, 22, 32, 4, 32000),
+    "tiny": (64, 128, 2, 4, 2, 512)}
 
 
 def draw(size: str, folder: str) -> int:
@@ -62,44 +60,32 @@ def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
         else:
             logits = model(ids).logits[0, -1]
     return {"load": loaded - begun, "ready": time.perf_counter() - begun,
-            "gb": peak_gb() - before, "top": int(logits.argmax())}
+            "above": peak_gb() - before, "top": int(logits.argmax())}
 
 
-def main() -> int:
-    if answer({"draw": draw, "measure": measure}):
-        return 0
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
-    parser.add_argument("--rounds", type=int, default=3, help="processes a side")
-    parser.add_argument("--md", help="append the table to this file")
-    s = parser.parse_args()
-    lines = ["| kept as | | seconds to load | to the first token | peak GB above imports | "
-             "of the weights |", "|---|---|---:|---:|---:|---:|"]
-    same = True
+def job(s: Settings) -> str:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        size = child(HERE, "draw", "quick" if s.quick else "full", folder)
+        size = child(HERE, "draw", s.size, folder)
         child(HERE, "measure", "ours", "bfloat16", folder)  # the disk is warm from here on
         for dtype, weights_gb in (("bfloat16", size / 2**30), ("float32", 2 * size / 2**30)):
-            runs: dict[str, list[dict]] = {"ours": [], "transformers": []}
-            for _ in range(s.rounds):
-                for side, done in runs.items():
-                    done.append(child(HERE, "measure", side, dtype, folder))
+            runs = in_turn(HERE, s.rounds, {
+                side: ("measure", [side, dtype, folder]) for side in ("ours", "transformers")})
             for side, done in runs.items():
-                load, ready = (statistics.median(x[k] for x in done) for k in ("load", "ready"))
-                gb = max(x["gb"] for x in done)
-                lines.append(f"| {dtype} | {side} | {load:.2f} | {ready:.2f} | {gb:.2f} | "
-                             f"{gb / weights_gb:.2f} |")
-            same = same and len({x["top"] for done in runs.values() for x in done}) == 1
-    text = (f"{size / 2e9:.2f}B parameters, {size / 2**30:.2f} GB in bf16. Median of {s.rounds} "
-            f"processes; torch {version('torch')}, transformers {version('transformers')}."
-            + ("" if same else " THE SIDES DISAGREE ABOUT THE NEXT TOKEN.")
-            + "\n\n" + "\n".join(lines) + "\n")
-    print(text)
-    if s.md:
-        with open(s.md, "a", encoding="utf-8") as file:
-            print(text, file=file)
-    return 0 if same else 1
+                load, ready = (Spread.of([x[k] for x in done]) for k in ("load", "ready"))
+                gb = max(x["above"] for x in done)
+                rows.append([dtype, side, f"{load.median:.2f}", f"{ready.median:.2f}",
+                             f"{ready.least:.2f} to {ready.most:.2f}", f"{gb:.2f}",
+                             f"{gb / weights_gb:.2f}"])
+            if len({x["top"] for done in runs.values() for x in done}) > 1:
+                s.faults.append(f"{dtype}: the sides disagree about the next token")
+    head = ["kept as", "", "seconds to load", "to the first token", "range",
+            "peak GB above imports", "of the weights"]
+    return (f"{size / 2e9:.2f}B parameters, {size / 2**30:.2f} GB in bf16. A file that is only "
+            f"mapped is not loaded yet, so each side then reads one token; here every tensor is "
+            f"also checked for NaN and infinity.\n\n{table(head, rows)}\n\n"
+            + limits.words(limits.measured(s.size), "transformers"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(HERE, "Loading a model", {"draw": draw, "measure": measure}, job, rounds=3))

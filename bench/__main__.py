@@ -1,0 +1,37 @@
+"""All benchmarks this machine can run, one after the other, into docs/benchmarks.md.
+
+    python -m bench [--quick]      --quick ends in ten minutes on two cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+
+from bench import ROOT
+
+JOBS = ["limits", "train_step", "load"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="ends in ten minutes")
+    parser.add_argument("--tiny", action="store_true", help="does everything run? writes nothing")
+    parser.add_argument("--only", nargs="+", choices=JOBS, default=JOBS)
+    s = parser.parse_args()
+    flags = ["--tiny"] if s.tiny else ["--write", *(["--quick"] if s.quick else [])]
+    failed = []
+    for job in s.only:
+        begun = time.monotonic()
+        if subprocess.run([sys.executable, "-m", f"bench.{job}", *flags], cwd=ROOT).returncode:
+            failed.append(job)
+        print(f"bench.{job}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    if failed:
+        print(f"failed: {', '.join(failed)}; their sections stand as they were", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
