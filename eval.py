@@ -1,10 +1,12 @@
-"""Measure a model: bits per byte of any text.
+"""Measure a model: bits per byte of any text, and the suites of public tests in suites/.
 
     python eval.py --model out/kin/model --text kin=kin_val.jsonl eng=eng_val.txt --out out/eval
+    python eval.py --model out/kin/model --suites sib200 flores --suite-data DIR --baseline out/base
 
-Prints a table and writes OUT/results.json. A figure is worth what it says of how it was made, so
-each has a signature that names every choice: what a document is, what stands before it, how long a
-context is, which dtype. Figures of one signature on one text compare, whatever the tokenizer.
+Prints a table and writes OUT/results.json, what was answered to each item (OUT/items), translations
+as plain files, and OUT/report.html. A figure is worth what it says of how it was made, so each has
+a signature that names every choice: the suite and its prompt, how long a context is, which dtype.
+Figures of one signature compare; with --baseline they are compared, item by item.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,22 +32,40 @@ NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass
 class Settings:
-    """Measure a model on texts: bits per byte with an interval, as a table and as results.json."""
+    """Measure a model on suites and texts, with intervals: a table, results.json, report.html."""
 
     model: str = ""
     """A run's folder, a Hugging Face folder, a PEFT adapter, or a hub id (org/name@revision)."""
+    suites: list[str] = field(default_factory=list)
+    """Names of suites (the files of suites/), or NAME=FILE where the data are elsewhere (a path,
+    or hf:org/name/file), or a .toml of your own."""
+    suite_data: str = ""
+    """The folder that holds the suites' data."""
+    prompts: list[str] = field(default_factory=list)
+    """Only these prompts of each suite, such as 1 3; without any, all."""
+    shots: int = 0
+    """Examples before each item."""
+    beams: int = 1
+    """Beams of answers and translations; 1: greedy, as published figures are."""
+    max_new_tokens: int = 0
+    """Tokens of an answer at most; 0: as the suite says."""
     text: list[str] = field(default_factory=list)
     """Texts to measure, each NAME=FILE: .txt, .jsonl, .tsv, .parquet, also .gz."""
     documents: Literal["auto", "file", "line", "block"] = "auto"
     """What a document of a .txt is; auto looks at the file. Figures of other documents differ."""
     text_key: str = "text"
     """Where a .jsonl, .tsv or .parquet keeps its text."""
+    hypotheses: list[str] = field(default_factory=list)
+    """Another system's translations, each NAME=FILE, such as flores/eng-kin=nllb.txt: a line a
+    sentence. They are judged as a model's are; no --model is needed."""
+    baseline: str = ""
+    """An earlier evaluation's --out, to compare with by a paired test."""
     limit: int = 0
-    """Only so many documents of each text: a quick look, marked PARTIAL. 0: all."""
+    """Only so many items of each suite and text: a quick look, marked PARTIAL. 0: all."""
     max_length: int = 0
     """Tokens of context at most; 0: the model's own."""
     out: str = "out/eval"
-    """Folder for results.json."""
+    """Folder for results.json, report.html and what was answered."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Of products; bf16 is faster and moves figures by some thousandths: publish fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -56,12 +78,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import corpus  # noqa: E402
+import judge  # noqa: E402
+import metrics  # noqa: E402
+import suites  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
 from data import sha256  # noqa: E402
-from loss import bits_per_byte  # noqa: E402
+from judge import Record, Result  # noqa: E402
 from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
+from suites import Prompt, Suite  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
@@ -76,12 +102,64 @@ class Text:
     partial: bool
 
 
+@dataclass
+class Reader:
+    """The model that is measured, and how it is used."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    length: int
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Its part of a signature."""
+        return {"start": "eos" if self.tokenizer.bos is None else "bos", "window": self.length,
+                "dtype": name_of(self.model), "sum": "fp64"}
+
+
+class Evaluation:
+    """What was found so far, and the folder it goes to."""
+
+    def __init__(self, s: Settings):
+        self.s, self.out = s, Path(s.out)
+        self.results: list[Result] = []
+        self.baseline = judge.Baseline(Path(s.baseline)) if s.baseline else None
+
+    def add(self, name: str, kind: str, records: list[Record], choices: dict[str, Any],
+            suite: Suite | None = None, prompt: Prompt | None = None, **more: Any,
+            ) -> list[metrics.Measure]:
+        """Judge the records of one suite's part with one prompt (or of a text), compare them with
+        the baseline's, and keep all of it."""
+        partial = more["partial"]
+        if partial:
+            choices = {**choices, "limit": len(records)}
+        unit = "documents" if kind == "text" else "items"
+        choices |= {"ci": f"{unit},{metrics.RESAMPLES},{metrics.SEED}", "version": VERSION}
+        signature = "|".join(f"{k}:{v}" for k, v in choices.items())
+        wanted = suite.metrics if suite else ()
+        answers, part = (suite.answers if suite else ()), (prompt.part if prompt else "")
+        said = {"prompt": prompt.name, "part": part} if prompt else {}
+        if prompt and prompt.aside:
+            said["aside"] = prompt.aside
+        items = ".".join(filter(None, (name.replace("text:", "text."), part,
+                                       prompt.name if prompt else "")))
+        measures = judge.measures(kind, records, wanted, answers, part)
+        found = [judge.result(name, m, signature, **said, **more, items=items) for m in measures]
+        if self.baseline:
+            self.baseline.compare(items, found, measures, kind, records, wanted, answers, part)
+        self.results += found
+        if suite and suite.groups:
+            self.results += judge.groups(name, measures[0], records, suite.groups, signature,
+                                         **said, partial=partial)
+        stem = self.out / "items" / (items + ".PARTIAL" * partial)
+        judge.write_records(stem.with_name(f"{items}.jsonl"), records)
+        if kind == "translate":
+            judge.write_sides(stem, records)
+        return measures
+
+
 def read_texts(s: Settings) -> list[Text]:
     """The texts of --text, read and checked before any weight is."""
-    if not s.text:
-        raise UserError("nothing to measure: --text NAME=FILE ...", FLAGS)
-    if s.limit < 0:
-        raise UserError(f"--limit {s.limit}: expected a number of documents, or 0 for all", FLAGS)
     texts: list[Text] = []
     for item in s.text:
         name, _, spec = item.partition("=")
@@ -108,28 +186,116 @@ def unit(files: list[Path], s: Settings) -> str:
     return "+".join(sorted(chosen))
 
 
-def measure(text: Text, model: Llama, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
-    """Bits per byte of one text: a result as results.json keeps it."""
+def read_suites(s: Settings) -> list[Suite]:
+    """The suites of --suites, with their rows, and only the prompts asked for."""
+    found = []
+    for spec in s.suites:
+        suite = suites.load(spec, s.suite_data)
+        if s.prompts:
+            kept = [p for p in suite.prompts if p.name in s.prompts]
+            if not kept:
+                names = ", ".join(dict.fromkeys(p.name for p in suite.prompts))
+                raise UserError(f"--prompts {' '.join(s.prompts)}: suite {suite.name} has {names}",
+                                FLAGS)
+            suite.prompts = kept
+        if suite.name in (x.name for x in found):
+            raise UserError(f"--suites {spec}: {suite.name} is named twice", FLAGS)
+        for prompt in suite.prompts:
+            suite.items(prompt, s.shots, 1)  # what is wrong with it shows now
+        found.append(suite)
+        log.say(f"{suite.name}: {len(suite.rows)} items, {len(suite.prompts)} prompts "
+                f"({suite.about})")
+    return found
+
+
+def measure_text(e: Evaluation, text: Text, r: Reader) -> None:
+    """Bits per byte of one text."""
     began = time.perf_counter()
-    ids = tokenizer.encode_batch(text.documents)
-    n_bytes = np.array([len(document.encode()) for document in text.documents])
+    ids = r.tokenizer.encode_batch(text.documents)
+    n_bytes = [len(document.encode()) for document in text.documents]
     n_tokens = sum(map(len, ids))
     with log.progress(text.name, n_tokens) as move:
-        nats = tasks.document_nats(model, ids, tasks.start_token(tokenizer), length, move)
-    if not np.isfinite(nats).all():
-        raise UserError(f"{text.name}: the model's numbers overflow in {name_of(model)}; "
+        nats = tasks.document_nats(r.model, ids, tasks.start_token(r.tokenizer), r.length, move)
+    _finite(nats, text.name, r)
+    records = [{"nats": float(x), "bytes": n} for x, n in zip(nats, n_bytes, strict=True)]
+    e.add(f"text:{text.name}", "text", records, {"unit": text.unit, **r.choices},
+          partial=text.partial, bytes=sum(n_bytes), tokens=n_tokens, **_made(began, text.files))
+
+
+def measure_suite(e: Evaluation, suite: Suite, r: Reader) -> None:
+    """All prompts of one suite, and their mean."""
+    s, means = e.s, {}
+    for prompt in suite.prompts:
+        began = time.perf_counter()
+        items = suite.items(prompt, s.shots, s.limit)
+        name = " ".join(filter(None, (suite.name, prompt.part, prompt.name)))
+        choices = {"shots": s.shots, **r.choices}
+        if suite.kind == "choose":
+            with log.progress(name, sum(len(x.choices) for x in items)) as move:
+                scores = tasks.choose(r.model, r.tokenizer, [(x.context, x.choices) for x in items],
+                                      suite.delimiter, r.length, move)
+            _finite(np.concatenate(scores), name, r)
+            records = [{"gold": x.gold, "logp": y, "choices": list(x.choices),
+                        **{g: x.row[g] for g in suite.groups}}
+                       for x, y in zip(items, scores, strict=True)]
+        else:
+            new = s.max_new_tokens or suite.new_tokens
+            choices |= {"new": new, "beams": s.beams}
+            with log.progress(name, len(items)) as move:
+                said = tasks.answer(r.model, r.tokenizer, [x.context for x in items], suite.stop,
+                                    new, r.length, s.beams, move)
+            records = [_said(suite, prompt, x, *y) for x, y in zip(items, said, strict=True)]
+        signature = f"{suite.signature(prompt)}|" + "|".join(f"{k}:{v}" for k, v in choices.items())
+        measures = e.add(suite.name, suite.kind, records,
+                         dict(x.split(":", 1) for x in signature.split("|")), suite, prompt,
+                         partial=len(items) < len(suite.rows), **_made(began, suite.files))
+        if not prompt.aside:
+            for m in measures:
+                means.setdefault((prompt.part, m.name), []).append(m)
+    for (part, _), alike in means.items():
+        if len(alike) > 1:
+            e.results.append(judge.mean_result(
+                suite.name, alike, f"suite:{suite.name}.{suite.version}|prompts:{len(alike)}",
+                part=part, prompt="mean", partial=0 < s.limit < len(suite.rows)))
+
+
+def _said(suite: Suite, prompt: Prompt, item: suites.Item, text: str, end: str) -> Record:
+    """A record of an answer."""
+    if suite.kind == "match":
+        return {"gold": item.gold, "answer": text, "end": end}
+    source = str(item.row[prompt.part.partition("-")[0]])
+    return {"source": source, "reference": item.gold, "hypothesis": text, "end": end}
+
+
+def measure_hypotheses(e: Evaluation, spec: str) -> None:
+    """Another system's translations of a suite's part."""
+    name, _, file = spec.partition("=")
+    began, (suite_name, _, part) = time.perf_counter(), name.partition("/")
+    given = next((x for x in e.s.suites if x.partition("=")[0] == suite_name), suite_name)
+    suite = suites.load(given, e.s.suite_data)
+    parts = list(dict.fromkeys(p.part for p in suite.prompts))
+    if not file or suite.kind != "translate" or part not in parts:
+        raise UserError(f"--hypotheses {spec}: expected SUITE/PART=FILE, as in "
+                        f"flores/eng-kin=file.txt; {suite.name} has {', '.join(parts)}", FLAGS)
+    source, target = part.split("-")
+    prompt = Prompt("file", "", "", part=part)
+    rows = suite.rows[: e.s.limit or None]
+    said = judge.read_hypotheses(Path(file), len(suite.rows), name)
+    records = [{"source": str(row[source]), "reference": str(row[target]), "hypothesis": text,
+                "end": ""} for row, text in zip(rows, said, strict=False)]
+    e.add(suite.name, "translate", records, {"suite": f"{suite.name}.{suite.version}"}, suite,
+          prompt, partial=len(rows) < len(suite.rows), **_made(began, [*suite.files, Path(file)]))
+
+
+def _made(began: float, files: Sequence[Path]) -> dict[str, Any]:
+    return {"seconds": round(time.perf_counter() - began, 2),
+            "files": [{"path": str(file), "sha256": sha256(file)} for file in files]}
+
+
+def _finite(values: np.ndarray, name: str, r: Reader) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(f"{name}: the model's numbers overflow in {name_of(r.model)}; "
                         "take --dtype fp32")
-    low, high = tasks.interval(nats, n_bytes) or (None, None)
-    choices = {
-        "unit": text.unit, "start": "eos" if tokenizer.bos is None else "bos", "window": length,
-        "dtype": name_of(model), "sum": "fp64", "ci": f"documents,{tasks.RESAMPLES},{tasks.SEED}",
-        **({"limit": len(ids)} if text.partial else {}), "version": VERSION}
-    return {"suite": f"text:{text.name}", "metric": "bits_per_byte",
-            "value": bits_per_byte(float(nats.sum()), int(n_bytes.sum())), "low": low, "high": high,
-            "n": len(ids), "signature": "|".join(f"{k}:{v}" for k, v in choices.items()),
-            "partial": text.partial, "bytes": int(n_bytes.sum()), "tokens": n_tokens,
-            "seconds": round(time.perf_counter() - began, 2),
-            "files": [{"path": str(file), "sha256": sha256(file)} for file in text.files]}
 
 
 def name_of(model: Llama) -> str:
@@ -137,56 +303,91 @@ def name_of(model: Llama) -> str:
     return NAMES[str(model.compute_dtype).removeprefix("torch.")]
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[Result]) -> str:
     """Results for people, a line each."""
-    lines = [("text", "bits/byte", "95 % interval", "documents", "bytes", "tokens", "tokens/byte",
-              "seconds")]
+    lines = [("suite", "prompt", "metric", "value", "95 % interval", "items", "against baseline")]
     for r in results:
         interval = "-" if r["low"] is None else f"{r['low']:.4f} - {r['high']:.4f}"
-        name = r["suite"].removeprefix("text:") + " (PARTIAL)" * r["partial"]
-        lines.append((name, f"{r['value']:.4f}", interval, f"{r['n']:,}", f"{r['bytes']:,}",
-                      f"{r['tokens']:,}", f"{r['tokens'] / r['bytes']:.4f}", f"{r['seconds']:.1f}"))
+        name = " ".join(filter(None, (r["suite"].removeprefix("text:"), r.get("part"),
+                                      r.get("group"))))
+        against = "" if "baseline" not in r else \
+            f"{r['baseline']['difference']:+.4f} (p {r['baseline']['p']:.3f})"
+        prompt = r.get("prompt", "") + "*" * ("aside" in r)
+        if "least" in r:
+            prompt = f"mean of {r['prompts']}"
+        lines.append((name + " (PARTIAL)" * r["partial"], prompt, r["metric"], f"{r['value']:.4f}",
+                      interval, f"{r['n']:,}", against))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w)
+    left = (0, 2)
+    return "\n".join("  ".join(cell.ljust(w) if i in left else cell.rjust(w)
                                for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-                     for line in lines)
+                     .rstrip() for line in lines)
 
 
 def main(s: Settings) -> None:
-    """Read the texts, load the model, measure, print, write."""
-    if not s.model:
+    """Read what is asked, load the model, measure, print, write."""
+    if not (s.text or s.suites or s.hypotheses):
+        raise UserError("nothing to measure: --suites NAME ..., or --text NAME=FILE ...", FLAGS)
+    for name, least in (("limit", 0), ("shots", 0), ("beams", 1), ("max_new_tokens", 0)):
+        if getattr(s, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: expected {least} or "
+                            "more", FLAGS)
+    if not s.model and (s.text or not s.hypotheses):
         raise UserError("name a model: --model FOLDER or a hub id", FLAGS)
-    texts = read_texts(s)
-    file = Path(s.out) / "results.json"
+    e = Evaluation(s)
+    texts, asked = read_texts(s), read_suites(s) if s.model else []
+    file = e.out / "results.json"
     aside = file.with_suffix(f".tmp{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        e.out.mkdir(parents=True, exist_ok=True)
         aside.touch()  # now, not after an hour of measuring
-    except OSError as e:
-        raise UserError(f"--out {s.out}: cannot be written ({e.strerror})", STORAGE) from None
+    except OSError as error:
+        raise UserError(f"--out {s.out}: cannot be written ({error.strerror})", STORAGE) from None
     try:
-        ranks = Ranks.start(s.device)
-        dtype = ranks.compute_dtype(s.dtype)
-        model, tokenizer = weights.load(s.model, ranks.device, dtype)
-        model.eval().model.compute_dtype = dtype
-        context = model.config.max_position_embeddings
-        if not 0 <= s.max_length <= context:
-            raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
-                            "context, or 0 for all of it", FLAGS)
-        length = s.max_length or context
-        settings = {**dataclasses.asdict(s), "dtype": name_of(model), "max_length": length,
-                    "device": str(ranks), "torch": torch.__version__,
-                    "tokenizer": tokenizer.fingerprint}
-        results = [measure(text, model, tokenizer, length) for text in texts]
-        found = {"model": s.model, "settings": settings, "results": results}
+        settings = dataclasses.asdict(s)
+        if s.model:
+            reader = open_model(s)
+            settings |= {"dtype": name_of(reader.model), "max_length": reader.length,
+                         "device": str(reader.model.device), "torch": torch.__version__,
+                         "tokenizer": reader.tokenizer.fingerprint}
+            for text in texts:
+                measure_text(e, text, reader)
+            for suite in asked:
+                measure_suite(e, suite, reader)
+        for spec in s.hypotheses:
+            measure_hypotheses(e, spec)
+        found = {"model": s.model or "hypotheses", "command": shlex.join(["python", *sys.argv]),
+                 "settings": settings, "results": e.results}
         aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
-    print(log.printable(table(results)))
-    if any(t.partial for t in texts):
-        print(f"PARTIAL: the first {s.limit} documents only; these figures are not for publishing")
+    print(log.printable(table(e.results)))
+    for r in e.results:
+        if "tokens" in r:
+            print(log.printable(f"{r['suite']}: {r['bytes']:,} bytes, {r['tokens']:,} tokens, "
+                                f"{r['tokens'] / r['bytes']:.4f} tokens/byte"))
+    if any("aside" in r for r in e.results):
+        print("* not in the mean: " + "; ".join(dict.fromkeys(
+            f"{r['suite']} {r['prompt']} {r['aside']}" for r in e.results if "aside" in r)))
+    if any(r["partial"] for r in e.results):
+        print(f"PARTIAL: the first {s.limit} items only; these figures are not for publishing")
+    if any("spBLEU" in x.metrics for x in asked) and not metrics.has_spbleu():
+        log.say("spBLEU is left out: its tokenizer is not on this machine (docs/formats.md)")
     log.say(f"wrote {file}")
+
+
+def open_model(s: Settings) -> Reader:
+    """The model, its tokenizer, and how much it reads at once."""
+    ranks = Ranks.start(s.device)
+    dtype = ranks.compute_dtype(s.dtype)
+    model, tokenizer = weights.load(s.model, ranks.device, dtype)
+    model.eval().model.compute_dtype = dtype
+    context = model.config.max_position_embeddings
+    if not 0 <= s.max_length <= context:
+        raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
+                        "context, or 0 for all of it", FLAGS)
+    return Reader(model, tokenizer, s.max_length or context)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@
 Each document stands alone, each of its tokens is predicted exactly once, and the result is a ratio
 of sums: nats of all documents over bytes of all documents, in bits. Unlike a loss per token it can
 be compared between tokenizers. Windows are packed into rows, which changes nothing but the speed.
+
+**Choices** by how likely each is behind the context, and **answers** by greedy decoding, as
+lm-evaluation-harness cuts text into ids: context and continuation are encoded together, blanks at a
+context's end belong to the continuation, and what is too long loses its beginning, BOS too.
 """
 
 from __future__ import annotations
@@ -22,9 +26,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+import generate
 from data import IGNORE, Batch
-from log import UserError
-from loss import bits_per_byte
+from log import FLAGS, UserError
+from sampling import Sampling
 
 if TYPE_CHECKING:
     from model import Llama
@@ -32,7 +37,6 @@ if TYPE_CHECKING:
 
 ROW = 2048  # tokens: a packed row's attention costs its square; a longer window has its own row
 BUDGET = 4096  # tokens read at once
-RESAMPLES, SEED = 1000, 12345  # of the bootstrap: sacrebleu's own
 
 
 def start_token(tokenizer: Tokenizer) -> int:
@@ -117,17 +121,61 @@ def _row(pieces: Sequence[tuple[int, list[int], list[int]]], width: int) -> np.n
     return row
 
 
-def interval(nats: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float] | None:
-    """The 95 % interval of bits per byte, over documents drawn with replacement; None below two.
 
-    nats, n_bytes (N,). A percentile bootstrap (Efron & Tibshirani 1993, chapter 13), seeded: two
-    models on the same documents are drawn alike.
+def begun(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text's ids behind BOS, where the tokenizer begins a text so."""
+    return ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
+
+
+def split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a context, and of a continuation behind it; the first are never empty.
+
+    Blanks at the context's end go over to the continuation; both are encoded as one text, and what
+    goes beyond the context's own ids is the continuation, which may be nothing.
     """
-    N = len(nats)
-    if N < 2:
-        return None
-    rng = np.random.default_rng(SEED)
-    draws = (rng.integers(N, size=N) for _ in range(RESAMPLES))
-    values = [bits_per_byte(nats[i].sum(), n_bytes[i].sum()) for i in draws]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    if not context:
+        return [start_token(tokenizer)], tokenizer.encode(continuation)
+    kept = context.rstrip()
+    before = begun(tokenizer, kept)
+    whole = begun(tokenizer, context + continuation)
+    return before or [start_token(tokenizer)], whole[len(before) :]
+
+
+def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequence[str]]],
+           delimiter: str = " ", length: int = 0,
+           move: Callable[[int], object] = lambda done: None) -> list[list[float]]:
+    """log p of each choice behind its context, in nats; asked: (context, choices) of each item."""
+    prompts, continuations = [], []
+    for i, (context, choices) in enumerate(asked):
+        for choice in choices:
+            before, ids = split(tokenizer, context, delimiter + choice)
+            if not ids:
+                raise UserError(f"item {i + 1}: the choice {choice!r} has no token of its own "
+                                f"behind {context[-40:]!r}, so it cannot be scored")
+            prompts.append(before)
+            continuations.append(ids)
+    logp = iter(generate.score(model, prompts, continuations, length, move)[0].tolist())
+    return [[next(logp) for _ in choices] for _, choices in asked]
+
+
+def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Sequence[str],
+           new_tokens: int, length: int = 0, beams: int = 1,
+           move: Callable[[int], object] = lambda done: None) -> list[tuple[str, str]]:
+    """What the model says behind each context, greedily, and why it ended: eos, stop or length.
+
+    A context keeps its last `length - new_tokens` ids. The answer is cut at the first stop string.
+    """
+    length = length or model.config.max_position_embeddings
+    if new_tokens >= length:
+        raise UserError(f"--max-new-tokens {new_tokens}: a context of {length} tokens leaves no "
+                        f"room for a question; at most {length - 1}", FLAGS)
+    eos = [] if tokenizer.eos is None else [tokenizer.pieces[tokenizer.eos]]
+    stops = generate.Stops({tokenizer.eos}, [*stop, *eos], tokenizer.decode)
+    prompts = [begun(tokenizer, x)[-(length - new_tokens) :] for x in contexts]
+    sampling = Sampling(new_tokens, temperature=0.0, beams=beams)
+    said = []
+    for ids, end in generate.answers(model, prompts, sampling, stops, start_token(tokenizer)):
+        text = tokenizer.decode([x for x in ids if x != tokenizer.eos])
+        said.append((stops.cut(text), end))
+        move(1)
+    return said

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import config
 import eval as evaluating
+import metrics
 import sample
 import tasks
 import tiny
@@ -29,6 +30,11 @@ from model import Llama
 from tokenizer import Tokenizer
 
 CONTEXT, BOS = 16, 1
+
+
+def interval(nats, n_bytes):
+    return metrics.interval([metrics.of_text(nats, n_bytes)])
+
 
 
 def rolling(tokens, prefix, length):
@@ -127,7 +133,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     for _ in range(60):
         n_bytes = rng.integers(50, 400, 80)
         nats = n_bytes * rng.normal(1.0, 0.2, 80)
-        low, high = tasks.interval(nats, n_bytes)
+        low, high = interval(nats, n_bytes)
         assert low < nats.sum() / n_bytes.sum() / math.log(2) < high
         hit += low <= 1 / math.log(2) <= high
     assert 50 <= hit <= 60
@@ -135,11 +141,11 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_the_interval_is_the_same_again_and_of_a_ratio_of_sums():
     nats, n_bytes = np.array([10.0, 400.0]), np.array([10, 200])
-    assert tasks.interval(nats, n_bytes) == tasks.interval(nats, n_bytes)
+    assert interval(nats, n_bytes) == interval(nats, n_bytes)
     # two documents: a resample is one of them twice, or both
-    assert tasks.interval(nats, n_bytes) == pytest.approx((1 / math.log(2), 2 / math.log(2)))
-    assert tasks.interval(nats[:1], n_bytes[:1]) is None
-    assert tasks.interval(np.ones(40), np.full(40, 4)) == pytest.approx([0.25 / math.log(2)] * 2)
+    assert interval(nats, n_bytes) == pytest.approx((1 / math.log(2), 2 / math.log(2)))
+    assert interval(nats[:1], n_bytes[:1]) is None
+    assert interval(np.ones(40), np.full(40, 4)) == pytest.approx([0.25 / math.log(2)] * 2)
 
 
 ROOT = Path(__file__).parents[1]
@@ -186,8 +192,8 @@ def test_eval_prints_and_writes_the_bits_per_byte_of_transformers(home):
                    f"eng={home}/eng.txt", "--out", home / "written", cwd=home)
     assert done.returncode == 0, done.stderr
     found = json.loads((home / "written" / "results.json").read_text())
-    assert list(found) == ["model", "settings", "results"]
-    assert [p.name for p in (home / "written").iterdir()] == ["results.json"]
+    assert list(found) == ["model", "command", "settings", "results"]
+    assert {p.name for p in (home / "written").iterdir()} == {"results.json", "items"}
 
     import sentencepiece
     file = home / "run" / "model" / "tokenizer.model"

@@ -15,18 +15,19 @@ FLOORS = {
     "run": 9,  # what stands around the loop
     "tasks": 8,
     "generate": 7,
-    "sources": 6, "checkpoint": 6, "card": 6, "beam": 6,
-    "weights": 5, "corpus": 5, "decode": 5,
-    "model": 4,
+    "sources": 6, "checkpoint": 6, "card": 6,
+    "weights": 5, "corpus": 5, "decode": 5, "judge": 5,
+    "model": 4, "metrics": 4,
     "loss": 3, "chat": 3,
     "lora": 2, "data": 2, "optim": 2, "sampling": 2, "tokenizer": 2, "ranks": 2, "report": 2,
+    "suites": 2,
     "config": 1, "families": 1, "hub": 1, "nf4": 1,
     "log": 0,
 }
 COMMANDS = {name for name, floor in FLOORS.items() if floor == 11}
-KNOW_KINYARWANDA = {"prepare", "train"}  # train: the demo
+KNOW_KINYARWANDA = {"prepare", "train", "suites", "judge"}  # train: the demo
 FOREIGN = {"safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tyro", "rich",
-           "jinja2", "matplotlib", "pyarrow", "bitsandbytes"}
+           "jinja2", "matplotlib", "pyarrow", "bitsandbytes", "sacrebleu"}
 
 
 def imports(path: Path) -> set[str]:
@@ -78,8 +79,8 @@ def test_each_foreign_library_has_one_home():
     # safetensors: weights in folders, adapters, resume points; tyro: its flags, and its mark for
     # positional ones
     shared = {"safetensors": {"weights", "lora", "checkpoint", "export"},
-              "tyro": {"config", "prepare"}, "jinja2": {"report", "chat"},
-              "bitsandbytes": {"nf4", "optim"},
+              "tyro": {"config", "prepare"}, "jinja2": {"report", "chat", "suites"},
+              "pyarrow": {"corpus", "suites"}, "bitsandbytes": {"nf4", "optim"},
               "huggingface_hub": {"weights", "hub", "export"}}
     for name, where in homes.items():
         assert len(where) == 1 or where <= shared.get(name, set()), f"{name} in {sorted(where)}"

@@ -58,7 +58,7 @@ def test_ci_runs_exactly_the_test_command_of_the_readme():
 def test_files_named_in_the_map_exist_and_all_programs_are_named():
     tree = (ROOT / "README.md").read_text().split("## The code")[1].split("```")[1]
     named = {line.split()[0] for line in tree.strip().splitlines()}
-    assert named == {p.name for p in ROOT.glob("*.py")} | {"kinyarwanda/", "bench/"}
+    assert named == {p.name for p in ROOT.glob("*.py")} | {"kinyarwanda/", "bench/", "suites/"}
 
 
 def python(*args: str) -> subprocess.CompletedProcess:
