@@ -1,8 +1,8 @@
 """Conversations as the model's own chat template writes them, and their ids.
 
 One idea: the template is a stranger's program, and a message is a stranger's text. The template
-runs in Jinja's sandbox, with bounds, and can only make a string. What becomes a control token is
-decided by the template alone: the same characters typed inside a message stay text.
+runs in Jinja's sandbox, bounded in what it may write, and can only make a string. What becomes a
+control token is decided by the template alone: the same characters typed in a message stay text.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from log import UserError
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_words
 
 ROLES = ("system", "user", "assistant", "tool")
 LONGEST = 1 << 26  # characters that a template may make of one conversation
@@ -36,8 +37,10 @@ class Template:
     @classmethod
     def of(cls, folder: Path, tokenizer: Tokenizer) -> Template | None:
         """The template of a model's folder: chat_template.jinja, else tokenizer_config.json's."""
-        words = _words(folder / "tokenizer_config.json")
-        tokens = {**_words(folder / "special_tokens_map.json"), **words}
+        words = read_words(folder / "tokenizer_config.json")
+        known = {k: tokenizer.pieces[i] for k, i in (("bos_token", tokenizer.bos),
+                                                     ("eos_token", tokenizer.eos)) if i is not None}
+        tokens = {**known, **read_words(folder / "special_tokens_map.json"), **words}
         tokens = {k: x.get("content") if isinstance(x, dict) else x for k, x in tokens.items()}
         tokens = {k: tokens[k] for k in NAMED if isinstance(tokens.get(k), str)}
         file = folder / "chat_template.jinja"
@@ -63,11 +66,12 @@ class Template:
         """
         import jinja2
 
-        messages = [dict(_checked(x, i)) for i, x in enumerate(messages)]
+        messages = [dict(x) for x in map(_checked, messages, count())]
         try:
             parts, length = [], 0
             for part in _compiled(self.source).generate(
-                    messages=messages, add_generation_prompt=generation, **self.tokens):
+                    messages=messages, tools=None, documents=None,
+                    add_generation_prompt=generation, **self.tokens):
                 parts.append(part)
                 if (length := length + len(part)) > LONGEST:
                     raise UserError(f"{self.where}: writes without end")
@@ -85,24 +89,30 @@ class Template:
         A control token's name in a message is taken out before the template sees it, and put
         back as text where the template has left its mark.
         """
-        names = sorted((self.tokenizer.pieces[i] for i in self.tokenizer.control), key=len)
-        names = [x for x in reversed(names) if x]
-        typed = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        typed = self.tokenizer.control_names
+        both = re.compile(f"{typed.pattern}|[\ue000\ue001]")  # or a mark of ours that was typed
         taken: list[str] = []
 
         def mark(m: re.Match[str]) -> str:
             taken.append(m.group())
             return f"\ue000{len(taken) - 1}\ue001"
 
-        private = re.compile("[\ue000\ue001]")  # a mark that a person typed is taken out too
-        both = re.compile(f"{typed.pattern}|{private.pattern}")
-        hidden = [{**x, "content": both.sub(mark, _checked(x, i)["content"])}
-                  for i, x in enumerate(messages)]
+        def hide(x: Any) -> Any:
+            if isinstance(x, str):
+                return both.sub(mark, x)
+            if isinstance(x, Mapping):
+                return {k: hide(v) for k, v in x.items()}
+            return list(map(hide, x)) if isinstance(x, list | tuple) else x
+
+        hidden = [{**hide(x), "role": x["role"]} for x in map(_checked, messages, count())]
         ids: list[int] = []
         parts = re.split("\ue000(\\d+)\ue001", self.render(hidden, generation))
         for i, part in enumerate(parts):  # text, number of what was taken, text, ...
-            if i % 2:
+            if i % 2 and int(part) < len(taken):
                 ids += self.tokenizer.encode_piece(taken[int(part)], control=False, first=not ids)
+            elif i % 2 or re.search("[\ue000\ue001]", part):
+                raise UserError(f"{self.where}: takes a message's text apart where it holds a "
+                                "control token's name; leave that name out of the message")
             elif part:
                 ids += self.tokenizer.encode_piece(part, control=True, first=not ids)
         return ids
@@ -112,7 +122,29 @@ class Template:
 def _compiled(source: str) -> Any:
     """The template, ready to run, in an environment as transformers makes it."""
     import jinja2
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag around what an assistant says; as transformers, it writes what is inside."""
+
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(inside, lineno=line)
+
+    class World(ImmutableSandboxedEnvironment):
+        """`*` and `**` make nothing that no memory could hold."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
+            if sizes[0] * sizes[1] > LONGEST or (operator == "**" and max(sizes) > 64):
+                raise jinja2.TemplateError(f"{operator} that makes too much")
+            return super().call_binop(context, operator, left, right)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -122,8 +154,8 @@ def _compiled(source: str) -> Any:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)
 
-    world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                          extensions=["jinja2.ext.loopcontrols"])
+    world = World(trim_blocks=True, lstrip_blocks=True,
+                  extensions=[Generation, "jinja2.ext.loopcontrols"])
     world.filters["tojson"] = tojson
     world.globals["raise_exception"] = raise_exception
     world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -137,16 +169,3 @@ def _checked(message: Any, i: int) -> Mapping[str, str]:
         raise UserError(f"message {i + 1}: {str(message)[:80]!r}; expected a role "
                         f"({', '.join(ROLES)}) and a content, both text")
     return message
-
-
-def _words(file: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where there is no file."""
-    if not file.exists():
-        return {}
-    try:
-        words = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as e:
-        raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:80]})") from None
-    if not isinstance(words, dict):
-        raise UserError(f"{file}: not a JSON object; fetch it again")
-    return words

@@ -72,18 +72,31 @@ def step(model: Llama, ids: Tensor, cache: KVCache) -> Tensor:
     return model(ids[:, None], torch.zeros_like(ids)[:, None], cache.length[:, None], cache=cache)
 
 
-def keep_rows(cache: KVCache, keep: Sequence[int]) -> list[int]:
-    """Shrink a cache to the rows of `keep`, in place; returns which old row now stands in each row.
+def rearrange(whole: KVCache, held: KVCache, order: Sequence[int], start: int = 0) -> KVCache:
+    """A cache whose rows are rows `order` of `held`, which are the first of `whole`, in its memory.
+
+    Only rows that move are copied, and of them what stands at `start` and behind: it is for the
+    caller to know that before it they are equal.
+    """
+    moved = [row for row, old in enumerate(order) if row != old]
+    if moved:
+        old = [order[row] for row in moved]
+        whole.k[:, moved, start : held.extent] = held.k[:, old, start : held.extent]
+        whole.v[:, moved, start : held.extent] = held.v[:, old, start : held.extent]
+    cache = whole.part(slice(0, len(order)))
+    cache.length = held.length[list(order)]
+    cache.extent = int(cache.length.max()) if order else 0  # the longest row may have left
+    return cache
+
+
+def keep_rows(cache: KVCache, keep: Sequence[int]) -> tuple[KVCache, list[int]]:
+    """Shrink a cache to the rows of `keep`; returns which old row now stands in each row too.
 
     Only rows from the end move, into the gaps: a row is copied at most once for each that finishes.
     """
     n = len(keep)
     order = list(range(n))
     gaps = sorted(set(order) - set(keep))
-    moved = [row for row in keep if row >= n]
-    for gap, row in zip(gaps, moved, strict=True):
+    for gap, row in zip(gaps, (row for row in keep if row >= n), strict=True):
         order[gap] = row
-        cache.k[:, gap], cache.v[:, gap] = cache.k[:, row], cache.v[:, row]
-    cache.k, cache.v, cache.length = cache.k[:, :n], cache.v[:, :n], cache.length[order]
-    cache.extent = int(cache.length.max()) if n else 0  # the longest row may have left
-    return order
+    return rearrange(cache, cache, order), order

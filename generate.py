@@ -23,11 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import beam
 from decode import keep_rows, portions, ragged, refill, step
 from log import FLAGS, UserError, say
 from loss import CHUNK
 from model import KVCache, Llama
-from sampling import Sampling, choose, random_streams
+from sampling import NO_STOPS, Sampling, Stops, choose, random_streams
 
 ROWS = 32  # prompts continued side by side: their keys and values are in memory together
 SCORED = 4096  # tokens scored at once
@@ -38,37 +39,6 @@ class Answer(NamedTuple):
 
     ids: list[int]
     end: str
-
-
-@dataclass(frozen=True)
-class Stops:
-    """What ends an answer besides its length: an id of `ids`, or a string in its text."""
-
-    ids: Collection[int | None] = ()
-    strings: Sequence[str] = ()
-    text: Callable[[Sequence[int]], str] | None = None
-
-    def end(self, new: Sequence[int], most: int) -> str:
-        """Why an answer of these ids is over: eos, stop or length; "" while it is not.
-
-        A string is looked for in the text of the last ids alone, which may be many for one
-        character but never hold less than a byte each (control tokens apart, hence some more).
-        """
-        if new[-1] in self.ids:
-            return "eos"
-        if self.strings:
-            reach = max(len(x.encode()) for x in self.strings) + 4
-            tail = self.text(new[-reach:])
-            if any(x in tail for x in self.strings):
-                return "stop"
-        return "length" if len(new) == most else ""
-
-    def cut(self, text: str) -> str:
-        """A text up to the first of each string, one after the other, as lm-evaluation-harness
-        cuts."""
-        for x in self.strings:
-            text = text.split(x, 1)[0]
-        return text
 
 
 @dataclass
@@ -109,7 +79,7 @@ def fit_all(model: Llama, prompts: Sequence[Sequence[int]], new: int,
 
 @torch.inference_mode()
 def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
-           stops: Stops = Stops(), bos: int | None = None, seeds: Sequence[int] | None = None,
+           stops: Stops = NO_STOPS, bos: int | None = None, seeds: Sequence[int] | None = None,
            rows: int = ROWS) -> Iterator[tuple[int, int, str]]:
     """Continue every prompt, `rows` side by side; yields (index of the prompt, id, end) as ids
     come.
@@ -121,6 +91,9 @@ def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
     """
     new = sampling.max_new_tokens
     fitted = fit_all(model, prompts, new, bos)
+    if sampling.beams > 1:
+        yield from beam.search(model, fitted, sampling, stops, rows)
+        return
     draws = random_streams(prompts, seeds or [sampling.seed] * len(prompts))
     waiting = deque(map(Row, range(len(fitted)), fitted, draws))
     places = min(rows, len(fitted))
@@ -143,7 +116,7 @@ def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
             if not end:
                 keep.append(place)
             yield row.index, token, end
-        order = keep_rows(cache, keep)
+        cache, order = keep_rows(cache, keep)
         live, ids = [live[i] for i in order], ids[order]
         logits = step(model, ids, cache) if live else logits[:0]
 
@@ -156,7 +129,7 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
 
 
 def answers(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
-            stops: Stops = Stops(), bos: int | None = None, seeds: Sequence[int] | None = None,
+            stops: Stops = NO_STOPS, bos: int | None = None, seeds: Sequence[int] | None = None,
             rows: int = ROWS) -> Iterator[Answer]:
     """`stream`'s answers whole, in the prompts' order, each as soon as it and all before it are
     done."""

@@ -1,13 +1,29 @@
 """What moves the weights: parameter groups, AdamW, the learning-rate curve, and the optimizer's
-state by name."""
+state by name.
+
+AdamW costs 16 bytes a trained number: weight, gradient and two moments in float32. Where that is
+too much there are two more. `adamw8bit` (Dettmers et al. 2022, by bitsandbytes) keeps the moments
+of matrices in eight bits: 10 bytes; those of embeddings stay in 32, as its authors advise, for most
+of an embedding's rows are seldom moved. `adamw-bf16` keeps all four in bf16: 8 bytes, and 7 billion
+weights fit an 80 GB card whole. bf16 has eight bits, so a small step would round away to nothing,
+always; rounded at random, up as often as it is near, it arrives on average (Gupta et al. 2015).
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from log import FLAGS, UserError
+
+CHUNK = 1 << 24  # numbers that stand in float32 at once while bf16 ones are moved
+EPS = 1e-8
+TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # of bitsandbytes: the values eight bits name
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 SCHEDULES = ("cosine", "linear", "inverse-sqrt", "wsd", "constant")
 
 
@@ -42,7 +58,7 @@ def groups(model: nn.Module, weight_decay: float, embeddings: float = 1.0,
         if not p.requires_grad:
             continue
         scale = lora_B if ".lora_B." in name else 1.0
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in EMBEDDINGS:
             scale = embeddings
         decay = weight_decay if p.dim() >= 2 else 0.0
         group = found.setdefault((scale, decay), {"params": [], "names": [], "scale": scale,
@@ -53,19 +69,101 @@ def groups(model: nn.Module, weight_decay: float, embeddings: float = 1.0,
 
 
 def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float,
-          embeddings: float = 1.0, lora_B: float = 1.0) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over what trains; one fused kernel for all tensors."""
+          embeddings: float = 1.0, lora_B: float = 1.0,
+          kind: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) over what trains; `kind` is adamw, one fused kernel for all
+    tensors, or adamw8bit, or adamw-bf16."""
     parts = groups(model, weight_decay, embeddings, lora_B)
     for part in parts:
         part["lr"] = lr * part["scale"]
         del part["names"]
-    return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=1e-8, fused=True)
+    if kind == "adamw8bit":
+        return _adamw8bit(model, parts, lr, betas)
+    if kind == "adamw-bf16":
+        return BF16AdamW(parts, {"lr": lr, "betas": betas})
+    return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=EPS, fused=True)
+
+
+def _adamw8bit(model: nn.Module, parts: list[dict], lr: float,
+               betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW; tensors below 4,096 numbers, and embeddings, keep float32 moments.
+    UserError where it does not work."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that are not needed
+    probe = nn.Parameter(torch.ones(4096, device=next(model.parameters()).device))
+    probe.grad = torch.ones_like(probe)
+    try:
+        from bitsandbytes.optim import AdamW
+
+        AdamW([probe], lr=1.0, optim_bits=8).step()
+    except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"--optimizer adamw8bit: bitsandbytes does not work on {probe.device} here "
+                        f"({why}); pip install bitsandbytes, or take --optimizer adamw",
+                        FLAGS) from None
+    found = AdamW(parts, lr=lr, betas=betas, eps=EPS, optim_bits=8)
+    for name, p in model.named_parameters():
+        if p.requires_grad and name in EMBEDDINGS:  # a state that is there is not made in 8 bits
+            found.state[p] = {"step": 0, **{x: torch.zeros_like(p, dtype=torch.float32)
+                                            for x in ("state1", "state2")}}
+    return found
+
+
+class BF16AdamW(torch.optim.Optimizer):
+    """AdamW whose weights and moments are bf16, computed in float32 and rounded at random.
+
+    The random numbers follow from the step, so a resumed run and every rank round alike.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        draw = None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"step": 0, "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+                state["step"] += 1
+                draw = draw or torch.Generator(p.device).manual_seed(state["step"])
+                flat = [x.view(-1).split(CHUNK)
+                        for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+                for part in zip(*flat, strict=True):
+                    _move(*part, group, state["step"], draw)
+
+
+def _move(w: Tensor, g: Tensor, m: Tensor, v: Tensor, group: dict, t: int,
+          draw: torch.Generator) -> None:
+    """Step t of AdamW on bf16 weights, gradient and moments, all (n,), in place (algorithm 2)."""
+    beta1, beta2 = group["betas"]
+    g = g.float()
+    m32 = m.float().lerp_(g, 1 - beta1)
+    v32 = v.float().lerp_(g.square(), 1 - beta2)
+    length = (v32 / (1 - beta2**t)).sqrt_().add_(EPS)
+    w32 = w.float().mul_(1 - group["lr"] * group["weight_decay"])
+    w32.addcdiv_(m32, length, value=-group["lr"] / (1 - beta1**t))
+    for kept, x in ((w, w32), (m, m32), (v, v32)):
+        kept.copy_(rounded(x, draw))
+
+
+def rounded(x: Tensor, draw: torch.Generator) -> Tensor:
+    """float32 -> a bf16 neighbour, up or down at random, so that the mean is x.
+
+    bf16 is the upper half of a float32's bits; what the lower half and a random number add up to
+    carries over, or is cut off.
+    """
+    noise = torch.randint(1 << 16, x.shape, generator=draw, device=x.device, dtype=torch.int32)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as `parameter name/what`, for a checkpoint."""
-    return {f"{name}/{what}": x for name, p in model.named_parameters()
-            for what, x in optimizer.state.get(p, {}).items()}
+    """The optimizer's tensors as `parameter name/what`, for a checkpoint; a count is a tensor too.
+    """
+    return {f"{name}/{what}": torch.tensor(x) if type(x) is int else x
+            for name, p in model.named_parameters()
+            for what, x in optimizer.state.get(p, {}).items() if what not in TABLES}
 
 
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str,
@@ -75,4 +173,8 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[s
     named = dict(model.named_parameters())
     for key, x in saved.items():
         name, what = key.rsplit("/", 1)
-        optimizer.state[named[name]][what] = x.to(named[name].device)
+        kept = optimizer.state[named[name]]
+        kept[what] = x.item() if x.dtype == torch.int64 else x.to(named[name].device)
+        if what in ("absmax1", "absmax2"):  # eight bits' values, one table for all tensors
+            table = TABLES[f"qmap{what[-1]}"]
+            kept[f"qmap{what[-1]}"] = optimizer.name2qmap[table].to(named[name].device)

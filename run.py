@@ -72,7 +72,8 @@ class Run:
         dtype = ranks.compute_dtype(s.dtype)
         folder = weights.find(s.model)
         # what trains is float32; frozen weights are kept as products need them
-        kept = dtype if s.tune != "full" else None if s.train_layers else torch.float32
+        trained = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
+        kept = dtype if s.tune != "full" else None if s.train_layers else trained
         model, tokenizer = weights.load(folder, ranks.device, kept, quant="nf4" if s.tune == "qlora"
                                         else "none", double=s.double_quant)
         if s.tune == "full" and lora.adapters(model):
@@ -102,7 +103,7 @@ class Run:
         first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
         steps = s.steps or max(1, round(first / per_step))
         optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
-                                s.embedding_lr / s.lr or 1.0, s.lora_plus)
+                                s.embedding_lr / s.lr or 1.0, s.lora_plus, s.optimizer)
         scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
         if s.compile:
             for block in model.model.layers:

@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or drawn from what the filters leave.
+"""Choosing the next token: greedy, or drawn from what the filters leave; and when it is the last.
 
 The one idea: an answer is a function of its prompt and its seed. Every row draws from random
 numbers of its own, so neither the other prompts, nor their order, nor a neighbour that stops early
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,43 @@ class Sampling:
             if not is_good:
                 found = getattr(self, name.replace("-", "_"))
                 raise UserError(f"--{name} {found}: out of range, expected {expected}", FLAGS)
+        if self.beams > 1 and self.temperature > 0:
+            raise UserError(f"--beams {self.beams} searches, --temperature {self.temperature} "
+                            "draws; give one of them (temperature 0 with beams)", FLAGS)
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends an answer besides its length: an id of `ids`, or a string in its text."""
+
+    ids: Collection[int | None] = ()
+    strings: Sequence[str] = ()
+    text: Callable[[Sequence[int]], str] | None = None
+
+    def end(self, new: Sequence[int], most: int) -> str:
+        """Why an answer of these ids is over: eos, stop or length; "" while it is not.
+
+        A string is looked for in the text of the last ids alone, which may be many for one
+        character but never hold less than a byte each (control tokens apart, hence some more).
+        """
+        if new[-1] in self.ids:
+            return "eos"
+        if self.strings:
+            reach = max(len(x.encode()) for x in self.strings) + 4
+            tail = self.text(new[-reach:])
+            if any(x in tail for x in self.strings):
+                return "stop"
+        return "length" if len(new) == most else ""
+
+    def cut(self, text: str) -> str:
+        """A text up to the first of each string, one after the other, as lm-evaluation-harness
+        cuts."""
+        for x in self.strings:
+            text = text.split(x, 1)[0]
+        return text
+
+
+NO_STOPS = Stops()
 
 
 def penalise(logits: Tensor, penalty: float, seen: Sequence[Sequence[int]]) -> Tensor:

@@ -2,8 +2,9 @@
 `tokenizer.json`.
 
 There is one way to encode. BOS and EOS are added here, in `document`, exactly once: BOS where the
-tokenizer's own files say that a text begins with it, for many name a BOS and never write it. Text
-stays text: `</s>` typed by a user is four characters, not an end.
+tokenizer's own files say that a text begins with it (tokenizer.json's post-processor, or, beside a
+`.model`, add_bos_token), for many name a BOS and never write it. Text stays text: `</s>` typed by a
+user is four characters, not an end.
 
 `byte_lengths` says how many bytes of text each id stands for, which is what makes bits per byte
 possible where a document is cut between tokens.
@@ -11,6 +12,7 @@ possible where a document is cut between tokens.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -27,6 +29,7 @@ from log import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
          "chat_template.jinja")
+WORDS = FILES[2:4]  # where BOS and EOS are named
 MOST = 1 << 22  # ids: a single wrong one must not become a table of gigabytes
 LARGEST = 64 << 20  # bytes of a tokenizer file: the largest known are 35 MB
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
@@ -57,16 +60,23 @@ class Tokenizer:
                 f"{file}: {file.stat().st_size >> 20} MB, no tokenizer is above {LARGEST >> 20} MB")
         return (_Json if file.suffix == ".json" else _SentencePiece)(file)
 
-    def __init__(self, file: Path, pieces: list[str], control: set[int], names: dict[str, int],
-                 content: bytes, bytewise: bool, begins: bool):
+    def __init__(self, file: Path, pieces: list[str], control: set[int], content: bytes,
+                 bytewise: bool, begins: bool | str):
         folder = file.parent
         self.files = [folder / n for n in FILES if (folder / n).exists()] or [file]
         self.pieces, self.control, self.vocab_size = pieces, control, len(pieces)
+        names = {pieces[i]: i for i in sorted(control)}
         self.bos, self.eos = (_special(folder, key, known, names) for key, known in
                               (("bos_token", BEGIN), ("eos_token", END)))
-        self.bos = self.bos if _begins_with(folder, self.bos, begins) else None
+        if isinstance(begins, str):  # the file itself puts this one before a text
+            self.bos = names.get(begins)
+        elif not begins:
+            self.bos = None
         self.fingerprint = hashlib.sha256(
             content + json.dumps([self.bos, self.eos]).encode()).hexdigest()
+        if lost := _byte_pieces(bytewise) - set(pieces):
+            raise UserError(f"{file}: no piece for {len(lost)} of the 256 bytes, so it would lose "
+                            "what it cannot spell; take a tokenizer with byte fallback")
         sizes = [0 if i in control else _bytes_of(p, bytewise) for i, p in enumerate(pieces)]
         self.byte_lengths = np.array(sizes, np.int32)
         self.dummy_prefix = (
@@ -86,8 +96,24 @@ class Tokenizer:
 
     def encode_piece(self, text: str, control: bool, first: bool) -> list[int]:
         """Ids of a part of a text, its control tokens read as such if `control`; `first`: nothing
-        stands before it."""
+        stands before it, else it gets no space of its own."""
+        if first or not self.dummy_prefix:
+            return self._ids(text, control)
+        for mark in "\x01\n":  # something stands before it, which must not merge with it
+            before, ids = self._ids(mark, False), self._ids(mark + text, control)
+            if ids[: len(before)] == before:
+                return ids[len(before):]
+        return self._ids(text, control)
+
+    def _ids(self, text: str, control: bool) -> list[int]:
+        """Ids of a whole text, its control tokens read as such if `control`."""
         raise AssertionError("a kind of file says how")
+
+    @functools.cached_property
+    def control_names(self) -> re.Pattern[str]:
+        """Matches a control token's name, the longest that fits."""
+        names = sorted(filter(None, (self.pieces[i] for i in self.control)), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def document(self, text: str) -> list[int]:
         """BOS, the text's ids, EOS; each exactly once, left out where the tokenizer has none."""
@@ -127,30 +153,34 @@ class _SentencePiece(Tokenizer):
         n = self.sp.vocab_size()
         pieces = self.sp.id_to_piece(list(range(n)))
         control = {i for i in range(n) if self.sp.is_control(i)}
-        names = {pieces[i]: i for i in control}
-        super().__init__(file, pieces, control, names, file.read_bytes(), bytewise=False,
-                         begins=True)  # as LLaMA's and Gemma's: the file itself cannot say
+        added = _added_beside(file.parent, n)
+        pieces += [added.get(i, "") for i in range(n, max(added, default=n - 1) + 1)]
+        words = read_words(file.parent / WORDS[0])
+        self.legacy = words.get("legacy") is True  # as transformers: a space after a control token
+        super().__init__(file, pieces, control | set(added),
+                         file.read_bytes() + (json.dumps(added).encode() if added else b""),
+                         bytewise=False, begins=words.get("add_bos_token") is not False)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self.sp.encode(list(texts), num_threads=1)
 
-    def encode_piece(self, text: str, control: bool, first: bool) -> list[int]:
-        names = {self.pieces[i]: i for i in self.control} if control else {}
-        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
+    def _ids(self, text: str, control: bool) -> list[int]:
+        if not control:
+            return self.sp.encode(text)
         ids: list[int] = []
-        before = self.sp.encode("\n")  # what is not first gets no space of its own before it
-        for part in filter(None, parts):
-            if part in names:
-                ids.append(names[part])
-            elif first and not ids:
-                ids += self.sp.encode(part)
-            else:
-                ids += self.sp.encode("\n" + part)[len(before):]
+        names, at = {self.pieces[i]: i for i in self.control}, 0
+        for m in self.control_names.finditer(text):
+            if part := text[at : m.start()]:
+                ids += self.encode_piece(part, control=False, first=self.legacy or not ids)
+            ids.append(names[m.group()])
+            at = m.end()
+        if part := text[at:]:
+            ids += self.encode_piece(part, control=False, first=self.legacy or not ids)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.sp.decode(
-            [i for i in map(int, ids) if i < self.vocab_size and i not in self.control])
+            [i for i in map(int, ids) if i < self.sp.vocab_size() and i not in self.control])
 
 
 class _Json(Tokenizer):
@@ -162,15 +192,17 @@ class _Json(Tokenizer):
 
         try:
             raw = json.loads(file.read_bytes())
+            kind = raw["model"].get("type", "BPE")
+            if kind != "BPE":
+                raise UserError(f"{file}: its model is {kind!r}, expected BPE, as of all the "
+                                "families that are known here; give a model with such a tokenizer")
             added = {a["id"]: a for a in raw["added_tokens"]}
-            n = (
-                max([*raw["model"]["vocab"].values(), *added]) + 1
-            )  # Unigram's vocabulary is a list: refused
+            n = max([*raw["model"]["vocab"].values(), *added]) + 1
             if n > MOST:
                 raise ValueError(f"id {n - 1}, no tokenizer has above {MOST:,}")
             self.tok = tokenizers.Tokenizer.from_str(json.dumps(raw))
         except BaseException as e:  # a Rust panic is no Exception
-            if isinstance(e, KeyboardInterrupt | SystemExit | MemoryError):
+            if isinstance(e, KeyboardInterrupt | SystemExit | MemoryError | UserError):
                 raise
             raise UserError(
                 f"{file}: not a tokenizer.json that can be used ({' '.join(str(e).split())[:80]})"
@@ -180,10 +212,10 @@ class _Json(Tokenizer):
         self.tok.encode_special_tokens = True  # a control token's name in a text stays text
         pieces = [self.tok.id_to_token(i) or "" for i in range(n)]
         control = {i for i, a in added.items() if a["special"]}
-        begins = _template_begins(raw.get("post_processor"))
+        begins = _first_token(raw.get("post_processor")) or False
         raw.update(padding=None, truncation=None, post_processor=None)
         bytewise = "ByteLevel" in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
-        super().__init__(file, pieces, control, {pieces[i]: i for i in control},
+        super().__init__(file, pieces, control,
                          json.dumps(raw, sort_keys=True, ensure_ascii=False).encode(), bytewise,
                          begins)
         for i, a in added.items():
@@ -193,7 +225,7 @@ class _Json(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.tok.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_piece(self, text: str, control: bool, first: bool) -> list[int]:
+    def _ids(self, text: str, control: bool) -> list[int]:
         self.tok.encode_special_tokens = not control
         try:
             return self.tok.encode(text, add_special_tokens=False).ids
@@ -206,38 +238,59 @@ class _Json(Tokenizer):
 
 
 def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]) -> int | None:
-    """The id of bos_token or eos_token: as the folder's own files say, else by its usual names."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / file).exists():
-            try:
-                token: Any = json.loads((folder / file).read_text(encoding="utf-8")).get(key)
-            except (ValueError, AttributeError, RecursionError):
-                raise UserError(f"{folder / file}: not a JSON object; fetch it again") from None
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None:
-                if not isinstance(token, str) or token not in names:
-                    raise UserError(
-                        f"{folder / file}: {key} {token!r} is no control token of the tokenizer")
-                return names[token]
-    return next((names[x] for x in known if x in names), None)
+    """The id of bos_token or eos_token: as the folder's own files say (null: there is none), else
+    by its usual names."""
+    told = [(folder / x, words) for x in WORDS if key in (words := read_words(folder / x))]
+    for file, words in told:
+        token = words[key].get("content") if isinstance(words[key], dict) else words[key]
+        if token is not None:
+            if not isinstance(token, str) or token not in names:
+                raise UserError(f"{file}: {key} {token!r} is no control token of the tokenizer")
+            return names[token]
+    return None if told else next((names[x] for x in known if x in names), None)
 
 
-def _begins_with(folder: Path, bos: int | None, begins: bool) -> bool:
-    """Whether a text begins with BOS: tokenizer_config.json's add_bos_token says, else `begins`."""
-    file = folder / "tokenizer_config.json"
-    told = json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") if file.exists() \
-        else None
-    return bos is not None and (told if isinstance(told, bool) else begins)
+def read_words(file: Path) -> dict[str, Any]:
+    """A JSON file's object, empty where there is no file; UserError if it holds anything else."""
+    try:
+        words = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (ValueError, OSError, RecursionError) as e:
+        raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:80]}); fetch it again"
+                        ) from None
+    if not isinstance(words, dict):
+        raise UserError(f"{file}: not a JSON object; fetch it again")
+    return words
 
 
-def _template_begins(processor: Any) -> bool:
-    """Whether tokenizer.json's post-processor puts a control token before a text."""
+def _added_beside(folder: Path, n: int) -> dict[int, str]:
+    """Control tokens that tokenizer_config.json adds after the `n` pieces of a `.model`, by id.
+
+    UserError on any that is not one: ordinary words that sentencepiece does not know.
+    """
+    file, added = folder / WORDS[0], {}
+    found = read_words(file).get("added_tokens_decoder") or {}
+    try:
+        for i, x in ((int(k), x) for k, x in found.items()):
+            if i >= n:
+                if not x.get("special") or i > MOST:
+                    raise ValueError(f"{x.get('content')!r}, id {i}, is no control token")
+                added[i] = str(x["content"])
+    except (AttributeError, TypeError, ValueError, KeyError) as e:
+        raise UserError(
+            f"{file}: added_tokens_decoder cannot be used beside a tokenizer.model ({e}); save the "
+            "tokenizer with transformers, which writes tokenizer.json") from None
+    return added
+
+
+def _first_token(processor: Any) -> str | None:
+    """The control token that tokenizer.json's post-processor puts before a text."""
     if not isinstance(processor, dict):
-        return False
+        return None
     if processor.get("type") == "Sequence":
-        return any(map(_template_begins, processor.get("processors", [])))
+        return next(filter(None, map(_first_token, processor.get("processors", []))), None)
     single = processor.get("single") or [{}]
-    return processor.get("type") == "TemplateProcessing" and "SpecialToken" in single[0]
+    first = single[0].get("SpecialToken") if processor.get("type") == "TemplateProcessing" else None
+    return first and first.get("id")
 
 
 def _bytes_of(piece: str, bytewise: bool) -> int:
@@ -245,6 +298,15 @@ def _bytes_of(piece: str, bytewise: bool) -> int:
     if bytewise:
         return len(piece)
     return 1 if BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode())
+
+
+def _byte_pieces(bytewise: bool) -> set[str]:
+    """The 256 pieces that stand for single bytes, so that every text can be spelled."""
+    if not bytewise:
+        return {f"<0x{i:02X}>" for i in range(256)}
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return set(ByteLevel.alphabet())
 
 
 def learn(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:

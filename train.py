@@ -90,6 +90,9 @@ class Settings:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    optimizer: Literal["adamw", "adamw8bit", "adamw-bf16"] = "adamw"
+    """adamw8bit keeps moments in 8 bits (bitsandbytes); adamw-bf16 keeps weights, gradients and
+    moments in bf16, for all weights of a large model: 16, 10 and 8 bytes a trained number."""
     clip: float = 1.0
     """The largest norm of a step's gradient."""
 
@@ -288,6 +291,9 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     idle += () if s.tune == "qlora" else ("double_quant",)
     if s.tune == "full" and not s.train_layers:
         idle += ("train_embeddings", "train_norms")  # they do
+    if s.optimizer == "adamw-bf16" and (s.tune != "full" or s.train_layers):
+        raise UserError("--optimizer adamw-bf16: is for all weights; a part that trains is "
+                        "kept in float32: take adamw or adamw8bit", FLAGS)
     for name in idle:
         if getattr(s, name):
             raise UserError(f"--{name.replace('_', '-')}: says nothing here, with --tune {s.tune}; "

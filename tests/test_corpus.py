@@ -221,10 +221,14 @@ def test_files_are_found_by_name_folder_and_glob_in_order(tmp_path):
     assert found("*.txt*") == ["b.txt", "c.txt.gz"] and found("b.txt") == ["b.txt"]
 
 
-def word_level(folder: Path, n: int) -> Path:
-    """A tokenizer.json of n words; the last is `last`. It has no BOS and no EOS."""
-    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, n - 1)}, "last": n - 1}
-    tok = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+def words_tokenizer(folder: Path, n: int) -> Path:
+    """A tokenizer.json of bytes and words, n in all; the last is `last`. It has no BOS and no EOS.
+    """
+    words = {f"w{i}": i for i in range(n - 1)} | {"last": n - 1}
+    for i in range(256):
+        words[f"<0x{i:02X}>"] = words.pop(f"w{i + 4}")
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE(
+        words, [], byte_fallback=True, ignore_merges=True))
     tok.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder.mkdir()
     tok.save(str(folder / "tokenizer.json"))
@@ -233,7 +237,7 @@ def word_level(folder: Path, n: int) -> Path:
 
 @pytest.mark.parametrize("n, dtype", [(65_536, "u16"), (65_537, "u32")])
 def test_ids_above_two_bytes_take_four_and_none_wraps(tmp_path, n, dtype):
-    tok = word_level(tmp_path / "tok", n)
+    tok = words_tokenizer(tmp_path / "tok", n)
     file = write(tmp_path / "x.txt", b"w1 last\nlast w65534\n")
     bin, _ = corpus.prepare([str(file)], tok, tmp_path / "bin")
     assert bin.meta["dtype"] == dtype and bin.meta["vocabulary"] == n
@@ -243,7 +247,7 @@ def test_ids_above_two_bytes_take_four_and_none_wraps(tmp_path, n, dtype):
 
 
 def test_a_document_of_one_token_is_kept_and_a_corpus_of_them_trains_nothing(tmp_path):
-    tok = word_level(tmp_path / "tok", 10)
+    tok = words_tokenizer(tmp_path / "tok", 300)
     file = write(tmp_path / "x.txt", b"w1\nw2\nw3\n")
     bin, ledger = corpus.prepare([str(file)], tok, tmp_path / "bin")
     assert ledger.documents["kept"] == len(bin) == 3 and bin.meta["trained"] == 0

@@ -15,7 +15,7 @@ FLOORS = {
     "run": 9,  # what stands around the loop
     "tasks": 8,
     "generate": 7,
-    "sources": 6, "checkpoint": 6, "card": 6,
+    "sources": 6, "checkpoint": 6, "card": 6, "beam": 6,
     "weights": 5, "corpus": 5, "decode": 5, "judge": 5,
     "model": 4, "metrics": 4,
     "loss": 3, "chat": 3,

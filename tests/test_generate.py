@@ -13,9 +13,10 @@ import decode
 import generate as g
 import sampling as chosen
 import tiny
-from generate import Sampling, Stops, generate, score
+from generate import generate, score
 from log import UserError
 from model import KVCache, Llama
+from sampling import Sampling, Stops
 
 V, CONTEXT, BOS = 97, 64, 1
 PROMPTS = [[1, 5, 9, 33, 12], [1, 7], [1, 80, 81, 82, 3, 4, 5, 6, 40, 41, 42], [60, 61, 62]]
@@ -96,7 +97,7 @@ def test_cached_logits_equal_those_of_reading_all_again():
             ids = torch.tensor([(7 * step + 11 * i) % V for i in range(len(rows))])
             rows = [[*row, int(x)] for row, x in zip(rows, ids, strict=True)]
             if step == 5:  # rows leave, the longest among them
-                order = decode.keep_rows(cache, [1, 3])
+                cache, order = decode.keep_rows(cache, [1, 3])
                 rows, ids = [rows[i] for i in order], ids[order]
             logits = decode.step(model, ids, cache)
 
@@ -109,7 +110,8 @@ def test_a_shrunk_cache_holds_the_rows_it_says(keep, more):
     cache.length += torch.arange(1, n + 1)
     cache.k += cache.length[:, None, None, None]
     cache.v += 2 * cache.k
-    order = decode.keep_rows(cache, sorted(keep))
+    cache.extent = 4
+    cache, order = decode.keep_rows(cache, sorted(keep))
     assert sorted(order) == sorted(keep)
     assert cache.length.tolist() == [i + 1 for i in order] and cache.extent == max(order) + 1
     assert cache.k[0, :, 0, 0, 0].tolist() == [i + 1 for i in order]
@@ -294,14 +296,18 @@ def chi_square(counts: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
     return float(((seen - wanted)[used] ** 2 / wanted[used]).sum()), int(used.sum()) - 1
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
-    (1.0, 0, 1.0), (1.7, 20, 1.0), (1.4, 0, 0.8), (0.7, 30, 0.9)])
-def test_sampled_tokens_come_as_often_as_the_filtered_softmax_says(temperature, top_k, top_p):
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), [
+    (1.0, 0, 1.0, 0.0), (1.7, 20, 1.0, 0.0), (1.4, 0, 0.8, 0.0), (0.7, 30, 0.9, 0.0),
+    (1.6, 0, 1.0, 0.05)])
+def test_sampled_tokens_come_as_often_as_the_filtered_softmax_says(temperature, top_k, top_p,
+                                                                   min_p):
     n = 4000
-    found = answers([PROMPTS[0]] * n, Sampling(1, temperature, top_k, top_p, seed=3))
+    found = answers([PROMPTS[0]] * n, Sampling(1, temperature, top_k, top_p, 3, min_p), rows=64)
     with torch.inference_mode():
         logits = peer()(torch.tensor([PROMPTS[0]])).logits[:, -1]
     p = torch.tensor(plain_filter(logits[0].tolist(), temperature, top_k, top_p)).double()
+    p = torch.where(p < min_p * p.max(), 0, p)
+    p /= p.sum()
     counts = torch.bincount(torch.tensor(found).flatten(), minlength=V).double()
     assert counts[p == 0].sum() == 0
     statistic, freedom = chi_square(counts, p)
@@ -349,6 +355,30 @@ def test_filters_equal_the_warpers_of_transformers():
         torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
 
 
+def test_min_p_and_the_repetition_penalty_equal_those_of_transformers():
+    torch.manual_seed(2)
+    logits = torch.randn(40, 300) * 3
+    for temperature, min_p in [(0.7, 0.1), (1.5, 0.02), (1.0, 1.0)]:
+        wanted = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+        wanted = transformers.MinPLogitsWarper(min_p)(None, wanted)
+        found = chosen.filter_logits(logits, temperature, min_p=min_p)
+        assert torch.equal(found.isinf(), wanted.isinf())
+        torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
+    seen = torch.randint(0, 300, (40, 50))
+    for penalty in (1.3, 0.7):
+        wanted = transformers.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+        assert torch.equal(chosen.penalise(logits, penalty, seen.tolist()), wanted)
+
+
+def test_greedy_with_a_repetition_penalty_equals_transformers():
+    for penalty in (1.4, 0.9):
+        wanted = [peer().generate(torch.tensor([p]), max_new_tokens=16, do_sample=False,
+                                  pad_token_id=0, eos_token_id=[], repetition_penalty=penalty,
+                                  attention_mask=torch.ones(1, len(p), dtype=torch.long))
+                  [0, len(p):].tolist() for p in PROMPTS]
+        assert answers(PROMPTS, Sampling(16, 0, repetition_penalty=penalty), rows=3) == wanted
+
+
 def test_draw_never_gives_a_token_of_no_probability_even_at_the_ends():
     logits = torch.full((2, 6), -math.inf)
     logits[:, 1], logits[:, 3] = 0.3, -1.2
@@ -379,7 +409,8 @@ def test_the_context_may_be_filled_to_its_end():
 @pytest.mark.parametrize(("values", "words"), [
     ({"temperature": -1.0}, "--temperature -1.0"), ({"temperature": math.nan}, "--temperature nan"),
     ({"top_p": 0.0}, "--top-p 0.0"), ({"top_p": 1.5}, "--top-p 1.5"), ({"top_k": -2}, "--top-k -2"),
-    ({"max_new_tokens": 0}, "--max-new-tokens 0")])
+    ({"max_new_tokens": 0}, "--max-new-tokens 0"), ({"min_p": 1.2}, "--min-p 1.2"),
+    ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0")])
 def test_sampling_out_of_range_is_refused(values, words):
     with pytest.raises(UserError, match=words):
         Sampling(**values)

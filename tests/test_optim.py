@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import optim
 import tiny
+from log import UserError
+from model import Llama
 
 STEPS, WARMUP, PEAK = 100, 10, 2e-3
 
@@ -54,19 +62,132 @@ def test_norms_and_biases_do_not_decay_and_nothing_is_left_out():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
 
 
-def test_a_state_put_back_goes_on_bit_for_bit():
-    def step(model, optimizer, seed):
-        for i, p in enumerate(model.parameters()):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed * 1000 + i))
-        optimizer.step()
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": tiny.V}
+KINDS = ["adamw", "adamw8bit", "adamw-bf16"]
+IDS = tiny.tokens(2, 24)
+DOC, POS = torch.zeros_like(IDS), torch.arange(24).repeat(2, 1)
 
-    one = tiny.ours(tiny.peer())
-    first = optim.adamw(one, 1e-2, (0.9, 0.95), 0.1)
-    step(one, first, 1)
-    two = tiny.ours(tiny.peer())
-    two.load_state_dict(one.state_dict())
-    second = optim.adamw(two, 1e-2, (0.9, 0.95), 0.1)
-    optim.load_state(two, second, {k: v.clone() for k, v in optim.state(one, first).items()})
-    step(one, first, 2)
-    step(two, second, 2)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+def trained(kind: str, steps: int, seed: int = 0, between=None) -> tuple[Llama, list[float]]:
+    """A tiny model after some steps on random rows, and its losses; `between` gives a new model and
+    optimizer at half of them."""
+    model = tiny.ours(tiny.peer("llama3", seed, **WIDE), "llama3", **WIDE)
+    model.to(torch.bfloat16 if kind == "adamw-bf16" else torch.float32)
+    optimizer, losses = optim.adamw(model, 3e-3, (0.9, 0.95), 0.1, kind=kind), []
+    for step in range(steps):
+        if between and step == steps // 2:
+            model, optimizer = between(model, optimizer)
+        ids = tiny.tokens(2, 24, seed=step % 3)
+        loss = model(ids, DOC, POS, ids.roll(-1, 1)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "adamw-bf16"])
+def test_narrow_optimizers_learn_as_adamw_does(kind):
+    wanted, found = trained("adamw", 30)[1], trained(kind, 30)[1]
+    assert wanted[-1] < wanted[0] / 2
+    assert found[0] == pytest.approx(wanted[0], rel=2e-2)
+    assert found[-1] == pytest.approx(wanted[-1], rel=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_was_written_and_read_goes_on_bit_for_bit(kind, tmp_path):
+    """By a file, as a resume point is: what was not in it would be missed."""
+    def through_a_file(model, optimizer):
+        tensors = {k: x.contiguous() for k, x in optim.state(model, optimizer).items()}
+        save_file(tensors, tmp_path / "optimizer.safetensors")
+        fresh = copy.deepcopy(model)
+        again = optim.adamw(fresh, 3e-3, (0.9, 0.95), 0.1, kind=kind)
+        optim.load_state(fresh, again, load_file(tmp_path / "optimizer.safetensors"))
+        return fresh, again
+
+    (one, losses), (two, again) = trained(kind, 12), trained(kind, 12, between=through_a_file)
+    assert losses == again
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_eight_bits_hold_the_moments_of_matrices_and_not_of_embeddings():
+    model = tiny.ours(tiny.peer("llama3", **WIDE), "llama3", **WIDE)
+    optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1, kind="adamw8bit")
+    model(IDS, DOC, POS, IDS.roll(-1, 1)).sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        small = p.numel() < 4096 or name in optim.EMBEDDINGS
+        kind = torch.float32 if small else torch.uint8
+        held = optimizer.state[p]
+        assert held["state1"].dtype == held["state2"].dtype == kind, name
+    matrices = [p for n, p in model.named_parameters() if "_proj" in n and p.numel() >= 4096]
+    held = sum(x.nbytes for p in matrices for k, x in optimizer.state[p].items()
+               if k in ("state1", "state2", "absmax1", "absmax2"))
+    assert held / sum(p.numel() for p in matrices) == pytest.approx(2, rel=0.02)  # bytes a number
+
+
+def test_eight_bit_adamw_is_bitsandbytes_own():
+    from bitsandbytes.optim import AdamW8bit
+
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(128, 128, bias=False))
+    theirs = copy.deepcopy(ours)
+    mine = optim.adamw(ours, 1e-2, (0.9, 0.95), 0.1, kind="adamw8bit")
+    peer = AdamW8bit(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(5):
+        x = torch.randn(8, 128)
+        for model, optimizer in ((ours, mine), (theirs, peer)):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(ours[0].weight, theirs[0].weight)
+
+
+def test_a_machine_without_bitsandbytes_says_so_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="adamw8bit: bitsandbytes does not work on cpu") as e:
+        optim.adamw(torch.nn.Linear(4, 4), 1e-3, (0.9, 0.95), 0.1, kind="adamw8bit")
+    assert e.value.code == 2 and "\n" not in str(e.value)
+
+
+@given(st.floats(-2.0**100, 2.0**100, width=32), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=200)
+def test_a_number_is_rounded_to_one_of_its_two_neighbours(x, seed):
+    x = torch.full((64,), x)
+    found = optim.rounded(x, torch.Generator().manual_seed(seed)).float()
+    down = (x.view(torch.int32) & -65536).view(torch.float32)  # towards 0
+    up = ((x.view(torch.int32) & -65536) + 65536).view(torch.float32)
+    assert ((found == down) | (found == up)).all()
+    assert not torch.equal(x.bfloat16().float(), x) or torch.equal(found, x), "exact stays exact"
+
+
+def test_rounding_is_right_on_average_and_small_steps_arrive():
+    draw = torch.Generator().manual_seed(0)
+    for value in (1.001, -3.14159, 1e-20):
+        mean = optim.rounded(torch.full((200_000,), value), draw).double().mean().item()
+        assert mean == pytest.approx(value, rel=1e-4)
+    w = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    move = optim.BF16AdamW([w], {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.0})
+    for _ in range(100):  # 1e-5 is a 400th of what bf16 can tell from 1
+        w.grad = torch.ones_like(w)
+        move.step()
+    assert w.float().mean().item() == pytest.approx(1 - 100e-5, abs=1e-4)
+    still = torch.ones(4096, dtype=torch.bfloat16)
+    for _ in range(100):
+        still -= 1e-5
+    assert (still == 1).all(), "to the nearest, nothing would have moved"
+
+
+def test_bf16_adamw_takes_adamws_steps():
+    """From the same start, each number lands on a neighbour of where float32 AdamW puts it."""
+    torch.manual_seed(0)
+    start, g = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    wide, narrow = (torch.nn.Parameter(start.to(d)) for d in (torch.float32, torch.bfloat16))
+    words = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    for p, optimizer in ((wide, torch.optim.AdamW([wide], **words)),
+                         (narrow, optim.BF16AdamW([narrow], words))):
+        p.grad = g.to(p.dtype)
+        optimizer.step()
+    apart = (wide - narrow.float()).abs()
+    assert (apart <= wide.abs() * 2**-7 + 1e-30).all() and apart.mean() > 0

@@ -279,6 +279,52 @@ def test_every_beginning_of_a_tokenizer_model_opens_or_is_one_error(model_folder
             Tokenizer.open(file)
 
 
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece", "WordLevel"])
+def test_another_kind_of_tokenizer_json_is_refused_by_its_name(tmp_path, kind):
+    model = {"Unigram": lambda: tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0, False),
+             "WordPiece": lambda: tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}),
+             "WordLevel": lambda: tokenizers.models.WordLevel({"a": 0}, "a")}[kind]()
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=rf"tokenizer\.json: its model is '{kind}', expected BPE"):
+        Tokenizer.open(tmp_path)
+
+
+def test_a_tokenizer_that_would_lose_what_it_cannot_spell_is_refused(json_folder, tmp_path):
+    def refused(folder: Path, n: int) -> None:
+        with pytest.raises(UserError, match=f"no piece for {n} of the 256 bytes"):
+            Tokenizer.open(folder)
+
+    json_file = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, [])).save(str(json_file))
+    refused(tmp_path, 256)
+    words = json.loads((json_folder / "tokenizer.json").read_text())
+    words["model"]["vocab"]["qq"] = words["model"]["vocab"].pop("Ġ")  # the blank
+    words["model"]["merges"] = []
+    json_file.write_text(json.dumps(words))
+    refused(tmp_path, 1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.SENTENCES), model_prefix=str(tmp_path / "sp"), vocab_size=60,
+        model_type="bpe", hard_vocab_limit=False, minloglevel=2)
+    refused(tmp_path / "sp.model", 256)
+
+
+@pytest.mark.parametrize("added", [
+    {"400": {"content": "ijambo", "special": False}}, {"400": {"special": True}}, {"x": {}},
+    {"400": 3}, [1], {"99999999999": {"content": "far", "special": True}}])
+def test_what_sentencepiece_cannot_add_is_refused(model_folder, tmp_path, added):
+    shutil.copyfile(model_folder / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(UserError, match="added_tokens_decoder cannot be used beside a tokenizer"):
+        Tokenizer.open(tmp_path)
+
+
+def test_no_bos_where_a_file_says_null(json_folder, tmp_path):
+    shutil.copyfile(json_folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    for words, eos in (({}, 1), ({"eos_token": None}, None), ({"eos_token": "<|eot_id|>"}, 2)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
+        assert Tokenizer.open(tmp_path).eos == eos
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_a_huge_file_is_refused_unread(tmp_path, name):
     with open(tmp_path / name, "wb") as f:

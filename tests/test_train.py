@@ -71,12 +71,15 @@ def losses(out: Path) -> dict[int, float]:
 
 TUNES = {
     "full": ["--tune", "full"], "lora": ["--tune", "lora", "--lora-dropout", "0.1"],
-    "qlora": ["--tune", "qlora", "--double-quant", "--lora-dropout", "0.1"],
+    "bf16": ["--optimizer", "adamw-bf16", "--dtype", "bf16"],
+    "qlora": ["--tune", "qlora", "--double-quant", "--lora-dropout", "0.1", "--optimizer",
+              "adamw8bit", "--lora-rank", "32"],
     "all of LoRA": ["--tune", "lora", "--lora-dropout", "0.1", "--rslora", "--dora", "--lora-plus",
                     "4", "--train-embeddings", "--embedding-lr", "5e-4", "--train-norms"]}
 
 
-@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("tune", [
+    pytest.param(x, marks=pytest.mark.slow) if x == "bf16" else x for x in TUNES])
 def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, tune):
     """20 steps = some + kill -9 + resume, bit for bit, past the end of an epoch of the smaller
     source."""
@@ -94,7 +97,7 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, t
     whole = place / f"whole-{tune}"
     assert losses(cut) == losses(whole)
     assert (cut / "samples.txt").read_text() == (whole / "samples.txt").read_text()
-    file = "model.safetensors" if tune == "full" else "adapter_model.safetensors"
+    file = "model.safetensors" if tune in ("full", "bf16") else "adapter_model.safetensors"
     one, two = load_file(whole / "model" / file), load_file(cut / "model" / file)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert sum(1 for _ in (cut / "checkpoints").iterdir()) == 2, "--keep 2"
@@ -312,6 +315,9 @@ BAD = {"an unknown flag": (["--stepps", "3"], 2, "did you mean steps"),
        "no such layer": (["--tune", "lora", "--lora-layers", "0-7"], 2, "they are 0 to 1"),
        "layers that are no range": (["--train-layers", "3-1"], 2, "0-7 or 30"),
        "a flag that says nothing": (["--dora"], 2, "--dora"),
+       "four bits with all weights": (["--double-quant"], 2, "--double-quant"),
+       "bf16 AdamW on an adapter": (["--tune", "lora", "--optimizer", "adamw-bf16"], 2,
+                                    "adamw or adamw8bit"),
        "one checkpoint kept": (["--keep", "1"], 2, "keep"),
        "a held-out text without a name": (["--val", "val.txt"], 2, "NAME=SPEC"),
        "no GPU": (["--device", "cuda"], 2, "--device cpu")}
