@@ -28,7 +28,7 @@ from decode import keep_rows, portions, ragged, refill, step
 from log import FLAGS, UserError, say
 from loss import CHUNK
 from model import KVCache, Llama
-from sampling import NO_STOPS, Sampling, Stops, choose, random_streams
+from sampling import NO_STOPS, Sampling, Stops, choose, own_seeds
 
 ROWS = 32  # prompts continued side by side: their keys and values are in memory together
 SCORED = 4096  # tokens scored at once
@@ -79,22 +79,23 @@ def fit_all(model: Llama, prompts: Sequence[Sequence[int]], new: int,
 
 @torch.inference_mode()
 def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
-           stops: Stops = NO_STOPS, bos: int | None = None, seeds: Sequence[int] | None = None,
+           stops: Stops = NO_STOPS, bos: int | None = None,
+           seeds: Sequence[int | str] | None = None,
            rows: int = ROWS) -> Iterator[tuple[int, int, str]]:
     """Continue every prompt, `rows` side by side; yields (index of the prompt, id, end) as ids
     come.
 
     `end` is "" until a prompt's last id: then eos (an id of stops, which is yielded too), stop (the
     id completed a stop string) or length (max_new_tokens). A prompt too long for the model's
-    context beside them loses its beginning (never its BOS), and that is said. `seeds`: one for
-    each prompt, in place of sampling.seed.
+    context beside them loses its beginning (never its BOS), and that is said. `seeds`: what each
+    prompt's random numbers begin from, in place of sampling.own_seeds.
     """
     new = sampling.max_new_tokens
     fitted = fit_all(model, prompts, new, bos)
     if sampling.beams > 1:
         yield from beam.search(model, fitted, sampling, stops, rows)
         return
-    draws = random_streams(prompts, seeds or [sampling.seed] * len(prompts))
+    draws = map(random.Random, seeds or own_seeds(prompts, sampling.seed))
     waiting = deque(map(Row, range(len(fitted)), fitted, draws))
     places = min(rows, len(fitted))
     whole = KVCache(model.config, places, max(map(len, fitted), default=0) + new - 1, model.device,
@@ -129,8 +130,8 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
 
 
 def answers(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
-            stops: Stops = NO_STOPS, bos: int | None = None, seeds: Sequence[int] | None = None,
-            rows: int = ROWS) -> Iterator[Answer]:
+            stops: Stops = NO_STOPS, bos: int | None = None,
+            seeds: Sequence[int | str] | None = None, rows: int = ROWS) -> Iterator[Answer]:
     """`stream`'s answers whole, in the prompts' order, each as soon as it and all before it are
     done."""
     new: list[list[int]] = [[] for _ in prompts]
@@ -228,10 +229,10 @@ def _score_later(model: Llama, cache: KVCache, later: Sequence[tuple[int, Reques
 
     Each has a copy of its prompt's keys and values, so many at once as fit into a batch.
     """
-    later = sorted(later, key=lambda x: len(x[1].ids))
-    extent = cache.extent
-    for some in portions([extent + len(x.ids) - 1 for _, x in later], SCORED):
+    later = sorted(later, key=lambda x: len(x[1].context) + len(x[1].ids))
+    for some in portions([len(x.context) + len(x.ids) - 1 for _, x in later], SCORED):
         part = later[some]
+        extent = max(len(x.context) for _, x in part)
         owners = torch.tensor([i for i, _ in part], device=model.device)
         tokens, doc = ragged([x.ids[:-1] for _, x in part], model.device)
         own = KVCache(model.config, len(part), extent + tokens.shape[1], model.device,

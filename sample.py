@@ -1,27 +1,36 @@
-"""Continue text.
+"""Ask a model: continue text, answer a file of prompts, converse, translate.
 
     python sample.py --model out/kin/model --prompt "Muraho"
     python sample.py --model out/kin/model --prompt "Umwana" "Inka" --temperature 0
-    python sample.py --model ID_OR_FOLDER --file prompts.txt --json > answers.jsonl
+    python sample.py --model ID_OR_FOLDER --file prompts.jsonl --samples 4 --out answers.jsonl
+    python sample.py --model out/chat/model --chat
+    python sample.py --model out/mt/model --translate eng-kin --beams 5 --file eng.txt > kin.txt
 
 One prompt streams as its tokens come; several are continued side by side and printed in order,
 each when it is done. With --dtype fp32 an answer depends on its prompt and --seed alone, whatever
 is asked beside it (bf16 rounds otherwise in a larger batch). Text goes to stdout, notes to stderr;
 on a terminal control characters are shown, not obeyed.
+
+A model is asked as it was taught: in a conversation by its chat template, for a translation by the
+prompt that training wrote beside it (prompt.json).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import config
 import log
-from log import FLAGS, UserError
+from log import FLAGS, STORAGE, UserError
+
+COMMANDS = "/reset forgets what was said, /save FILE keeps it as a line of JSON, /quit ends"
 
 
 @dataclass
@@ -31,19 +40,42 @@ class Settings:
     model: str = ""
     """A run's folder, a Hugging Face folder, a PEFT adapter, or a hub id (org/name@revision)."""
     prompt: list[str] = field(default_factory=list)
-    """Texts to continue; "" begins a text from nothing."""
+    """Texts to continue (with --translate: to translate); "" begins a text from nothing."""
     file: str = ""
-    """A text file with a prompt on each line, in place of --prompt."""
+    """In place of --prompt: a text file with one on each line, or .jsonl with "prompt" or
+    "messages"."""
+    chat: bool = False
+    """A conversation, by the model's chat template; a base without one gets ours."""
+    translate: Literal["", "eng-kin", "kin-eng"] = ""
+    """Translate --prompt, --file or stdin, a text a line, by the prompt the model was taught."""
+    samples: int = 1
+    """Answers to each prompt."""
+    out: str = ""
+    """With --file: write answers here, a JSON object a line; what a killed run has done is kept."""
     max_new_tokens: int = 128
-    temperature: float = 0.8
-    """0 takes the likeliest token each time."""
+    temperature: float | None = None
+    """0 takes the likeliest token each time. Unless given 0.8; with --translate or --beams 0."""
     top_k: int = 0
     """Draw from this many likeliest tokens; 0: from all."""
     top_p: float = 0.95
     """Draw from the fewest likeliest tokens that hold this probability; 1: from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this fraction as likely as the likeliest; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Above 1: what was already said becomes less likely."""
+    beams: int = 1
+    """Search the likeliest whole answer with so many hypotheses; ALMA translates with 5."""
+    length_penalty: float = 1.0
+    """Of a search: above 0 longer answers win more often, below it shorter ones."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end an answer; they are not shown."""
     seed: int = 1
+    rows: int = 32
+    """Answers in the making side by side; each beam counts."""
     json: bool = False
-    """A JSON object a line: prompt, text, tokens, end (eos or length)."""
+    """A JSON object a line: prompt, text, tokens, end (eos, stop or length)."""
+    quant: Literal["none", "nf4"] = "none"
+    """nf4: keep the layers' matrices in four bits each."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -52,80 +84,250 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
     SETTINGS, _ = log.run(lambda: config.read(Settings, sys.argv[1:], "sample.py"))
 
 import weights  # noqa: E402
-from generate import Stops, answers, stream  # noqa: E402
+from ask import Asked, Way, pieces  # noqa: E402
+from generate import answers, stream  # noqa: E402
+from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
-from sampling import Sampling  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from sampling import Sampling, Stops, own_seeds  # noqa: E402
 
 
-def read_prompts(s: Settings) -> list[str]:
-    """The prompts, from flags or a file's lines; an empty line is an empty prompt."""
-    if bool(s.prompt) == bool(s.file):
-        raise UserError("give one of --prompt TEXT ... and --file FILE", FLAGS)
-    if s.prompt:
-        return s.prompt
+def sampling_of(s: Settings) -> Sampling:
+    """How tokens are chosen; UserError on flags that contradict each other."""
+    temperature = s.temperature
+    if temperature is None:
+        temperature = 0.0 if s.translate or s.beams > 1 else 0.8
+    sampling = Sampling(s.max_new_tokens, temperature, s.top_k, s.top_p, s.seed, s.min_p,
+                        s.repetition_penalty, s.beams, s.length_penalty)
+    if s.samples < 1 or s.rows < 1:
+        raise UserError(f"--samples {s.samples} --rows {s.rows}: expected 1 or more", FLAGS)
+    if s.samples > 1 and temperature == 0:
+        raise UserError(f"--samples {s.samples}: without chance all are the same; give "
+                        "--temperature above 0", FLAGS)
+    if "" in s.stop:
+        raise UserError('--stop "": an empty string ends every answer; leave it out', FLAGS)
+    return sampling
+
+
+def read_asked(s: Settings) -> list[Asked]:
+    """What is asked, from flags, a file or stdin; an empty line is an empty text."""
+    ways = [bool(s.prompt), bool(s.file), s.chat]
+    if sum(ways) > 1 or not (any(ways) or s.translate):
+        raise UserError("give one of --prompt TEXT ..., --file FILE and --chat", FLAGS)
+    if s.out and not s.file:
+        raise UserError(f"--out {s.out}: goes with --file; without it, take --json > FILE", FLAGS)
+    if s.chat and (s.json or s.translate or s.samples > 1 or s.beams > 1):
+        raise UserError("--chat: a conversation takes no --json, --translate, --samples or "
+                        "--beams; --file takes messages", FLAGS)
+    if s.chat:
+        return []
+    if s.file:
+        return read_file(s.file, s.translate)
+    if not s.prompt:
+        if sys.stdin.isatty():
+            log.say("a text on each line; Ctrl-D ends")
+        return [line.rstrip("\r\n") for line in sys.stdin]
+    return list(s.prompt)
+
+
+def checked(asked: list[Asked]) -> list[Asked]:
+    """The same; UserError on text that no file could hold."""
+    for i, x in enumerate(asked, 1):
+        try:
+            json.dumps(x, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {i}: holds bytes that are not UTF-8, or half a character; "
+                            "give it as UTF-8") from None
+    return asked
+
+
+def read_file(name: str, translate: str) -> list[Asked]:
+    """What a file asks: a line each, in .jsonl an object with `prompt` (or, to translate, `text`
+    or the language's name), or `messages`."""
     try:
-        text = Path(s.file).read_text(encoding="utf-8-sig")
+        text = Path(name).read_text(encoding="utf-8-sig")
     except OSError as e:
-        raise UserError(f"--file {s.file}: cannot be read ({e.strerror})") from None
+        raise UserError(f"--file {name}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"--file {s.file}: byte {e.start} is not UTF-8; save it as UTF-8") from None
+        raise UserError(f"--file {name}: byte {e.start} is not UTF-8; save it as UTF-8") from None
     if not text:
-        raise UserError(f"--file {s.file}: empty, expected a prompt on each line")
-    return text.removesuffix("\n").split("\n")  # read_text has made \r\n into \n
+        raise UserError(f"--file {name}: empty, expected a prompt on each line")
+    lines = text.removesuffix("\n").split("\n")  # read_text has made \r\n into \n
+    if not name.endswith(".jsonl"):
+        return lines
+    keys = ("text", translate[:3], "prompt") if translate else ("prompt", "messages")
+    asked = []
+    for i, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        found = [row[k] for k in keys if k in row] if isinstance(row, dict) else []
+        if not found or not isinstance(found[0], str | list) or (
+                translate and isinstance(found[0], list)):
+            raise UserError(f"--file {name}, line {i}: expected a JSON object with "
+                            f"{' or '.join(map(repr, keys))}")
+        asked.append(found[0])
+    return asked
 
 
-def pieces(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """A continuation's text, in pieces as they become certain; joined they are all of it.
+def done_before(file: Path, asked: Sequence[str], mark: str) -> int:
+    """How many answers a file holds of those asked, in order; a line cut short by a kill goes.
 
-    Decoded behind its prompt, so that spaces are right. Half a character decodes to U+FFFD: such an
-    end waits for the tokens that complete it.
+    UserError if it holds something else: other prompts, or other settings.
     """
-    ids = list(prompt)
-    text = tokenizer.decode(ids)
-    shown = len(text)
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        certain = len(text.rstrip("\ufffd"))
-        if certain > shown:
-            yield text[shown:certain]
-            shown = certain
-    yield text[shown:]
+    if not file.exists():
+        return 0
+    kept, n = 0, 0
+    for line in file.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            found = json.loads(line)
+            same = found["settings"] == mark and n < len(asked) and found["prompt"] == asked[n]
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise UserError(f"--out {file}, line {n + 1}: answers another prompt, or was made with "
+                            "other settings; name another file, or delete it")
+        kept, n = kept + len(line), n + 1
+    with open(file, "r+b") as f:
+        f.truncate(kept)
+    return n
+
+
+def mark_of(s: Settings) -> str:
+    """Eight hex digits for all that an answer depends on besides its prompt."""
+    apart = ("prompt", "file", "out", "rows", "json", "device", "chat")
+    values = {k: v for k, v in dataclasses.asdict(s).items() if k not in apart}
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
+
+
+def write_file(s: Settings, model: Llama, way: Way, asked: Sequence[Asked], sampling: Sampling,
+               stops: Stops) -> None:
+    """Answer into --out, behind what it already holds."""
+    texts, mark = [way.text(x) for x in asked], mark_of(s)
+    ids = [way.ids(x) for x in asked]
+    seeds = own_seeds(ids, s.seed)
+    try:
+        first = done_before(Path(s.out), texts, mark)
+        if first:
+            log.say(f"{s.out}: {first} of {len(asked)} answers are there")
+        with open(s.out, "a", encoding="utf-8") as file, log.progress(s.out, len(asked),
+                                                                      first) as move:
+            found = answers(model, ids[first:], sampling, stops, way.tokenizer.bos, seeds[first:],
+                            s.rows)
+            for i, (new, end) in enumerate(found, first):
+                line = {**answer(way, asked[i], new, end, stops), "settings": mark}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                move(1)
+    except OSError as e:
+        raise UserError(f"--out {s.out}: cannot be written ({e.strerror})", STORAGE) from None
+
+
+def answer(way: Way, asked: Asked, new: Sequence[int], end: str, stops: Stops) -> dict[str, Any]:
+    """An answer as a line of JSON holds it."""
+    text = "".join(pieces(way.tokenizer, way.ids(asked), new, stops.strings))
+    source = {"source": asked} if way.direction else {}
+    text = text.strip() if way.direction else text
+    return {"prompt": way.text(asked), **source, "text": text, "tokens": len(new), "end": end}
+
+
+def converse(model: Llama, way: Way, sampling: Sampling, stops: Stops,
+             shown: Callable[[str], str]) -> None:
+    """A conversation: lines in, answers out, until /quit or the end of the input."""
+    log.say(COMMANDS)
+    said: list[dict[str, str]] = []
+    room = model.config.max_position_embeddings - sampling.max_new_tokens
+    sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return
+        if word == "/reset":
+            said = []
+        elif word == "/save":
+            save(rest.strip(), said)
+        elif line.startswith("/"):
+            log.say(f"{word}: no such command; {COMMANDS}")
+        elif line:
+            said.append({"role": "user", "content": line})
+            while len(ids := way.ids(said)) > room and len(said) > 2:
+                log.say("the conversation outgrows the context; its first exchange is forgotten")
+                said = said[2:]
+            new = (token for _, token, _ in stream(model, [ids], sampling, stops))
+            text = ""
+            try:
+                for piece in pieces(way.tokenizer, ids, new, stops.strings):
+                    print(shown(piece), end="", flush=True)
+                    text += piece
+            except KeyboardInterrupt:  # stops the answer, not the conversation
+                pass
+            print(flush=True)
+            said.append({"role": "assistant", "content": text.strip()})
+
+
+def save(name: str, said: Sequence[Mapping[str, str]]) -> None:
+    """Write a conversation as `prepare.py chat` reads it; what goes wrong is said."""
+    if not name:
+        log.say("/save: name a file, as in /save talk.jsonl")
+        return
+    try:
+        text = json.dumps({"messages": said}, ensure_ascii=False)
+        Path(name).write_text(text + "\n", encoding="utf-8")
+        log.say(f"wrote {name}: {len(said)} messages")
+    except OSError as e:
+        log.say(f"/save {name}: cannot be written ({e.strerror})")
 
 
 def main(s: Settings) -> None:
-    """Read the prompts, load the model, continue and print."""
+    """Read what is asked, load the model, answer."""
     if not s.model:
         raise UserError("name a model: --model FOLDER or a hub id", FLAGS)
-    sampling = Sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.seed)
-    prompts = read_prompts(s)
+    sampling = sampling_of(s)
+    asked = [x for x in checked(read_asked(s)) for _ in range(s.samples)]
     ranks = Ranks.start(s.device)
     dtype = ranks.compute_dtype(s.dtype)
-    model, tokenizer = weights.load(s.model, ranks.device, dtype)
+    model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
-
-    bos, stops = tokenizer.bos, Stops(weights.stop_ids(weights.find(s.model), tokenizer))
-    ids = [([] if bos is None else [bos]) + tokenizer.encode(p) for p in prompts]
+    folder = weights.find(s.model)
+    way = Way.of(folder, tokenizer, s.translate)
+    ends = weights.stop_ids(folder, tokenizer)
+    if s.chat or way.as_chat or any(not isinstance(x, str) for x in asked):
+        ends |= way.turn_ends()
+    if not ends:
+        log.say("the model has no EOS, so every answer goes on to --max-new-tokens")
+    strings = [*s.stop, "\n"] if s.translate else s.stop  # ALMA cuts there too
+    stops = Stops(ends, strings, tokenizer.decode)
     shown = log.printable if sys.stdout.isatty() else str  # a model must not steer a terminal
 
     def show(text: str) -> None:
         print(shown(text), end="", flush=True)
 
-    if len(prompts) == 1 and not s.json:
-        show(prompts[0])
-        new = (token for _, token, _ in stream(model, ids, sampling, stops, bos))
-        for piece in pieces(tokenizer, ids[0], new):
+    if s.chat:
+        return converse(model, way, sampling, stops, shown)
+    if s.out:
+        return write_file(s, model, way, asked, sampling, stops)
+    ids = [way.ids(x) for x in asked]
+    if len(asked) == 1 and not s.json and not s.translate:
+        show(way.text(asked[0]))
+        new = (token for _, token, _ in stream(model, ids, sampling, stops, tokenizer.bos))
+        for piece in pieces(tokenizer, ids[0], new, strings):
             show(piece)
-        show("\n")
-        return
-    for i, (new, end) in enumerate(answers(model, ids, sampling, stops, bos)):
-        text = "".join(pieces(tokenizer, ids[i], new))
+        return show("\n")
+    found = answers(model, ids, sampling, stops, tokenizer.bos, rows=s.rows)
+    for i, (new, end) in enumerate(found):
+        line = answer(way, asked[i], new, end, stops)
         if s.json:
-            line = {"prompt": prompts[i], "text": text, "tokens": len(new), "end": end}
             show(json.dumps(line, ensure_ascii=False) + "\n")
+        elif s.translate:
+            show(line["text"] + "\n")
         else:
-            show(f"== {i + 1} of {len(prompts)}\n{prompts[i]}{text}\n")
+            show(f"== {i + 1} of {len(asked)}\n{line['prompt']}{line['text']}\n")
 
 
 if __name__ == "__main__":

@@ -158,11 +158,11 @@ def choose(logits: Tensor, sampling: Sampling, streams: Sequence[random.Random],
                               sampling.min_p), u)
 
 
-def random_streams(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[random.Random]:
-    """Random numbers for each prompt: a function of its seed, the prompt, and which copy it is."""
-    seen: Counter[tuple[int, tuple[int, ...]]] = Counter()
-    streams = []
-    for seed, ids in zip(seeds, (tuple(map(int, ids)) for ids in prompts), strict=True):
-        streams.append(random.Random(f"{seed}/{seen[seed, ids]}/{ids}"))  # a str is hashed whole
-        seen[seed, ids] += 1
-    return streams
+def own_seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
+    """A seed for each prompt: a function of the seed, the prompt, and which copy of it it is."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    seeds = []
+    for ids in (tuple(map(int, ids)) for ids in prompts):
+        seeds.append(f"{seed}/{seen[ids]}/{ids}")  # random.Random hashes a str whole
+        seen[ids] += 1
+    return seeds

@@ -13,7 +13,7 @@ FLOORS = {
     "train": 11, "sample": 11, "eval": 11, "prepare": 11, "export": 11,
     "plan": 10,
     "run": 9,  # what stands around the loop
-    "tasks": 8,
+    "tasks": 8, "ask": 8,
     "generate": 7,
     "sources": 6, "checkpoint": 6, "card": 6, "beam": 6,
     "weights": 5, "corpus": 5, "decode": 5, "judge": 5,

@@ -137,9 +137,9 @@ def test_a_seed_gives_the_same_answer_again_and_another_seed_another():
     assert all(a != b for a, b in zip(first, answers(PROMPTS, Sampling(12, seed=2)), strict=True))
 
 
-def test_prompts_and_seeds_draw_from_streams_of_their_own():
-    streams = chosen.random_streams([[1, 2], [1, 3], [1], [1, 2], [1, 2]], [1, 1, 1, 1, 2])
-    assert len({s.random() for s in streams}) == len(streams)
+def test_every_prompt_copy_and_seed_has_a_seed_of_its_own():
+    seeds = chosen.own_seeds([[1, 2], [1, 3], [1], [1, 2]], 1) + chosen.own_seeds([[1, 2]], 2)
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_copies_of_a_prompt_get_different_answers_and_the_first_is_the_one_it_gets_alone():
@@ -195,10 +195,13 @@ def test_a_stop_string_may_end_inside_a_token_and_span_many():
     assert Stops({9}).end([5, 9], 2) == "eos" and Stops({9}).end([9, 5], 2) == "length"
 
 
-def test_each_prompt_may_have_a_seed_of_its_own():
-    alone = [answers([p], Sampling(12, seed=i))[0] for i, p in enumerate(PROMPTS, 5)]
+def test_each_prompt_may_be_given_a_seed():
+    alone = [answers([p], Sampling(12), seeds=[i])[0] for i, p in enumerate(PROMPTS, 5)]
     assert answers(PROMPTS, Sampling(12), seeds=[5, 6, 7, 8]) == alone
     assert answers(PROMPTS[::-1], Sampling(12), seeds=[8, 7, 6, 5], rows=2) == alone[::-1]
+    own = chosen.own_seeds([PROMPTS[0]] * 3, 1)  # so a file is taken up again in its middle
+    copies = answers([PROMPTS[0]] * 3, Sampling(12, seed=1))
+    assert answers([PROMPTS[0]] * 2, Sampling(12), seeds=own[1:]) == copies[1:]
 
 
 def peer_scores(peer, prompt, ids) -> tuple[float, bool]:
