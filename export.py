@@ -92,6 +92,7 @@ import lora  # noqa: E402
 import weights  # noqa: E402
 from card import WRITTEN, identity, merges  # noqa: E402
 from card import text as card_text  # noqa: E402
+from chat import Template  # noqa: E402
 from data import sha256  # noqa: E402
 from generate import Sampling, generate  # noqa: E402
 from loss import capped  # noqa: E402
@@ -269,25 +270,24 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
     rows = embedding.shape[0] if embedding is not None else 0
     fits = rows == shape.vocab_size > top
     yield fits, (f"vocabulary: {shape.vocab_size} in config.json, {rows} embeddings, the "
-                 f"tokenizer's ids end at {top}")
+                 f"tokenizer's {tokenizer.vocab_size} ids are used up to {top}")
     ids = tokenizer.document(TEXT)
     begins = ids.count(tokenizer.bos), ids[0] == tokenizer.bos
     yield begins == (1, True) or tokenizer.bos is None, (
         "BOS: the tokenizer has none" if tokenizer.bos is None
         else f"BOS: {begins[0]} in a document, expected one, at its beginning")
 
-    eos, name = tokenizer.eos, None if tokenizer.eos is None else tokenizer.pieces[tokenizer.eos]
-    template = chat_template(folder) or chat_template(base)
-    said = name is not None and (name in template or "eos_token" in template)
-    yield not template or said, "chat template: " + (
-        "none" if not template else f"{'ends' if said else 'does not end'} a turn with {name}")
     stops, where = stop_ids(folder, base)
+    template = Template.of(folder, tokenizer) or Template.of(base, tokenizer)
+    yield chat_finding(template, stops, shape.vocab_size) if template else (
+        True, "chat template: none, so this model continues text and does not converse")
+    eos = tokenizer.eos
     right = bool(stops) and all(type(x) is int and 0 <= x < shape.vocab_size for x in stops) and (
         eos is None or eos in stops)
     yield right, f"stop ids: {stops} in {where}, vocabulary {shape.vocab_size}, EOS {eos}"
     del model
 
-    if odd or astray or bad or not fits:
+    if odd or astray or bad or not fits or not right:
         yield False, "continuation: not tried"
         return
     try:
@@ -295,22 +295,30 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
         start = ids[: max(1, len(ids) // 4)]  # far from where a sentence ends
         new = min(16, shape.max_position_embeddings - 1)
         more = [x for _, x in generate(loaded.eval(), [start], Sampling(new, temperature=0.0),
-                                       {eos}, tokenizer.bos)]
+                                       set(stops), tokenizer.bos)]
         yield True, f"continuation: {tokenizer.decode(start)!r} -> {tokenizer.decode(more)!r}"
     except UserError as e:
         yield False, f"continuation: {e}"
 
 
-def chat_template(folder: Path) -> str:
-    """The folder's chat template wherever it stands, or nothing; of several, all."""
-    if (folder / "chat_template.jinja").exists():
-        return weights._inside(folder, "chat_template.jinja").read_text(encoding="utf-8")
-    for file in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / file).exists():
-            found = weights.read_json(weights._inside(folder, file)).get("chat_template")
-            if found:
-                return found if type(found) is str else json.dumps(found, ensure_ascii=False)
-    return ""
+def chat_finding(template: Template, stops: list[Any], vocab: int) -> tuple[bool, str]:
+    """Whether a conversation has one BOS, at its beginning, and its last turn ends with a stop id.
+    """
+    try:
+        ids = template.encode([{"role": "user", "content": "Amakuru?"},
+                               {"role": "assistant", "content": "Ni meza."}])
+    except UserError as e:
+        return False, f"chat template: {e}"
+    tokenizer = template.tokenizer
+    if above := [tokenizer.pieces[i] for i in ids if i >= vocab]:
+        return False, f"chat template: {above[0]} is beyond the vocabulary"
+    bos, last = tokenizer.bos, next((i for i in reversed(ids) if i in tokenizer.control), None)
+    if bos is not None and (ids.count(bos), ids[:1]) != (1, [bos]):
+        return False, (f"chat template: writes BOS {ids.count(bos)} times around one question and "
+                       "its answer, expected once, at the beginning")
+    name = "no control token" if last is None else tokenizer.pieces[last]
+    return last in stops, f"chat template: ends a turn with {name}" + (
+        "" if last in stops else ", which is no stop id")
 
 
 def stop_ids(folder: Path, base: Path) -> tuple[list[Any], str]:

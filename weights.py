@@ -357,6 +357,8 @@ def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: i
     words = {**config.to_hf(), "dtype": "float32",
              "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     (folder / CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    words = {k: words[k] for k in ("bos_token_id", "eos_token_id")}
+    (folder / CARRIED[0]).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
     save(model, folder, like=folder)
 
 

@@ -327,10 +327,27 @@ FAULTS = {
     "vocabulary": (lambda f: (
         edit(f, lambda x: x.update({"model.embed_tokens.weight": x[
             "model.embed_tokens.weight"][:300]})), change(f, "config.json", vocab_size=300)),
-        "✗ vocabulary: 300 in config.json, 300 embeddings, the tokenizer's ids end at 319"),
-    "template": (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"),
-                 "✗ chat template: does not end a turn with </s>"),
+        "✗ vocabulary: 300 in config.json, 300 embeddings, the tokenizer's 320 ids are used up to "
+        "319"),
+    "no end": (lambda f: template(f, "{{ bos_token }}{{ messages[1].content }}"),
+               "✗ chat template: ends a turn with <s>, which is no stop id"),
+    "no tokens": (lambda f: (change(f, "tokenizer_config.json", add_bos_token=False),
+                             template(f, "{{ messages[1].content }}")),
+                  "✗ chat template: ends a turn with no control token, which is no stop id"),
+    "no BOS": (lambda f: template(f, "{{ messages[0].content }}</s>"),
+               "✗ chat template: writes BOS 0 times"),
+    "twice BOS": (lambda f: template(f, "<s>{{ bos_token }}{{ eos_token }}"),
+                  "✗ chat template: writes BOS 2 times"),
+    "another end": (lambda f: (change(f, "tokenizer_config.json", added_tokens_decoder={
+        "320": {"content": "<|im_end|>", "special": True}}),
+        template(f, "<s>{{ messages[0].content }}<|im_end|>")),
+        "✗ chat template: <|im_end|> is beyond the vocabulary"),
+    "broken template": (lambda f: template(f, "{% if %}"), "✗ chat template: "),
 }
+
+
+def template(folder: Path, source: str) -> None:
+    (folder / "chat_template.jinja").write_text(source)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -342,12 +359,13 @@ def test_each_planted_fault_has_its_cross(tmp_path, capsys, fault):
     assert code == 3 and cross in said, said
 
 
-@pytest.mark.parametrize("template", ["{{ eos_token }}", "a</s>"])
+@pytest.mark.parametrize("source", ["{{ bos_token }}a{{ eos_token }}", "<s>a</s>\n"])
 def test_a_template_that_ends_its_turns_is_good_and_a_broken_folder_is_one_line(
-        tmp_path, capsys, template):
+        tmp_path, capsys, source):
     folder = tiny.folder(tmp_path / "m", "llama32")
-    change(folder, "tokenizer_config.json", chat_template=template)
-    assert checked(folder, capsys)[0] == 0
+    change(folder, "tokenizer_config.json", chat_template=source)
+    code, said = checked(folder, capsys)
+    assert code == 0 and "✓ chat template: ends a turn with </s>" in said
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     assert "cut short" in str(refusal(export.check, export.Check(str(folder))))
