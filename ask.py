@@ -111,9 +111,9 @@ def pieces(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int],
         if found := [at for x in strings if (at := text.find(x, begin)) >= 0]:
             text = text[: min(found)]
             break
-        certain = len(text.rstrip("\ufffd"))
-        starts = (n for x in strings for n in range(1, len(x)) if text.endswith(x[:n]))
-        certain = min(certain, len(text) - max(starts, default=0))
+        whole = text.rstrip("\ufffd")
+        starts = (n for x in strings for n in range(1, len(x)) if whole.endswith(x[:n]))
+        certain = len(whole) - max(starts, default=0)
         if certain > shown:
             yield text[shown:certain]
             shown = certain

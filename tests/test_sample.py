@@ -1,13 +1,17 @@
 """sample.py as it is run: prompts, files that are taken up again, conversations, translations."""
 
+import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +19,7 @@ import ask
 import config
 import sample
 import tiny
+from chat import Template
 from generate import generate
 from log import UserError
 from sampling import Sampling
@@ -116,10 +121,20 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     ({"prompt": ["a"], "model": ""}, "name a model", 2),
     ({"prompt": ["a"], "top_p": 2.0}, "--top-p 2.0", 2),
     ({"prompt": ["a"], "model": "nowhere"}, "nowhere", 3),
+    ({"prompt": ["a"], "chat": True}, "give one of --prompt", 2),
+    ({"prompt": ["a"], "out": "x"}, "goes with --file", 2),
+    ({"chat": True, "json": True}, "a conversation takes no --json", 2),
+    ({"prompt": ["a"], "samples": 2, "temperature": 0.0}, "without chance all are the same", 2),
+    ({"prompt": ["a"], "beams": 2, "temperature": 0.7}, "--beams 2 searches", 2),
+    ({"prompt": ["a"], "stop": [""]}, "an empty string ends every answer", 2),
+    ({"prompt": ["a\udcff"]}, "prompt 1: holds bytes that are not UTF-8", 3),
+    ({"file": "odd.jsonl"}, "odd.jsonl, line 2: expected a JSON object with 'prompt' or", 3),
+    ({"chat": True}, "no chat template", 3),
     ({"prompt": ["a"], "max_new_tokens": 128}, "leaves no room", 2)])
 def test_what_cannot_be_continued_is_one_line(home, monkeypatch, values, words, code):
     monkeypatch.chdir(home)
     (home / "nil.txt").write_text("")
+    (home / "odd.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     (home / "latin.txt").write_bytes(b"ca\xe9\n")
     with pytest.raises(UserError) as e:
         sampled(home, **values)
@@ -133,6 +148,167 @@ def test_a_model_without_eos_is_said_to_have_none_and_one_without_bos_needs_text
     assert "no EOS, so every answer goes on to --max-new-tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="no BOS to begin from"):
         sampled(home, model=str(neither), prompt=[""])
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_of_prompts_killed_and_begun_again_holds_what_one_run_writes(home):
+    rows = [{"prompt": f"{x} {i}"} for i in range(8) for x in tiny.SENTENCES[:5]]
+    (home / "asked.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows * 2))
+    values = {"file": str(home / "asked.jsonl"), "samples": 2, "max_new_tokens": 60, "rows": 4,
+              "seed": 3}
+    flags = [x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    out, whole = home / "killed.jsonl", home / "whole.jsonl"
+    run = [sys.executable, ROOT / "sample.py", "--model", home / "run", "--dtype", "fp32",
+           "--device", "cpu", "--out", out, *flags]
+    with subprocess.Popen(run, stderr=subprocess.DEVNULL) as running:
+        while not out.exists() or out.read_bytes().count(b"\n") < 3:
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+    done = out.read_bytes().count(b"\n")
+    assert 3 <= done < 160
+    with open(out, "ab") as f:
+        f.write(b'{"prompt": "half a li')
+    sampled(home, **values, out=str(out))
+    sampled(home, **values, out=str(whole))
+    assert out.read_bytes() == whole.read_bytes()
+    found = lines_of(out)
+    assert [x["prompt"] for x in found] == [x["prompt"] for x in rows * 2 for _ in range(2)]
+    same = [x["text"] for x in found if x["prompt"] == found[0]["prompt"]]
+    assert len(same) == len(set(same)) == 4  # copies, and samples of each, are all other draws
+    sampled(home, **values, out=str(out))  # nothing is left to do
+    assert out.read_bytes() == whole.read_bytes()
+
+    for other in ({"seed": 4}, {"temperature": 0.5}, {"samples": 1}):
+        with pytest.raises(UserError, match=r"line [12]: answers another prompt, or was made with"):
+            sampled(home, **{**values, **other}, out=str(out))
+    out.write_text("not ours\n")
+    with pytest.raises(UserError, match=r"killed\.jsonl, line 1: answers another prompt"):
+        sampled(home, **values, out=str(out))
+    assert out.read_text() == "not ours\n"
+
+
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}"
+            "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory) -> Path:
+    """A tiny model with a chat template."""
+    folder = tiny.folder(tmp_path_factory.mktemp("talker"), seed=2)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def said(folder: Path, messages: list[dict], new: int) -> str:
+    """The greedy answer to a conversation."""
+    tokenizer, model = Tokenizer.open(folder), tiny.ours(tiny.peer(seed=2))
+    ids = Template.of(folder, tokenizer).encode(messages, generation=True)
+    more = [t for _, t in generate(model, [ids], Sampling(new, 0), {tokenizer.eos})]
+    return tokenizer.decode(ids + more)[len(tokenizer.decode(ids)):]
+
+
+def talk(monkeypatch, folder: Path, lines: list[str], **values) -> None:
+    """A conversation with these lines typed."""
+    typed = io.TextIOWrapper(io.BytesIO("".join(x + "\n" for x in lines).encode()))
+    monkeypatch.setattr(sys, "stdin", typed)
+    sampled(folder, model=str(folder), chat=True, temperature=0.0, **values)
+
+
+def test_a_conversation_goes_on_is_saved_and_is_forgotten(talker, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    talk(monkeypatch, talker, ["Muraho", "", "Amakuru?", f"/save {file}", "/save", "/sav x",
+                               "/reset", "Muraho", "/quit", "never read"])
+    first = said(talker, [{"role": "user", "content": "Muraho"}], 12)
+    messages = [{"role": "user", "content": "Muraho"},
+                {"role": "assistant", "content": first.strip()},
+                {"role": "user", "content": "Amakuru?"}]
+    second = said(talker, messages, 12)
+    shown = capsys.readouterr()
+    assert shown.out == f"{first}\n{second}\n{first}\n"
+    messages.append({"role": "assistant", "content": second.strip()})
+    assert lines_of(file) == [{"messages": messages}]
+    assert "/save: name a file" in shown.err and "/sav: no such command; /reset" in shown.err
+    talk(monkeypatch, talker, ["/save /no/such/folder/x"])
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_conversation_that_outgrows_the_context_forgets_its_first_exchange(talker, monkeypatch,
+                                                                           capsys):
+    talk(monkeypatch, talker, ["Inka zacu zirya ubwatsi"] * 5, max_new_tokens=24)
+    shown = capsys.readouterr()
+    assert "outgrows the context; its first exchange is forgotten" in shown.err
+    assert "left out at the start" not in shown.err and shown.out.count("\n") >= 5
+
+
+def test_messages_of_a_file_are_answered_by_the_template(talker):
+    asked = [[{"role": "user", "content": "Muraho"}],
+             [{"role": "system", "content": "</s>"}, {"role": "user", "content": "Amakuru?"}]]
+    (talker / "asked.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in asked))
+    sampled(talker, model=str(talker), file=str(talker / "asked.jsonl"), temperature=0.0,
+            out=str(talker / "out.jsonl"))
+    found = lines_of(talker / "out.jsonl")
+    assert [x["text"] for x in found] == [said(talker, x, 12) for x in asked]
+    assert found[0]["prompt"] == "<s>[user] Muraho</s>[assistant] "
+
+
+def test_the_token_that_ends_a_turn_ends_an_answer_though_it_is_not_eos(tmp_path):
+    folder = bytewise_folder(tmp_path, ["<s>", "</s>", "<end>"])
+    text = TEMPLATE.replace("eos_token", "'<end>'")
+    (folder / "chat_template.jinja").write_text(text)
+    tokenizer = Tokenizer.open(folder)
+    assert ask.Way(folder, tokenizer).turn_ends() == {tokenizer.pieces.index("<end>")}
+    with pytest.raises(UserError, match="no chat template"):
+        (folder / "chat_template.jinja").unlink()
+        ask.Way(folder, tokenizer).turn_ends()
+
+
+def test_a_translation_is_asked_as_alma_does_and_ends_with_its_line(home, capsys, monkeypatch):
+    lines = ["Our cows eat grass.", "The water is {text} {good}.", ""]
+    (home / "eng.txt").write_text("\n".join(lines) + "\n")
+    sampled(home, file=str(home / "eng.txt"), translate="eng-kin", beams=3, max_new_tokens=40)
+    found = capsys.readouterr().out.split("\n")
+    tokenizer, peer = Tokenizer.open(home / "run" / "model"), tiny.peer()
+    for line, text in zip(lines, found, strict=False):
+        prompt = f"Translate this from English to Kinyarwanda:\nEnglish: {line}\nKinyarwanda:"
+        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+        new = peer.generate(torch.tensor([ids]), num_beams=3, do_sample=False, max_new_tokens=40,
+                            eos_token_id=tokenizer.eos, pad_token_id=0)[0].tolist()
+        whole = tokenizer.decode(new)[len(tokenizer.decode(ids)):]
+        if "\n" not in whole:
+            assert text == whole.strip()
+    assert len(found) == 4 and found[3] == ""  # a line each
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Inka\nAmazi\n"))
+    sampled(home, translate="kin-eng", json=True)
+    rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    assert [x["source"] for x in rows] == ["Inka", "Amazi"]
+    assert rows[0]["prompt"].endswith("\nKinyarwanda: Inka\nEnglish:")
+
+
+def test_a_translation_is_asked_by_the_prompt_that_training_left(talker, tmp_path):
+    taught = {"translate": [{"name": "x", "text": "Shyira mu {target}: {text}\n",
+                             "languages": {"eng": "Cyongereza", "kin": "Kinyarwanda"}}]}
+    tokenizer = Tokenizer.open(talker)
+    (talker / "prompt.json").write_text(json.dumps(taught))
+    try:
+        way = ask.Way.of(talker, tokenizer, "kin-eng")
+        assert way.text("Inka\n{source}") == "Shyira mu Cyongereza: Inka {source}\n"
+        assert way.ids("a") == [tokenizer.bos, *tokenizer.encode("Shyira mu Cyongereza: a\n")]
+        taught["translate"][0]["as_chat"] = True
+        (talker / "prompt.json").write_text(json.dumps(taught))
+        way = ask.Way.of(talker, tokenizer, "kin-eng")
+        message = {"role": "user", "content": "Shyira mu Cyongereza: a\n"}
+        assert way.ids("a") == way.template.encode([message], generation=True)
+        for broken in ("{", "[]", '{"translate": []}', '{"translate": [{"text": "no place"}]}'):
+            (talker / "prompt.json").write_text(broken)
+            with pytest.raises(UserError, match="says not how a translation is asked for"):
+                ask.Way.of(talker, tokenizer, "kin-eng")
+    finally:
+        (talker / "prompt.json").unlink()
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "bytewise"])
@@ -156,6 +332,17 @@ def test_pieces_joined_are_the_text_and_none_ends_in_half_a_character(tokenizer,
     assert "".join(pieces) == tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
     assert not any(p.endswith("\ufffd") for p in pieces[:-1])
     assert all(pieces[:-1])  # nothing is printed for nothing
+
+
+@given(st.text("ab\n\u4e2d", max_size=12),
+       st.lists(st.text("ab\n\u4e2d", min_size=1, max_size=3), max_size=1))
+@settings(max_examples=150, deadline=None)
+def test_pieces_end_before_a_stop_string_and_show_nothing_of_it(tokenizer, more, strings):
+    ids = tokenizer.encode("Inka")
+    tokens = tokenizer.encode("Inka" + more)[len(ids):]
+    whole = tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
+    wanted = whole[: min((whole.index(x) for x in strings if x in whole), default=len(whole))]
+    assert "".join(ask.pieces(tokenizer, ids, tokens, strings)) == wanted
 
 
 def test_a_character_of_four_bytes_is_shown_when_its_last_byte_comes(tokenizer):
