@@ -3,6 +3,11 @@
 One idea: the template is a stranger's program, and a message is a stranger's text. The template
 runs in Jinja's sandbox, bounded in what it may write, and can only make a string. What becomes a
 control token is decided by the template alone: the same characters typed in a message stay text.
+
+A conversation becomes ids and loss mask in one go (`document`). What is trained begins exactly
+where the template's own generation prompt ends, so that a model is asked as it was taught, and ends
+with the token that ends the turn. A template whose generation prompt is not the beginning of what
+it writes later is refused.
 """
 
 from __future__ import annotations
@@ -17,8 +22,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
+from data import Document
 from log import UserError
 from tokenizer import Tokenizer, read_words
+
+# for a base without a template: Llammas' tags, plain text, each answer ended by EOS (TartuNLP)
+PLAIN = """\
+{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}\
+{{ message['content'] | trim }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\
+{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 
 ROLES = ("system", "user", "assistant", "tool")
 LONGEST = 1 << 26  # characters that a template may make of one conversation
@@ -59,6 +71,17 @@ class Template:
             raise UserError(f"{file}: chat_template is no text; fetch it again")
         return cls(file, found, tokens, tokenizer)
 
+    @classmethod
+    def plain(cls, tokenizer: Tokenizer) -> Template:
+        """Our own, for a base that has none: tags as plain text, no new control token."""
+        if tokenizer.eos is None:
+            raise UserError("the tokenizer names no eos_token, so no answer would end; name one in "
+                            "tokenizer_config.json")
+        source = PLAIN if tokenizer.bos is not None else PLAIN.replace("{{ bos_token }}", "")
+        named = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+        tokens = {k: tokenizer.pieces[i] for k, i in named.items() if i is not None}
+        return cls(Path("plain"), source, tokens, tokenizer)
+
     def render(self, messages: Sequence[Mapping[str, str]], generation: bool = False) -> str:
         """A conversation as the template writes it; `generation`: up to where an answer begins.
 
@@ -89,6 +112,62 @@ class Template:
         A control token's name in a message is taken out before the template sees it, and put
         back as text where the template has left its mark.
         """
+        hidden, taken = self._hide(messages)
+        return self._ids(self.render(hidden, generation), taken, True)
+
+    def document(self, messages: Sequence[Mapping[str, str]], loss_on: str = "assistant",
+                 ) -> Document:
+        """A conversation's ids and which of them train: the assistant's words and what ends them.
+
+        `loss_on` "all" trains every token. The conversation ends with the assistant; where the
+        template writes no end behind its words, EOS is put there. UserError on a conversation that
+        teaches nothing, and on a template whose generation prompt is not a beginning of its text.
+        """
+        said = [x for x in messages if x.get("role") == "assistant"]
+        if not said or messages[-1] is not said[-1]:
+            raise UserError("the conversation does not end with the assistant, so its last turn "
+                            "has no answer to train on; add one, or take the turn out")
+        if any(not str(x.get("content", "")).strip() for x in said):
+            raise UserError("a turn of the assistant is empty; fill it, or take it out")
+        hidden, taken = self._hide(messages)
+        text = self.render(hidden)
+        ids: list[int] = []
+        mask: list[bool] = []
+
+        def add(part: str, trained: bool) -> None:
+            new = self._ids(part, taken, not ids)
+            ids.extend(new)
+            mask.extend([trained] * len(new))
+
+        at, names = 0, self.tokenizer.control_names
+        for i, message in enumerate(hidden):
+            if message["role"] != "assistant":
+                continue
+            begin = len(prompt := self.render(hidden[:i], generation=True))
+            words = message["content"].strip()
+            found = text.find(words, begin)
+            if not text.startswith(prompt) or found < 0 or names.search(text, begin, found):
+                raise UserError(
+                    f"{self.where}: what it writes for turn {i + 1} of a conversation does not go "
+                    "on from its own generation prompt, so a model would be asked otherwise than "
+                    "it was taught; give another with --template")
+            end = found + len(words)
+            closing = names.match(text, len(text) - len(text[end:].lstrip()))
+            add(text[at:begin], False)
+            at = closing.end() if closing else end
+            add(text[begin:at], True)
+        if not closing:
+            if self.tokenizer.eos is None:
+                raise UserError(f"{self.where}: writes no end of an answer, and the tokenizer has "
+                                "no EOS; give another with --template")
+            ids.append(self.tokenizer.eos)
+            mask.append(True)
+        add(text[at:], False)
+        n_bytes = sum(len(x["content"].encode()) for x in messages)
+        return Document(ids, None if loss_on == "all" else mask, n_bytes)
+
+    def _hide(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[dict], list[str]]:
+        """Messages with marks where control tokens were typed, and what the marks stand for."""
         typed = self.tokenizer.control_names
         both = re.compile(f"{typed.pattern}|[\ue000\ue001]")  # or a mark of ours that was typed
         taken: list[str] = []
@@ -104,17 +183,21 @@ class Template:
                 return {k: hide(v) for k, v in x.items()}
             return list(map(hide, x)) if isinstance(x, list | tuple) else x
 
-        hidden = [{**hide(x), "role": x["role"]} for x in map(_checked, messages, count())]
+        return [{**hide(x), "role": x["role"]} for x in map(_checked, messages, count())], taken
+
+    def _ids(self, text: str, taken: Sequence[str], first: bool) -> list[int]:
+        """Ids of a part of what was rendered; `first`: nothing stands before it."""
         ids: list[int] = []
-        parts = re.split("\ue000(\\d+)\ue001", self.render(hidden, generation))
+        parts = re.split("\ue000(\\d+)\ue001", text)
         for i, part in enumerate(parts):  # text, number of what was taken, text, ...
+            begins = first and not ids
             if i % 2 and int(part) < len(taken):
-                ids += self.tokenizer.encode_piece(taken[int(part)], control=False, first=not ids)
+                ids += self.tokenizer.encode_piece(taken[int(part)], control=False, first=begins)
             elif i % 2 or re.search("[\ue000\ue001]", part):
                 raise UserError(f"{self.where}: takes a message's text apart where it holds a "
                                 "control token's name; leave that name out of the message")
             elif part:
-                ids += self.tokenizer.encode_piece(part, control=True, first=not ids)
+                ids += self.tokenizer.encode_piece(part, control=True, first=begins)
         return ids
 
 

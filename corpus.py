@@ -18,7 +18,7 @@ import json
 import multiprocessing
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,24 +67,24 @@ class Ledger:
                 "changes": dict(self.changes)}
 
 
-def files(specs: Iterable[str]) -> list[Path]:
+def files(specs: Iterable[str], kinds: Sequence[str] = KINDS) -> list[Path]:
     """The files that paths, folders and globs name, in order; UserError for a spec that names
-    none."""
+    none, and for a file of no known kind."""
     found: list[Path] = []
     for spec in specs:
         if spec.startswith("hf:"):
             named = hub.data(spec)
         elif (path := Path(spec)).is_dir():
-            named = sorted(p for p in path.rglob("*") if _kind(p) in KINDS)
+            named = sorted(p for p in path.rglob("*") if _kind(p) in kinds)
         else:
             matched = [spec] if path.is_file() else glob.glob(spec, recursive=True)
             named = sorted(Path(p) for p in matched)
         if not named:
             raise UserError(f"{spec}: no such file, and no file matches it")
         for p in named:
-            if _kind(p) not in KINDS:
-                raise UserError(f"{p}: unknown kind of file; known are {', '.join(KINDS)}, and .gz "
-                                "of the first three")
+            if _kind(p) not in kinds:
+                raise UserError(f"{p}: unknown kind of file; known are {', '.join(kinds)}, and .gz "
+                                "of all but .json and .parquet")
         found += named
     return found
 
@@ -245,6 +245,18 @@ def _parquet(path: Path, key: str) -> Iterator[Piece]:
         for batch in table.iter_batches(1024, columns=[key]):
             for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                 yield _decoded(raw or b"")
+    except (pyarrow.ArrowException, OSError) as e:
+        raise UserError(f"{path}: not a parquet file that can be read ({e})") from None
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file by column, streamed."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a parquet file that can be read ({e})") from None
 

@@ -13,6 +13,9 @@ The one idea of the loader: row i of a source is a function of (seed, i). Docume
 laid end to end, cut into rows, and the rows permuted again, so that a long document does not fill a
 whole step. A loader's state is therefore one integer per source, seeking is a division, and any
 number of ranks draws the same rows.
+
+Text may be cut where a row ends; an answer may not be parted from its question. Conversations,
+translations and preference pairs lie whole in their rows (`Whole`): what is packed changes nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import hashlib
 import json
 import os
 import shutil
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +39,7 @@ if TYPE_CHECKING:  # preparing text must not wait for torch
 
 FORMAT = 1
 IGNORE = -100  # a target that is not trained: torch's own ignore_index
+OPEN = 64  # rows that are filled at a time
 
 
 @dataclass
@@ -82,8 +87,9 @@ class BinWriter:
         self.n_bytes += document.n_bytes
         self.trained += int(mask[1:].sum())
 
-    def close(self, ledger: dict[str, Any], sources: list[dict[str, Any]]) -> Bin:
-        """Flush, name, describe and open the bin."""
+    def close(self, ledger: dict[str, Any], sources: list[dict[str, Any]],
+              prompt: dict[str, Any] | None = None) -> Bin:
+        """Flush, name, describe and open the bin; `prompt`: what questions were written with."""
         np.array(self.starts, "<i8").tofile(self.aside / "starts.bin")
         for file in (self.tokens, self.mask):
             file.close()
@@ -95,7 +101,7 @@ class BinWriter:
             "vocabulary": self.vocab_size, "tokenizer": self.tokenizer_sha,
             "documents": len(self.starts) - 1, "tokens": self.starts[-1], "trained": self.trained,
             "bytes": self.n_bytes, "ledger": ledger, "sources": sources,
-            "sha256": {f.name: sha256(f) for f in files}}
+            "sha256": {f.name: sha256(f) for f in files}} | ({"prompt": prompt} if prompt else {})
         text = json.dumps(meta, indent=1, ensure_ascii=False)
         (self.aside / "meta.json").write_text(text + "\n", encoding="utf-8")
         if self.folder.exists():
@@ -161,6 +167,11 @@ class Bin:
         """Token ids of document i, (n,)."""
         return self.tokens[self.starts[i] : self.starts[i + 1]]
 
+    def trained(self, i: int) -> np.ndarray:
+        """Which tokens of document i are trained, (n,) bool."""
+        at = slice(self.starts[i], self.starts[i + 1])
+        return np.ones(at.stop - at.start, bool) if self.mask is None else self.mask[at] > 0
+
     def check(self, tokenizer_sha: str, vocab_size: int) -> None:
         """Refuse a bin of another tokenizer, of damaged files, or with ids the model has no row
         for."""
@@ -190,14 +201,15 @@ def hold_out(bin: Bin, share: float) -> np.ndarray:
 
     A hash, not a draw: a document stays on its side when others come or go. Only the beginning is
     hashed, so that two versions of one article fall on the same side. One document is never held
-    out.
+    out; a preference pair is one.
     """
-    if len(bin) < 2 or share <= 0:
+    each = 2 if bin.meta["kind"] == "pairs" else 1
+    if len(bin) < 2 * each or share <= 0:
         return np.zeros(len(bin), bool)
     digests = (hashlib.blake2b(bin.document(i)[:64].tobytes(), digest_size=8).digest()
-               for i in range(len(bin)))
+               for i in range(0, len(bin), each))
     h = np.frombuffer(b"".join(digests), "<u8")
-    return h <= max(np.uint64(share * 2.0**64), h.min())
+    return np.repeat(h <= max(np.uint64(share * 2.0**64), h.min()), each)
 
 
 @dataclass
@@ -208,6 +220,7 @@ class Source:
     bin: Bin
     documents: np.ndarray  # (n,) indices into the bin
     weight: float
+    reference: np.ndarray | None = None  # (rows, T) float32: NLL by a reference, row by row
 
     @property
     def sha(self) -> str:
@@ -217,25 +230,28 @@ class Source:
 
 @dataclass
 class Batch:
-    """Rows of packed documents; all fields (B, T) int64. `doc` is -1 and `targets` IGNORE in an
-    unused tail."""
+    """Rows of packed documents; fields (B, T) int64. `doc` is -1 and `targets` IGNORE in an
+    unused tail. `reference`, (B, T) float32: a reference's NLL of each target, where one is kept.
+    """
 
     tokens: Tensor
     targets: Tensor
     doc: Tensor
     pos: Tensor
+    reference: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[np.ndarray]) -> Batch:
+    def of(cls, rows: Sequence[np.ndarray], reference: Sequence[np.ndarray] = ()) -> Batch:
         """From rows of (4, T): tokens, targets, doc, pos."""
         import torch
 
-        return cls(*torch.from_numpy(np.stack(rows, axis=1)))
+        kept = torch.from_numpy(np.stack(reference)) if len(reference) else None
+        return cls(*torch.from_numpy(np.stack(rows, axis=1)), kept)
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""
-        return Batch(*(x.to(device, non_blocking=True)
-                       for x in (self.tokens, self.targets, self.doc, self.pos)))
+        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in
+                       (self.tokens, self.targets, self.doc, self.pos, self.reference)))
 
 
 class Stream:
@@ -276,7 +292,7 @@ class Stream:
         """Row i as (4, T) int64: tokens, targets, doc, pos."""
         epoch, turn = divmod(i, self.rows)
         self._enter(epoch)
-        T, out = self.T, np.empty((4, self.T), np.int64)
+        T, out = self.T, _empty(self.T)
         at = int(self.shuffled[turn]) * T  # where the row begins in the epoch
         d = int(np.searchsorted(self.ends, at, side="right"))
         filled, n_doc = 0, 0
@@ -286,15 +302,103 @@ class Stream:
                 at + filled - int(self.ends[d] - self.lengths[k])
             )  # > 0 only where a document was cut
             n = min(T - filled, int(self.lengths[k]) - begin)
-            a, to = int(self.starts[k]) + begin, slice(filled, filled + n)
-            out[0, to] = self.bin.tokens[a : a + n]
-            out[1, to] = self.bin.tokens[a + 1 : a + n + 1]
-            if self.bin.mask is not None:
-                out[1, to][self.bin.mask[a + 1 : a + n + 1] == 0] = IGNORE
-            out[2, to], out[3, to] = n_doc, np.arange(n)
+            _copy(self.bin, out[:, filled : filled + n], int(self.starts[k]) + begin, n_doc)
             filled, d, n_doc = filled + n, d + 1, n_doc + 1
-        out[0, filled:], out[1, filled:], out[2, filled:], out[3, filled:] = 0, IGNORE, -1, 0
         return out
+
+
+def _empty(T: int) -> np.ndarray:
+    """A row that holds nothing, (4, T)."""
+    out = np.empty((4, T), np.int64)
+    out[:] = [[0], [IGNORE], [-1], [0]]
+    return out
+
+
+def _copy(bin: Bin, out: np.ndarray, a: int, n_doc: int) -> None:
+    """The predictions from token `a` on into a part of a row, (4, n)."""
+    n = out.shape[1]
+    out[0], out[1] = bin.tokens[a : a + n], bin.tokens[a + 1 : a + n + 1]
+    if bin.mask is not None:
+        out[1][bin.mask[a + 1 : a + n + 1] == 0] = IGNORE
+    out[2], out[3] = n_doc, np.arange(n)
+
+
+class Whole:
+    """A source whose documents are never cut, as an endless list of rows.
+
+    What lies in one row stays together in every epoch; the rows come in another order each time.
+    Both documents of a preference pair lie in one row, side by side, the chosen one first.
+    """
+
+    def __init__(self, source: Source, T: int, seed: Sequence[int]):
+        self.source, self.bin, self.T, self.seed = source, source.bin, T, tuple(seed)
+        each = 2 if source.bin.meta["kind"] == "pairs" else 1
+        units = np.asarray(source.documents).reshape(-1, each)
+        lengths = (self.bin.starts[units + 1] - self.bin.starts[units] - 1).clip(0)  # predictions
+        units, sizes = units[lengths.sum(1) > 0], lengths.sum(1)[lengths.sum(1) > 0]
+        what = "pair" if each == 2 else "example"
+        if not len(units):
+            raise UserError(f"{self.bin.folder}: no {what} to train on")
+        if long := int((sizes > T).sum()):
+            raise UserError(
+                f"{self.bin.folder}: {long} of {len(sizes)} {what}s are longer than a row of {T}, "
+                f"the longest {sizes.max()}; a {what} is never cut here: raise --seq-len, or "
+                f"prepare the bin with --max-tokens {T} --too-long drop (or cut)")
+        self.tokens = int(sizes.sum())  # predictions in an epoch
+        self.packed = [units[row] for row in _fill(sizes, T, np.random.default_rng(self.seed))]
+        self.sizes = np.array([
+            int((self.bin.starts[u + 1] - self.bin.starts[u] - 1).sum()) for u in self.packed])
+        self.rows, self.epoch = len(self.packed), -1
+
+    def _enter(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.shuffled = np.random.default_rng([*self.seed, epoch]).permutation(self.rows)
+            self.sums = np.concatenate([[0], np.cumsum(self.sizes[self.shuffled])])
+            self.epoch = epoch
+
+    def served(self, rows: int) -> int:
+        """Predictions in the first `rows` rows, exactly."""
+        epoch, turn = divmod(rows, self.rows)
+        self._enter(epoch)
+        return epoch * self.tokens + int(self.sums[turn])
+
+    def number(self, i: int) -> int:
+        """Which of the source's rows row i is, 0 to rows - 1; the same in every epoch."""
+        epoch, turn = divmod(i, self.rows)
+        self._enter(epoch)
+        return int(self.shuffled[turn])
+
+    def row(self, i: int) -> np.ndarray:
+        """Row i as (4, T) int64: tokens, targets, doc, pos."""
+        out, filled = _empty(self.T), 0
+        for n_doc, d in enumerate(self.packed[self.number(i)].flat):
+            a, n = int(self.bin.starts[d]), int(self.bin.starts[d + 1] - self.bin.starts[d]) - 1
+            _copy(self.bin, out[:, filled : filled + n], a, n_doc)
+            filled += n
+        return out
+
+
+def _fill(sizes: np.ndarray, T: int, rng: np.random.Generator) -> list[list[int]]:
+    """Units of at most T into rows of T: in random order, each into the open row it fills best."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room, row), the fullest first
+    for unit in rng.permutation(len(sizes)).tolist():
+        at = bisect_left(rooms, (int(sizes[unit]), -1))
+        if at < len(rooms):
+            room, row = rooms.pop(at)
+        else:
+            room, row = T, len(rows)
+            rows.append([])
+            if len(rooms) == OPEN:
+                rooms.pop(0)
+        rows[row].append(unit)
+        insort(rooms, (room - int(sizes[unit]), row))
+    return rows
+
+
+def stream(source: Source, T: int, seed: Sequence[int]) -> Stream | Whole:
+    """A source as rows: text is cut where a row ends, all else is not."""
+    return (Stream if source.bin.meta["kind"] == "text" else Whole)(source, T, seed)
 
 
 class Loader:
@@ -310,7 +414,7 @@ class Loader:
                  world: int = 1):
         self.T, self.rows, self.rank, self.world = T, rows, rank, world
         self.sources = list(sources)
-        self.streams = [Stream(s, T, (seed, i)) for i, s in enumerate(sources)]
+        self.streams = [stream(s, T, (seed, i)) for i, s in enumerate(sources)]
         weights = np.array([s.weight for s in sources], float)
         self.shares = weights / weights.sum()  # (sources,)
         self.seek([0] * len(sources))
@@ -322,13 +426,16 @@ class Loader:
 
     def next(self) -> Batch:
         """The next micro-batch of this rank."""
-        mine = []
+        mine, kept = [], []
         for i in range(self.rows * self.world):
             total = sum(self.tokens) + self.T
             behind = [share * total - n for share, n in zip(self.shares, self.tokens, strict=True)]
             s = int(np.argmax(behind))
             if i // self.rows == self.rank:
                 mine.append(self.streams[s].row(self.served[s]))
+                if self.sources[s].reference is not None:
+                    number = self.streams[s].number(self.served[s])
+                    kept.append(self.sources[s].reference[number])
             self.served[s] += 1
             self.tokens[s] = self.streams[s].served(self.served[s])
-        return Batch.of(mine)
+        return Batch.of(mine, kept)

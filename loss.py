@@ -138,3 +138,35 @@ def bits_per_byte(nll_sum: float, n_bytes: int) -> float:
     """Nats over a text's tokens -> bits per UTF-8 byte: comparable across tokenizers, unlike a loss
     per token."""
     return nll_sum / math.log(2) / n_bytes if n_bytes else float("nan")
+
+
+def document_logp(nll: Tensor, doc: Tensor, N: int) -> Tensor:
+    """Log-probability of each document of each row: NLLs (B,T), doc (B,T) -> (B,N) nats."""
+    at = torch.where(doc >= 0, doc, N)
+    return -nll.new_zeros(len(nll), N + 1).scatter_add(1, at, nll)[:, :N]
+
+
+def dpo(logp: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Losses and margins of pairs, (P,) each, from log-probabilities (P,2) of chosen and rejected.
+
+    -log sigmoid of beta times how much more than the reference the model prefers the chosen one
+    (Rafailov et al. 2023, equation 7).
+    """
+    more = logp - reference  # (P,2)
+    margin = beta * (more[:, 0] - more[:, 1])
+    return -torch.nn.functional.logsigmoid(margin), margin
+
+
+def cpo(logp: Tensor, tokens: Tensor, beta: float, arpo: bool = False) -> tuple[Tensor, Tensor]:
+    """The same without a reference (Xu et al. 2024, equation 5; its NLL of the chosen is added by
+    whoever sums up). logp and tokens, the trained tokens of each, (P,2).
+
+    `arpo`: the rejected one counts less where it is nearly as likely as the chosen, token for token
+    (X-ALMA); its factor min(1, 0.9 exp(0.4 |difference of means|) - 1) is taken as a constant.
+    """
+    factor = torch.ones_like(logp[:, 1])
+    if arpo:
+        mean = (logp / tokens.clamp(min=1)).detach()
+        factor = (0.9 * torch.exp(0.4 * (mean[:, 0] - mean[:, 1]).abs()) - 1).clamp(max=1)
+    margin = beta * (logp[:, 0] - factor * logp[:, 1])
+    return -torch.nn.functional.logsigmoid(margin), margin

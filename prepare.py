@@ -1,15 +1,21 @@
-"""Text to token bins, and looking at them.
+"""Text, conversations and pairs to token bins, and looking at them.
 
     python prepare.py text kin/*.txt --tokenizer MODEL --out bins/kin
-    python prepare.py show bins/kin
+    python prepare.py chat chats.jsonl --tokenizer MODEL --out bins/chat
+    python prepare.py mt pairs.tsv --tokenizer MODEL --out bins/mt
+    python prepare.py pairs preferences.jsonl --tokenizer MODEL --out bins/pairs
+    python prepare.py show bins/mt --tokenizer MODEL
     python prepare.py vocab kin/*.txt eng/*.txt --size 8000 --out tok
     python prepare.py fertility val.txt --tokenizers tok MODEL
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,9 +24,12 @@ from tyro.conf import Positional
 
 import config
 import corpus
+import examples
 import log
+import pairs
+from chat import Template
 from data import Bin
-from kinyarwanda import normalise
+from kinyarwanda import normalise, prompts
 from log import FLAGS, UserError
 from tokenizer import Tokenizer, learn
 
@@ -49,6 +58,102 @@ class Text:
     on_bad: Literal["stop", "skip"] = "stop"
     """What more than 0.1 % undecodable documents do."""
     processes: int = os.cpu_count() or 1
+
+
+@dataclass
+class Chat:
+    """Conversations to a bin: ids and loss mask together; messages, ShareGPT and Alpaca forms."""
+
+    files: Positional[list[str]]
+    """Files, folders or globs: .jsonl .json .tsv .parquet, and .gz."""
+    tokenizer: str
+    """A model's folder: its tokenizer, and its chat template."""
+    out: str
+    template: str = "model"
+    """model: the model's own, or ours where it has none; plain: ours; or a .jinja file."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """What is trained: the assistant's words and what ends them, or every token."""
+    normalise: list[str] = field(default_factory=lambda: ["nfc", "apostrophe"])
+    """Steps of cleaning, or none. `spaces` would take the indents out of code."""
+    max_tokens: int = 0
+    """The row that each must fit, as --seq-len of the run; 0: any."""
+    too_long: Literal["stop", "drop", "cut"] = "stop"
+    """What is done with longer ones; stop leaves out up to one in a hundred."""
+    keep_duplicates: bool = False
+
+
+@dataclass
+class Mt:
+    """Translation pairs to a bin: both directions of every pair, asked as ALMA does."""
+
+    files: Positional[list[str]]
+    """Files, folders or globs: .tsv .jsonl .json .parquet; with --aligned two .txt files."""
+    tokenizer: str
+    out: str
+    aligned: bool = False
+    """The files are .txt, English and Kinyarwanda in turn, whose lines belong together."""
+    eng_key: str = "eng"
+    """The column of the English side."""
+    kin_key: str = "kin"
+    directions: list[str] = field(default_factory=lambda: ["both"])
+    """both, or eng-kin and kin-eng with weights, as in eng-kin:3 kin-eng:1 (a third of the pairs
+    in the second)."""
+    prompts: list[str] = field(default_factory=lambda: ["alma"])
+    """How a translation is asked for, with weights if you like: alma, eng-put, kin-put ..., all;
+    drawn by --seed. The first is what `sample.py --translate` asks with."""
+    as_chat: bool = False
+    """As a conversation, by the model's chat template or ours."""
+    as_text: bool = False
+    """As plain text, both sides trained, to join continued pretraining."""
+    template: str = "model"
+    """With --as-chat: model, plain, or a .jinja file."""
+    shots: int = 0
+    """Solved examples before the one that is asked."""
+    join: int = 1
+    """Consecutive pairs of a file that become one example."""
+    max_ratio: float = 3.0
+    """Pairs of which one side is longer by more than this, both plus ten characters, are left out;
+    0: none."""
+    normalise: list[str] = field(default_factory=lambda: list(normalise.STEPS))
+    max_tokens: int = 0
+    """The row that each must fit, as --seq-len of the run; 0: any."""
+    too_long: Literal["stop", "drop", "cut"] = "stop"
+    keep_duplicates: bool = False
+    seed: int = 1
+
+
+@dataclass
+class Pairs:
+    """Preference pairs to a bin: rows with prompt, chosen, rejected."""
+
+    files: Positional[list[str]]
+    """.jsonl .json .tsv .parquet; texts, or messages."""
+    tokenizer: str
+    out: str
+    as_chat: bool = False
+    """A prompt that is a text is what a user says; without it the answer follows it directly."""
+    template: str = "model"
+    """For messages: model, plain, or a .jinja file."""
+    max_tokens: int = 0
+    """The row that both documents of a pair must fit together, as --seq-len of the run; 0: any."""
+    too_long: Literal["stop", "drop", "cut"] = "stop"
+    keep_duplicates: bool = False
+
+
+@dataclass
+class Prefer:
+    """Preference pairs from what `sample.py --json --samples N` printed: best and worst."""
+
+    files: Positional[list[str]]
+    """One file of samples."""
+    out: str
+    """A .jsonl of prompt, chosen, rejected, for `prepare.py pairs`."""
+    references: str = ""
+    """A line for each prompt; samples are scored against it by sentence chrF++."""
+    votes: str = ""
+    """Or a file of people's votes: columns prompt, best, worst, numbers from 1."""
+    gap: float = 5.0
+    """The least difference between best and worst, in chrF++."""
 
 
 @dataclass
@@ -97,29 +202,152 @@ def text(s: Text) -> None:
           f"{bin.meta['bytes'] / max(1, bin.meta['tokens']):.2f} bytes per token")
 
 
-def ledger_lines(ledger: dict) -> None:
+def ledger_lines(ledger: dict, unit: str = "documents") -> None:
     """The ledger as a table: what was read, and where it went."""
-    print(f"{'':14}{'documents':>12}{'bytes':>16}")
+    print(f"{'':14}{unit:>12}{'bytes':>16}")
     for what, n in ledger["documents"].items():
         print(f"{what:14}{n:>12,}{ledger['bytes'][what]:>16,}")
     for step, n in ledger["changes"].items():
         print(f"normalised: {step}, {n:,} places")
 
 
+def chat(s: Chat) -> None:
+    tokenizer, changes = Tokenizer.open(s.tokenizer), Counter()
+    template = template_of(s.template, Path(s.tokenizer), tokenizer)
+    paths = corpus.files(s.files, examples.KINDS)
+    found = examples.chats(paths, template, s.loss_on, counting(s.normalise, changes))
+    done(*examples.write(
+        found, Path(s.out), tokenizer, "chat", paths, {"chat": template.source}, changes,
+        s.max_tokens, s.too_long, s.keep_duplicates))
+
+
+def mt(s: Mt) -> None:
+    if s.as_chat and s.as_text:
+        raise UserError("prepare.py mt: give one of --as-chat and --as-text", FLAGS)
+    tokenizer, changes = Tokenizer.open(s.tokenizer), Counter()
+    template = template_of(s.template, Path(s.tokenizer), tokenizer) if s.as_chat else None
+    chosen = prompts_of(s.prompts)
+    paths = corpus.files(s.files, (".txt",) if s.aligned else examples.KINDS)
+    if s.aligned and len(paths) % 2:
+        raise UserError("--aligned: an odd number of files; name an English one and its "
+                        "Kinyarwanda one in turn", FLAGS)
+    keys = (s.eng_key, s.kin_key)
+    if s.aligned:
+        found = [row for one, other in zip(paths[::2], paths[1::2], strict=True)
+                 for row in examples.aligned(one, other, keys)]
+    else:
+        found = [row for path in paths for row in examples.rows(path)]
+    warn_if_swapped(found, keys)
+    maker = pairs.Translations(
+        tokenizer, chosen, pairs.read_directions(s.directions), keys,
+        counting(s.normalise, changes), s.max_ratio, max(1, s.join), max(0, s.shots), s.as_text,
+        template, s.seed)
+    prompt = {"translate": [p.to_json() for p, _ in chosen]} | (
+        {"chat": template.source} if template else {})
+    done(*examples.write(
+        maker.examples(found), Path(s.out), tokenizer, "text" if s.as_text else "mt", paths,
+        {} if s.as_text else prompt, changes, s.max_tokens, s.too_long, s.keep_duplicates))
+    print(", ".join(f"{name} {n:,} documents" for name, n in maker.made.items()))
+
+
+def prefer(s: Prefer) -> None:
+    if bool(s.references) == bool(s.votes) or len(s.files) != 1:
+        raise UserError("prepare.py prefer: one file of samples, and one of --references FILE and "
+                        "--votes FILE", FLAGS)
+    found = pairs.candidates(Path(s.files[0]))
+    if s.votes:
+        made = list(pairs.by_votes(found, Path(s.votes)))
+    else:
+        references = [x.text for x in corpus.read(Path(s.references), "line")]
+        made = list(pairs.best_and_worst(found, references, pairs.chrf(), s.gap))
+    lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in made]
+    Path(s.out).write_text("".join(lines), encoding="utf-8")
+    print(f"{s.out}: {len(made):,} pairs from {len(found):,} prompts")
+
+
+def preferences(s: Pairs) -> None:
+    tokenizer = Tokenizer.open(s.tokenizer)
+    template = template_of(s.template, Path(s.tokenizer), tokenizer)
+    paths = corpus.files(s.files, examples.KINDS)
+    found = pairs.preferences(paths, tokenizer, template, s.as_chat)
+    done(*examples.write(
+        found, Path(s.out), tokenizer, "pairs", paths, {}, Counter(), s.max_tokens, s.too_long,
+        s.keep_duplicates))
+
+
+def template_of(word: str, folder: Path, tokenizer: Tokenizer) -> Template:
+    """The chat template that a flag names: the model's, or ours; ours; or a file's."""
+    own = Template.of(folder, tokenizer) if word == "model" and folder.is_dir() else None
+    if own is None and word in ("model", "plain"):
+        return Template.plain(tokenizer)
+    if own is None:
+        try:
+            source = Path(word).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--template {word}: cannot be read ({e}); expected model, plain, or a "
+                            ".jinja file", FLAGS) from None
+        return dataclasses.replace(Template.plain(tokenizer), where=Path(word), source=source)
+    return own
+
+
+def prompts_of(words: list[str]) -> list[tuple[pairs.Prompt, float]]:
+    """Prompts by name, NAME[:WEIGHT], or all of them."""
+    found = []
+    for word in prompts.PROMPTS if words == ["all"] else words:
+        name, _, weight = word.partition(":")
+        try:
+            share = float(weight or 1)
+        except ValueError:
+            share = 0.0
+        if name not in prompts.PROMPTS or not 0 < share < float("inf"):
+            raise UserError(f"--prompts {word}: expected all, or names with weights if you like, "
+                            f"of {', '.join(prompts.PROMPTS)}", FLAGS)
+        found.append((pairs.Prompt(name, *prompts.PROMPTS[name]), share))
+    return found
+
+
+def warn_if_swapped(found: list[examples.Row], keys: tuple[str, str]) -> None:
+    """Say so where the English side reads as Kinyarwanda and the other as English."""
+    eng, kin = (prompts.share(x for row in found[:10_000]
+                              if isinstance(x := row.cells.get(key), str)) for key in keys)
+    if eng[0] > eng[1] and kin[1] > kin[0]:
+        log.say(f"the languages look swapped: {keys[0]!r} has {eng[0]:.0%} frequent Kinyarwanda "
+                f"words and {eng[1]:.0%} English ones, {keys[1]!r} {kin[0]:.0%} and {kin[1]:.0%}; "
+                "see --eng-key and --kin-key")
+
+
+def counting(steps: list[str], changes: Counter[str]) -> corpus.Normaliser | None:
+    """The steps of cleaning, which count into `changes`."""
+    if steps == ["none"]:
+        return None
+    clean = normalise.normaliser(steps)
+
+    def counted(text: str) -> tuple[str, dict[str, int]]:
+        text, found = clean(text)
+        changes.update(found)
+        return text, found
+
+    return counted
+
+
+def done(bin: Bin, ledger: corpus.Ledger) -> None:
+    """What became of the rows, and what the bin holds."""
+    ledger_lines(ledger.to_json(), "rows")
+    print(f"{bin.folder}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
+          f"{bin.meta['trained']:,} of them trained")
+
+
 def show(s: Show) -> None:
     bin, tokenizer = Bin(s.bin), Tokenizer.open(s.tokenizer)
     bin.check(tokenizer.fingerprint, tokenizer.vocab_size)
-    print(f"{s.bin}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
-          f"{bin.meta['bytes']:,} bytes")
-    ledger_lines(bin.meta["ledger"])
-    on, off = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    print(f"{s.bin}: {bin.meta['kind']}, {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
+          f"{bin.meta['trained']:,} of them trained, {bin.meta['bytes']:,} bytes")
+    ledger_lines(bin.meta["ledger"], "documents" if bin.meta["kind"] == "text" else "rows")
     for i in range(min(s.n, len(bin))):
         print(f"\n-- document {i}")
-        a = int(bin.starts[i])
-        for j, token in enumerate(bin.document(i).tolist()):
-            piece = log.printable(tokenizer.piece(token))
-            trained = j > 0 and (bin.mask is None or bin.mask[a + j])
-            print(f"{on}{piece}{off}" if trained else piece, end="")
+        for j, (token, trained) in enumerate(
+                zip(bin.document(i).tolist(), bin.trained(i), strict=True)):
+            print(log.coloured(tokenizer.piece(token), j > 0 and trained), end="")
         print()
 
 
@@ -148,8 +376,9 @@ def fertility(s: Fertility) -> None:
                   f"{n_bytes / tokens:>12.2f}")
 
 
-COMMANDS = {"text": (Text, text), "show": (Show, show), "vocab": (Vocab, vocab),
-            "fertility": (Fertility, fertility)}
+COMMANDS = {"text": (Text, text), "chat": (Chat, chat), "mt": (Mt, mt),
+            "pairs": (Pairs, preferences), "prefer": (Prefer, prefer), "show": (Show, show),
+            "vocab": (Vocab, vocab), "fertility": (Fertility, fertility)}
 
 
 def main() -> None:

@@ -29,11 +29,12 @@ import log
 import lora
 import nf4
 import optim
+import preference
 import report
 import sources
 import tasks
 import weights
-from data import Loader
+from data import Document, Loader
 from generate import Sampling, generate
 from log import FLAGS, UserError
 from loss import bits_per_byte
@@ -53,7 +54,7 @@ class Run:
     folder: Path  # the model's files: its tokenizer, and how to lay out the result
     tokenizer: Tokenizer
     loader: Loader
-    held: dict[str, list[np.ndarray]]  # held-out documents by name, without BOS and EOS
+    held: sources.Held  # held-out documents by name
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     steps: int
@@ -82,7 +83,8 @@ class Run:
         whole = [x for x in lora.EMBEDDINGS if s.train_embeddings
                  and not (x == "lm_head" and model.lm_head is None)]
         whole += ["norm"] if s.train_norms else []
-        if s.tune != "full" and not lora.adapters(model):
+        fresh = s.tune != "full" and not lora.adapters(model)
+        if fresh:
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         if s.train_layers:
@@ -92,14 +94,15 @@ class Run:
         if s.seq_len > context:
             raise UserError(f"--seq-len {s.seq_len}: the model's context is {context}", FLAGS)
         mixed, held = sources.open_data(s, kind, folder, tokenizer, vocab, out, ranks)
-        loader = Loader(mixed, s.seq_len, s.rows, s.seed, ranks.rank, ranks.world)
-
         micro = s.rows * s.seq_len * ranks.world
         per_step = s.tokens_per_step or micro
         if per_step % micro:
             raise UserError(
                 f"--tokens-per-step {per_step}: no multiple of {micro} (rows {s.rows} x seq-len "
                 f"{s.seq_len} x ranks {ranks.world})", FLAGS)
+        if s.max_epochs_per_source:
+            sources.cap(mixed, s.steps * per_step, s.max_epochs_per_source)
+        loader = Loader(mixed, s.seq_len, s.rows, s.seed, ranks.rank, ranks.world)
         first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
         steps = s.steps or max(1, round(first / per_step))
         optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
@@ -108,6 +111,9 @@ class Run:
         if s.compile:
             for block in model.model.layers:
                 block.compile()
+        if s.mode == "dpo" and not (fresh or s.plan):
+            preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
+                                      ranks)
         return cls(s, out, ranks, model, folder, tokenizer, loader, held, optimizer, scaler, steps,
                    per_step // micro)
 
@@ -133,8 +139,12 @@ class Run:
         found = {}
         self.model.eval()
         for name, texts in self.held.items():
-            nats = tasks.document_nats(self.model, texts, tasks.start_token(self.tokenizer))
-            n_bytes = sum(self.tokenizer.count_bytes(ids) for ids in texts)
+            if isinstance(texts[0], Document):  # of an answer, given what was asked
+                nats = preference.answer_nats(self.model, texts)
+                n_bytes = sum(int(self.tokenizer.byte_lengths[d.ids[d.mask]].sum()) for d in texts)
+            else:
+                nats = tasks.document_nats(self.model, texts, tasks.start_token(self.tokenizer))
+                n_bytes = sum(self.tokenizer.count_bytes(ids) for ids in texts)
             found[name] = bits_per_byte(float(np.sum(nats)), n_bytes)
         self.model.train()
         return found
@@ -142,10 +152,12 @@ class Run:
     def write_samples(self) -> None:
         """Continue the fixed prompts, greedily, into samples.txt."""
         tok = self.tokenizer
-        prompts = self.s.prompts or \
-            [tok.decode(ids[:8].tolist()) for texts in self.held.values() for ids in texts[:2]]
         start = [] if tok.bos is None else [tok.bos]
-        read = [start + tok.encode(p) for p in prompts]
+        read = [start + tok.encode(p) for p in self.s.prompts] or [
+            x.ids[: int(np.argmax(x.mask))].tolist() if isinstance(x, Document)
+            else start + tok.encode(tok.decode(x[:8].tolist()))
+            for texts in self.held.values() for x in texts[:2]]
+        prompts = self.s.prompts or [tok.decode(ids) for ids in read]
         new: list[list[int]] = [[] for _ in prompts]
         sampling = Sampling(
             min(40, self.model.config.max_position_embeddings // 2), temperature=0.0)
@@ -225,6 +237,18 @@ class Run:
         text = json.dumps(about, indent=1, ensure_ascii=False)
         (self.out / "run.json").write_text(text + "\n", encoding="utf-8")
 
+    def write_prompt(self) -> None:
+        """Beside the result, how it was asked while it was taught: prompt.json, and the chat
+        template where the model had none."""
+        before, result = self.folder / "prompt.json", self.out / "model"
+        prompt = json.loads(before.read_text(encoding="utf-8")) if before.exists() else {}
+        prompt |= sources.prompts_of(self.loader.sources)
+        if prompt:
+            text = json.dumps(prompt, indent=1, ensure_ascii=False)
+            (result / "prompt.json").write_text(text + "\n", encoding="utf-8")
+        if "chat" in prompt:
+            (result / "chat_template.jinja").write_text(prompt["chat"], encoding="utf-8")
+
     def finish(self) -> None:
         """Write the result as an HF or PEFT folder, and the report; say what changed."""
         if lora.adapters(self.model):
@@ -232,6 +256,7 @@ class Run:
             weights.save_adapter(self.model, self.out / "model", str(base), self.folder)
         else:
             weights.save(self.model, self.out / "model", self.folder)
+        self.write_prompt()
         page = report.run_report(self.out)
         lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         seen = [x["bits_per_byte"] for x in map(json.loads, lines) if "bits_per_byte" in x]

@@ -1,8 +1,11 @@
 """What a run is trained on and measured on: specs become bins, bins become sources.
 
-A spec names a prepared bin, or text; text is prepared once under OUT/bins by prepare.py, in a
+A spec names a prepared bin, or files; files are prepared once under OUT/bins by prepare.py, in a
 process of its own, so that training never sees any. Documents held out for evaluation are chosen
 here, by a hash of what they are.
+
+Text, conversations and translations may be mixed: each is documents with a loss mask. Preference
+pairs are another matter, and stay among themselves.
 """
 
 from __future__ import annotations
@@ -18,15 +21,19 @@ import numpy as np
 
 import corpus
 import log
-from data import Bin, Source, hold_out
+from data import Bin, Document, Source, hold_out
 from log import FLAGS, UserError
 from ranks import Ranks
 from tokenizer import Tokenizer
 
+MIXED = ("text", "chat", "mt")  # kinds that are trained by their NLL
+
+Held = dict[str, list[np.ndarray] | list[Document]]  # texts, or documents with their loss mask
+
 
 def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int, out: Path,
-              ranks: Ranks) -> tuple[list[Source], dict[str, list[np.ndarray]]]:
-    """The sources to train on, and held-out documents by name."""
+              ranks: Ranks) -> tuple[list[Source], Held]:
+    """The sources to train on, and held-out documents by name; `kind` is what files become."""
     if not s.data:
         raise UserError("--data: name at least one bin or file of text", FLAGS)
     specs = [split_weight(x) for x in s.data]
@@ -35,12 +42,22 @@ def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int,
             "--data: give a weight to every source or to none, as in kin.txt:3 eng.txt:1", FLAGS)
 
     def opened(spec: str, as_is: bool) -> Bin:
-        bin = open_bin(spec, folder, tokenizer, out, ranks, as_is)
+        # held-out text is text in every mode
+        bin = open_bin(spec, "text" if as_is and spec.split(".")[-1] == "txt" else kind, s.seq_len,
+                       folder, tokenizer, out, ranks, as_is)
         bin.check(tokenizer.fingerprint, vocab)
-        if bin.meta["kind"] != kind:
-            raise UserError(
-                f"{bin.folder}: a bin of {bin.meta['kind']}, --mode {s.mode} trains on {kind}")
+        fits = MIXED if kind in MIXED else (kind,)
+        if bin.meta["kind"] not in ((*MIXED, kind) if as_is else fits):
+            raise UserError(f"{bin.folder}: a bin of {bin.meta['kind']}, --mode {s.mode} trains on "
+                            f"{', '.join(fits)}")
         return bin
+
+    def held_of(bin: Bin, documents: Sequence[int]) -> list[np.ndarray] | list[Document]:
+        if bin.meta["kind"] == "text":
+            return texts_of(bin, documents, tokenizer, s.eval_tokens)
+        if bin.meta["kind"] == "pairs":
+            documents = documents[::2]  # the chosen ones
+        return answers_of(bin, documents, s.eval_tokens)
 
     sources, held = [], {}
     for spec, weight in specs:
@@ -51,33 +68,35 @@ def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int,
             raise UserError(
                 f"--data: two sources are called {name}; give their files different names", FLAGS)
         if kept.any():
-            held[name] = texts_of(bin, np.flatnonzero(kept), tokenizer, s.eval_tokens)
+            held[name] = held_of(bin, np.flatnonzero(kept))
         elif not s.val and s.hold_out:
             log.say(
                 f"{name}: one document, so none is held out; cut it into documents, or give --val")
         sources.append(
-            Source(name, bin, np.flatnonzero(~kept), weight or float(bin.meta["trained"])))
+            Source(name, bin, np.flatnonzero(~kept),
+                   weight or float(bin.meta["tokens"] - len(bin))))
     for item in s.val:
         name, _, spec = item.partition("=")
         if not spec:
             raise UserError(f"--val {item}: expected NAME=SPEC, as in kin=val.jsonl", FLAGS)
         bin = opened(spec, as_is=True)
-        held[name] = texts_of(bin, range(len(bin)), tokenizer, s.eval_tokens)
+        held[name] = held_of(bin, range(len(bin)))
     return sources, held
 
 
-def open_bin(spec: str, folder: Path, tokenizer: Tokenizer, out: Path, ranks: Ranks,
-             as_is: bool) -> Bin:
-    """A prepared bin, or text prepared once under OUT/bins by prepare.py; held-out text is left as
+def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokenizer, out: Path,
+             ranks: Ranks, as_is: bool) -> Bin:
+    """A prepared bin, or files prepared once under OUT/bins by prepare.py; held-out text is left as
     it is."""
     if (Path(spec) / "meta.json").exists():
         return Bin(spec)
     stem = ("".join(c if c.isalnum() or c in "-_" else "_" for c in Path(spec).name.split(".")[0])
             or "text")
     bin = out / "bins" / (f"{stem}-val" if as_is else stem)
-    if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer):
-        words = ["text", spec, "--tokenizer", str(folder), "--out", str(bin)]
-        words += ["--normalise", "none", "--keep-duplicates"] if as_is else []
+    if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer, kind):
+        words = [kind, spec, "--tokenizer", str(folder), "--out", str(bin)]
+        words += ["--max-tokens", str(seq_len)] if kind != "text" else []
+        words += ["--normalise", "none", "--keep-duplicates"] if as_is and kind == "text" else []
         log.say("preparing: " + shlex.join(["python", "prepare.py", *words]))
         program = Path(__file__).with_name("prepare.py")
         code = subprocess.run([sys.executable, str(program), *words], stdout=sys.stderr).returncode
@@ -87,14 +106,15 @@ def open_bin(spec: str, folder: Path, tokenizer: Tokenizer, out: Path, ranks: Ra
     return Bin(bin)
 
 
-def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer) -> bool:
+def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str) -> bool:
     """Whether a bin prepared earlier is what preparing `spec` again would give, by its sources'
     sizes."""
     if not (bin / "meta.json").exists():
         return False
     meta = Bin(bin).meta
-    now = [(str(p), p.stat().st_size) for p in corpus.files([spec])]
-    return meta["tokenizer"] == tokenizer.fingerprint and now == [
+    known = corpus.KINDS if kind == "text" else (*corpus.KINDS, ".json")
+    now = [(str(p), p.stat().st_size) for p in corpus.files([spec], known)]
+    return (meta["tokenizer"], meta["kind"]) == (tokenizer.fingerprint, kind) and now == [
         (x["path"], x["bytes"]) for x in meta["sources"]]
 
 
@@ -110,6 +130,57 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     if not 0 < weight < float("inf"):
         raise UserError(f"--data {spec}: the weight is {tail}, expected a number above 0", FLAGS)
     return head, weight
+
+
+def answers_of(bin: Bin, documents: Sequence[int], limit: int) -> list[Document]:
+    """Documents with their loss mask, up to `limit` tokens in all, but one at least."""
+    found: list[Document] = []
+    for i in documents:
+        ids = bin.document(i)
+        if found and (limit := limit - len(ids)) < 0:
+            break
+        found.append(Document(np.array(ids, np.int64), bin.trained(i), 0))
+    return found
+
+
+def prompts_of(sources: Sequence[Source]) -> dict[str, Any]:
+    """How the sources' questions were written: {"translate": [...], "chat": template}; the first
+    source that says so counts."""
+    found: dict[str, Any] = {}
+    for source in sources:
+        found = {**source.bin.meta.get("prompt", {}), **found}
+    return found
+
+
+def cap(sources: Sequence[Source], budget: int, epochs: float) -> None:
+    """Weigh sources so that none is served more than `epochs` times in `budget` tokens."""
+    sizes = [int(np.diff(x.bin.starts)[x.documents].sum()) - len(x.documents) for x in sources]
+    found = capped_weights([x.weight for x in sources], sizes, budget, epochs)
+    for source, weight in zip(sources, found, strict=True):
+        source.weight = weight
+
+
+def capped_weights(weights: Sequence[float], sizes: Sequence[int], budget: float,
+                   epochs: float) -> list[float]:
+    """Weights with which no source gives above `epochs` times its size in `budget` tokens.
+
+    What a small source cannot give, the others give by their weights; with equal weights this is
+    UniMax (Chung et al. 2023, algorithm 1). UserError where all of them together are too small.
+    """
+    if budget > epochs * sum(sizes):
+        raise UserError(
+            f"--max-epochs-per-source {epochs:g}: the sources hold {sum(sizes):,} tokens, "
+            f"{epochs * sum(sizes):,.0f} in so many epochs, and the run takes {budget:,.0f}; lower "
+            "--steps, or raise it", FLAGS)
+    given, left = [0.0] * len(sizes), set(range(len(sizes)))
+    while left:
+        rest = budget - sum(given)
+        total = sum(weights[i] for i in left)
+        full = [i for i in left if rest * weights[i] / total > epochs * sizes[i]]
+        for i in full or left:
+            given[i] = epochs * sizes[i] if full else rest * weights[i] / total
+        left -= set(full or left)
+    return given
 
 
 def texts_of(bin: Bin, documents: Sequence[int], tokenizer: Tokenizer,

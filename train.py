@@ -28,15 +28,19 @@ from log import BAD_INPUT, FLAGS, NON_FINITE, UserError
 
 @dataclass
 class Settings:
-    """Continue the pretraining of a LLaMA on token bins, with all weights or LoRA."""
+    """Train a LLaMA on token bins, with all weights or LoRA."""
 
-    mode: Literal["cpt"] = "cpt"
-    """What is trained: cpt, continued pretraining on text."""
+    mode: Literal["cpt", "sft", "mt", "dpo", "cpo"] = "cpt"
+    """What is trained: cpt, continued pretraining on text; sft, answers in conversations; mt,
+    translations; dpo and cpo, preference pairs. The first three may be mixed in --data."""
     model: str = "demo"
     """A Hugging Face folder, a hub id (org/name@revision), a PEFT adapter folder, or `demo`."""
     data: list[str] = field(default_factory=list)
-    """Sources, each SPEC[:WEIGHT]: a bin, or a file or glob of text. Weights are shares of the
-    trained tokens; without any, each source weighs what it holds."""
+    """Sources, each SPEC[:WEIGHT]: a bin, or a file or glob, prepared as --mode says. Weights are
+    shares of the tokens; without any, each source weighs what it holds."""
+    max_epochs_per_source: float = 0.0
+    """With --steps: no source is served more often, and what it cannot give the others give by
+    their weights (with equal ones: UniMax); 0: no limit."""
     val: list[str] = field(default_factory=list)
     """Held-out text, each NAME=SPEC. Without any, `--hold-out` of each source is kept back."""
     out: str = "out/run"
@@ -88,6 +92,13 @@ class Settings:
     min_lr_ratio: float = 0.1
     """Where the schedule ends, as a share of --lr."""
     weight_decay: float = 0.1
+    beta: float = 0.1
+    """dpo and cpo: how strongly a preference counts."""
+    nll_weight: float = 1.0
+    """cpo: the weight of the NLL of the chosen answers' tokens."""
+    arpo: bool = False
+    """cpo: a rejected answer counts less where it is nearly as likely as the chosen (X-ALMA)."""
+
     beta1: float = 0.9
     beta2: float = 0.95
     optimizer: Literal["adamw", "adamw8bit", "adamw-bf16"] = "adamw"
@@ -159,6 +170,7 @@ from torch import Tensor  # noqa: E402
 import checkpoint  # noqa: E402
 import optim  # noqa: E402
 import plan  # noqa: E402
+import preference  # noqa: E402
 from data import IGNORE, Batch  # noqa: E402
 from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
@@ -167,33 +179,57 @@ from run import Run  # noqa: E402
 
 @dataclass(frozen=True)
 class Objective:
-    """What a mode minimises: the sum over a batch, and the number of terms in that sum."""
+    """What a mode minimises: sums over a batch, each with the number of terms in it.
 
-    total: Callable[[Llama, Batch], Tensor]  # -> ()
-    count: Callable[[Batch], int]
+    The loss is the sum of the sums over their counts; the last sums are only `reported`, by name.
+    """
+
+    total: Callable[[Llama, Batch], Tensor]  # -> (), or (k,) for k sums
+    count: Callable[[Batch], int | list[int]]
+    reported: tuple[str, ...] = ()
+
+
+def trained(b: Batch) -> int:
+    """How many tokens of a batch are trained."""
+    return int((b.targets != IGNORE).sum())
 
 
 NLL = Objective(total=lambda model, b: model(b.tokens, b.doc, b.pos, b.targets).sum(),
-                count=lambda b: int((b.targets != IGNORE).sum()))
+                count=trained)
 
-MODES = {"cpt": ("text", NLL)}  # mode: (kind of bins, objective)
+
+def pairs(s: Settings) -> Objective:
+    """DPO or CPO of preference pairs."""
+    return Objective(lambda model, b: preference.total(model, b, s),
+                     lambda b: preference.count(b, s), preference.REPORTED)
+
+
+# mode: (kind of bins, objective); the kinds of the modes that minimise NLL may be mixed
+MODES: dict[str, tuple[str, Callable[[Settings], Objective]]] = {
+    "cpt": ("text", lambda s: NLL), "sft": ("chat", lambda s: NLL), "mt": ("mt", lambda s: NLL),
+    "dpo": ("pairs", pairs), "cpo": ("pairs", pairs)}
 
 
 def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
                optimizer: torch.optim.Optimizer, ranks: Ranks, clip: float,
-               scaler: torch.amp.GradScaler | None = None) -> tuple[float, float]:
+               scaler: torch.amp.GradScaler | None = None,
+               reported: dict[str, float] | None = None) -> tuple[float, float]:
     """One optimizer step over this rank's micro-batches -> (loss, gradient norm).
 
     Sums are divided by the count over all ranks: a mean of means would favour tokens in emptier
-    rows. A gradient that is not finite raises FloatingPointError and moves nothing.
+    rows. A gradient that is not finite raises FloatingPointError and moves nothing. What the
+    objective only reports is put into `reported`.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    count = max(1, ranks.total(sum(objective.count(b) for b in batches)))  # no terms: no gradient
-    loss = torch.zeros((), device=ranks.device)
+    counts = np.sum([np.atleast_1d(objective.count(b)) for b in batches], axis=0)  # (k,)
+    counts = [max(1, ranks.total(float(n))) for n in counts]  # no terms: no gradient
+    count = torch.tensor(counts, device=ranks.device)
+    minimised = len(counts) - len(objective.reported)
+    means = torch.zeros(len(counts), device=ranks.device)
     for batch in batches:
-        part = objective.total(model, batch.to(ranks.device)) / count
-        scaler.scale(part).backward()
-        loss += part.detach()
+        part = objective.total(model, batch.to(ranks.device)).reshape(-1) / count  # (k,)
+        scaler.scale(part[:minimised].sum()).backward()
+        means += part.detach()
     trained = [p for p in model.parameters() if p.requires_grad]
     ranks.add_gradients(trained)
     scaler.unscale_(optimizer)
@@ -204,13 +240,16 @@ def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
     optimizer.zero_grad(set_to_none=True)
     if not np.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}; nothing was updated")
-    return ranks.total(loss.item()), norm
+    found = [ranks.total(x) for x in means.tolist()]
+    if reported is not None:
+        reported.update(zip(objective.reported, found[minimised:], strict=True))
+    return sum(found[:minimised]), norm
 
 
 def loop(run: Run) -> int:
     """Steps, and between them: evaluations, samples, checkpoints. 0, or the signal's exit code."""
     s, ranks = run.s, run.ranks
-    _, objective = MODES[s.mode]
+    objective = MODES[s.mode][1](s)
     metrics = log.Metrics(run.out / "metrics.jsonl", run.step, s.track)
     eval_every = s.eval_every or max(1, run.steps // 10)
     save_every = s.save_every or max(1, run.steps // 5)
@@ -237,9 +276,10 @@ def loop(run: Run) -> int:
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             batches = [run.loader.next() for _ in range(run.micro_batches)]
+            reported: dict[str, float] = {}
             try:
                 loss, norm = train_step(run.model, objective, batches, run.optimizer, ranks, s.clip,
-                                        run.scaler)
+                                        run.scaler, reported)
                 failures = 0
             except FloatingPointError as e:
                 loss = norm = None  # JSON has no NaN
@@ -250,12 +290,12 @@ def loop(run: Run) -> int:
                                     "the last checkpoint stands; lower --lr, or look at the data",
                                     NON_FINITE) from None
 
-            count = int(ranks.total(sum(objective.count(b) for b in batches)))
+            count = int(ranks.total(sum(map(trained, batches))))
             run.step, run.tokens = run.step + 1, run.tokens + count
             speed = count / (time.perf_counter() - begun)
             served = dict(zip(run.data, run.loader.tokens, strict=True))
             metrics.write(
-                step=run.step, tokens=run.tokens, loss=loss, lr=lr, grad_norm=norm,
+                step=run.step, tokens=run.tokens, loss=loss, lr=lr, grad_norm=norm, **reported,
                 tokens_per_second=round(speed, 1),
                 mfu=peak and speed * flops / (peak * ranks.world),
                 memory_gb=round(ranks.memory_gb(), 3),
@@ -281,12 +321,18 @@ def train(s: Settings, origins: dict[str, str]) -> int:
            "rows": s.rows >= 1, "steps": s.steps >= 0, "tokens-per-step": s.tokens_per_step >= 0,
            "epochs": s.epochs > 0, "lr": s.lr > 0, "clip": s.clip > 0, "warmup": s.warmup >= 0,
            "eval-tokens": s.eval_tokens > 0, "lora-plus": s.lora_plus > 0,
-        "embedding-lr": s.embedding_lr >= 0}
+           "embedding-lr": s.embedding_lr >= 0, "beta": s.beta > 0, "nll-weight": s.nll_weight >= 0,
+           "max-epochs-per-source": s.max_epochs_per_source >= 0}
     for name, good in fit.items():
         if not good:
             value = getattr(s, name.replace("-", "_"))
             raise UserError(f"--{name} {value}: out of range; seq-len and keep are at least 2, "
                             "hold-out below 1, the others above 0", FLAGS)
+    if s.mode != "cpo" and (s.arpo or s.nll_weight != 1):
+        raise UserError("--arpo and --nll-weight: say something with --mode cpo alone", FLAGS)
+    if s.max_epochs_per_source and not s.steps:
+        raise UserError("--max-epochs-per-source: says nothing without --steps, from which each "
+                        "source's tokens are known", FLAGS)
     idle = ("lora_layers", "rslora", "dora") if s.tune == "full" else ("train_layers",)
     idle += () if s.tune == "qlora" else ("double_quant",)
     if s.tune == "full" and not s.train_layers:
@@ -310,7 +356,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     with checkpoint.lock(out) if log.speaking() else nullcontext():
         run = Run.start(s, MODES[s.mode][0])
         if s.plan:
-            plan.show(run, origins, MODES[s.mode][1])
+            plan.show(run, origins, MODES[s.mode][1](s))
             return 0
         if s.resume:
             run.resume()

@@ -1,0 +1,277 @@
+"""Rows of files in, examples out: conversations, and what a bin of examples is made by.
+
+One idea: an example is made or refused where its file and line are still known. Ids and loss mask
+come out of one function together, so that what is trained can be looked at (`prepare.py show`) and
+is never computed a second time.
+
+A row is a JSON object of .jsonl or .json (a list), a line of .tsv under its header, or a line of
+.parquet; two aligned .txt files give rows too.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import corpus
+from chat import Template
+from data import Bin, BinWriter, Document, sha256
+from log import UserError, say
+from tokenizer import Tokenizer
+
+KINDS = (".jsonl", ".json", ".tsv", ".parquet")
+LONG_SHARE = 0.01  # of examples longer than a row that are left out without being asked for
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+            "system": "system", "tool": "tool"}  # ShareGPT's `from`
+FORMS = {"messages": "messages (role, content)", "conversations": "ShareGPT (from, value)",
+         "instruction": "Alpaca (instruction, input, output)"}
+
+
+@dataclass
+class Row:
+    """A row of a file: where it stands, for messages to people, and its cells by name."""
+
+    where: str
+    cells: Mapping[str, Any]
+    size: int  # bytes as read
+
+
+@dataclass
+class Example:
+    """What one row became: documents that are kept or left out together, or a fault that says
+    why there is none. `key` tells duplicates."""
+
+    row: Row
+    documents: list[Document]
+    key: str = ""
+    fault: str = ""
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """The rows of one file, in order; UserError, with the line, on what is none."""
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    try:
+        if kind == ".parquet":
+            yield from _parquet(path)
+        elif kind == ".json":
+            found = _json(path.read_bytes(), f"{path}")
+            if not isinstance(found, list):
+                raise UserError(f"{path}: expected a list of objects; write one object a line into "
+                                "a .jsonl")
+            for n, cells in enumerate(found, 1):
+                yield _row(cells, f"{path}, object {n}", len(json.dumps(cells).encode()))
+        else:
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+                yield from (_jsonl if kind == ".jsonl" else _tsv)(f, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: not a whole gzip file ({e})") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+
+
+def _json(raw: bytes, where: str) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: byte {e.start} is not UTF-8; save it as UTF-8") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not JSON ({' '.join(str(e).split())[:60]})") from None
+
+
+def _row(cells: Any, where: str, size: int) -> Row:
+    if not isinstance(cells, dict):
+        raise UserError(f"{where}: expected a JSON object, found {str(cells)[:40]!r}")
+    return Row(where, cells, size)
+
+
+def _jsonl(f: Iterable[bytes], path: Path) -> Iterator[Row]:
+    for n, line in enumerate(f, 1):
+        if line.strip():
+            yield _row(_json(line, f"{path}, line {n}"), f"{path}, line {n}", len(line))
+
+
+def _tsv(f: Iterable[bytes], path: Path) -> Iterator[Row]:
+    header: list[str] = []
+    for n, raw in enumerate(f, 1):
+        where = f"{path}, line {n}"
+        try:
+            cells = raw.decode("utf-8-sig" if n == 1 else "utf-8").rstrip("\r\n").split("\t")
+        except UnicodeDecodeError as e:
+            raise UserError(f"{where}: byte {e.start} is not UTF-8; save it as UTF-8") from None
+        if not header:
+            header = cells
+            if len(header) < 2:
+                raise UserError(f"{where}: one column, {header[0][:40]!r}; expected a header line "
+                                "with a name for each column, parted by tabs")
+        elif len(cells) != len(header):
+            raise UserError(f"{where}: {len(cells)} columns, expected {len(header)} as in line 1")
+        else:
+            yield Row(where, dict(zip(header, cells, strict=True)), len(raw))
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    n = 0
+    for cells in corpus.parquet_rows(path):
+        n += 1
+        yield Row(f"{path}, row {n}", cells, len(str(cells).encode()))
+
+
+def aligned(one: Path, other: Path, names: tuple[str, str]) -> Iterator[Row]:
+    """Rows of two text files whose lines belong together; UserError where one has more lines."""
+    texts = []
+    for path in (one, other):
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path}: byte {e.start} is not UTF-8; save it as UTF-8") from None
+        texts.append(text.removesuffix("\n").split("\n"))
+    if len(texts[0]) != len(texts[1]):
+        raise UserError(f"{other}: {len(texts[1]):,} lines, {one} has {len(texts[0]):,}; aligned "
+                        "files have a line for each line of the other")
+    for n, pair in enumerate(zip(*texts, strict=True), 1):
+        pair = [x.removesuffix("\r") for x in pair]
+        size = sum(len(x.encode()) for x in pair)
+        yield Row(f"{one}, line {n}", dict(zip(names, pair, strict=True)), size)
+
+
+def text_at(row: Row, key: str) -> str:
+    """A row's text under a name; UserError if there is none."""
+    if not isinstance(found := row.cells.get(key), str):
+        known = ", ".join(map(str, row.cells))
+        raise UserError(f"{row.where}: no text under {key!r}; it has {known or 'nothing'}")
+    return found
+
+
+def conversation(row: Row) -> tuple[str, list[dict[str, str]]]:
+    """A row's messages {"role", "content"}, and which of FORMS it was written in.
+
+    UserError on a form or a role that is not known.
+    """
+    cells = row.cells
+    form = next((x for x in FORMS if x in cells), None)
+    if form is None:
+        raise UserError(f"{row.where}: no conversation; expected one of {', '.join(FORMS)}, found "
+                        f"{', '.join(map(str, cells)) or 'nothing'}")
+    if form == "instruction":
+        asked = text_at(row, "instruction")
+        more = cells.get("input") or ""
+        asked = f"{asked}\n\n{more}" if isinstance(more, str) and more.strip() else asked
+        return form, [{"role": "user", "content": asked},
+                      {"role": "assistant", "content": text_at(row, "output")}]
+    return form, messages_of(row, form)
+
+
+def messages_of(row: Row, key: str) -> list[dict[str, str]]:
+    """The messages under a name: role and content, or ShareGPT's from and value."""
+    found = row.cells[key]
+    if not isinstance(found, list | tuple | np.ndarray) or not len(found):
+        raise UserError(f"{row.where}: {key} is {str(found)[:40]!r}, expected a list of messages")
+    said = []
+    for i, x in enumerate(found, 1):
+        x = x if isinstance(x, Mapping) else {}
+        role = x.get("role") if "role" in x else SPEAKERS.get(str(x.get("from")), x.get("from"))
+        content = x.get("content", x.get("value"))
+        if role not in SPEAKERS.values() or not isinstance(content, str):
+            wrong = f"role {role!r}" if role not in SPEAKERS.values() else "no text"
+            raise UserError(
+                f"{row.where}, message {i}: {wrong}; expected system, user, assistant or tool "
+                "(ShareGPT: human, gpt), and a text")
+        said.append({"role": role, "content": content})
+    return said
+
+
+def chats(paths: Sequence[Path], template: Template, loss_on: str,
+          clean: corpus.Normaliser | None = None) -> Iterator[Example]:
+    """The conversations of files; says in which form each file is."""
+    for path in paths:
+        told = ""
+        for row in rows(path):
+            form, messages = conversation(row)
+            if form != told:
+                say(f"{path}: conversations in the form of {FORMS[form]}")
+                told = form
+            if clean:
+                messages = [{**x, "content": clean(x["content"])[0]} for x in messages]
+            with placed(row):
+                document = template.document(messages, loss_on)
+            yield Example(row, [document], json.dumps(messages))
+
+
+class placed:
+    """Within it a person's mistake is named with its file and line."""
+
+    def __init__(self, row: Row):
+        self.row = row
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, e: BaseException | None, trace: Any) -> None:
+        if isinstance(e, UserError):
+            raise UserError(f"{self.row.where}: {e}", e.code) from None
+
+
+def write(examples: Iterable[Example], out: Path, tokenizer: Tokenizer, kind: str,
+          sources: Sequence[Path], prompt: dict[str, Any], changes: Counter[str],
+          max_tokens: int = 0, too_long: str = "stop", keep_duplicates: bool = False,
+          ) -> tuple[Bin, corpus.Ledger]:
+    """Examples into a bin; each row ends in the ledger, with the `changes` that cleaning counted.
+
+    `max_tokens` is the row they must fit (0: any), both documents of a preference pair together.
+    Longer ones are left out, but above LONG_SHARE refused, unless `too_long` says drop, or cut.
+    """
+    writer = BinWriter(out, tokenizer.fingerprint, tokenizer.vocab_size, kind)
+    ledger, seen, longest = corpus.Ledger(), set(), 0
+    try:
+        for x in examples:
+            digest = hashlib.blake2b(x.key.encode("utf-8", "surrogatepass"), digest_size=16)
+            sizes = [len(d.ids) - 1 for d in x.documents]
+            size = sum(sizes) if kind == "pairs" else max(sizes, default=0)
+            what = x.fault or "kept"
+            if what == "kept" and not keep_duplicates and digest.digest() in seen:
+                what = "duplicate"
+            if what == "kept" and 0 < max_tokens < size and kind != "text":
+                longest = max(longest, size)
+                what = "too long"
+                if too_long == "cut":
+                    most = max_tokens // 2 if kind == "pairs" else max_tokens
+                    cut = [_cut(d, most) for d in x.documents]
+                    if all(any(d.mask or [True]) for d in cut):
+                        what, x.documents = "cut", cut
+            ledger.add(what, x.row.size)
+            if what in ("kept", "cut"):
+                seen.add(digest.digest())
+                for document in x.documents:
+                    writer.add(document)
+        ledger.changes = changes
+        n, long = ledger.documents["read"], ledger.documents["too long"]
+        if too_long == "stop" and long > LONG_SHARE * n:
+            raise UserError(
+                f"{out}: {long:,} of {n:,} examples are longer than {max_tokens:,} tokens, the "
+                f"longest {longest:,}; leave them out with --too-long drop, shorten them with "
+                "--too-long cut, or raise --max-tokens")
+        if not writer.starts[1:]:
+            raise UserError(f"{', '.join(map(str, sources))}: no example left of {n} read")
+        described = [{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)}
+                     for p in sources]
+        return writer.close(ledger.to_json(), described, prompt), ledger
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _cut(document: Document, most: int) -> Document:
+    """Its first `most` predictions."""
+    mask = None if document.mask is None else document.mask[: most + 1]
+    return Document(document.ids[: most + 1], mask, document.n_bytes)

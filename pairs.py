@@ -1,0 +1,273 @@
+"""Translation pairs and preference pairs as examples.
+
+One idea: a translation is one text, a prompt and the answer right behind it, and only the answer
+and EOS are trained. Both directions come from every pair: a model that was shown only one answers
+in the wrong language when it is asked for the other (as Llammas found), and a split that trains
+each direction on half the pairs looks just the same from outside.
+
+A preference pair is the same prompt twice, with the answer that was chosen and with the one that
+was not: documents 2i and 2i + 1 of a bin.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import corpus
+from chat import Template
+from data import Document
+from examples import Example, Row, messages_of, placed, rows, text_at
+from log import FLAGS, UserError
+from tokenizer import Tokenizer
+
+LANGUAGES = ("eng", "kin")
+DIRECTIONS = ("eng-kin", "kin-eng")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a translation is asked for: a text with {source}, {target} and {text}, and what the
+    languages are called in it."""
+
+    name: str
+    text: str
+    languages: Mapping[str, str]
+
+    def fill(self, text: str, direction: str) -> str:
+        """The prompt of a text; the translation follows it directly."""
+        source, target = direction.split("-")
+        return self.text.format(source=self.languages[source], target=self.languages[target],
+                                text=text)
+
+    def to_json(self) -> dict[str, Any]:
+        """As meta.json and a model's prompt.json keep it."""
+        return {"name": self.name, "text": self.text, "languages": dict(self.languages)}
+
+
+def answer(tokenizer: Tokenizer, prompt: str, words: str) -> Document:
+    """BOS, a prompt, the words that follow it, EOS; only the words and EOS are trained.
+
+    The words are encoded by themselves, so that the prompt's ids are those it has when it is asked.
+    """
+    if tokenizer.eos is None:
+        raise UserError("the tokenizer names no eos_token, so no answer would end; name one in "
+                        "tokenizer_config.json")
+    asked = [] if tokenizer.bos is None else [tokenizer.bos]
+    asked += tokenizer.encode(prompt)
+    said = [*tokenizer.encode_piece(words, control=False, first=False), tokenizer.eos]
+    n_bytes = len(prompt.encode()) + len(words.encode())
+    return Document(asked + said, [False] * len(asked) + [True] * len(said), n_bytes)
+
+
+def read_directions(words: Sequence[str]) -> dict[str, float]:
+    """`both`, or directions with weights -> the share of all pairs that each is trained on."""
+    weights = dict.fromkeys(DIRECTIONS, 1.0) if list(words) == ["both"] else {}
+    for word in [] if weights else words:
+        name, _, weight = word.partition(":")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            weights[name] = 0.0
+        if name not in DIRECTIONS or not 0 < weights[name] < float("inf"):
+            raise UserError(f"--directions {word}: expected both, or {' and '.join(DIRECTIONS)}, "
+                            "each with a weight if you like, as in eng-kin:3 kin-eng:1", FLAGS)
+    most = max(weights.values(), default=1.0)
+    return {name: x / most for name, x in weights.items()}
+
+
+@dataclass
+class Translations:
+    """Pairs of sentences to examples; how they are filtered, asked for, and in which directions."""
+
+    tokenizer: Tokenizer
+    prompts: Sequence[tuple[Prompt, float]]  # and weights
+    directions: Mapping[str, float]  # the share of all pairs that each is trained on
+    keys: tuple[str, str] = LANGUAGES  # what the columns are called
+    clean: corpus.Normaliser | None = None
+    max_ratio: float = 3.0
+    join: int = 1  # consecutive pairs that become one example
+    shots: int = 0  # solved examples before the one that is asked
+    as_text: bool = False
+    template: Template | None = None  # as a conversation
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        self.made: Counter[str] = Counter()  # documents by direction
+        self.draw = random.Random(self.seed)
+
+    def examples(self, found: Iterable[Row]) -> Iterator[Example]:
+        """Every row that is a pair, as one document for each direction."""
+        before: list[dict[str, str]] = []  # solved ones to show
+        for row, pair in self._pairs(found):
+            eng, kin = pair["eng"], pair["kin"]
+            fault = "empty" if not (eng and kin) else "identical" if eng == kin else ""
+            long, short = max(len(eng), len(kin)) + 10, min(len(eng), len(kin)) + 10
+            if not fault and self.max_ratio and long > self.max_ratio * short:
+                fault = "length ratio"
+            documents = [] if fault else [
+                self._document(row, pair, direction, before)
+                for direction, share in self.directions.items()
+                if share >= 1 or self.draw.random() < share]
+            yield Example(row, documents, json.dumps([eng, kin]), fault)
+            if not fault and self.shots:
+                before = [*before[-63:], pair]
+
+    def _pairs(self, found: Iterable[Row]) -> Iterator[tuple[Row, dict[str, str]]]:
+        """Rows as {"eng", "kin"}, each on one line; `join` of them at a time, of one file."""
+        held: list[tuple[Row, dict[str, str]]] = []
+
+        def joined() -> tuple[Row, dict[str, str]]:
+            row = Row(held[0][0].where, {}, sum(r.size for r, _ in held))
+            return row, {k: " ".join(p[k] for _, p in held) for k in LANGUAGES}
+
+        for row in _flat(found, self.keys):
+            sides = {}
+            for name, key in zip(LANGUAGES, self.keys, strict=True):
+                text = text_at(row, key)
+                text = self.clean(text)[0] if self.clean else text
+                sides[name] = " ".join(text.split())  # a prompt has a line for a sentence
+            if held and (len(held) == self.join or _file(row) != _file(held[0][0])):
+                yield joined()
+                held = []
+            held.append((row, sides))
+        if held:
+            yield joined()
+
+    def _document(self, row: Row, pair: Mapping[str, str], direction: str,
+                  before: Sequence[Mapping[str, str]]) -> Document:
+        source, target = direction.split("-")
+        self.made[direction] += 1
+        if self.as_text:
+            names = self.prompts[0][0].languages
+            text = f"{names[source]}: {pair[source]}\n{names[target]}: {pair[target]}"
+            return Document(self.tokenizer.document(text), None, len(text.encode()))
+        prompts, weights = zip(*self.prompts, strict=True)
+        prompt = self.draw.choices(prompts, weights)[0] if len(prompts) > 1 else prompts[0]
+        shown = self.draw.sample(before, min(self.shots, len(before))) if self.shots else []
+        asked = "".join(prompt.fill(x[source], direction) + x[target] + "\n\n" for x in shown)
+        asked += prompt.fill(pair[source], direction)
+        with placed(row):
+            if self.template:
+                return self.template.document([{"role": "user", "content": asked.rstrip()},
+                                               {"role": "assistant", "content": pair[target]}])
+            return answer(self.tokenizer, asked, pair[target])
+
+
+def _flat(found: Iterable[Row], keys: Sequence[str]) -> Iterator[Row]:
+    """Rows as they are; one whose two cells are lists (the pages of a story) becomes several."""
+    for row in found:
+        cells = [row.cells.get(k) for k in keys]
+        if not all(isinstance(x, list) for x in cells):
+            yield row
+            continue
+        if len(cells[0]) != len(cells[1]):
+            raise UserError(f"{row.where}: {len(cells[0])} parts under {keys[0]!r}, "
+                            f"{len(cells[1])} under {keys[1]!r}; they must belong together")
+        for n, pair in enumerate(zip(*cells, strict=True), 1):
+            yield Row(f"{row.where}, {n}", dict(zip(keys, pair, strict=True)),
+                      len(str(pair).encode()))
+
+
+def _file(row: Row) -> str:
+    """The file a row is of, or the row itself whose parts these are."""
+    return row.where.rpartition(", ")[0]
+
+
+def preferences(paths: Sequence[Path], tokenizer: Tokenizer, template: Template,
+                as_chat: bool) -> Iterator[Example]:
+    """Rows {"prompt", "chosen", "rejected"} as two documents each, the chosen one first.
+
+    A prompt is a text, which the answer follows directly (`as_chat`: which is a user's message), or
+    messages; an answer is a text or messages, alone or behind those of the prompt.
+    """
+    for path in paths:
+        for row in rows(path):
+            asked = row.cells.get("prompt")
+            answers = [_answer(row, key) for key in ("chosen", "rejected")]
+            if answers[0] == answers[1]:
+                raise UserError(f"{row.where}: chosen and rejected are equal; a pair teaches "
+                                "nothing then, take it out")
+            with placed(row):
+                if isinstance(asked, str) and not as_chat:
+                    documents = [answer(tokenizer, asked, x) for x in answers]
+                else:
+                    said = [{"role": "user", "content": asked}] if isinstance(asked, str) \
+                        else messages_of(row, "prompt") if asked is not None \
+                        else messages_of(row, "chosen")[:-1]
+                    documents = [template.document([*said, {"role": "assistant", "content": x}])
+                                 for x in answers]
+            yield Example(row, documents, json.dumps([str(asked), *answers]))
+
+
+def _answer(row: Row, key: str) -> str:
+    """What is said at the end of an answer, whether it is a text or messages."""
+    if isinstance(row.cells.get(key), str | None):
+        words = text_at(row, key)
+    else:
+        last = messages_of(row, key)[-1]
+        if last["role"] != "assistant":
+            raise UserError(f"{row.where}: {key} does not end with the assistant")
+        words = last["content"]
+    if not words.strip():
+        raise UserError(f"{row.where}: {key} is empty; take the pair out")
+    return words
+
+
+def candidates(path: Path) -> dict[str, list[str]]:
+    """The continuations of each prompt in what `sample.py --json --samples N` printed, in order."""
+    found: dict[str, list[str]] = {}
+    for row in rows(path):
+        found.setdefault(text_at(row, "prompt"), []).append(text_at(row, "text"))
+    if not found:
+        raise UserError(f"{path}: no samples in it")
+    return found
+
+
+def best_and_worst(found: Mapping[str, Sequence[str]], references: Sequence[str],
+                   score: Callable[[str, str], float], gap: float) -> Iterator[dict[str, Any]]:
+    """A preference pair for each prompt: its samples of the highest and the lowest score.
+
+    Prompts whose two ends are nearer than `gap` give none. UserError if the references are not as
+    many as the prompts.
+    """
+    if len(references) != len(found):
+        raise UserError(f"--references: {len(references):,} lines for {len(found):,} prompts; "
+                        "expected a line for each prompt, in order")
+    for (prompt, texts), reference in zip(found.items(), references, strict=True):
+        scored = sorted(((score(x.strip(), reference), x) for x in dict.fromkeys(texts)),
+                        key=lambda x: x[0])
+        low, high = scored[0], scored[-1]
+        if high[0] - low[0] > gap and high[1].strip() and low[1].strip():
+            yield {"prompt": prompt, "chosen": high[1], "rejected": low[1],
+                   "scores": [round(high[0], 2), round(low[0], 2)]}
+
+
+def by_votes(found: Mapping[str, Sequence[str]], votes: Path) -> Iterator[dict[str, Any]]:
+    """A preference pair for each vote, a row {"prompt", "best", "worst"} of numbers from 1."""
+    prompts = list(found)
+    for row in rows(votes):
+        try:
+            p, best, worst = (int(row.cells[k]) for k in ("prompt", "best", "worst"))
+            texts = found[prompts[p - 1]]
+            if min(p, best, worst) < 1 or texts[best - 1] == texts[worst - 1]:
+                raise IndexError
+            yield {"prompt": prompts[p - 1], "chosen": texts[best - 1],
+                   "rejected": texts[worst - 1]}
+        except (KeyError, ValueError, TypeError, IndexError):
+            raise UserError(
+                f"{row.where}: {dict(row.cells)}; expected the numbers of a prompt and of two of "
+                "its samples that differ, as prompt, best, worst, counted from 1") from None
+
+
+def chrf() -> Callable[[str, str], float]:
+    """chrF++ of one sentence against its reference, 0 to 100 (sacrebleu's)."""
+    from sacrebleu.metrics import CHRF
+
+    metric = CHRF(word_order=2, eps_smoothing=True)
+    return lambda text, reference: metric.sentence_score(text, [reference]).score
