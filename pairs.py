@@ -263,11 +263,3 @@ def by_votes(found: Mapping[str, Sequence[str]], votes: Path) -> Iterator[dict[s
             raise UserError(
                 f"{row.where}: {dict(row.cells)}; expected the numbers of a prompt and of two of "
                 "its samples that differ, as prompt, best, worst, counted from 1") from None
-
-
-def chrf() -> Callable[[str, str], float]:
-    """chrF++ of one sentence against its reference, 0 to 100 (sacrebleu's)."""
-    from sacrebleu.metrics import CHRF
-
-    metric = CHRF(word_order=2, eps_smoothing=True)
-    return lambda text, reference: metric.sentence_score(text, [reference]).score

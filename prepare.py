@@ -17,6 +17,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -233,19 +234,19 @@ def mt(s: Mt) -> None:
                         "Kinyarwanda one in turn", FLAGS)
     keys = (s.eng_key, s.kin_key)
     if s.aligned:
-        found = [row for one, other in zip(paths[::2], paths[1::2], strict=True)
-                 for row in examples.aligned(one, other, keys)]
+        found = (row for one, other in zip(paths[::2], paths[1::2], strict=True)
+                 for row in examples.aligned(one, other, keys))
     else:
-        found = [row for path in paths for row in examples.rows(path)]
-    warn_if_swapped(found, keys)
+        found = (row for path in paths for row in examples.rows(path))
+    warn_if_swapped(head := list(islice(found, 10_000)), keys)
     maker = pairs.Translations(
         tokenizer, chosen, pairs.read_directions(s.directions), keys,
         counting(s.normalise, changes), s.max_ratio, max(1, s.join), max(0, s.shots), s.as_text,
         template, s.seed)
-    prompt = {"translate": [p.to_json() for p, _ in chosen]} | (
+    prompt = {"translate": [{**p.to_json(), "as_chat": s.as_chat} for p, _ in chosen]} | (
         {"chat": template.source} if template else {})
     done(*examples.write(
-        maker.examples(found), Path(s.out), tokenizer, "text" if s.as_text else "mt", paths,
+        maker.examples(chain(head, found)), Path(s.out), tokenizer, "text" if s.as_text else "mt", paths,
         {} if s.as_text else prompt, changes, s.max_tokens, s.too_long, s.keep_duplicates))
     print(", ".join(f"{name} {n:,} documents" for name, n in maker.made.items()))
 
@@ -258,8 +259,13 @@ def prefer(s: Prefer) -> None:
     if s.votes:
         made = list(pairs.by_votes(found, Path(s.votes)))
     else:
+        from metrics import sentence_scores
+
+        def score(text: str, reference: str) -> float:
+            return sentence_scores([text], [reference])[0]
+
         references = [x.text for x in corpus.read(Path(s.references), "line")]
-        made = list(pairs.best_and_worst(found, references, pairs.chrf(), s.gap))
+        made = list(pairs.best_and_worst(found, references, score, s.gap))
     lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in made]
     Path(s.out).write_text("".join(lines), encoding="utf-8")
     print(f"{s.out}: {len(made):,} pairs from {len(found):,} prompts")
@@ -308,8 +314,7 @@ def prompts_of(words: list[str]) -> list[tuple[pairs.Prompt, float]]:
 
 def warn_if_swapped(found: list[examples.Row], keys: tuple[str, str]) -> None:
     """Say so where the English side reads as Kinyarwanda and the other as English."""
-    eng, kin = (prompts.share(x for row in found[:10_000]
-                              if isinstance(x := row.cells.get(key), str)) for key in keys)
+    eng, kin = (prompts.share(x for row in found if isinstance(x := row.cells.get(key), str)) for key in keys)
     if eng[0] > eng[1] and kin[1] > kin[0]:
         log.say(f"the languages look swapped: {keys[0]!r} has {eng[0]:.0%} frequent Kinyarwanda "
                 f"words and {eng[1]:.0%} English ones, {keys[1]!r} {kin[0]:.0%} and {kin[1]:.0%}; "
