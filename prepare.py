@@ -246,8 +246,9 @@ def mt(s: Mt) -> None:
     prompt = {"translate": [{**p.to_json(), "as_chat": s.as_chat} for p, _ in chosen]} | (
         {"chat": template.source} if template else {})
     done(*examples.write(
-        maker.examples(chain(head, found)), Path(s.out), tokenizer, "text" if s.as_text else "mt", paths,
-        {} if s.as_text else prompt, changes, s.max_tokens, s.too_long, s.keep_duplicates))
+        maker.examples(chain(head, found)), Path(s.out), tokenizer,
+        "text" if s.as_text else "mt", paths, {} if s.as_text else prompt, changes, s.max_tokens,
+        s.too_long, s.keep_duplicates))
     print(", ".join(f"{name} {n:,} documents" for name, n in maker.made.items()))
 
 
@@ -314,7 +315,8 @@ def prompts_of(words: list[str]) -> list[tuple[pairs.Prompt, float]]:
 
 def warn_if_swapped(found: list[examples.Row], keys: tuple[str, str]) -> None:
     """Say so where the English side reads as Kinyarwanda and the other as English."""
-    eng, kin = (prompts.share(x for row in found if isinstance(x := row.cells.get(key), str)) for key in keys)
+    sides = ([x for row in found if isinstance(x := row.cells.get(key), str)] for key in keys)
+    eng, kin = map(prompts.share, sides)
     if eng[0] > eng[1] and kin[1] > kin[0]:
         log.say(f"the languages look swapped: {keys[0]!r} has {eng[0]:.0%} frequent Kinyarwanda "
                 f"words and {eng[1]:.0%} English ones, {keys[1]!r} {kin[0]:.0%} and {kin[1]:.0%}; "
