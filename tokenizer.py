@@ -19,7 +19,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_
 WORDS = FILES[2:4]  # where BOS and EOS are named
 MOST = 1 << 22  # ids: a single wrong one must not become a table of gigabytes
 LARGEST = 64 << 20  # bytes of a tokenizer file: the largest known are 35 MB
+PROBES = ("", "a", " ", "é", "Amazi y'umugezi, n’inka 🦒\n\n 1. ")  # every tokenizer can these
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
 BEGIN, END = (("<s>", "<|begin_of_text|>"),
               ("</s>", "<|end_of_text|>", "<|endoftext|>"))  # where no file says
@@ -145,13 +147,11 @@ class _SentencePiece(Tokenizer):
     def __init__(self, file: Path):
         import sentencepiece
 
-        try:
+        with _guarded(f"{file}: not a SentencePiece model", quiet=True):
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as e:
-            raise UserError(
-                f"{file}: not a SentencePiece model ({' '.join(str(e).split())[:80]})") from None
-        n = self.sp.vocab_size()
-        pieces = self.sp.id_to_piece(list(range(n)))
+            n = self.sp.vocab_size()
+            pieces = self.sp.id_to_piece(list(range(n)))
+            self.sp.decode(self.sp.encode(list(PROBES)))
         control = {i for i in range(n) if self.sp.is_control(i)}
         added = _added_beside(file.parent, n)
         pieces += [added.get(i, "") for i in range(n, max(added, default=n - 1) + 1)]
@@ -190,7 +190,8 @@ class _Json(Tokenizer):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
         import tokenizers
 
-        try:
+        self.file = file
+        with _guarded(f"{file}: not a tokenizer.json that can be used", quiet=True):
             raw = json.loads(file.read_bytes())
             kind = raw["model"].get("type", "BPE")
             if kind != "BPE":
@@ -201,15 +202,14 @@ class _Json(Tokenizer):
             if n > MOST:
                 raise ValueError(f"id {n - 1}, no tokenizer has above {MOST:,}")
             self.tok = tokenizers.Tokenizer.from_str(json.dumps(raw))
-        except BaseException as e:  # a Rust panic is no Exception
-            if isinstance(e, KeyboardInterrupt | SystemExit | MemoryError | UserError):
-                raise
-            raise UserError(
-                f"{file}: not a tokenizer.json that can be used ({' '.join(str(e).split())[:80]})"
-            ) from None
-        self.tok.no_padding()
-        self.tok.no_truncation()
-        self.tok.encode_special_tokens = True  # a control token's name in a text stays text
+            if odd := [x for i, x in added.items() if self.tok.token_to_id(x["content"]) != i]:
+                raise ValueError(f"id {odd[0]['id']} of {odd[0]['content']!r} is another's, or far")
+            self.tok.no_padding()
+            self.tok.no_truncation()
+            for text in (*PROBES, *(a["content"] for a in list(added.values())[:9])):
+                for as_text in (False, True):  # a control token's name in a text stays text
+                    self.tok.encode_special_tokens = as_text
+                    self.tok.decode(self.tok.encode(text, add_special_tokens=False).ids)
         pieces = [self.tok.id_to_token(i) or "" for i in range(n)]
         control = {i for i, a in added.items() if a["special"]}
         begins = _first_token(raw.get("post_processor")) or False
@@ -223,18 +223,41 @@ class _Json(Tokenizer):
                 self.byte_lengths[i] = len(a["content"].encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self.tok.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _guarded(f"{self.file}: the tokenizer fails on a text"):
+            batch = self.tok.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [e.ids for e in batch]
 
     def _ids(self, text: str, control: bool) -> list[int]:
         self.tok.encode_special_tokens = not control
         try:
-            return self.tok.encode(text, add_special_tokens=False).ids
+            with _guarded(f"{self.file}: the tokenizer fails on a text"):
+                return self.tok.encode(text, add_special_tokens=False).ids
         finally:
             self.tok.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tok.decode(
             [int(i) for i in ids if int(i) not in self.control], skip_special_tokens=False)
+
+
+@contextmanager
+def _guarded(what: str, quiet: bool = False) -> Iterator[None]:
+    """UserError for whatever goes wrong in a library's own code, a panic in Rust too, which is no
+    Exception; `quiet`: what that code writes to the terminal is not shown."""
+    kept = os.dup(2) if quiet else None
+    try:
+        if quiet:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+        yield
+    except BaseException as e:
+        if isinstance(e, KeyboardInterrupt | SystemExit | MemoryError | UserError):
+            raise
+        raise UserError(f"{what} ({' '.join(str(e).split())[:80]})") from None
+    finally:
+        if kept is not None:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -259,6 +260,65 @@ def test_a_bad_tokenizer_json_is_one_error_that_names_it(json_folder, tmp_path, 
         Tokenizer.open(tmp_path)
     assert str(e.value).startswith(f"{file}: ") and "\n" not in str(e.value)
     assert e.value.code == 3
+    assert capfd.readouterr().err == "", "a Rust backtrace is nothing for a person"
+
+
+@pytest.mark.parametrize("kind", ["json", "model"])
+def test_a_damaged_tokenizer_is_used_or_refused_and_nothing_else(kind, json_folder, model_folder,
+                                                                 tmp_path, capfd):
+    draw, seen = random.Random(7), {True: 0, False: 0}
+    for _ in range(300):
+        if kind == "json":
+            (tmp_path / "tokenizer.json").write_text(damaged_json(json_folder, draw))
+        else:
+            raw = bytearray((model_folder / "tokenizer.model").read_bytes())
+            for _ in range(draw.randrange(1, 4)):
+                at = draw.randrange(len(raw))
+                raw[at : at + draw.randrange(2)] = draw.randbytes(draw.randrange(3))
+            (tmp_path / "tokenizer.model").write_bytes(raw)
+        try:
+            tok = Tokenizer.open(tmp_path)
+            for text in ("Amazi <|eot_id|>é🦒", "", "a\n\n b"):
+                ids = tok.document(text)
+                tok.decode(ids)
+                tok.count_bytes(ids)
+                tok.encode_piece(text, control=True, first=False)
+            seen[True] += 1
+        except UserError as e:
+            assert "\n" not in str(e) and str(tmp_path) in str(e)
+            seen[False] += 1
+    assert min(seen.values()) > 5, seen
+    assert "panicked" not in capfd.readouterr().err
+
+
+def damaged_json(folder: Path, draw: random.Random) -> str:
+    """tokenizer.json with one to three things in it that are odd, each well-formed by itself."""
+    words = json.loads((folder / "tokenizer.json").read_text())
+    merges, vocab = words["model"]["merges"], words["model"]["vocab"]
+    for _ in range(draw.randrange(1, 4)):
+        what = draw.randrange(6)
+        if what == 0:
+            merges.insert(draw.randrange(len(merges)), draw.choice([*merges, ["a" * 300, "b"], []]))
+        elif what == 1:
+            draw.shuffle(merges)
+        elif what == 2:
+            vocab[draw.choice(list(vocab))] = draw.choice([0, 5, 399, 400, 10**5])
+        elif what == 3:
+            words["added_tokens"].append({
+                "id": draw.choice([0, 3, 399, 400, 9999]), "special": draw.random() < 0.5,
+                "content": draw.choice(["a", "", "é", "<|eot_id|>", "ma"]), "lstrip": True,
+                "rstrip": False, "normalized": draw.random() < 0.5, "single_word": False})
+        elif what == 4:
+            words["pre_tokenizer"] = draw.choice([
+                None, {"type": "UnicodeScripts"}, *(
+                    {"type": "Split", "pattern": {"Regex": x}, "behavior": "Isolated",
+                     "invert": False} for x in ("(", "", "."))])
+        else:
+            words["normalizer"] = draw.choice([
+                {"type": "Prepend", "prepend": ""},
+                {"type": "Replace", "pattern": {"Regex": ""}, "content": "x"},
+                {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Lowercase"}])
+    return json.dumps(words)
 
 
 def test_every_beginning_of_a_tokenizer_model_opens_or_is_one_error(model_folder, tmp_path, capfd):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import struct
@@ -451,6 +452,51 @@ def test_weights_that_can_run_code_are_refused_unopened(copy, tmp_path):
     assert not (tmp_path / "canary").exists()
     pickle.loads(trap)
     assert (tmp_path / "canary").exists()  # the trap does work
+
+
+def test_ten_traps_are_refused_under_python_o_as_well(copy, tmp_path):
+    """Pickles under every name, in a model, an adapter and a checkpoint; nothing unpacks them."""
+    import pickle
+
+    canary = tmp_path / "canary"
+    trap = pickle.dumps(_Trap(canary))
+    names = ("pytorch_model.bin", "consolidated.00.pth", "model.pt", "model.ckpt", "w.pkl",
+             "model.safetensors", "tokenizer.model", "tokenizer.json", "config.json",
+             "adapter_model.bin")
+    folders = []
+    for i, name in enumerate(names):
+        folder = copy(name=f"trap{i}")
+        if i < 5:
+            (folder / "model.safetensors").unlink()
+        if name == "adapter_model.bin":
+            (folder / CONFIG).write_text(json.dumps(
+                {"peft_type": "LORA", "base_model_name_or_path": str(copy(name="clean")), "r": 2,
+                 "lora_alpha": 2, "target_modules": ["q_proj"]}))
+        (folder / name).write_bytes(trap)
+        folders.append(str(folder))
+    code = f"""if True:
+        import sys, weights
+        from log import UserError
+        for folder in {folders!r}:
+            try:
+                weights.load(folder)
+            except UserError as e:
+                print(e.code, str(e).count(chr(10)), folder, e)
+    """
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True,
+                          cwd=Path(weights.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 10 and all(x.startswith("3 0 ") for x in lines), done.stdout
+    assert not canary.exists()
+
+
+def test_the_shipped_code_has_no_words_that_run_what_is_in_a_file():
+    for file in (*Path(weights.__file__).parent.glob("*.py"),
+                 *(Path(weights.__file__).parent / "kinyarwanda").glob("*.py")):
+        text = file.read_text()
+        assert not re.search(r"\bimport pickle|torch\.load\b|[^.\w]eval\(|[^.\w]exec\(|"
+                             r"trust_remote_code|allow_pickle=True", text), file.name
 
 
 def test_a_folder_without_weights_says_so(copy):
