@@ -17,7 +17,9 @@ import torch
 
 import log
 import weights
+from families import read_json, strict_json
 from log import UserError
+from shards import inside
 from tokenizer import FILES
 from weights import ADAPTER_CONFIG, CONFIG, MERGED
 
@@ -32,8 +34,8 @@ PRIVATE = ("model", "data", "val", "out", "resume", "plan", "track")  # paths, a
 
 def text(folder: Path, s: Any) -> Iterator[str]:
     """The card, line by line."""
-    run = weights.read_json(run_file(s.run, "run.json")) if s.run else {}
-    words = weights.read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).exists() else {}
+    run = read_json(run_file(s.run, "run.json")) if s.run else {}
+    words = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).exists() else {}
     past = merges(folder)
     last = past[-1] if past else {}
     home = str(Path(run["model"]).absolute()) if run.get("model") else ""  # always a folder
@@ -61,7 +63,7 @@ def text(folder: Path, s: Any) -> Iterator[str]:
                f"{cell(', '.join(words.get('target_modules') or []))}.")
     else:
         n = sum(torch.Size(x.shape).numel() for x in weights.tensors(folder).values())
-        kind = (weights.read_json(folder / CONFIG).get("architectures") or ["unknown"])[0]
+        kind = (read_json(folder / CONFIG).get("architectures") or ["unknown"])[0]
         yield f"A language model, {cell(kind)}, {n:,} parameters."
     if past:
         yield f"{len(past)} LoRA adapter(s) were merged into it."
@@ -190,7 +192,7 @@ def bins(out: Path) -> Iterator[dict[str, Any]]:
     named = [Path(x) for spec in specs for x in (spec, spec.rpartition(":")[0]) if x]
     for place in (*sorted((out / "bins").glob("*")), *named):
         if (place / "meta.json").is_file():
-            meta = weights.read_json(place / "meta.json")
+            meta = read_json(place / "meta.json")
             if "ledger" in meta and "sha256" in meta:
                 yield meta
 
@@ -198,7 +200,7 @@ def bins(out: Path) -> Iterator[dict[str, Any]]:
 def result_lines(file: Path) -> Iterator[str]:
     """A results.json as a table."""
     try:
-        found = weights.strict_json(file.read_bytes(), file)
+        found = strict_json(file.read_bytes(), file)
         lines = [[x["suite"], x["metric"], x["value"],
                   f"{x['low']:.4f} to {x['high']:.4f}" if x.get("low") is not None else "unknown",
                   x["n"], x["signature"]] for x in found["results"]]
@@ -234,7 +236,7 @@ def merges(folder: Path) -> list[dict[str, Any]]:
     """What was merged into a folder's model so far."""
     if not (folder / MERGED).exists():
         return []
-    found = weights.read_json(weights._inside(folder, MERGED)).get("merges")
+    found = read_json(inside(folder, MERGED)).get("merges")
     if type(found) is not list or not all(type(x) is dict for x in found):
         raise UserError(f"{folder / MERGED}: `merges` is no list of objects; fetch it again")
     return found

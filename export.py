@@ -97,8 +97,9 @@ from data import sha256  # noqa: E402
 from generate import Sampling, generate  # noqa: E402
 from loss import capped  # noqa: E402
 from model import Llama  # noqa: E402
+from shards import DTYPES, INDEX, Slot, five, header, inside  # noqa: E402
 from tokenizer import FILES, Tokenizer  # noqa: E402
-from weights import ADAPTER, ADAPTER_CONFIG, CONFIG, INDEX, MERGED, Slot  # noqa: E402
+from weights import ADAPTER, ADAPTER_CONFIG, CONFIG, MERGED  # noqa: E402
 
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEXT = "Umwana ajya ku ishuri. The child goes to school."
@@ -114,7 +115,7 @@ def merge(s: Merge) -> None:
     if out in (folder.resolve(), base.resolve()):
         raise UserError(f"--out {s.out}: is the {'base' if out == base.resolve() else 'adapter'} "
                         "itself; name another folder", FLAGS)
-    adapter = sha256(weights._inside(folder, ADAPTER))
+    adapter = sha256(inside(folder, ADAPTER))
     earlier = merges(base)
     if adapter in [x.get("merged_adapter") for x in earlier]:
         raise UserError(f"{folder}: this adapter is already merged into {base} ({MERGED} there "
@@ -144,7 +145,7 @@ def merge(s: Merge) -> None:
 
 def adapted(base: Path, folder: Path) -> Llama:
     """The base's shapes without its weights, and the adapter in them, real and checked."""
-    weights.header(weights._inside(folder, ADAPTER))
+    weights.check_base(folder, base)
     with torch.device("meta"):
         model = Llama(weights.read_config(base))
     lora.load_adapter(model, folder)  # all that can be wrong is said here, as when it is loaded
@@ -191,7 +192,7 @@ def write_merged(model: Llama, base: Path, aside: Path, dtype: str) -> None:
                 move(1)
             save_file(part, aside / file, metadata={"format": "pt"})
     if (base / INDEX).exists():
-        index = weights.read_json(weights._inside(base, INDEX))
+        index = weights.read_json(inside(base, INDEX))
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
         index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
         (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -207,9 +208,9 @@ def slots(folder: Path, model: Llama) -> dict[str, Slot]:
 
 def read(slot: Slot) -> Tensor:
     """One tensor; the file is opened for it alone, so that the pages it read can go with it."""
-    if slot.dtype not in weights.DTYPES:
+    if slot.dtype not in DTYPES:
         raise UserError(f"{slot.file}: {slot.name} is {slot.dtype}, expected "
-                        f"{' '.join(weights.DTYPES)}; take the model in its original precision")
+                        f"{' '.join(DTYPES)}; take the model in its original precision")
     return safe_open(slot.file, "pt").get_tensor(slot.name)
 
 
@@ -243,17 +244,17 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
     wanted, found = dict(model.named_parameters()), slots(base, model)
     odd = [f"{k} missing" for k in wanted if k not in found]
     odd += [f"{k} not of this model" for k in found if k not in wanted]
-    yield not odd, f"tensors: {weights._five(odd) or f'all {len(wanted)} are there'}"
+    yield not odd, f"tensors: {five(odd) or f'all {len(wanted)} are there'}"
     astray = [f"{k} {found[k].shape}, expected {tuple(p.shape)}" for k, p in wanted.items()
               if k in found and found[k].shape != tuple(p.shape)]
-    yield not astray, f"shapes: {weights._five(astray) or 'as config.json says'}"
-    bad, adapter = [], weights.header(weights._inside(folder, ADAPTER)) if folder != base else {}
+    yield not astray, f"shapes: {five(astray) or 'as config.json says'}"
+    bad, adapter = [], header(inside(folder, ADAPTER)) if folder != base else {}
     for k, slot in [*found.items(), *adapter.items()]:
         try:
             weights._check_finite(read(slot), k)
         except UserError as e:
             bad.append(str(e).split(";")[0])
-    yield not bad, f"numbers: {weights._five(bad) or 'all finite'}"
+    yield not bad, f"numbers: {five(bad) or 'all finite'}"
     head, tied = weights.tensors(base).get("lm_head.weight"), shape.tie_word_embeddings
     embedding = found.get("model.embed_tokens.weight")
     if tied and head is not None and embedding is not None:
@@ -326,7 +327,7 @@ def stop_ids(folder: Path, base: Path) -> tuple[list[Any], str]:
     generation_config.json does not."""
     for file in (folder / "generation_config.json", base / "generation_config.json", base / CONFIG):
         if file.exists():
-            found = weights.read_json(weights._inside(file.parent, file.name)).get("eos_token_id")
+            found = weights.read_json(inside(file.parent, file.name)).get("eos_token_id")
             if found is not None:
                 return found if type(found) is list else [found], file.name
     return [], "no file"
@@ -360,11 +361,11 @@ def push(s: Push) -> None:
     folder = weights.find(folder)
     known = (*weights.MODEL_FILES, MERGED, "README.md")
     here = sorted(f for f in folder.iterdir())
-    files = [weights._inside(folder, f.name) for f in here if any(f.match(p) for p in known)]
+    files = [inside(folder, f.name) for f in here if any(f.match(p) for p in known)]
     for f in files:
         print(f"{f.stat().st_size:>16,}  {f.name}")
     if left := [f.name for f in here if f not in files]:
-        print(f"stays here: {log.printable(weights._five(left))}")
+        print(f"stays here: {log.printable(five(left))}")
     print(f"{sum(f.stat().st_size for f in files):>16,}  bytes to {s.repo}, "
           f"{'PUBLIC: everybody sees them' if s.public else 'private'}")
     if folder / "README.md" not in files:

@@ -16,9 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +30,19 @@ import families
 import hub
 import lora
 import nf4
-from families import ModelConfig, read_json, strict_json
+from families import ModelConfig, read_json
 from log import STORAGE, UserError
 from model import Llama
 from nf4 import NF4Linear
+from shards import DTYPES, INDEX, SINGLE, Slot, contents, five, header, inside, mark
 from tokenizer import Tokenizer
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER, MERGED = "adapter_config.json", "adapter_model.safetensors", "merge.json"
 CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
            "chat_template.json", MERGED, "LICENSE*", "NOTICE*", "USE_POLICY*")  # go with a model
 MODEL_FILES = (CONFIG, ADAPTER_CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", ADAPTER, *CARRIED)
-NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_HEADER = 100 << 20  # bytes: safetensors' own limit
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor lies and what it is there, as its file's header says."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    name: str  # its name in the file
 
 
 def find(name: str | Path) -> Path:
@@ -81,7 +68,7 @@ def base_of(folder: Path) -> Path:
     """The model's folder that an adapter's folder belongs on; any other folder is its own."""
     if not (folder / ADAPTER_CONFIG).exists():
         return folder
-    words = read_json(_inside(folder, ADAPTER_CONFIG))
+    words = read_json(inside(folder, ADAPTER_CONFIG))
     name, revision = str(words.get("base_model_name_or_path") or ""), words.get("revision")
     if not Path(name).is_dir() and (folder / name).is_dir():
         name = folder / name
@@ -96,102 +83,27 @@ def base_of(folder: Path) -> Path:
     return base
 
 
-def _inside(folder: Path, name: Any) -> Path:
-    """The file of that plain name in a folder; UserError if it lies elsewhere, or is no file.
-
-    The hub's cache links a snapshot's files to the model's blobs; any other way out is refused.
-    """
-    if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise UserError(f"{folder}: file name {name!r} leads outside the model folder; refused")
-    root, file = folder.resolve(), (folder / name).resolve()
-    roots = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        roots.append(root.parent.parent / "blobs")
-    if not any(file.is_relative_to(r) for r in roots):
-        raise UserError(f"{folder / name}: a link that leads outside the model folder; copy the "
-                        "file into it")
-    if not file.is_file():
-        raise UserError(f"{folder / name}: no such file; the model is not complete, fetch it again")
-    return folder / name
+def check_base(folder: Path, base: Path) -> None:
+    """UserError if an adapter's file is damaged, or says that it was trained on other weights."""
+    header(inside(folder, ADAPTER))
+    told = (safe_open(folder / ADAPTER, "pt").metadata() or {}).get("base")
+    if told is not None and told != mark(tensors(base)):
+        raise UserError(f"{folder}: was trained on other weights than those of {base}, which have "
+                        f"the same shapes; name its base in {ADAPTER_CONFIG}")
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The shape of the model in a folder; UserError on what would be computed wrongly."""
-    words = read_json(_inside(folder, CONFIG))
+    words = read_json(inside(folder, CONFIG))
     try:
         return ModelConfig.from_hf(words)
     except UserError as e:
         raise UserError(f"{folder}/{e}") from None
 
 
-def header(file: Path) -> dict[str, Slot]:
-    """What a safetensors file holds, by its header; UserError if cut short or of another kind."""
-    size = file.stat().st_size
-    with open(file, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if size < 8 or n > MAX_HEADER:
-            raise UserError(f"{file}: {size} bytes that are no safetensors file; fetch it again")
-        if size < 8 + n:
-            raise UserError(f"{file}: {size} bytes, expected {8 + n} for its header alone; it was "
-                            "cut short, fetch it again")
-        words = strict_json(f.read(n), f"{file}, header")
-    found, end = {}, 0
-    for name, x in words.items():
-        if name != "__metadata__":
-            try:
-                shape, (_, stop) = tuple(map(int, x["shape"])), map(int, x["data_offsets"])
-                found[name] = Slot(file, str(x["dtype"]), shape, name)
-            except (KeyError, TypeError, ValueError, OverflowError):
-                raise UserError(f"{file}: header damaged at {name!r}; fetch it again") from None
-            end = max(end, stop)
-    if size != 8 + n + end:
-        how = "cut short" if size < 8 + n + end else "added to"
-        raise UserError(f"{file}: {size} bytes, expected {8 + n + end}; {how}, fetch it again")
-    try:
-        safe_open(file, "pt")  # the library's own look at holes, overlaps, shapes against sizes
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: header damaged ({e}); fetch it again") from None
-    return found
-
-
-def contents(folder: Path) -> dict[str, Slot]:
-    """Every tensor of a folder's model, shard by shard; UserError if index and shards disagree."""
-    if not os.path.lexists(folder / SINGLE) and not os.path.lexists(folder / INDEX):
-        other = sorted(f.name for pattern in NOT_READ for f in folder.glob(pattern))
-        why = f"only {_five(other)}, not read because such files can run code when opened or are " \
-              "quantised; convert with transformers: AutoModelForCausalLM.from_pretrained(A)" \
-              ".save_pretrained(B)" if other else "no weights at all; fetch the model again"
-        raise UserError(f"{folder}: no {SINGLE} and no {INDEX} here, {why}")
-    told, files = None, [SINGLE]
-    if os.path.lexists(folder / INDEX):
-        told = read_json(_inside(folder, INDEX)).get("weight_map")
-        if type(told) is not dict or not told:
-            raise UserError(f"{folder / INDEX}: weight_map is missing or empty; fetch it again")
-        for file in told.values():
-            if type(file) is not str or not file.endswith(".safetensors"):
-                raise UserError(f"{folder / INDEX}: names {file!r}, expected .safetensors files")
-        files = sorted(set(told.values()))
-        if SINGLE not in files and os.path.lexists(folder / SINGLE):
-            raise UserError(f"{folder}: holds {SINGLE} and also the shards of {INDEX}; remove the "
-                            "one that is not meant")
-    found: dict[str, Slot] = {}
-    for file in files:
-        here = header(_inside(folder, file))
-        if twice := [k for k in here if k in found]:
-            raise UserError(f"{folder}: {_five(twice)} in {found[twice[0]].file.name} and again in "
-                            f"{file}; which is meant cannot be known")
-        found |= here
-    if told is not None:
-        where = {k: slot.file.name for k, slot in found.items()}
-        if astray := [k for k in {**told, **where} if told.get(k) != where.get(k)]:
-            raise UserError(f"{folder}: {INDEX} and the shards disagree about {_five(astray)}; "
-                            "fetch the model again")
-    return found
-
-
 def tensors(folder: Path) -> dict[str, Slot]:
     """`contents` under our names: of a model that also sees pictures, the text part alone."""
-    found, words = contents(folder), read_json(_inside(folder, CONFIG))
+    found, words = contents(folder), read_json(inside(folder, CONFIG))
     if families.text_words(words) is words:
         return found
     return {own: slot for k, slot in found.items() if (own := families.text_name(k)) is not None}
@@ -212,12 +124,6 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
     return {*named} | ({tokenizer.eos} - {None})
 
 
-def _five(names: Iterable[str]) -> str:
-    """Up to five names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,
          tokenizer: bool = True, quant: str = "none",
          double: bool = False) -> tuple[Llama, Tokenizer | None]:
@@ -231,7 +137,7 @@ def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torc
     base = base_of(folder)
     model = _read_model(base, torch.device(device), dtype, quant, double)
     if folder != base:
-        header(_inside(folder, ADAPTER))
+        check_base(folder, base)
         lora.load_adapter(model, folder)
         for k, x in lora.adapter_state(model).items():
             _check_finite(x, f"{folder / ADAPTER}: {k}")
@@ -293,9 +199,9 @@ def _compare(folder: Path, config: ModelConfig, wanted: dict[str, Tensor],
     """UserError unless the files hold just the config's tensors, in its shapes, as real numbers."""
     if missing := [k for k in wanted if k not in found]:
         hint = ", or tie_word_embeddings should be true" if missing == ["lm_head.weight"] else ""
-        raise UserError(f"{folder}: no {_five(missing)} in the files; they are not complete{hint}")
+        raise UserError(f"{folder}: no {five(missing)} in the files; they are not complete{hint}")
     if extra := [k for k in found if k not in wanted]:
-        raise UserError(f"{folder}: {_five(extra)} in the files, but not in config.json's model")
+        raise UserError(f"{folder}: {five(extra)} in the files, but not in config.json's model")
     words = {n: k for k, n in reversed(vars(config).items()) if type(n) is int}
     for k, p in wanted.items():
         shape, slot = tuple(p.shape), found[k]
@@ -326,7 +232,7 @@ def save(model: Llama, folder: Path | str, like: Path | str,
     if nf4.found(model):
         raise UserError(f"{folder}: the model is in NF4, less than its files hold; not written")
     like = base_of(find(like))
-    index = read_json(_inside(like, INDEX)) if (like / INDEX).exists() else None
+    index = read_json(inside(like, INDEX)) if (like / INDEX).exists() else None
     before = tensors(like) if index or (like / SINGLE).exists() else {}
     state = {k: p.detach() for k, p in model.named_parameters()}
     kept = {k: DTYPES[slot.dtype] for k, slot in before.items() if slot.dtype in DTYPES}
@@ -365,18 +271,20 @@ def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: i
 def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path | str) -> None:
     """Write the attached adapter as a PEFT folder, with the tokenizer of `like`; it goes on `base`.
 
-    A base in the hub's cache is named by its id and commit, another folder by its whole path.
+    A base in the hub's cache is named by its id and commit, another folder by its whole path; its
+    mark goes with the adapter, so that other weights of that shape are not taken for it.
     """
-    words = lora.adapter_config(model, str(base))
+    words, about = lora.adapter_config(model, str(base)), {"format": "pt"}
     if (there := Path(base).expanduser().resolve()).is_dir():
         repo, commit = hub.source(there)
         words["base_model_name_or_path"] = repo or str(there)
         words |= {"revision": commit} if commit else {}
+        about["base"] = mark(tensors(there))
     with _aside(Path(folder)) as aside:
         (aside / ADAPTER_CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
         _carry(find(like), aside)
         state = {k: x.cpu().contiguous() for k, x in lora.adapter_state(model).items()}
-        save_file(state, aside / ADAPTER, metadata={"format": "pt"})
+        save_file(state, aside / ADAPTER, metadata=about)
 
 
 def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
@@ -384,7 +292,7 @@ def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dty
 
     Byte for byte if nothing did; the text part alone, of a model that also sees pictures.
     """
-    raw = read_json(_inside(like, CONFIG))
+    raw = read_json(inside(like, CONFIG))
     words = families.text_words(raw)
     changed: dict[str, Any] = {}
     if config != ModelConfig.from_hf(words):
@@ -403,7 +311,7 @@ def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dty
 def _carry(like: Path, aside: Path) -> None:
     """Copy what goes with a model besides its weights."""
     for file in [file for pattern in CARRIED for file in like.glob(pattern)]:
-        shutil.copyfile(_inside(like, file.name), aside / file.name)
+        shutil.copyfile(inside(like, file.name), aside / file.name)
 
 
 @contextmanager
@@ -415,7 +323,7 @@ def _aside(folder: Path) -> Iterator[Path]:
         if folder.exists():
             known = (*MODEL_FILES, "README.md")
             if lost := [f.name for f in folder.iterdir() if not any(f.match(p) for p in known)]:
-                raise UserError(f"{folder}: {_five(lost)} would be lost; name another", STORAGE)
+                raise UserError(f"{folder}: {five(lost)} would be lost; name another", STORAGE)
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
         yield aside

@@ -26,6 +26,7 @@ import yaml
 
 import export
 import log
+import shards
 import tiny
 import weights
 from log import FLAGS, STORAGE, UserError
@@ -95,7 +96,7 @@ def test_a_merge_is_pefts_in_tensors_and_logits_and_laid_out_like_the_base(
     assert len(list(base.glob("model-*-of-*"))) > 2 or not sharded
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     if sharded:
-        one, two = (json.loads((f / weights.INDEX).read_text()) for f in (base, out))
+        one, two = (json.loads((f / shards.INDEX).read_text()) for f in (base, out))
         assert one["weight_map"] == two["weight_map"]
         assert one["metadata"]["total_size"] == two["metadata"]["total_size"]
     assert before == {f.name: f.read_bytes() for f in base.iterdir()}, "the base is as it was"
@@ -178,7 +179,7 @@ def test_what_is_merged_opens_in_transformers_without_a_word(tmp_path):
 
 
 def test_an_adapter_is_merged_once_and_another_may_follow(tmp_path):
-    _, adapter = pair(tmp_path)
+    base, adapter = pair(tmp_path)
     out = merge(adapter, tmp_path / "out", compare=False)
     (out / "README.md").write_text("mine")
     assert (merge(adapter, out, compare=False) / "README.md").read_text() == "mine"
@@ -196,6 +197,11 @@ def test_an_adapter_is_merged_once_and_another_may_follow(tmp_path):
     shutil.copyfile(adapter / weights.ADAPTER, same / weights.ADAPTER)
     e = refusal(merge, same, tmp_path / "twice")
     assert "already merged" in str(e) and not (tmp_path / "twice").exists()
+    (out / "merge.json").rename(tmp_path / "aside")  # who wrote the adapter here knows it anyway
+    mine = tmp_path / "mine"
+    weights.save_adapter(weights.load(adapter)[0], mine, base=base, like=base)
+    assert "other weights" in str(refusal(merge, on_again(mine, out), tmp_path / "twice"))
+    (tmp_path / "aside").rename(out / "merge.json")
     both = merge(on("next", out, 0.1), tmp_path / "both", compare=False)
     assert len(export.merges(both)) == 2
     assert "already merged" in str(refusal(merge, on_again(same, both), tmp_path / "x"))
@@ -248,7 +254,7 @@ def test_merging_a_base_in_shards_takes_a_part_of_its_memory(tmp_path):
     for file in set(where.values()):
         st.save_file({k: torch.empty(shapes[k], dtype=torch.bfloat16).uniform_(-0.02, 0.02)
                       for k in shapes if where[k] == file}, base / file)
-    (base / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (base / shards.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     size = sum(f.stat().st_size for f in base.glob("*.safetensors")) / 2**20
     adapter = tmp_path / "adapter"
     adapter.mkdir()

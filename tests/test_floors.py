@@ -21,7 +21,7 @@ FLOORS = {
     "model": 4, "metrics": 4,
     "loss": 3, "chat": 3,
     "lora": 2, "data": 2, "optim": 2, "sampling": 2, "tokenizer": 2, "ranks": 2, "report": 2,
-    "suites": 2,
+    "suites": 2, "shards": 2,
     "config": 1, "families": 1, "hub": 1, "nf4": 1,
     "log": 0,
 }
@@ -77,9 +77,9 @@ def test_each_foreign_library_has_one_home():
     for path in ROOT.glob("*.py"):
         for name in imports(path) & FOREIGN:
             homes.setdefault(name, set()).add(path.stem)
-    # safetensors: weights in folders, adapters, resume points; tyro: its flags, and its mark for
-    # positional ones
-    shared = {"safetensors": {"weights", "lora", "checkpoint", "export"},
+    # safetensors: headers, weights in folders, adapters, resume points; tyro: its flags, and its
+    # mark for positional ones
+    shared = {"safetensors": {"weights", "shards", "lora", "checkpoint", "export"},
               "tyro": {"config", "prepare"}, "jinja2": {"report", "chat", "suites"},
               "pyarrow": {"corpus", "suites"}, "bitsandbytes": {"nf4", "optim"},
               "huggingface_hub": {"weights", "hub", "export"}}

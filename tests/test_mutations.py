@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+import shards
 import tiny
-import weights
 from families import ModelConfig
 from log import UserError
 
@@ -102,7 +102,7 @@ def test_no_damaged_header_is_read_as_something_it_does_not_say(tmp_path):
         file.write_bytes(raw)
         begun = time.perf_counter()
         try:
-            found = weights.header(file)
+            found = shards.header(file)
         except UserError as e:
             assert "\n" not in str(e) and str(file) in str(e)
             continue
