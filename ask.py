@@ -58,12 +58,10 @@ class Way:
 
     @functools.cached_property
     def template(self) -> Template:
-        """The model's chat template, or for an adapter its base's."""
-        for place in (self.folder, weights.base_of(self.folder)):
-            if found := Template.of(place, self.tokenizer):
-                return found
-        raise UserError(f"{self.folder}: no chat template; give text with --prompt, or put a "
-                        "chat_template.jinja beside the model")
+        """The model's chat template, or for an adapter its base's; else our plain one."""
+        places = (self.folder, weights.base_of(self.folder))
+        found = (Template.of(place, self.tokenizer) for place in places)
+        return next(filter(None, found), None) or Template.plain(self.tokenizer)
 
     def text(self, asked: Asked) -> str:
         """What is read, as a text: a prompt, or a conversation as its template writes it."""

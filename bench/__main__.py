@@ -12,7 +12,7 @@ import time
 
 from bench import ROOT
 
-JOBS = ["limits", "train_step", "load"]
+JOBS = ["limits", "train_step", "load", "generate"]
 
 
 def main() -> int:

@@ -129,7 +129,7 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     ({"prompt": ["a"], "stop": [""]}, "an empty string ends every answer", 2),
     ({"prompt": ["a\udcff"]}, "prompt 1: holds bytes that are not UTF-8", 3),
     ({"file": "odd.jsonl"}, "odd.jsonl, line 2: expected a JSON object with 'prompt' or", 3),
-    ({"chat": True}, "no chat template", 3),
+    ({"file": "odd.jsonl", "translate": "eng-kin"}, "line 2: expected a JSON object with 'text'", 3),
     ({"prompt": ["a"], "max_new_tokens": 128}, "leaves no room", 2)])
 def test_what_cannot_be_continued_is_one_line(home, monkeypatch, values, words, code):
     monkeypatch.chdir(home)
@@ -261,9 +261,16 @@ def test_the_token_that_ends_a_turn_ends_an_answer_though_it_is_not_eos(tmp_path
     (folder / "chat_template.jinja").write_text(text)
     tokenizer = Tokenizer.open(folder)
     assert ask.Way(folder, tokenizer).turn_ends() == {tokenizer.pieces.index("<end>")}
-    with pytest.raises(UserError, match="no chat template"):
-        (folder / "chat_template.jinja").unlink()
-        ask.Way(folder, tokenizer).turn_ends()
+
+
+def test_a_base_without_a_template_is_asked_by_ours(home, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Muraho\n")))
+    sampled(home, chat=True, temperature=0.0)
+    tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
+    ids = Template.plain(tokenizer).encode([{"role": "user", "content": "Muraho"}], generation=True)
+    more = [t for _, t in generate(model, [ids], Sampling(12, 0), {tokenizer.eos})]
+    assert capsys.readouterr().out == tokenizer.decode(ids + more)[len(tokenizer.decode(ids)):] \
+        + "\n"
 
 
 def test_a_translation_is_asked_as_alma_does_and_ends_with_its_line(home, capsys, monkeypatch):

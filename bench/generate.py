@@ -1,0 +1,216 @@
+"""Generation here beside transformers' generate, on this machine's CPU.
+
+    python -m bench.generate [--quick] [--cases stream eight sixty-four ragged beam] [--write]
+
+Random LLaMAs: of TinyLlama's shape (1.1 billion parameters, bf16) for one stream and for eight,
+where reading the weights bounds the speed; of 110 million (float32) for many prompts of 16 to 256
+ids. Both sides answer the same prompts, so many side by side, transformers' sorted by length and
+padded on the left. Answers end by chance: one id in 64 is an EOS, and `ragged` draws ids, so that
+its answers are as uneven as real ones; in the other cases both sides must give the same ids (in
+bf16 the first of them: later ones hang on rounding).
+
+Seconds of a step are those of a whole answer without those of its prompt and first id, both
+measured. Its share of the limit is the bytes of the weights over these seconds, over what the
+machine reads a second, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from bench import Settings, Spread, child, in_turn, installed, limits, main, table
+
+HERE = "bench.generate"
+SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary
+    "1.1B": (2048, 5632, 22, 32, 4, 32000), "110M": (768, 2048, 12, 12, 4, 32000),
+    "tiny": (64, 128, 2, 4, 2, 512)}
+
+
+@dataclass
+class Case:
+    """What is asked: of which model, how many prompts of how many ids, how many answered side by
+    side."""
+
+    shape: str
+    dtype: str
+    prompts: int
+    least: int
+    most: int
+    rows: int
+    new: int
+    beams: int = 1
+    temperature: float = 0.0
+
+
+CASES = {
+    "stream": Case("1.1B", "bfloat16", 1, 128, 128, 1, 128),
+    "eight": Case("1.1B", "bfloat16", 8, 128, 128, 8, 128),
+    "sixty-four": Case("110M", "float32", 64, 16, 256, 64, 64),
+    "ragged": Case("110M", "float32", 200, 16, 256, 32, 128, temperature=1.0),
+    "beam": Case("110M", "float32", 40, 16, 128, 40, 48, beams=5)}
+
+
+def case_of(name: str, size: str) -> Case:
+    """A case, in the size that is asked for."""
+    case = CASES[name]
+    if size == "tiny":
+        case = Case("tiny", "float32", min(case.prompts, 12), 4, 4 if case.least == case.most else
+                    16, min(case.rows, 4 * case.beams), 8, case.beams, case.temperature)
+    elif size == "quick":
+        case = Case(**{**vars(case), "prompts": min(case.prompts, 64), "new": case.new // 2})
+    return case
+
+
+def draw(shape: str, folder: str) -> None:
+    """Write a random model; its logits are as flat as a young model's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    C, M, L, H, K, V = SHAPES[shape]
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if shape == "1.1B" else torch.float32)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=V, hidden_size=C, intermediate_size=M, num_hidden_layers=L,
+        num_attention_heads=H, num_key_value_heads=K, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=2048)).save_pretrained(folder, max_shard_size="1GB")
+
+
+def asked_of(case: Case) -> tuple[list[list[int]], list[int]]:
+    """The prompts and the ids that end an answer, the same in every process."""
+    V, chance = SHAPES[case.shape][-1], random.Random(1)
+    prompts = [[chance.randrange(3, V) for _ in range(chance.randint(case.least, case.most))]
+               for _ in range(case.prompts)]
+    return prompts, chance.sample(range(V), V // 64)
+
+
+def ours(case: Case, folder: str, ends: list[int]) -> Any:
+    """A function that answers prompts with up to so many ids."""
+    import torch
+
+    import weights
+    from generate import answers
+    from sampling import Sampling, Stops
+
+    dtype = getattr(torch, case.dtype)
+    model, _ = weights.load(folder, dtype=dtype, tokenizer=False)
+    model.eval().model.compute_dtype = dtype
+
+    def run(prompts: list[list[int]], new: int) -> list[list[int]]:
+        sampling = Sampling(new, case.temperature, beams=case.beams)
+        return [x.ids for x in answers(model, prompts, sampling, Stops(set(ends)),
+                                       rows=case.rows)]
+
+    return run
+
+
+def theirs(case: Case, folder: str, ends: list[int]) -> Any:
+    """The same by transformers: batches of prompts of like lengths, padded on the left."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, case.dtype)).eval()
+    drawn = {"do_sample": True, "temperature": case.temperature, "top_k": 0} \
+        if case.temperature else {"do_sample": False}
+    ending = set(ends)
+
+    def run(prompts: list[list[int]], new: int) -> list[list[int]]:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        n, found = max(1, case.rows // case.beams), {}
+        for at in range(0, len(order), n):
+            part = order[at : at + n]
+            T = max(len(prompts[i]) for i in part)
+            pads = [T - len(prompts[i]) for i in part]
+            ids = torch.tensor([[0] * p + prompts[i] for p, i in zip(pads, part, strict=True)])
+            mask = torch.tensor([[0] * p + [1] * (T - p) for p in pads])
+            out = model.generate(ids, attention_mask=mask, num_beams=case.beams, pad_token_id=0,
+                                 max_new_tokens=new, eos_token_id=ends, **drawn)[:, T:].tolist()
+            for i, row in zip(part, out, strict=True):
+                end = next((k for k, x in enumerate(row) if x in ending), len(row) - 1)
+                found[i] = row[: end + 1]
+        return [found[i] for i in range(len(prompts))]
+
+    return run
+
+
+def measure(side: str, name: str, size: str, folder: str) -> dict[str, Any]:
+    """Seconds for the first ids alone and for whole answers, and the answers."""
+    import torch
+
+    case = case_of(name, size)
+    prompts, ends = asked_of(case)
+    ends = [] if case.rows == case.prompts and not case.temperature and case.beams == 1 else ends
+    torch.manual_seed(0)
+    run = {"ours": ours, "transformers": theirs}[side](case, folder, ends)
+    run(prompts[:1], 2)  # every weight is in memory, every thread has begun
+    found = {}
+    for key, new in (("first", 1), ("whole", case.new)):
+        begun = time.perf_counter()
+        ids = run(prompts, new)
+        found[key] = time.perf_counter() - begun
+    return {**found, "ids": ids}
+
+
+def agree(case: Case, runs: dict[str, list[dict]]) -> bool:
+    """Whether the sides gave the same answers, as far as they can: nine in ten, for of two equal
+    logits either side may take either."""
+    if case.temperature:
+        return True
+    n = 1 if case.dtype == "bfloat16" else case.new
+    first = runs["ours"][0]["ids"]
+    return all(sum(a[:n] == b[:n] for a, b in zip(first, run["ids"], strict=True))
+               >= 0.9 * len(first) for done in runs.values() for run in done)
+
+
+def job(s: Settings) -> str:
+    sides = ["ours", *(["transformers"] if installed("transformers") else [])]
+    read = limits.measured(s.size)
+    rows = []
+    with tempfile.TemporaryDirectory() as home:
+        drawn: set[str] = set()
+        for name in s.cases or CASES:
+            case = case_of(name, s.size)
+            folder = f"{home}/{case.shape}"
+            if case.shape not in drawn:
+                child(HERE, "draw", case.shape, folder)
+                drawn.add(case.shape)
+            runs = in_turn(HERE, s.rounds, {side: ("measure", [side, name, s.size, folder])
+                                            for side in sides})
+            if not agree(case, runs):
+                s.faults.append(f"{name}: the sides give different ids")
+            rows += lines(name, case, runs, read["read"])
+    head = ["case", "", "prompts, side by side", "ids/s", "range", "times transformers",
+            "ms a step", "of the read limit", "peak GB"]
+    return table(head, rows) + "\n\n" + limits.words(read, "transformers")
+
+
+def lines(name: str, case: Case, runs: dict[str, list[dict]], read: float) -> list[list[str]]:
+    """A case's rows of the table."""
+    C, M, L, H, K, V = SHAPES[case.shape]
+    matrices = V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M)  # the head, not the table
+    size = matrices * (2 if case.dtype == "bfloat16" else 4)
+    speeds = {side: Spread.of([sum(map(len, x["ids"])) / x["whole"] for x in done])
+              for side, done in runs.items()}
+    found = []
+    for side, done in runs.items():
+        speed = speeds[side]
+        step = min((x["whole"] - x["first"]) / (case.new - 1) for x in done)
+        together = case.prompts == case.rows and case.beams == 1 and not case.temperature
+        ratio = f"{speed.median / speeds['transformers'].median:.2f}" \
+            if "transformers" in speeds else "-"
+        beams = f" x {case.beams} beams" if case.beams > 1 else ""
+        found.append([f"{name}: {case.shape}, {case.dtype}", side,
+                      f"{case.prompts}, {case.rows // case.beams}{beams}", f"{speed.median:.1f}",
+                      f"{speed.least:.1f} to {speed.most:.1f}", ratio,
+                      f"{1000 * step:.1f}" if together else "-",
+                      f"{100 * size / step / 1e9 / read:.0f} %" if together else "-",
+                      f"{max(x['gb'] for x in done):.2f}"])
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(HERE, "Generation", {"draw": draw, "measure": measure}, job, list(CASES)))
