@@ -129,7 +129,7 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     ({"prompt": ["a"], "stop": [""]}, "an empty string ends every answer", 2),
     ({"prompt": ["a\udcff"]}, "prompt 1: holds bytes that are not UTF-8", 3),
     ({"file": "odd.jsonl"}, "odd.jsonl, line 2: expected a JSON object with 'prompt' or", 3),
-    ({"file": "odd.jsonl", "translate": "eng-kin"}, "line 2: expected a JSON object with 'text'", 3),
+    ({"file": "odd.jsonl", "translate": "kin-eng"}, "line 2: expected a JSON object", 3),
     ({"prompt": ["a"], "max_new_tokens": 128}, "leaves no room", 2)])
 def test_what_cannot_be_continued_is_one_line(home, monkeypatch, values, words, code):
     monkeypatch.chdir(home)
