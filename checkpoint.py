@@ -1,11 +1,16 @@
-"""The resume point: written aside, flushed, named, verified.
+"""The resume point: written aside, flushed, named, verified; by any number of ranks, while training
+goes on.
 
-    checkpoints/step-000200/  {model,optimizer,rng}.safetensors  state.json  manifest.json
+    checkpoints/step-000200/  {model,optimizer}-{rank}.safetensors  state.json  manifest.json
 
 A checkpoint exists when its folder has its name: everything is written into `.tmp-...`, flushed to
 the disk, and renamed, so a kill at any moment leaves the ones before. safetensors has no checksum
 and a torn write leaves a file of the right length, so the manifest holds each file's sha256 and
 `newest` believes nothing else.
+
+No rank ever holds the whole: each writes what it has, tensors that are cut as their rows from
+`NAME@ROW` on, whole ones dealt out among the ranks; and each reads the rows it needs, whoever wrote
+them. Training waits only for the copy to host memory.
 """
 
 from __future__ import annotations
@@ -18,73 +23,188 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+import ranks as shares
 from log import FLAGS, STORAGE, UserError, say
+from ranks import Ranks
 
+FORMAT = 2  # 1: one file a part, whole tensors under their names
 NAME = re.compile(r"step-(\d{6,})")
 ASIDE = re.compile(r"\.(?:tmp|del)-(step-\d+)-(\d+)")  # with the process that made it
 MANIFEST = "manifest.json"
-REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES}
+REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+          torch.uint8: "U8", torch.bool: "BOOL"}
+
+Parts = dict[str, dict[str, Tensor]]
 
 
-def save(root: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any],
-         keep: int) -> Path:
-    """Write root/step-NNNNNN: a safetensors file for each part, state.json and the manifest.
+class Saver:
+    """Writes one run's resume points in the background, on all ranks alike.
 
-    The newest `keep` up to this step stay. UserError: FLAGS if `keep` is below 2, STORAGE if the
-    disk refuses; what was there before is then as it was.
+    `save` copies and returns. A checkpoint has its name when every rank has written its files, and
+    only the loop knows that: it calls `advance` between steps when no rank is `busy`, and `finish`
+    where it must wait. These three are called by all ranks at once.
     """
-    if keep < 2:
-        raise UserError(f"--keep {keep}: at least 2, as the last may be half written", FLAGS)
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    root.mkdir(parents=True, exist_ok=True)
-    _sweep(root)
-    folder = root / f"step-{step:06}"
-    aside = root / f".tmp-{folder.name}-{os.getpid()}"
-    replaced = None
-    try:
-        aside.mkdir()
-        for part, tensors in parts.items():
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()},
-                      aside / f"{part}.safetensors")
-        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        files = sorted(p for p in aside.iterdir())
-        manifest = {p.name: [p.stat().st_size, _sha256(p)] for p in files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in [*files, aside / MANIFEST]:
-            path.chmod(0o666 & ~umask)  # safetensors writes 0600
+    def __init__(self, root: Path, keep: int, ranks: Ranks | None = None):
+        if keep < 2:
+            raise UserError(f"--keep {keep}: at least 2, as the last may be half written", FLAGS)
+        self.root, self.keep = root, keep
+        self.ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+        self.owner = int(self.ranks.gather(str(os.getpid()))[0])  # one aside for all, rank 0's
+        self.pool = ThreadPoolExecutor(1, "saver")
+        self.work: Future | None = None  # this rank's part of what is under way
+        self.naming = False  # all is written; rank 0 gives the name
+        self.saved = self.failures = 0  # whole ones so far; refusals in a row
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still at work."""
+        return self.work is not None and not self.work.done()
+
+    def save(self, step: int, parts: Parts, state: dict[str, Any]) -> None:
+        """Begin to write root/step-NNNNNN; the tensors may change as soon as this returns."""
+        self.finish()
+        self.folder = self.root / f"step-{step:06}"
+        self.aside = self.root / f".tmp-{self.folder.name}-{self.owner}"
+        self.step, self.state = step, {"format": FORMAT, **state}
+        self.need = sum(x.numel() * x.element_size() for t in parts.values() for x in t.values())
+        pieces = {part: self._copied(tensors) for part, tensors in parts.items()}
+        if self.ranks.rank == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            _sweep(self.root)
+        self.ranks.barrier()
+        self.work = self.pool.submit(self._write, pieces)
+
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank writes of a part, in host memory, by name and first row."""
+        found = {}
+        for i, (name, x) in enumerate(tensors.items()):
+            first, rows = shares.rows(x.detach())
+            mine = rows.numel() > 0 if shares.is_cut(x) else i % self.ranks.world == self.ranks.rank
+            if mine:
+                found[f"{name}@{first}"] = rows.to("cpu", copy=True).contiguous()
+        return found
+
+    def _write(self, pieces: Parts) -> dict[str, list]:
+        """This rank's files, flushed: {name: [bytes, sha256]}."""
+        self.aside.mkdir(exist_ok=True)
+        return {(name := f"{part}-{self.ranks.rank}.safetensors"):
+                write_tensors(self.aside / name, tensors) for part, tensors in pieces.items()}
+
+    def advance(self) -> None:
+        """One stage further, now that no rank is at work; UserError (STORAGE) where a disk refuses:
+        at the first save of a run, or for the third time in a row. Else that is said."""
+        if self.work is None:
+            return
+        files, fault = {}, ""
+        try:
+            files = self.work.result() or {}
+        except OSError as e:
+            if e.errno not in REFUSALS:
+                raise
+            fault = str(e)
+        said = [json.loads(x) for x in self.ranks.gather(json.dumps([files, fault]))]
+        fault = next((f"rank {i}: {x}" if self.ranks.world > 1 else x
+                      for i, (_, x) in enumerate(said) if x), "")
+        self.work = None
+        if fault:
+            self.naming = False
+            self._give_up(fault)
+        elif not self.naming:
+            self.naming = True
+            files = {name: x for part, _ in said for name, x in part.items()}
+            self.work = self.pool.submit(self._name, files) if self.ranks.rank == 0 \
+                else self.pool.submit(dict)
+        else:
+            self.naming, self.failures, self.saved = False, 0, self.saved + 1
+
+    def finish(self) -> None:
+        """Wait until what was begun is there."""
+        while self.work is not None:
+            wait([self.work])
+            self.advance()
+
+    def _give_up(self, fault: str) -> None:
+        if self.ranks.rank == 0:
+            shutil.rmtree(self.aside, ignore_errors=True)
+        self.failures += 1
+        line = (f"{self.folder}: cannot be written: needs {self.need:,} bytes, "
+                f"{shutil.disk_usage(self.root).free:,} are free ({fault}); earlier checkpoints "
+                "are whole. Make room")
+        if self.failures == 3 or not self.saved:
+            raise UserError(f"{line} and --resume", STORAGE)
+        say(f"{line}; going on, the next save tries again")
+
+    def _name(self, files: dict[str, list]) -> None:
+        """Describe what all ranks wrote, give it its name, and let the oldest go. The newest `keep`
+        up to this step stay."""
+        (self.aside / "state.json").write_text(json.dumps(self.state), encoding="utf-8")
+        state = self.aside / "state.json"
+        files = {**files, "state.json": [state.stat().st_size, _sha256(state)]}
+        (self.aside / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+        for path in (state, self.aside / MANIFEST, self.aside):
             _flush(path)
-        _flush(aside)
-        if os.path.lexists(folder):
-            replaced = _put_aside(folder)
-        aside.rename(folder)
-        _flush(root)
-    except (OSError, SafetensorError) as e:
-        if replaced and not os.path.lexists(folder):
-            replaced.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(e, OSError) and e.errno not in REFUSALS:
+        replaced = _put_aside(self.folder) if os.path.lexists(self.folder) else None
+        try:
+            self.aside.rename(self.folder)
+        except OSError:
+            if replaced:
+                replaced.rename(self.folder)
             raise
-        need = sum(x.numel() * x.element_size() for part in parts.values() for x in part.values())
-        raise UserError(
-            f"{folder}: cannot be written: needs {need:,} bytes, "
-            f"{shutil.disk_usage(root).free:,} are free ({e}); earlier checkpoints are whole. "
-            "Make room and --resume", STORAGE) from None
-    if replaced:
-        _remove(replaced)
-    # a later step is a damaged one that this run went back behind: it must not push good ones out
-    for old in [x for x in _steps(root) if _step(x) <= step][:-keep]:
-        _remove(_put_aside(old))
-    return folder
+        _flush(self.root)
+        if replaced:
+            _remove(replaced)
+        # a later step is a damaged one that this run went back behind: it must not push good ones
+        # out
+        for old in [x for x in _steps(self.root) if _step(x) <= self.step][:-self.keep]:
+            _remove(_put_aside(old))
+
+
+def save(root: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) -> Path:
+    """Write root/step-NNNNNN by this process alone, and wait for it.
+
+    UserError: FLAGS if `keep` is below 2, STORAGE if the disk refuses; what was there before is
+    then as it was.
+    """
+    saver = Saver(root, keep)
+    saver.save(step, parts, state)
+    saver.finish()
+    return saver.folder
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> list:
+    """Write CPU tensors as a new safetensors file, flushed: [its bytes, its sha256].
+
+    The format is a length, a JSON header and the bytes; written here so that the hash is taken on
+    the way, and so that Python's lock is free meanwhile: training goes on.
+    """
+    header, at = {}, 0
+    tensors = dict(sorted(tensors.items(), key=lambda x: -x[1].element_size()))  # keeps alignment
+    for name, x in tensors.items():
+        end = at + x.numel() * x.element_size()
+        header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+        for block in (len(text).to_bytes(8, "little"), text,
+                      *(x.reshape(-1).view(torch.uint8).numpy().data for x in tensors.values())):
+            file.write(block)
+            digest.update(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return [8 + len(text) + at, digest.hexdigest()]
 
 
 def newest(root: Path) -> Path | None:
@@ -106,13 +226,51 @@ def newest(root: Path) -> Path | None:
     return None
 
 
-def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """A checkpoint's parts (tensors on the CPU) and state."""
-    from safetensors.torch import load_file
+class Saved:
+    """A checkpoint, open for reading: its state, and any rows of its tensors."""
 
-    files = [folder / name for name in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))]
-    parts = {path.stem: load_file(path) for path in files if path.suffix == ".safetensors"}
-    return parts, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    def __init__(self, folder: Path):
+        from safetensors import safe_open
+
+        self.folder, self.files = folder, ExitStack()
+        self.state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if (found := self.state.get("format", 1)) > FORMAT:
+            raise UserError(f"{folder}: written by a newer version of this program (format {found},"
+                            f" this one reads up to {FORMAT}); update, or resume with that version")
+        self.pieces: dict[str, dict[str, list]] = {}  # part -> tensor -> [(first row, slice)]
+        for name in json.loads((folder / MANIFEST).read_text(encoding="utf-8")):
+            if name.endswith(".safetensors"):
+                file = self.files.enter_context(safe_open(folder / name, "pt"))
+                part = self.pieces.setdefault(re.split(r"[-.]", name)[0], {})
+                for key in file.keys():
+                    tensor, _, row = key.rpartition("@") if "@" in key else (key, "", 0)
+                    part.setdefault(tensor, []).append((int(row), file.get_slice(key)))
+
+    def __enter__(self) -> Saved:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.close()
+
+    def rows(self, part: str, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        """Rows of a tensor from `first` on, `count` of them or all."""
+        pieces = sorted(self.pieces[part][name], key=lambda x: x[0])
+        if not pieces[0][1].get_shape():
+            return pieces[0][1][...]
+        last = pieces[-1][0] + pieces[-1][1].get_shape()[0] if count is None else first + count
+        found = []
+        for start, piece in pieces:
+            a, b = max(first, start), min(last, start + piece.get_shape()[0])
+            if a < b or not found:
+                found.append(piece[a - start : b - start] if a < b else piece[0:0])
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def read(folder: Path) -> tuple[Parts, dict[str, Any]]:
+    """A checkpoint's parts (whole tensors, on the CPU) and state."""
+    with Saved(folder) as saved:
+        return ({part: {name: saved.rows(part, name) for name in tensors}
+                 for part, tensors in saved.pieces.items()}, saved.state)
 
 
 @contextmanager

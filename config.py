@@ -16,10 +16,11 @@ import itertools
 import json
 import os
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from log import FLAGS, UserError
+from log import FLAGS, UserError, say
 
 T = TypeVar("T")
 
@@ -51,6 +52,26 @@ def read(cls: type[T], argv: list[str], prog: str) -> tuple[T, dict[str, str]]:
             _known(cls, name, f"--{name.replace('_', '-')}", prog)
             origins[name] = "flag"
     return _parse(cls, argv, prog, settings, f"{prog}: "), origins
+
+
+def go_on(cls: type[T], argv: list[str], prog: str, kept: Path, free: Iterable[str],
+          warned: Iterable[str]) -> tuple[T, dict[str, str]]:
+    """The settings in `kept` with those flags over them that may change in a run that goes on.
+
+    `free` change nothing in the result, `warned` may and are said; any other is refused (FLAGS).
+    """
+    before, _ = read(cls, [str(kept)], prog)
+    settings, origins = read(cls, [str(kept), *argv], prog)
+    changed = [(f.name, f"{f.name.replace('_', '-')} was {old!r}, now {new!r}")
+               for f in dataclasses.fields(cls)
+               if (old := getattr(before, f.name)) != (new := getattr(settings, f.name))]
+    if refused := [said for name, said in changed if name not in {*free, *warned}]:
+        raise UserError(f"--resume: {'; '.join(refused)}; that is another run: leave it out, or "
+                        "start anew with another --out", FLAGS)
+    for name, said in changed:
+        if name in warned:
+            say(f"--resume: {said}; from here on the numbers may differ from the run as it began")
+    return settings, origins
 
 
 def pick(commands: dict[str, type], argv: list[str], prog: str, about: str) -> tuple[str, Any]:

@@ -262,6 +262,7 @@ class Stream:
         starts = self.bin.starts[source.documents]
         lengths = self.bin.starts[source.documents + 1] - starts - 1  # predictions, not tokens
         self.starts, self.lengths = starts[lengths > 0], lengths[lengths > 0]
+        self.documents = source.documents[lengths > 0]
         self.tokens = int(self.lengths.sum())  # predictions in an epoch
         if self.tokens == 0:
             raise UserError(
@@ -287,6 +288,14 @@ class Stream:
         self._enter(epoch)
         tail = self.rows * self.T - self.tokens
         return epoch * self.tokens + turn * self.T - (tail if turn > self.short_at else 0)
+
+    def documents_of(self, i: int) -> list[int]:
+        """Which documents of the bin are in row i."""
+        epoch, turn = divmod(i, self.rows)
+        self._enter(epoch)
+        at = int(self.shuffled[turn]) * self.T
+        first, last = np.searchsorted(self.ends, (at, at + self.T - 1), side="right")
+        return self.documents[self.order[first : last + 1]].tolist()
 
     def row(self, i: int) -> np.ndarray:
         """Row i as (4, T) int64: tokens, targets, doc, pos."""
@@ -424,18 +433,20 @@ class Loader:
         self.served = list(served)
         self.tokens = [s.served(n) for s, n in zip(self.streams, served, strict=True)]
 
+    def turn(self) -> tuple[Stream, int]:
+        """The next row of all ranks' list: its source's stream, and its number there."""
+        total = sum(self.tokens) + self.T
+        behind = [share * total - n for share, n in zip(self.shares, self.tokens, strict=True)]
+        s = int(np.argmax(behind))
+        row = self.served[s]
+        self.served[s] += 1
+        self.tokens[s] = self.streams[s].served(self.served[s])
+        return self.streams[s], row
+
     def next(self) -> Batch:
         """The next micro-batch of this rank."""
-        mine, kept = [], []
-        for i in range(self.rows * self.world):
-            total = sum(self.tokens) + self.T
-            behind = [share * total - n for share, n in zip(self.shares, self.tokens, strict=True)]
-            s = int(np.argmax(behind))
-            if i // self.rows == self.rank:
-                mine.append(self.streams[s].row(self.served[s]))
-                if self.sources[s].reference is not None:
-                    number = self.streams[s].number(self.served[s])
-                    kept.append(self.sources[s].reference[number])
-            self.served[s] += 1
-            self.tokens[s] = self.streams[s].served(self.served[s])
-        return Batch.of(mine, kept)
+        turns = [self.turn() for _ in range(self.rows * self.world)]
+        mine = turns[self.rank * self.rows : (self.rank + 1) * self.rows]
+        kept = [stream.source.reference[stream.number(i)] for stream, i in mine
+                if stream.source.reference is not None]
+        return Batch.of([stream.row(i) for stream, i in mine], kept)

@@ -12,8 +12,10 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,24 +61,41 @@ def coloured(text: str, on: bool) -> str:
     return f"\x1b[32m{text}\x1b[0m" if on and sys.stdout.isatty() else text
 
 
-@contextmanager
-def stopping() -> Iterator[Callable[[], int]]:
-    """Within it the first SIGTERM or SIGINT only sets what is yielded: the exit code to leave with,
-    before that 0.
+@dataclass
+class Asked:
+    """What signals have asked for since they were last looked at."""
 
-    The loop looks between steps, so that no work is done in a handler. A second signal stops at
-    once.
+    stop: int = 0  # the exit code to leave with: 128 + the signal's number
+    save: int = 0  # 1: save, and go on
+
+
+@contextmanager
+def listening() -> Iterator[Asked]:
+    """Within it SIGTERM, SIGINT and SIGHUP only ask to stop, and SIGUSR1 to save.
+
+    The loop looks between steps, so that no work is done in a handler. A second signal to stop ends
+    the process at once; within a second of the first it is the same one, passed on by a launcher.
     """
-    code = 0
+    asked = Asked()
+    first = 0.0
 
     def ask(number: int, _: Any) -> None:
-        nonlocal code
-        code = 128 + number
-        signal.signal(number, before[number])
+        nonlocal first
+        if number == signal.SIGUSR1:
+            asked.save = 1
+        elif not asked.stop:
+            asked.stop, first = 128 + number, time.monotonic()
+        elif time.monotonic() - first > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {n: signal.getsignal(n) for n in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup
+            signal.signal(number, ask)
     try:
-        yield lambda: code
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -102,7 +121,11 @@ def run(command: Callable[[], T]) -> T:
     except UserError as e:
         if os.environ.get("DEBUG"):
             raise
-        print(f"error: {printable(' '.join(str(e).split()))}", file=sys.stderr, flush=True)
+        who = ""
+        if not speaking():  # rank 0 mostly says the same, and torchrun ends us before we repeat it
+            time.sleep(2)
+            who = f"rank {os.environ['RANK']}: "
+        print(f"error: {who}{printable(' '.join(str(e).split()))}", file=sys.stderr, flush=True)
         sys.exit(e.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -141,11 +164,14 @@ class Metrics:
             self.board = SummaryWriter(
                 path.with_name("tensorboard"), purge_step=max(after_step, 0) + 1)
 
-    def write(self, step: int, **values: Any) -> None:
-        """Append one line; it is flushed, so that a kill loses none."""
+    def write(self, step: int, durable: bool = False, **values: Any) -> None:
+        """Append one line; it is flushed, so that a kill loses none, and no power cut if durable.
+        """
         if self.file:
             self.file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
             self.file.flush()
+            if durable:
+                os.fsync(self.file.fileno())
         if self.board:
             for name, value in values.items():
                 for part, x in value.items() if isinstance(value, dict) else [("", value)]:

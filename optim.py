@@ -1,5 +1,5 @@
-"""What moves the weights: parameter groups, AdamW, the learning-rate curve, and the optimizer's
-state by name.
+"""What moves the weights: parameter groups, AdamW, the learning-rate curve, the scale of an fp16
+loss, and the optimizer's state by name.
 
 AdamW costs 16 bytes a trained number: weight, gradient and two moments in float32. Where that is
 too much there are two more. `adamw8bit` (Dettmers et al. 2022, by bitsandbytes) keeps the moments
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def groups(model: nn.Module, weight_decay: float, embeddings: float = 1.0,
     Matrices decay; norms, biases and lengths (one number a channel) do not. `embeddings` is the
     share of embed_tokens and lm_head, `lora_B` that of LoRA's B (LoRA+, Hayou et al. 2024).
     """
-    found: dict[tuple[float, float], dict] = {}
+    found: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -61,8 +62,9 @@ def groups(model: nn.Module, weight_decay: float, embeddings: float = 1.0,
         if name in EMBEDDINGS:
             scale = embeddings
         decay = weight_decay if p.dim() >= 2 else 0.0
-        group = found.setdefault((scale, decay), {"params": [], "names": [], "scale": scale,
-                                                  "weight_decay": decay})
+        # a tensor cut among ranks (FSDP) and a whole one cannot go through one fused kernel
+        group = found.setdefault((scale, decay, type(p)), {"params": [], "names": [],
+                                                           "scale": scale, "weight_decay": decay})
         group["params"].append(p)
         group["names"].append(name)
     return list(found.values())
@@ -156,6 +158,25 @@ def rounded(x: Tensor, draw: torch.Generator) -> Tensor:
     """
     noise = torch.randint(1 << 16, x.shape, generator=draw, device=x.device, dtype=torch.int32)
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by before an fp16 backward pass, whose gradients would else fall
+    below fp16's smallest number (Micikevicius et al. 2018, 3.2). Always 1: off.
+
+    Halved when a gradient overflows, doubled after 2,000 steps in which none did.
+    """
+
+    value: float = 1.0
+    good: int = 0  # steps since it changed
+
+    def update(self, finite: bool) -> None:
+        if self.value == 1.0:
+            return
+        self.good = self.good + 1 if finite else 0
+        if not finite or self.good == 2000:
+            self.value, self.good = max(2.0, self.value * (2.0 if finite else 0.5)), 0
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,19 +1,29 @@
-"""Who and how many we are: this process's rank, its device, the dtype of products, sums over all
-ranks.
+"""Who and how many we are: this process's rank, its device, the dtype of products, and how what
+trains is shared among ranks.
 
 torchrun starts the processes and says in the environment which is which. Alone, a process is rank 0
-of 1 and every method here costs nothing. Several ranks hold the same weights and add their
-gradients once a step.
+of 1 and every method here costs nothing. With several, one idea: a step is a *sum* over all of
+them, divided once by a count, so nothing here ever averages.
+
+- `ddp`: every rank holds the whole model. Gradients are summed in buckets while the backward pass
+  is still on its way to the first layer, as torch's DistributedDataParallel does it. Here it is a
+  hook on each parameter and no wrapper around the model: names stay those of the files, and an
+  objective may call the model as often and in whatever way it likes.
+- `fsdp`: torch's fully_shard (FSDP2). Each rank keeps 1/N of every matrix, of its gradient and of
+  its moments, and has a block whole only while it computes it. What is small or needs float32 in
+  use (norms, biases, lengths, adapters) stays whole on each rank and goes the way of `ddp`.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import resource
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -25,6 +35,36 @@ from log import FLAGS, UserError
 # limit of an MFU
 PEAKS = {"T4": 65e12, "L4": 121e12, "A10G": 70e12, "A100": 312e12, "H100": 989e12, "H200": 989e12,
          "4090": 165e12}
+BUCKET = 25 << 20  # bytes of gradients in one message; DDP's own default
+GiB = 2**30
+
+
+class LostRank(UserError):
+    """Another rank did not answer; which of us noticed, and what was seen."""
+
+
+@dataclass
+class Bucket:
+    """Parameters whose gradients travel together."""
+
+    parameters: list[nn.Parameter]
+    missing: int = 0  # gradients still to come in this backward pass
+    sum: Tensor | None = None  # (numbers,)
+    work: dist.Work | None = None
+
+    def send(self) -> None:
+        """Begin to sum; a parameter without a gradient here may have one elsewhere: it adds 0."""
+        self.sum = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                              for p in self.parameters])
+        self.work = dist.all_reduce(self.sum, async_op=True)
+
+    def receive(self) -> None:
+        """Wait for the sum, and let the gradients be parts of it."""
+        self.work.wait()
+        for p, part in zip(self.parameters, self.sum.split([p.numel() for p in self.parameters]),
+                           strict=True):
+            p.grad = part.view_as(p)
+        self.sum = self.work = None
 
 
 @dataclass
@@ -34,22 +74,42 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    how: str = "none"  # the ranks share the work by: none (one rank), ddp, fsdp
+    buckets: list[Bucket] = field(default_factory=list)  # in the order in which they are sent
+    shards: list[nn.Module] = field(default_factory=list)  # modules that fully_shard has cut
+    sent: int = 0  # buckets of this step that are under way
+    meeting: bool = False  # whether this backward pass is the step's last
 
     @classmethod
-    def start(cls, device: str) -> Ranks:
-        """Join the others, if torchrun started us; `device` is auto, cpu or cuda."""
+    def start(cls, device: str, timeout: float = 600.0) -> Ranks:
+        """Join the others, if torchrun started us; `device` is auto, cpu or cuda.
+
+        A rank that waits longer than `timeout` seconds for the others gives up. UserError (FLAGS)
+        where the environment does not fit together.
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 "--device cuda: no GPU that this torch can use; take --device cpu or install a "
                 "CUDA build of torch", FLAGS)
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world, local = _environment()
         if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            if local >= torch.cuda.device_count():
+                raise UserError(f"LOCAL_RANK {local}: this machine has {torch.cuda.device_count()} "
+                                "GPUs; give torchrun at most so many with --nproc-per-node", FLAGS)
+            device = f"cuda:{local}"
             torch.cuda.set_device(device)
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            try:
+                dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                        timeout=datetime.timedelta(seconds=timeout))
+            except (RuntimeError, ValueError) as e:  # DistNetworkError is a RuntimeError
+                why = " ".join(str(e).split())[:200]
+                raise UserError(f"rank {rank} of {world} cannot meet the others at {where} ({why});"
+                                " on one machine, torchrun --standalone finds a free port",
+                                FLAGS) from None
         return cls(rank, world, torch.device(device))
 
     def __str__(self) -> str:
@@ -60,6 +120,123 @@ class Ranks:
             name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
         return name if self.world == 1 else f"{self.world} x {name}"
 
+    # -- sharing the model ------------------------------------------------------------------------
+
+    def share(self, model: nn.Module, how: str, dtype: torch.dtype) -> None:
+        """Put a model that lies whole on the CPU or the device where it trains, and share it.
+
+        `how`: auto, none, ddp, fsdp; `dtype` that of products. What trains becomes float32.
+        """
+        if how == "auto":
+            how = "none" if self.world == 1 else "fsdp" if self._crowded(model) else "ddp"
+        if how == "none" and self.world > 1:
+            raise UserError(f"--shard none: {self.world} ranks that do not share their gradients "
+                            "are different runs; take ddp or fsdp", FLAGS)
+        if how != "none" and self.world == 1:
+            raise UserError(f"--shard {how}: there is one rank; start several with torchrun "
+                            "--nproc-per-node, or leave the flag out", FLAGS)
+        self.how = how
+        if how == "fsdp":
+            self._cut(model, dtype)
+        self._place(model)
+        if self.world > 1:
+            self._bucket([p for p in model.parameters() if p.requires_grad and not is_cut(p)])
+
+    def _crowded(self, model: nn.Module) -> bool:
+        """Whether the whole of weights, gradients and moments would fill half of a GPU."""
+        if self.device.type != "cuda":
+            return False
+        need = sum(p.numel() * (16 if p.requires_grad else p.element_size())
+                   for p in model.parameters())
+        return need > torch.cuda.get_device_properties(self.device).total_memory / 2
+
+    def _place(self, module: nn.Module) -> None:
+        """Move what is not cut to the device; what trains becomes float32."""
+        for p in module.parameters():
+            if not is_cut(p):
+                p.data = p.data.to(self.device, torch.float32 if p.requires_grad else p.dtype)
+        for m in module.modules():
+            for name, x in [*m._buffers.items(), *vars(m).items()]:
+                if isinstance(x, Tensor) and x.device.type != self.device.type:
+                    setattr(m, name, x.to(self.device))  # DoRA's squares, NF4's blocks
+
+    def _cut(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """fully_shard each block, then the rest (embeddings and head).
+
+        Blocks are gathered in the dtype of products, which is what their matrices are cast to in
+        use anyway; embeddings and head as they are kept, for a look-up's gradient is summed in the
+        table's dtype. So nothing is rounded that one rank would not round. The head is used inside
+        the root's forward, where it is whole.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        # the NLL is a view, and nobody writes into it
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        whole = {p for name, p in model.named_parameters() if p.dim() < 2 or ".lora_" in name}
+        narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        kept = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        for block in model.model.layers:
+            self._place(block)  # one block at a time is whole on the device
+            fully_shard(block, mesh=mesh, mp_policy=narrow, ignored_params=whole)
+        self._place(model)
+        fully_shard(model, mesh=mesh, mp_policy=kept, ignored_params=whole)
+        self.shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        for m in self.shards:
+            m.set_force_sum_reduction_for_comms(True)
+            m.set_gradient_divide_factor(1.0)  # a sum, where FSDP would average
+        for m in self.shards:  # its buffers must not be born in an evaluation's inference mode
+            m.unshard()
+            m.reshard()
+
+    def _bucket(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Deal parameters out to buckets, those of the last layers first, as gradients come."""
+        size = 0
+        for p in reversed(parameters):
+            if not self.buckets or size + p.numel() * p.element_size() > BUCKET:
+                self.buckets.append(Bucket([]))
+                size = 0
+            bucket = self.buckets[-1]
+            bucket.parameters.append(p)
+            size += p.numel() * p.element_size()
+            p.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+
+    # -- a step -----------------------------------------------------------------------------------
+
+    def meet(self, last: bool) -> None:
+        """Say before a backward pass whether it is the step's last, in which gradients meet."""
+        self.meeting, self.sent = last, 0
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.parameters)
+        for m in self.shards:
+            m.set_requires_gradient_sync(last, recurse=False)
+
+    def _arrived(self, bucket: Bucket) -> None:
+        """A gradient is there. Buckets leave in one order, or ranks would sum what does not
+        belong together."""
+        bucket.missing -= 1
+        while self.meeting and self.sent < len(self.buckets) \
+                and self.buckets[self.sent].missing <= 0:
+            self.buckets[self.sent].send()
+            self.sent += 1
+
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], float]:
+        """What this rank has of the step's summed gradients, and the norm of all of them."""
+        for bucket in self.buckets[self.sent:]:  # with parameters that this batch did not use
+            bucket.send()
+        for bucket in self.buckets:
+            bucket.receive()
+        found = [p.grad for p in parameters if p.grad is not None]
+        whole = [g for g in found if not is_cut(g)]
+        parts = [g.to_local() for g in found if is_cut(g)]
+        norm = torch.nn.utils.get_total_norm(whole).item()
+        if self.shards:
+            norm = (norm**2 + self.total(torch.nn.utils.get_total_norm(parts).item() ** 2)) ** 0.5
+        return whole + parts, norm
+
+    # -- numbers and words ------------------------------------------------------------------------
+
     def total(self, x: float) -> float:
         """The sum of a number over all ranks."""
         if self.world == 1:
@@ -68,27 +245,27 @@ class Ranks:
         dist.all_reduce(t)
         return t.item()
 
-    def highest(self, x: int) -> int:
-        """The largest of a number over all ranks."""
+    def highest(self, *xs: int) -> list[int]:
+        """The largest of each number over all ranks."""
         if self.world == 1:
-            return x
-        t = torch.tensor(x, device=self.device)
+            return list(xs)
+        t = torch.tensor(xs, device=self.device)
         dist.all_reduce(t, dist.ReduceOp.MAX)
-        return int(t)
+        return t.tolist()
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over all ranks, once a step, in one message per dtype."""
+    def gather(self, text: str) -> list[str]:
+        """What each rank says, by rank."""
         if self.world == 1:
-            return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for p in parameters:
-            if p.grad is not None:
-                by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-        for grads in by_dtype.values():
-            flat = torch.cat([g.flatten() for g in grads])
-            dist.all_reduce(flat)
-            for g, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                g.copy_(summed.view_as(g))
+            return [text]
+        mine = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        sizes = [0] * self.world
+        sizes[self.rank] = len(mine)
+        sizes = self.highest(*sizes)
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
+        padded[: len(mine)] = mine
+        said = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(said, padded)
+        return [bytes(x[:n].tolist()).decode() for x, n in zip(said, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -104,6 +281,8 @@ class Ranks:
         """Part from the others in order."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    # -- the machine ------------------------------------------------------------------------------
 
     def compute_dtype(self, name: str) -> torch.dtype:
         """The dtype of products: as asked, or `auto`: bf16 where the machine multiplies it
@@ -124,6 +303,54 @@ class Ranks:
     def memory_gb(self) -> float:
         """The most memory held so far, GB of 2^30: on the GPU, or of the whole process on a CPU."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
+            return torch.cuda.max_memory_allocated(self.device) / GiB
         unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GiB
+
+
+def _environment() -> tuple[int, int, int]:
+    """Rank, ranks in all, rank on this machine, as torchrun says; UserError if it says half of it.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    said = {name: os.environ[name] for name in names if os.environ.get(name)}
+    try:
+        rank, world, local = (int(said.get(name, default)) for name, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    except ValueError:
+        rank = world = local = -1
+    if not 0 <= rank < world or local < 0:
+        shown = ", ".join(f"{k}={v}" for k, v in said.items())
+        raise UserError(f"environment: {shown} are no rank among ranks; start with torchrun, or "
+                        "unset them", FLAGS)
+    if world > 1 and (missing := [name for name in names if name not in said]):
+        raise UserError(f"environment: WORLD_SIZE={world}, but {', '.join(missing)} are not set; "
+                        "start with torchrun, or unset WORLD_SIZE", FLAGS)
+    return rank, world, local
+
+
+def is_cut(x: Tensor) -> bool:
+    """Whether a tensor is one rank's part of a whole (a DTensor)."""
+    return hasattr(x, "to_local")
+
+
+def whole(x: Tensor) -> Tensor:
+    """The whole of a tensor; of one that is cut, all ranks must ask at once."""
+    return x.full_tensor() if is_cut(x) else x
+
+
+def rows(x: Tensor) -> tuple[int, Tensor]:
+    """What this rank holds of a tensor: its first row, and the rows themselves."""
+    if not is_cut(x):
+        return 0, x
+    each = -(-x.shape[0] // x.device_mesh.size())  # as torch.chunk cuts it
+    return min(x.device_mesh.get_local_rank() * each, x.shape[0]), x.to_local()
+
+
+def as_cut(local: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows as a part of the same whole as `like`."""
+    from torch.distributed.tensor import DTensor
+
+    if not is_cut(like):
+        return local
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False,
+                              shape=like.shape, stride=like.stride())

@@ -34,6 +34,7 @@ from families import ModelConfig, read_json
 from log import STORAGE, UserError
 from model import Llama
 from nf4 import NF4Linear
+from ranks import whole
 from shards import DTYPES, INDEX, SINGLE, Slot, contents, five, header, inside, mark
 from tokenizer import Tokenizer
 
@@ -221,11 +222,12 @@ def _check_finite(x: Tensor, what: str) -> None:
 
 
 def save(model: Llama, folder: Path | str, like: Path | str,
-         dtype: torch.dtype | None = None) -> None:
+         dtype: torch.dtype | None = None, write: bool = True) -> None:
     """Write a model's folder as `like` is laid out: its shards, dtypes (or `dtype`), other files.
 
     A `like` that is only a shape, without weights, gives one file in the model's own dtype. A tied
-    head is not written. UserError if an adapter is attached, or the folder cannot be written.
+    head is not written. If a model is cut among ranks, all call this, and one has `write`.
+    UserError if an adapter is attached, or the folder cannot be written.
     """
     if lora.adapters(model):
         raise UserError(f"{folder}: the model has an adapter; merge it, or save the adapter alone")
@@ -240,11 +242,15 @@ def save(model: Llama, folder: Path | str, like: Path | str,
     shards: dict[str, list[str]] = {slot.file.name: [] for slot in before.values()} or {SINGLE: []}
     for k in state:  # what `like` does not have goes to the last shard
         shards[before[k].file.name if k in before else list(shards)[-1]].append(k)
+    if not write:
+        for k in (k for names in shards.values() for k in names):
+            whole(state[k])
+        return
     with _aside(Path(folder)) as aside:
         _write_config(aside, like, model.config, dtype or (None if before else model.head.dtype))
         _carry(like, aside)
         for file, names in shards.items():
-            part = {k: state[k].to("cpu", kinds[k]).contiguous() for k in names}
+            part = {k: whole(state[k]).to("cpu", kinds[k]).contiguous() for k in names}
             for k, x in part.items():
                 _check_finite(x, k)  # a narrower dtype overflows without a word
             save_file(part, aside / file, metadata={"format": "pt"})
@@ -283,7 +289,7 @@ def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path 
     with _aside(Path(folder)) as aside:
         (aside / ADAPTER_CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
         _carry(find(like), aside)
-        state = {k: x.cpu().contiguous() for k, x in lora.adapter_state(model).items()}
+        state = {k: whole(x).cpu().contiguous() for k, x in lora.adapter_state(model).items()}
         save_file(state, aside / ADAPTER, metadata=about)
 
 
