@@ -65,6 +65,7 @@ class Saver:
         self.work: Future | None = None  # this rank's part of what is under way
         self.naming = False  # all is written; rank 0 gives the name
         self.saved = self.failures = 0  # whole ones so far; refusals in a row
+        self.must = False
 
     @property
     def busy(self) -> bool:
@@ -76,7 +77,8 @@ class Saver:
         self.finish()
         self.folder = self.root / f"step-{step:06}"
         self.aside = self.root / f".tmp-{self.folder.name}-{self.owner}"
-        self.step, self.state = step, {"format": FORMAT, **state}
+        self.step = step
+        self.state = json.dumps({"format": FORMAT, **state})  # now: the run goes on changing it
         self.need = sum(x.numel() * x.element_size() for t in parts.values() for x in t.values())
         pieces = {part: self._copied(tensors) for part, tensors in parts.items()}
         if self.ranks.rank == 0:
@@ -128,8 +130,9 @@ class Saver:
         else:
             self.naming, self.failures, self.saved = False, 0, self.saved + 1
 
-    def finish(self) -> None:
-        """Wait until what was begun is there."""
+    def finish(self, must: bool = False) -> None:
+        """Wait until what was begun is there; with `must`, any refusal is a UserError."""
+        self.must = must
         while self.work is not None:
             wait([self.work])
             self.advance()
@@ -141,14 +144,14 @@ class Saver:
         line = (f"{self.folder}: cannot be written: needs {self.need:,} bytes, "
                 f"{shutil.disk_usage(self.root).free:,} are free ({fault}); earlier checkpoints "
                 "are whole. Make room")
-        if self.failures == 3 or not self.saved:
+        if self.failures == 3 or self.must or not self.saved:
             raise UserError(f"{line} and --resume", STORAGE)
         say(f"{line}; going on, the next save tries again")
 
     def _name(self, files: dict[str, list]) -> None:
         """Describe what all ranks wrote, give it its name, and let the oldest go. The newest `keep`
         up to this step stay."""
-        (self.aside / "state.json").write_text(json.dumps(self.state), encoding="utf-8")
+        (self.aside / "state.json").write_text(self.state, encoding="utf-8")
         state = self.aside / "state.json"
         files = {**files, "state.json": [state.stat().st_size, _sha256(state)]}
         (self.aside / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")

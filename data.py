@@ -289,14 +289,6 @@ class Stream:
         tail = self.rows * self.T - self.tokens
         return epoch * self.tokens + turn * self.T - (tail if turn > self.short_at else 0)
 
-    def documents_of(self, i: int) -> list[int]:
-        """Which documents of the bin are in row i."""
-        epoch, turn = divmod(i, self.rows)
-        self._enter(epoch)
-        at = int(self.shuffled[turn]) * self.T
-        first, last = np.searchsorted(self.ends, (at, at + self.T - 1), side="right")
-        return self.documents[self.order[first : last + 1]].tolist()
-
     def row(self, i: int) -> np.ndarray:
         """Row i as (4, T) int64: tokens, targets, doc, pos."""
         epoch, turn = divmod(i, self.rows)
@@ -433,7 +425,7 @@ class Loader:
         self.served = list(served)
         self.tokens = [s.served(n) for s, n in zip(self.streams, served, strict=True)]
 
-    def turn(self) -> tuple[Stream, int]:
+    def turn(self) -> tuple[Stream | Whole, int]:
         """The next row of all ranks' list: its source's stream, and its number there."""
         total = sum(self.tokens) + self.T
         behind = [share * total - n for share, n in zip(self.shares, self.tokens, strict=True)]

@@ -164,14 +164,16 @@ class Metrics:
             self.board = SummaryWriter(
                 path.with_name("tensorboard"), purge_step=max(after_step, 0) + 1)
 
-    def write(self, step: int, durable: bool = False, **values: Any) -> None:
-        """Append one line; it is flushed, so that a kill loses none, and no power cut if durable.
-        """
+    def flush(self) -> None:
+        """Have the disk hold all lines: a resume point never knows of steps that are not there."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line; it is flushed, so that a kill loses none."""
         if self.file:
             self.file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
             self.file.flush()
-            if durable:
-                os.fsync(self.file.fileno())
         if self.board:
             for name, value in values.items():
                 for part, x in value.items() if isinstance(value, dict) else [("", value)]:

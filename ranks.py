@@ -17,6 +17,7 @@ them, divided once by a count, so nothing here ever averages.
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import resource
@@ -24,6 +25,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -37,10 +39,6 @@ PEAKS = {"T4": 65e12, "L4": 121e12, "A10G": 70e12, "A100": 312e12, "H100": 989e1
          "4090": 165e12}
 BUCKET = 25 << 20  # bytes of gradients in one message; DDP's own default
 GiB = 2**30
-
-
-class LostRank(UserError):
-    """Another rank did not answer; which of us noticed, and what was seen."""
 
 
 @dataclass
@@ -74,6 +72,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    trained: torch.dtype = torch.float32  # the dtype of what trains
     how: str = "none"  # the ranks share the work by: none (one rank), ddp, fsdp
     buckets: list[Bucket] = field(default_factory=list)  # in the order in which they are sent
     shards: list[nn.Module] = field(default_factory=list)  # modules that fully_shard has cut
@@ -122,11 +121,13 @@ class Ranks:
 
     # -- sharing the model ------------------------------------------------------------------------
 
-    def share(self, model: nn.Module, how: str, dtype: torch.dtype) -> None:
+    def share(self, model: nn.Module, how: str, dtype: torch.dtype,
+              trained: torch.dtype = torch.float32) -> None:
         """Put a model that lies whole on the CPU or the device where it trains, and share it.
 
-        `how`: auto, none, ddp, fsdp; `dtype` that of products. What trains becomes float32.
+        `how`: auto, none, ddp, fsdp; `dtype` that of products, `trained` that of what trains.
         """
+        self.trained = trained
         if how == "auto":
             how = "none" if self.world == 1 else "fsdp" if self._crowded(model) else "ddp"
         if how == "none" and self.world > 1:
@@ -151,10 +152,10 @@ class Ranks:
         return need > torch.cuda.get_device_properties(self.device).total_memory / 2
 
     def _place(self, module: nn.Module) -> None:
-        """Move what is not cut to the device; what trains becomes float32."""
+        """Move what is not cut to the device, and what trains to its dtype."""
         for p in module.parameters():
             if not is_cut(p):
-                p.data = p.data.to(self.device, torch.float32 if p.requires_grad else p.dtype)
+                p.data = p.data.to(self.device, self.trained if p.requires_grad else p.dtype)
         for m in module.modules():
             for name, x in [*m._buffers.items(), *vars(m).items()]:
                 if isinstance(x, Tensor) and x.device.type != self.device.type:
@@ -194,7 +195,8 @@ class Ranks:
         """Deal parameters out to buckets, those of the last layers first, as gradients come."""
         size = 0
         for p in reversed(parameters):
-            if not self.buckets or size + p.numel() * p.element_size() > BUCKET:
+            if not size or size + p.numel() * p.element_size() > BUCKET \
+                    or p.dtype != self.buckets[-1].parameters[-1].dtype:
                 self.buckets.append(Bucket([]))
                 size = 0
             bucket = self.buckets[-1]
@@ -237,13 +239,17 @@ class Ranks:
 
     # -- numbers and words ------------------------------------------------------------------------
 
+    def totals(self, *xs: float) -> list[float]:
+        """The sum of each number over all ranks."""
+        if self.world == 1:
+            return list(xs)
+        t = torch.tensor(xs, dtype=torch.float64, device=self.device)
+        dist.all_reduce(t)
+        return t.tolist()
+
     def total(self, x: float) -> float:
         """The sum of a number over all ranks."""
-        if self.world == 1:
-            return x
-        t = torch.tensor(x, dtype=torch.float64, device=self.device)
-        dist.all_reduce(t)
-        return t.item()
+        return self.totals(x)[0]
 
     def highest(self, *xs: int) -> list[int]:
         """The largest of each number over all ranks."""
@@ -266,6 +272,17 @@ class Ranks:
         said = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(said, padded)
         return [bytes(x[:n].tolist()).decode() for x, n in zip(said, sizes, strict=True)]
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """UserError (FLAGS) if a rank was started with other facts than rank 0: they would train
+        different runs, or wait for each other for ever."""
+        said = [json.loads(x) for x in self.gather(json.dumps(facts))]
+        for rank, theirs in enumerate(said):
+            for name, x in said[0].items():
+                if theirs.get(name) != x:
+                    raise UserError(f"rank {rank} was started with another {name}: "
+                                    f"{theirs.get(name)}, rank 0 with {x}; start all with the "
+                                    "same command, code and data", FLAGS)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -306,6 +323,17 @@ class Ranks:
             return torch.cuda.max_memory_allocated(self.device) / GiB
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GiB
+
+    def memory_limit_gb(self) -> float:
+        """The most memory this rank may hold, GB of 2^30: its GPU's, or its share of the machine's.
+        """
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory / GiB
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        fence = Path("/sys/fs/cgroup/memory.max")  # of a container
+        if fence.exists() and (said := fence.read_text().strip()).isdigit():
+            size = min(size, int(said))
+        return size / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / GiB
 
 
 def _environment() -> tuple[int, int, int]:

@@ -8,10 +8,12 @@ everything that a run leaves behind is a file in its folder.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -30,17 +32,21 @@ import lora
 import nf4
 import optim
 import preference
+import ranks as shares
 import report
 import sources
 import tasks
+import watch
 import weights
 from data import Document, Loader
 from generate import Sampling, generate
-from log import FLAGS, UserError
+from log import FLAGS, STORAGE, UserError
 from loss import bits_per_byte
 from model import Llama
 from ranks import Ranks
 from tokenizer import Tokenizer
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass
@@ -56,7 +62,8 @@ class Run:
     loader: Loader
     held: sources.Held  # held-out documents by name
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scale: optim.LossScale
+    saver: checkpoint.Saver
     steps: int
     micro_batches: int
     step: int = 0
@@ -64,10 +71,13 @@ class Run:
     skipped: int = 0  # steps whose gradient was not finite
 
     @classmethod
-    def start(cls, s: Any, kind: str) -> Run:
-        """Load, wrap, open and check everything; `kind` is that of the bins. UserError on what is
-        wrong."""
-        out, ranks = Path(s.out), Ranks.start(s.device)
+    def start(cls, s: Any, kind: str, objective: Any) -> Run:
+        """Load, wrap, open and check everything; `kind` is that of the bins, `objective` what is
+        minimised. UserError on what is wrong."""
+        out, ranks = Path(s.out), Ranks.start(s.device, s.rank_timeout)
+        ranks.agree({f"--{f.name.replace('_', '-')}": str(getattr(s, f.name))
+                     for f in dataclasses.fields(s)} | {"code": code_sha(), "torch":
+                                                        torch.__version__})
         torch.manual_seed(s.seed)
         torch.use_deterministic_algorithms(s.deterministic)
         dtype = ranks.compute_dtype(s.dtype)
@@ -75,7 +85,10 @@ class Run:
         # what trains is float32; frozen weights are kept as products need them
         trained = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
         kept = dtype if s.tune != "full" else None if s.train_layers else trained
-        model, tokenizer = weights.load(folder, ranks.device, kept, quant="nf4" if s.tune == "qlora"
+        # of several ranks, each reads the files as they are and keeps its share
+        at = ranks.device if ranks.world == 1 or s.tune == "qlora" else torch.device("cpu")
+        kept = kept if ranks.world == 1 or s.tune != "full" else None
+        model, tokenizer = weights.load(folder, at, kept, quant="nf4" if s.tune == "qlora"
                                         else "none", double=s.double_quant)
         if s.tune == "full" and lora.adapters(model):
             raise UserError(
@@ -94,28 +107,52 @@ class Run:
         if s.seq_len > context:
             raise UserError(f"--seq-len {s.seq_len}: the model's context is {context}", FLAGS)
         mixed, held = sources.open_data(s, kind, folder, tokenizer, vocab, out, ranks)
-        micro = s.rows * s.seq_len * ranks.world
-        per_step = s.tokens_per_step or micro
-        if per_step % micro:
-            raise UserError(
-                f"--tokens-per-step {per_step}: no multiple of {micro} (rows {s.rows} x seq-len "
-                f"{s.seq_len} x ranks {ranks.world})", FLAGS)
-        if s.max_epochs_per_source:
-            sources.cap(mixed, s.steps * per_step, s.max_epochs_per_source)
-        loader = Loader(mixed, s.seq_len, s.rows, s.seed, ranks.rank, ranks.world)
-        first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
-        steps = s.steps or max(1, round(first / per_step))
-        optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
-                                s.embedding_lr / s.lr or 1.0, s.lora_plus, s.optimizer)
-        scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+        ranks.agree({f"sha256 of {x.name}": x.sha for x in mixed}
+                    | {"model": f"{model.config}", "tokenizer": tokenizer.fingerprint})
         if s.compile:
             for block in model.model.layers:
                 block.compile()
+        ranks.share(model, s.shard, dtype, trained)
+
+        def load(rows: int) -> Loader:
+            return Loader(mixed, s.seq_len, rows, s.seed, ranks.rank, ranks.world)
+
+        each = s.seq_len * ranks.world  # tokens of a row on every rank
+        if s.rows == "auto":
+            if not s.tokens_per_step:
+                raise UserError("--rows auto: give --tokens-per-step too, which it divides", FLAGS)
+            tries = watch.Memory(model, objective, ranks)
+            s = dataclasses.replace(s, rows=1 if s.tokens_per_step % each else watch.most_rows(
+                s.tokens_per_step // each, lambda n: tries.fits(n, load(n).next)))
+            log.say(f"--rows auto: {s.rows}")
+        micro = s.rows * each
+        per_step = s.tokens_per_step or micro
+        if per_step % micro:
+            would = [n for n in range(1, per_step // each + 1) if per_step % (n * each) == 0][-8:]
+            raise UserError(
+                f"--tokens-per-step {per_step}: no multiple of {micro} (rows {s.rows} x seq-len "
+                f"{s.seq_len} x ranks {ranks.world}); " + (
+                    f"--rows {' or '.join(map(str, would))} would do" if would else
+                    f"multiples of {each} can be divided among the ranks"), FLAGS)
+        # a run that goes on elsewhere must not choose anew
+        s = dataclasses.replace(s, tokens_per_step=per_step, dtype=DTYPES[dtype])
+        if s.max_epochs_per_source:
+            sources.cap(mixed, s.steps * per_step, s.max_epochs_per_source)
+        loader = load(s.rows)
+        first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
+        steps = s.steps or max(1, round(first / per_step))
+        if ranks.how == "fsdp" and s.optimizer != "adamw":
+            raise UserError(f"--optimizer {s.optimizer}: not with --shard fsdp; take adamw, whose "
+                            "state is cut among the ranks, or --shard ddp", FLAGS)
+        optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
+                                s.embedding_lr / s.lr or 1.0, s.lora_plus, s.optimizer)
+        scale = optim.LossScale(65536.0 if dtype == torch.float16 else 1.0)
+        saver = checkpoint.Saver(out / "checkpoints", s.keep, ranks)
         if s.mode == "dpo" and not (fresh or s.plan):
             preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
                                       ranks)
-        return cls(s, out, ranks, model, folder, tokenizer, loader, held, optimizer, scaler, steps,
-                   per_step // micro)
+        return cls(s, out, ranks, model, folder, tokenizer, loader, held, optimizer, scale, saver,
+                   steps, per_step // micro)
 
     @property
     def tokens_per_step(self) -> int:
@@ -150,7 +187,8 @@ class Run:
         return found
 
     def write_samples(self) -> None:
-        """Continue the fixed prompts, greedily, into samples.txt."""
+        """Continue the fixed prompts, greedily, into samples.txt. All ranks compute what rank 0
+        writes: of a model that is cut each has a part."""
         tok = self.tokenizer
         start = [] if tok.bos is None else [tok.bos]
         read = [start + tok.encode(p) for p in self.s.prompts] or [
@@ -166,6 +204,8 @@ class Run:
             new[i].append(token)
         self.model.train()
         file, block = self.out / "samples.txt", f"== step {self.step}\n"
+        if self.ranks.rank:
+            return
         for prompt, ids, more in zip(prompts, read, new, strict=True):
             continued = tok.decode(ids + more)[len(prompt):]
             block += f"-- {prompt}\n{log.printable(continued)}\n"
@@ -176,41 +216,60 @@ class Run:
                 break
         file.write_text(before + block, encoding="utf-8")
 
+    def seed(self) -> None:
+        """Dropout of the coming step is a function of seed, step and rank: there is no random state
+        to be saved."""
+        words = [self.s.seed, self.step, self.ranks.rank]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
+
     def save(self) -> None:
-        """The resume point: what trains, the optimizer, the random state, and where the data
-        stand."""
-        if self.ranks.rank == 0:
-            trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-            rng = {"cpu": torch.get_rng_state()}
-            if self.ranks.device.type == "cuda":
-                rng["cuda"] = torch.cuda.get_rng_state(self.ranks.device)
-            parts = {"model": trained, "optimizer": optim.state(self.model, self.optimizer),
-                     "rng": rng}
-            state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
-                     "served": self.loader.served, "data": self.data,
-                     "scaler": self.scaler.state_dict()}
-            checkpoint.save(self.out / "checkpoints", self.step, parts, state, self.s.keep)
-        self.ranks.barrier()
+        """Begin to write the resume point: what trains, the optimizer, and where the data stand."""
+        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        parts = {"model": trained, "optimizer": optim.state(self.model, self.optimizer)}
+        state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
+                 "served": self.loader.served, "data": self.data, "ranks": self.ranks.world,
+                 "scale": dataclasses.astuple(self.scale)}
+        self.saver.save(self.step, parts, state)
+
+    def room(self) -> None:
+        """UserError (STORAGE) if the disk has no room for the resume points to come."""
+        numbers = self.parameters["trained"]
+        need = 12 * numbers * (1 if (self.out / "checkpoints").exists() else 2)  # with two moments
+        free = shutil.disk_usage(self.out).free
+        if free < need:
+            raise UserError(f"--out {self.out}: {free:,} bytes are free, resume points of this run "
+                            f"need {need:,}; make room, or name another disk", STORAGE)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that verifies."""
-        newest = checkpoint.newest(self.out / "checkpoints")
-        if newest is None:
+        """Go on from the newest checkpoint that verifies; rank 0 looks, all read what they need."""
+        newest = checkpoint.newest(self.out / "checkpoints") if self.ranks.rank == 0 else None
+        newest = self.ranks.gather(str(newest or ""))[0]
+        if not newest:
             log.say("no checkpoint yet: starting from step 0")
             return
-        parts, state = checkpoint.read(newest)
-        if state["data"] != self.data:
-            raise UserError(f"--resume: the data are not those of {newest} (sha256 of the bins "
-                            "differ); start anew with another --out")
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                if p.requires_grad:
-                    p.copy_(parts["model"][name])
-        optim.load_state(self.model, self.optimizer, parts["optimizer"])
-        torch.set_rng_state(parts["rng"]["cpu"])
-        if "cuda" in parts["rng"] and self.ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(parts["rng"]["cuda"], self.ranks.device)
-        self.scaler.load_state_dict(state["scaler"])
+        with checkpoint.Saved(Path(newest)) as saved:
+            state = saved.state
+            if state["data"] != self.data:
+                was, now = (", ".join(f"{k} {v[:12]}" for k, v in x.items())
+                            for x in (state["data"], self.data))
+                raise UserError(f"--resume: the data are not those of {newest} (sha256 of the bins "
+                                f"was {was}, now {now}); start anew with another --out")
+            named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+            def mine(part: str, name: str, like: torch.Tensor) -> torch.Tensor:
+                if not shares.is_cut(like):
+                    return saved.rows(part, name)
+                first, local = shares.rows(like)
+                x = saved.rows(part, name, first, len(local))
+                return shares.as_cut(x.to(local), like) if x.dim() else x  # AdamW's count of steps
+
+            with torch.no_grad():
+                for name, p in named.items():
+                    p.copy_(mine("model", name, p))
+            optim.load_state(self.model, self.optimizer, {
+                key: mine("optimizer", key, named[key.rsplit("/", 1)[0]])
+                for key in saved.pieces.get("optimizer", {})})
+        self.scale = optim.LossScale(*state.get("scale", dataclasses.astuple(self.scale)))
         self.loader.seek(state["served"])
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
         log.say(f"resumed from {newest}")
@@ -251,11 +310,17 @@ class Run:
 
     def finish(self) -> None:
         """Write the result as an HF or PEFT folder, and the report; say what changed."""
-        if lora.adapters(self.model):
+        writes = self.ranks.rank == 0
+        if not lora.adapters(self.model):
+            weights.save(self.model, self.out / "model", self.folder, write=writes)
+        elif writes:
             base = weights.base_of(self.folder)
             weights.save_adapter(self.model, self.out / "model", str(base), self.folder)
         else:
-            weights.save(self.model, self.out / "model", self.folder)
+            for x in lora.adapter_state(self.model).values():
+                shares.whole(x)
+        if not writes:
+            return
         self.write_prompt()
         page = report.run_report(self.out)
         lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -266,3 +331,9 @@ class Run:
                     f"({after / before - 1:+.1%})")
         log.say(f"the model: {self.out / 'model'}   the report: {page}   "
                 f"samples: {self.out / 'samples.txt'}")
+
+
+def code_sha() -> str:
+    """What program this is: the sha256 of its modules."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()

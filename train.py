@@ -12,7 +12,8 @@ goes on bit for bit.
 
 from __future__ import annotations
 
-import dataclasses
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -76,8 +77,9 @@ class Settings:
 
     seq_len: int = 1024
     """Tokens in a row."""
-    rows: int = 4
-    """Rows per device and micro-batch: lower it if memory runs out, the result stays the same."""
+    rows: int | Literal["auto"] = 4
+    """Rows per device and micro-batch: lower it if memory runs out, the result stays the same.
+    auto: as many as fit, dividing --tokens-per-step."""
     tokens_per_step: int = 0
     """Tokens in a whole step, over micro-batches and ranks; 0: one micro-batch on each rank."""
     steps: int = 0
@@ -114,6 +116,11 @@ class Settings:
     """torch.compile each block."""
     recompute: bool = False
     """Activation checkpointing: less memory for a third more time."""
+    shard: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """With several ranks: ddp, each holds the model; fsdp, each holds a part. auto: ddp where a GPU
+    holds it twice."""
+    rank_timeout: float = 600.0
+    """Seconds a rank waits for the others before it gives up."""
 
     eval_every: int = 0
     """Steps between evaluations; 0: ten in a run. Step 0 and the last are always evaluated."""
@@ -136,28 +143,27 @@ class Settings:
     """Print what would be done, what it costs, and the first batch; then stop."""
 
 
-# What a resumed run may change, because the result stays the same run; all else must be as it was.
-FREE = {"out", "resume", "rows", "device", "compile", "recompute", "eval_every", "eval_tokens",
-        "prompts", "save_every", "keep", "track", "plan"}
+# What a resumed run may change: FREE changes nothing in the result, WARNED a little in its numbers,
+# and that is said; all else must be as it was.
+FREE = {"out", "resume", "plan", "rows", "rank_timeout", "eval_every", "save_every", "keep",
+        "track"}
+WARNED = {"device", "compile", "recompute", "shard", "eval_tokens", "prompts"}
 
 
 def read_settings(argv: list[str]) -> tuple[Settings, dict[str, str]]:
-    """Settings and their origins; with --resume, the run's own settings are the first recipe."""
+    """Settings and their origins; with --resume, the run's own settings are the first recipe.
+
+    torchrun starts a failed worker again with the flags of the first time: that one resumes.
+    """
     settings, origins = config.read(Settings, argv, "train.py")
-    if settings.resume:
-        kept = Path(settings.out) / "settings.toml"
-        if not kept.exists():
-            raise UserError(f"--resume: {kept} is not there, so {settings.out} holds no run; "
-                            "check --out", BAD_INPUT)
-        before = config.read(Settings, [str(kept)], "train.py")[0]
-        settings, origins = config.read(Settings, [str(kept), *argv], "train.py")
-        for f in dataclasses.fields(Settings):
-            old, new = getattr(before, f.name), getattr(settings, f.name)
-            if old != new and f.name not in FREE:
-                raise UserError(
-                    f"--resume: {f.name.replace('_', '-')} was {old!r}, now {new!r}; that is "
-                    "another run: leave the flag out, or start anew with another --out", FLAGS)
-    return settings, origins
+    kept = Path(settings.out) / "settings.toml"
+    if kept.exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        argv, settings.resume = ["--out", settings.out, "--resume"], True
+    if settings.resume and not kept.exists():
+        raise UserError(f"--resume: {kept} is not there, so {settings.out} holds no run; "
+                        "check --out", BAD_INPUT)
+    return config.go_on(Settings, argv, "train.py", kept, FREE, WARNED) if settings.resume \
+        else (settings, origins)
 
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
@@ -175,6 +181,7 @@ from data import IGNORE, Batch  # noqa: E402
 from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from run import Run  # noqa: E402
+from watch import NotFinite, Watch, explained  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -212,38 +219,43 @@ MODES: dict[str, tuple[str, Callable[[Settings], Objective]]] = {
 
 def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
                optimizer: torch.optim.Optimizer, ranks: Ranks, clip: float,
-               scaler: torch.amp.GradScaler | None = None,
+               scale: optim.LossScale | None = None,
                reported: dict[str, float] | None = None) -> tuple[float, float]:
     """One optimizer step over this rank's micro-batches -> (loss, gradient norm).
 
     Sums are divided by the count over all ranks: a mean of means would favour tokens in emptier
-    rows. A gradient that is not finite raises FloatingPointError and moves nothing. What the
-    objective only reports is put into `reported`.
+    rows. A loss or gradient that is not finite on any rank raises NotFinite on all, and moves
+    nothing. What the objective only reports is put into `reported`.
     """
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    scale = scale or optim.LossScale()
     counts = np.sum([np.atleast_1d(objective.count(b)) for b in batches], axis=0)  # (k,)
-    counts = [max(1, ranks.total(float(n))) for n in counts]  # no terms: no gradient
+    counts = [max(1, x) for x in ranks.totals(*counts.tolist())]  # no terms: no gradient
     count = torch.tensor(counts, device=ranks.device)
     minimised = len(counts) - len(objective.reported)
-    means = torch.zeros(len(counts), device=ranks.device)
-    for batch in batches:
+    parts = []
+    for i, batch in enumerate(batches):
+        ranks.meet(last=i == len(batches) - 1)
         part = objective.total(model, batch.to(ranks.device)).reshape(-1) / count  # (k,)
-        scaler.scale(part[:minimised].sum()).backward()
-        means += part.detach()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    ranks.add_gradients(trained)
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
-    if np.isfinite(norm) or scaler.is_enabled():  # the scaler skips such a step itself, and shrinks
-        scaler.step(optimizer)
-        scaler.update()
+        (part[:minimised].sum() * scale.value).backward()
+        parts.append(part.detach())
+    gradients, norm = ranks.gradients([p for p in model.parameters() if p.requires_grad])
+    found, norm = ranks.totals(*sum(parts).tolist()), norm / scale.value
+    loss = sum(found[:minimised])
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        share = min(1.0, clip / (norm + 1e-6)) / scale.value
+        for g in gradients if share != 1 else ():
+            g.mul_(share)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if not np.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm}; nothing was updated")
-    found = [ranks.total(x) for x in means.tolist()]
+    narrow = scale.value > 1 and math.isfinite(loss)
+    scale.update(finite)
+    if not finite:
+        raise NotFinite(f"loss {loss}, gradient norm {norm}: not finite; nothing was updated",
+                        [i for i, x in enumerate(parts) if not x.isfinite().all()], narrow)
     if reported is not None:
         reported.update(zip(objective.reported, found[minimised:], strict=True))
-    return sum(found[:minimised]), norm
+    return loss, norm
 
 
 def loop(run: Run) -> int:
@@ -255,12 +267,12 @@ def loop(run: Run) -> int:
     save_every = s.save_every or max(1, run.steps // 5)
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
     peak, flops = ranks.peak_flops(), run.model.flops_per_token(s.seq_len)
-    failures = stop = 0
+    watch = Watch(run.out, run.loader, ranks, run.step)
+    stop = 0
 
     def look() -> None:
         found = run.evaluate()
-        if ranks.rank == 0:
-            run.write_samples()
+        run.write_samples()
         metrics.write(step=run.step, bits_per_byte=found)
         said = ", ".join(f"{name} {x:.4f}" for name, x in found.items())
         log.say(f"step {run.step}: bits per byte {said}")
@@ -268,27 +280,29 @@ def loop(run: Run) -> int:
     run.model.train()
     if run.step == 0 and run.held:
         look()
-    with log.stopping() as asked, log.progress("training", run.steps, run.step) as move:
+    with log.listening() as asked, log.progress("training", run.steps, run.step) as move:
         while run.step < run.steps and not stop:
+            run.seed()
             begun = time.perf_counter()
             lr = optim.learning_rate(run.step + 1, run.steps, s.lr, s.schedule, warmup,
                                      s.min_lr_ratio)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
+            served, rows = run.loader.served.copy(), s.rows * ranks.world * run.micro_batches
             batches = [run.loader.next() for _ in range(run.micro_batches)]
             reported: dict[str, float] = {}
             try:
                 loss, norm = train_step(run.model, objective, batches, run.optimizer, ranks, s.clip,
-                                        run.scaler, reported)
-                failures = 0
-            except FloatingPointError as e:
+                                        run.scale, reported)
+                watch.good(run.step + 1, loss, served, rows)
+            except NotFinite as fault:
                 loss = norm = None  # JSON has no NaN
-                run.skipped, failures = run.skipped + 1, failures + 1
-                log.say(f"step {run.step + 1}: {e}")
-                if failures == 3 and not run.scaler.is_enabled():
+                run.skipped += 1
+                if watch.bad(run.step + 1, fault, served, rows):
+                    run.saver.finish()
                     raise UserError(f"step {run.step + 1}: three steps in a row were not finite; "
-                                    "the last checkpoint stands; lower --lr, or look at the data",
-                                    NON_FINITE) from None
+                                    f"what is saved stands; lower --lr, or look at the documents "
+                                    f"in {watch.path}", NON_FINITE) from None
 
             count = int(ranks.total(sum(map(trained, batches))))
             run.step, run.tokens = run.step + 1, run.tokens + count
@@ -305,12 +319,17 @@ def loop(run: Run) -> int:
             if run.step % max(1, run.steps // 20) == 0:
                 log.say(f"step {run.step}/{run.steps}  {note}  lr {lr:.2e}")
 
-            stop = ranks.highest(asked())
+            stop, save, busy = ranks.highest(asked.stop, asked.save, run.saver.busy)
             last = run.step == run.steps
             if run.held and (run.step % eval_every == 0 or last):
                 look()
-            if run.step % save_every == 0 or last or stop:
+            if not busy:
+                run.saver.advance()
+            if run.step % save_every == 0 or run.step == 1 or save or last or stop:
+                asked.save = 0  # the first only tries the disk
+                metrics.flush()
                 run.save()
+        run.saver.finish(must=True)
     return stop if run.step < run.steps else 0
 
 
@@ -318,7 +337,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     """One run, from settings to the saved result; 0 done, 130 or 143 interrupted and saved."""
     out = Path(s.out)
     fit = {"seq-len": s.seq_len >= 2, "keep": s.keep >= 2, "hold-out": 0 <= s.hold_out < 1,
-           "rows": s.rows >= 1, "steps": s.steps >= 0, "tokens-per-step": s.tokens_per_step >= 0,
+           "rows": s.rows == "auto" or s.rows >= 1, "rank-timeout": s.rank_timeout > 0,
+           "steps": s.steps >= 0, "tokens-per-step": s.tokens_per_step >= 0,
            "epochs": s.epochs > 0, "lr": s.lr > 0, "clip": s.clip > 0, "warmup": s.warmup >= 0,
            "eval-tokens": s.eval_tokens > 0, "lora-plus": s.lora_plus > 0,
            "embedding-lr": s.embedding_lr >= 0, "beta": s.beta > 0, "nll-weight": s.nll_weight >= 0,
@@ -353,16 +373,20 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     if log.speaking() and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
         raise UserError(f"--out {out}: holds a run; go on with --resume, or name another folder",
                         FLAGS)
-    with checkpoint.lock(out) if log.speaking() else nullcontext():
-        run = Run.start(s, MODES[s.mode][0])
+    run = None
+    with checkpoint.lock(out) if log.speaking() else nullcontext(), \
+         explained(f"--rows {s.rows} x --seq-len {s.seq_len}", lambda: run.step + 1 if run else 0):
+        kind, objective = MODES[s.mode]
+        run = Run.start(s, kind, objective(s))
         if s.plan:
-            plan.show(run, origins, MODES[s.mode][1](s))
+            plan.show(run, origins, objective(s))
             return 0
         if s.resume:
             run.resume()
             if run.step >= run.steps and (out / "model").exists():
                 log.say(f"{out} is finished: nothing to do")
                 return 0
+        run.room()
         if run.ranks.rank == 0:
             run.begin(origins)
         n = run.parameters
@@ -373,7 +397,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         if stop:
             log.say(f"stopped and saved at step {run.step}; go on with: "
                     f"python train.py --resume --out {out}")
-        elif run.ranks.rank == 0:
+        else:
             run.finish()
         run.ranks.leave()
         return stop

@@ -17,6 +17,7 @@ FLOORS = {
     "generate": 7,
     "pairs": 7,
     "sources": 6, "examples": 6, "checkpoint": 6, "card": 6, "beam": 6,
+    "watch": 6,
     "weights": 5, "corpus": 5, "decode": 5, "judge": 5, "preference": 5,
     "model": 4, "metrics": 4,
     "loss": 3, "chat": 3,
