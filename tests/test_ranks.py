@@ -4,19 +4,15 @@ processes that talk by gloo."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401  # what every child would else import
 import pytest
 import torch
+import torch.distributed.fsdp
 from safetensors.torch import load_file
 
 import corpus
@@ -24,7 +20,6 @@ import fork
 import log
 import tiny
 import train
-from data import Bin, Loader, Source
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
