@@ -4,8 +4,11 @@ processes that talk by gloo."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,3 +127,123 @@ def test_twenty_steps_are_the_same_on_one_rank_and_on_two_by_ddp_and_fsdp(place,
                for name in (out["none"], out[how])]
         for x, y in zip(*bpb, strict=True):
             assert x == pytest.approx(y, rel=1e-4)
+
+
+def stop_at(step: int, rank: int = 0, number: int = signal.SIGTERM) -> Callable[[train.Run], None]:
+    """Send one rank a signal while it takes that step."""
+
+    def during(run: train.Run) -> None:
+        if run.step == step - 1 and run.ranks.rank == rank:
+            os.kill(os.getpid(), number)
+
+    return during
+
+
+def noting(place: Path, name: str) -> Callable[[train.Run], None]:
+    """Write down, by step, a hash of every row that any rank trains on."""
+
+    def during(run: train.Run) -> None:
+        if "next" in vars(run.loader):
+            return
+        draw = run.loader.next
+
+        def noted():
+            batch = draw()
+            with open(place / f"rows-{name}", "a") as file:
+                for i in range(len(batch.tokens)):
+                    row = [getattr(batch, x)[i].numpy().tobytes()
+                           for x in ("tokens", "targets", "doc", "pos")]
+                    digest = hashlib.sha256(b"".join(row)).hexdigest()
+                    file.write(f"{run.step + 1} {digest}\n")
+            return batch
+
+        run.loader.next = noted
+
+    return during
+
+
+def test_thirty_steps_are_ten_on_one_rank_ten_on_two_and_ten_on_one(place):
+    def rows(name: str) -> list[str]:
+        return sorted((place / f"rows-{name}").read_text().splitlines())
+
+    def both(a, b):
+        return lambda run: (a(run), b(run))
+
+    changes = {"steps": 30, "tune": "lora", "dora": True, "lora_rank": 4, "train_embeddings": True}
+    run(settings(place, "thirty", **changes), during=noting(place, "thirty"))
+    for how in ("ddp", "fsdp"):
+        out = f"ten-ten-ten-{how}"
+        run(settings(place, out, **changes), codes={143},
+            during=both(noting(place, out), stop_at(10)))
+        assert "resumed from" in run(settings(place, out, resume=True), world=2, codes={143},
+                                     during=both(noting(place, out), stop_at(20, rank=1)))
+        assert max(losses(place / out)) == 20
+        run(settings(place, out, resume=True), during=noting(place, out))
+        assert rows(out) == rows("thirty")
+        one, cut = losses(place / "thirty"), losses(place / out)
+        assert [cut[k] for k in range(1, 11)] == [one[k] for k in range(1, 11)], "bit for bit"
+        assert all(cut[k] == pytest.approx(one[k], rel=1e-5) for k in one) and len(cut) == 30
+        a, b = result(place / "thirty"), result(place / out)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_ranks_cut_and_resumed_equal_two_that_were_not_bit_for_bit(place, how):
+    changes = {"steps": 12, "tune": "lora", "lora_dropout": 0.2, "shard": how,
+               "train_embeddings": True}
+    run(settings(place, f"uncut-{how}", **changes), world=2)
+    run(settings(place, f"cut-{how}", **changes), world=2, codes={143}, during=stop_at(7))
+    run(settings(place, f"cut-{how}", resume=True), world=2)
+    assert losses(place / f"cut-{how}") == losses(place / f"uncut-{how}")
+    a, b = result(place / f"cut-{how}"), result(place / f"uncut-{how}")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_no_rank_writes_more_than_its_part(place, how):
+    run(settings(place, f"parts-{how}", steps=2, shard=how), world=2)
+    folder = place / f"parts-{how}/checkpoints/step-000002"
+    sizes = [sum(f.stat().st_size for f in folder.glob(f"*-{rank}.safetensors")) for rank in (0, 1)]
+    assert max(sizes) < 0.62 * sum(sizes)
+
+
+def poison(step: int, rank: int, value: float = float("nan"),
+           steps: int = 1) -> Callable[[train.Run], None]:
+    """Spoil the last micro-batch's loss on one rank, in so many steps from that one on."""
+
+    def during(run: train.Run) -> None:
+        if run.ranks.rank != rank or hasattr(run, "calls"):
+            return
+        run.calls, objective = 0, train.NLL.total
+
+        def total(model, batch):
+            run.calls += 1
+            bad = step <= run.step + 1 < step + steps and run.calls % run.micro_batches == 0
+            return objective(model, batch) * (value if bad else 1.0)
+
+        object.__setattr__(train.NLL, "total", total)
+
+    return during
+
+
+@pytest.mark.parametrize("how,value", [("ddp", float("nan")), ("fsdp", float("inf"))])
+def test_a_loss_that_is_not_finite_on_one_rank_moves_no_rank(place, how, value):
+    name = f"bad-{how}"
+    run(settings(place, name, steps=5, shard=how), world=2, during=poison(3, rank=1, value=value))
+    lines = [json.loads(x) for x in (place / name / "metrics.jsonl").read_text().splitlines()]
+    skipped = {x["step"] for x in lines if "loss" in x and x["loss"] is None}
+    assert skipped == {3}
+    odd = [json.loads(x) for x in (place / name / "odd_steps.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["what"]) for x in odd] == [(3, "not finite")]
+    named = sum(map(len, odd[0]["documents"].values()))
+    assert 0 < named < 30, "those of one rank's rows"
+
+
+def test_three_bad_steps_in_a_row_end_all_ranks_with_4_and_what_was_saved_stands(place):
+    said = run(settings(place, "worse", steps=9), world=2, codes={4},
+               during=poison(3, rank=1, steps=3))
+    assert "three steps in a row were not finite" in said
+    assert len((place / "worse/odd_steps.jsonl").read_text().splitlines()) == 3
+    assert "resumed from" in run(settings(place, "worse", resume=True), world=2)
+    assert len(losses(place / "worse")) == 9
