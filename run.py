@@ -76,8 +76,14 @@ class Run:
         minimised. UserError on what is wrong."""
         out, ranks = Path(s.out), Ranks.start(s.device, s.rank_timeout)
         ranks.agree({f"--{f.name.replace('_', '-')}": str(getattr(s, f.name))
-                     for f in dataclasses.fields(s)} | {"code": code_sha(), "torch":
-                                                        torch.__version__})
+                     for f in dataclasses.fields(s)}
+                    | {"code": code_sha(), "torch": torch.__version__})
+        if ranks.world > 1:  # several machines must see one folder
+            if ranks.rank == 0:
+                (out / ".ranks").write_text(str(time.time_ns()), encoding="utf-8")
+            ranks.barrier()
+            mark = out / ".ranks"
+            ranks.agree({"folder at --out": mark.read_text("utf-8") if mark.exists() else "none"})
         torch.manual_seed(s.seed)
         torch.use_deterministic_algorithms(s.deterministic)
         dtype = ranks.compute_dtype(s.dtype)

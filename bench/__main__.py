@@ -12,7 +12,7 @@ import time
 
 from bench import ROOT
 
-JOBS = ["limits", "train_step", "load", "generate"]
+JOBS = ["limits", "train_step", "load", "generate", "scale"]
 
 
 def main() -> int:

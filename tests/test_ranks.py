@@ -105,7 +105,11 @@ TUNES = {
 }
 
 
-@pytest.mark.parametrize("tune", TUNES)
+ALWAYS = ("full, tied", "DoRA with embeddings and norms", "QLoRA")
+
+
+@pytest.mark.parametrize("tune", [
+    x if x in ALWAYS else pytest.param(x, marks=pytest.mark.slow) for x in TUNES])
 def test_twenty_steps_are_the_same_on_one_rank_and_on_two_by_ddp_and_fsdp(place, tune):
     changes = dict(TUNES[tune])
     if "model" in changes:

@@ -1,0 +1,408 @@
+"""What may happen to a run, done to real ones: kills, signals, full disks, lost ranks, flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import fork
+import train
+import watch
+from log import FLAGS, STORAGE, UserError
+from ranks import Ranks
+from test_ranks import action, losses, place, result, run, settings, stop_at  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def killed_at_random(place: Path, kills: int, steps: int) -> None:  # noqa: F811
+    """So many kill -9 at random moments of one run; then it is let come to its end."""
+    changes = {"steps": steps, "save_every": 3, "tokens_per_step": 64, "tune": "lora",
+               "lora_dropout": 0.1}
+    run(settings(place, f"calm-{kills}", **changes))
+    name, draw = f"killed-{kills}", random.Random(kills)
+    out, killed = place / name, 0
+    said = place / f"said-{name}"
+    while killed < kills:
+        going = (out / "settings.toml").exists()
+        before = len((out / "metrics.jsonl").read_text()) if (out / "metrics.jsonl").exists() else 0
+        (pid,) = fork.together(1, action(settings(place, name, resume=going, **changes)), said)
+        begun = time.monotonic()
+        while time.monotonic() - begun < 20 and os.waitpid(pid, os.WNOHANG)[0] == 0:
+            metrics = out / "metrics.jsonl"
+            if metrics.exists() and abs(len(metrics.read_text()) - before) > 200:
+                break  # it has done something that can be lost
+            time.sleep(0.003)
+        time.sleep(draw.uniform(0, 0.15))
+        try:
+            os.kill(pid, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        except (ProcessLookupError, ChildProcessError):
+            code = 0
+        killed += code == -signal.SIGKILL
+        if not (out / "checkpoints").exists():
+            continue
+        found = os.listdir(out / "checkpoints")
+        assert sum(x.startswith(".") for x in found) <= 2 and len(found) <= 5, found
+        if code != -signal.SIGKILL:
+            assert (out / "model").exists(), said.with_name(said.name + "-0").read_text()[-2000:]
+            break
+    run(settings(place, name, resume=True), codes={0})
+    assert killed > kills / 2
+    assert losses(out) == losses(place / f"calm-{kills}")
+    a, b = result(out), result(place / f"calm-{kills}")
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    assert not [x for x in os.listdir(out / "checkpoints") if x.startswith(".")]
+
+
+def test_fifteen_kills_at_random_moments_of_a_run_change_nothing(place):  # noqa: F811
+    killed_at_random(place, 15, 150)
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_at_random_moments_of_a_run_change_nothing(place):  # noqa: F811
+    killed_at_random(place, 200, 2000)
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_finishes_the_step_and_saves_it(place, number, code):  # noqa: F811
+    name = f"signal-{number}"
+    said = run(settings(place, name, save_every=100), codes={code}, during=stop_at(7, 0, number))
+    assert max(losses(place / name)) == 7 and "stopped and saved at step 7" in said
+    assert checkpoint.newest(place / name / "checkpoints").name == "step-000007"
+
+
+def test_sigusr1_to_any_rank_saves_and_the_run_goes_on(place):  # noqa: F811
+    run(settings(place, "usr1", save_every=100, keep=9), world=2,
+        during=stop_at(6, 1, signal.SIGUSR1))
+    assert len(losses(place / "usr1")) == 20
+    assert [x.name for x in sorted((place / "usr1/checkpoints").iterdir())] == [
+        "step-000001", "step-000006", "step-000020"]
+
+
+def test_a_second_signal_ends_at_once_and_a_forwarded_one_is_the_first(place):  # noqa: F811
+    def twice(apart: float):
+        def during(run):
+            if run.step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(apart)
+                os.kill(os.getpid(), signal.SIGTERM)
+        return during
+
+    run(settings(place, "forwarded"), codes={143}, during=twice(0.1))
+    run(settings(place, "twice"), codes={-signal.SIGTERM}, during=twice(1.2))
+    assert max(losses(place / "twice")) == 4
+    assert checkpoint.newest(place / "twice/checkpoints").name in ("step-000001", "step-000004")
+
+
+def test_a_signal_while_a_checkpoint_is_written_lets_it_be_written(place):  # noqa: F811
+    def slow(run):
+        if run.step == 8:
+            real = checkpoint.write_tensors
+            checkpoint.write_tensors = lambda *a: (time.sleep(0.7), real(*a))[1]
+        if run.step == 9:
+            assert run.saver.busy, "training goes on while step 8 is written"
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run(settings(place, "slow", save_every=9), codes={143}, during=slow)
+    found = sorted(x.name for x in (place / "slow/checkpoints").iterdir())
+    assert found == ["step-000009", "step-000010"]
+
+
+def no_file_above(size: int, first: int, last: int = 10**9):
+    """A full disk, from one step to another: no file may grow beyond so many bytes."""
+    def during(run):
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        if run.step + 1 in (first, last):
+            while run.saver.busy:
+                time.sleep(0.01)
+            limit = size if run.step + 1 == first else hard
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    return during
+
+
+def test_a_full_disk_is_found_at_step_1(place):  # noqa: F811
+    said = run(settings(place, "full-1"), codes={STORAGE}, during=no_file_above(30_000, 1))
+    assert "step-000001: cannot be written: needs " in said and "Traceback" not in said
+    assert len(losses(place / "full-1")) < 20 and os.listdir(place / "full-1/checkpoints") == []
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_disk_that_is_full_for_a_while_is_said_and_tried_again(place, world):  # noqa: F811
+    name = f"full-while-{world}"
+    said = run(settings(place, name, save_every=4), world=world, during=no_file_above(30_000, 3, 9))
+    assert said.count("going on, the next save tries again") in (1, 2)
+    assert "step-000004: cannot be written" in said and len(losses(place / name)) == 20
+    assert checkpoint.newest(place / name / "checkpoints").name == "step-000020"
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_5_and_the_earlier_checkpoint(place):  # noqa: F811
+    said = run(settings(place, "full-3", save_every=3), codes={STORAGE},
+               during=no_file_above(30_000, 3))
+    assert "step-000009: cannot be written" in said and "Traceback" not in said
+    assert os.listdir(place / "full-3/checkpoints") == ["step-000001"]
+
+
+def test_a_disk_with_too_little_room_is_refused_before_step_1(place, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000})())
+    assert "resume points of this run need" in run(settings(place, "little"), codes={STORAGE})
+    assert not (place / "little/metrics.jsonl").exists()
+
+
+CHANGED = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 0.5,
+           list: lambda x: [*x, "more"], str: lambda x: f"{x}x"}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(train.Settings), ids=lambda f: f.name)
+def test_every_flag_is_fixed_free_or_warned_about_when_a_run_goes_on(field, tmp_path, capsys):
+    import typing
+
+    import config
+
+    (tmp_path / "settings.toml").write_text(config.to_toml(train.Settings(out=str(tmp_path))))
+    kind = typing.get_type_hints(train.Settings)[field.name]
+    old = getattr(train.Settings(out=str(tmp_path)), field.name)
+    choices = [x for x in typing.get_args(kind) if isinstance(x, str) and x != old]
+    new = choices[0] if choices else CHANGED[type(old)](old)
+    if field.name == "mode":
+        new = "sft"
+    flag = f"--{field.name.replace('_', '-')}"
+    said = [flag if new else f"--no-{flag[2:]}"] if isinstance(new, bool) else \
+        [flag, *map(str, new if isinstance(new, list) else [new])]
+    kept = tmp_path / "settings.toml"
+    if field.name in train.FREE | train.WARNED:
+        found, _ = config.go_on(train.Settings, said, "train.py", kept, train.FREE, train.WARNED)
+        assert getattr(found, field.name) == new
+        shown = f"{flag[2:]} was {old!r}, now {new!r}"
+        assert (shown in capsys.readouterr().err) == (field.name in train.WARNED)
+    else:
+        with pytest.raises(UserError, match="that is another run") as e:
+            config.go_on(train.Settings, said, "train.py", kept, train.FREE, train.WARNED)
+        assert e.value.code == FLAGS and f"{flag[2:]} was {old!r}, now {new!r}" in str(e.value)
+
+
+def test_a_refusal_to_go_on_names_every_difference(tmp_path):
+    import config
+
+    kept = tmp_path / "settings.toml"
+    kept.write_text(config.to_toml(train.Settings()))
+    with pytest.raises(UserError, match=r"clip was 1\.0, now 3\.0; seed was 1, now 2"):
+        config.go_on(train.Settings, ["--seed", "2", "--clip", "3"], "train.py", kept, train.FREE,
+                     train.WARNED)
+
+
+@pytest.mark.parametrize("said,word", [
+    ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+    ({"WORLD_SIZE": "2", "RANK": "2"}, "no rank among ranks"),
+    ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two"),
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT are not set")])
+def test_half_an_environment_is_one_line(monkeypatch, said, word):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=word) as e:
+        Ranks.start("cpu")
+    assert e.value.code == FLAGS and "torchrun" in str(e.value)
+
+
+def test_a_port_in_use_is_one_line(monkeypatch):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR":
+                            "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="--standalone finds a free port") as e:
+            Ranks.start("cpu", timeout=5)
+        assert e.value.code == FLAGS
+
+
+def test_shards_without_ranks_and_ranks_without_shards_are_refused(place):  # noqa: F811
+    assert "there is one rank" in run(settings(place, "alone", shard="fsdp"), codes={FLAGS})
+    assert "different runs" in run(settings(place, "apart", shard="none"), world=2, codes={FLAGS})
+    assert "--rows 1 or 3 would do" in run(settings(place, "four", rows=4), world=2, codes={FLAGS})
+    assert "multiples of 64 can" in run(settings(place, "few", tokens_per_step=32), world=2,
+                                        codes={FLAGS})
+    said = run(settings(place, "optim", shard="fsdp", optimizer="adamw-bf16"), 2, {FLAGS})
+    assert "not with --shard fsdp" in said
+
+
+def test_ranks_started_differently_are_refused_by_name(place, monkeypatch):  # noqa: F811
+    import run as life
+
+    def started(**changes):
+        def start(cls, s, *rest):
+            mine = changes if os.environ["RANK"] == "1" else {}
+            return real(dataclasses.replace(s, **mine), *rest)
+        return classmethod(start)
+
+    real = train.Run.start
+    monkeypatch.setattr(train.Run, "start", started(lr=0.5))
+    said = run(settings(place, "other-lr"), world=2, codes={FLAGS})
+    assert "rank 1 was started with another --lr: 0.5, rank 0 with 0.001" in said
+    monkeypatch.setattr(train.Run, "start", real)
+    monkeypatch.setattr(life, "code_sha", lambda: os.environ["RANK"])
+    assert "another code" in run(settings(place, "other-code"), world=2, codes={FLAGS})
+
+
+def test_a_rank_that_dies_ends_the_others_with_the_reason(place):  # noqa: F811
+    begun = time.monotonic()
+    said = run(settings(place, "dies", save_every=3), world=2, codes={FLAGS, -signal.SIGKILL},
+               during=stop_at(5, 1, signal.SIGKILL))
+    assert "step 5, rank 0: another rank does not answer" in said and "Traceback" not in said
+    assert time.monotonic() - begun < 60
+    assert checkpoint.newest(place / "dies/checkpoints") is not None
+    run(settings(place, "dies", resume=True), world=2)
+    assert len(losses(place / "dies")) == 20
+
+
+def test_a_rank_that_hangs_is_given_up(place):  # noqa: F811
+    def hang(run):
+        if run.step == 3 and run.ranks.rank == 1:
+            time.sleep(8)
+
+    said = run(settings(place, "hangs", rank_timeout=2.0), 2, {FLAGS}, during=hang)
+    assert "rank 0: another rank does not answer" in said
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_that_ends_is_one_line_that_says_what_to_lower(place, world):  # noqa: F811
+    def ends(run):
+        if run.step == 2 and run.ranks.rank == world - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    said = run(settings(place, f"oom-{world}"), world, {FLAGS}, during=ends)
+    assert "out of memory with --rows 1 x --seq-len 32" in said and "--recompute" in said
+    assert "Traceback" not in said
+    run(settings(place, f"oom-{world}", resume=True), world)
+    assert len(losses(place / f"oom-{world}")) == 20
+
+
+def test_rows_auto_takes_the_most_that_fit_and_changes_nothing(place):  # noqa: F811
+    run(settings(place, "by-hand"))
+    for name, world, fits in (("auto-6", 1, 6), ("auto-1", 2, 1)):
+        real = train.NLL.total
+
+        def total(model, batch, real=real, fits=fits):
+            if len(batch.tokens) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(model, batch)
+
+        object.__setattr__(train.NLL, "total", total)
+        try:
+            said = run(settings(place, name, rows="auto"), world)
+        finally:
+            object.__setattr__(train.NLL, "total", real)
+        assert f"--rows auto: {fits}\n" in said
+        one, two = losses(place / "by-hand"), losses(place / name)
+        assert all(one[k] == pytest.approx(two[k], rel=1e-5) for k in one)
+        assert f"rows = {fits}\n" in (place / name / "settings.toml").read_text()
+
+
+def test_rows_auto_never_tries_what_the_last_sizes_let_expect_not_to_fit():
+    tried = []
+
+    class Grows(Ranks):
+        def memory_gb(self):
+            return 1.0 + 0.5 * max(tried, default=0)
+
+        def memory_limit_gb(self):
+            return 3.3 / 0.92
+
+    class Nothing:
+        def to(self, _):
+            return self
+
+    model = torch.nn.Linear(1, 1)
+    objective = train.Objective(lambda m, b: m(torch.ones(1)).sum(), len)
+    memory = watch.Memory(model, objective, Grows(0, 1, torch.device("cpu")))
+    assert watch.most_rows(24, lambda n: memory.fits(n, lambda: (tried.append(n), Nothing())[1])) \
+        == 4
+    assert tried == [1, 2, 3, 4]
+    with pytest.raises(UserError, match="not even one row"):
+        watch.most_rows(24, lambda n: False)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_one_of_the_first_is_read(tmp_path):
+    from safetensors.torch import save_file
+
+    root = tmp_path / "checkpoints"
+    folder = checkpoint.save(root, 3, {"model": {"w": torch.ones(2)}}, {"step": 3}, 2)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format": checkpoint.FORMAT + 1}))
+
+    def described(folder: Path) -> None:
+        names = [p for p in folder.iterdir() if p.name != "manifest.json"]
+        (folder / "manifest.json").write_text(json.dumps(
+            {p.name: [p.stat().st_size, checkpoint._sha256(p)] for p in names}))
+
+    described(folder)
+    with pytest.raises(UserError, match=r"newer version .*\(format 3, this one reads up to 2\)"):
+        checkpoint.read(checkpoint.newest(root))
+    first = root / "step-000004"  # as version 0.1 wrote it, before there were ranks in it
+    first.mkdir()
+    tensors = {"a": torch.arange(6.0).view(3, 2), "b/step": torch.tensor(3.0)}
+    save_file(tensors, first / "model.safetensors")
+    (first / "state.json").write_text('{"step": 4}')
+    described(first)
+    parts, state = checkpoint.read(checkpoint.newest(root))
+    assert state == {"step": 4} and all(torch.equal(parts["model"][k], x)
+                                        for k, x in tensors.items())
+
+
+def test_a_loss_that_jumps_is_said_with_its_documents(place):  # noqa: F811
+    def jump(run):
+        if run.step == 29:
+            objective = train.NLL.total
+            object.__setattr__(train.NLL, "total", lambda m, b: 5 * objective(m, b))
+        elif run.step == 30:
+            object.__setattr__(train.NLL, "total", REAL)
+
+    said = run(settings(place, "jump", steps=32), during=jump)
+    assert "step 30: loss" in said and "far above" in said
+    (line,) = (place / "jump/odd_steps.jsonl").read_text().splitlines()
+    odd = json.loads(line)
+    assert (odd["step"], odd["what"]) == (30, "spike") and set(odd["documents"]) == {"kin", "eng"}
+
+
+REAL = train.NLL.total
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_after_a_rank_was_killed_and_the_run_goes_on_by_itself(
+        place, tmp_path):  # noqa: F811
+    s = settings(place, "elastic", steps=60, save_every=5, eval_every=1000)
+    recipe = tmp_path / "s.toml"
+    import config
+
+    recipe.write_text(config.to_toml(s))
+    going = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--max-restarts", "1", "train.py", str(recipe)], env=ENV, cwd=ROOT,
+        stderr=subprocess.PIPE, text=True)
+    out = place / "elastic"
+    while not (out / "checkpoints/step-000010").exists():
+        assert going.poll() is None
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(going.pid)], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    said = going.communicate(timeout=120)[1]
+    assert going.returncode == 0, said[-2000:]
+    assert "resumed from" in said and len(losses(out)) == 60
