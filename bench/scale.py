@@ -230,8 +230,8 @@ def job(s: Settings) -> str:
         + table(["", "side", "seconds a step", "range", "tokens/s", "first loss", "last loss"],
                 rows)
         + "\n\nA checkpoint while training goes on: it waits for the copy to host memory; the "
-        "steps taken while the files are written lose what stands beside, in all and as a share of those "
-        "steps (writing and hashing take the same cores here, which on a GPU they do not).\n\n"
+        "steps taken while the files are written lose what stands beside, in all and as a share of "
+        "those steps (writing and hashing take the same cores here, which on a GPU they do not).\n\n"
         + table(["", "GB", "seconds a step", "copy", "lost beside it", "of those steps",
                  "seconds until it has its name", "if training waits"], lines))
 
