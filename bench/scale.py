@@ -231,7 +231,7 @@ def job(s: Settings) -> str:
                 rows)
         + "\n\nA checkpoint while training goes on: it waits for the copy to host memory; the "
         "steps taken while the files are written lose what stands beside, in all and as a share of "
-        "those steps (writing and hashing take the same cores here, which on a GPU they do not).\n\n"
+        "those steps (here writing takes the cores that train).\n\n"
         + table(["", "GB", "seconds a step", "copy", "lost beside it", "of those steps",
                  "seconds until it has its name", "if training waits"], lines))
 
