@@ -73,8 +73,8 @@ class Suite:
     stop: list[str] = field(default_factory=list)
     new_tokens: int = 256
     pool: list[Row] | None = None  # what examples are drawn from; None: there is nothing
-    first: bool = False  # examples are the pool's first ones
-    from_test: bool = False  # the pool is the test itself: an item is no example of its own
+    first: bool = False  # examples are the pool's first ones, an item's own too
+    from_test: bool = False  # the pool is the test itself; what is drawn is never the item
     answers: list[dict[str, Any]] = field(default_factory=list)  # how an answer is cut out
     groups: list[str] = field(default_factory=list)  # columns that figures are also given by
     languages: dict[str, str] = field(default_factory=dict)  # column: language
@@ -102,14 +102,12 @@ class Suite:
         return found
 
     def _examples(self, row: Row, n: int, draw: Random) -> list[Row]:
-        pool = self.pool or []
-        others = [x for x in pool if x != row] if self.first and self.from_test else pool
-        if len(others) < n + self.from_test:
-            raise UserError(f"--shots {n}: suite {self.name} has {len(others)} examples", FLAGS)
+        pool, spare = self.pool or [], self.from_test and not self.first
+        if len(pool) < n + spare:
+            raise UserError(f"--shots {n}: suite {self.name} has {len(pool)} examples", FLAGS)
         if self.first:
-            return others[:n]
-        drawn = [x for x in draw.sample(pool, n + self.from_test)
-                 if not (self.from_test and x == row)][:n]
+            return pool[:n]
+        drawn = [x for x in draw.sample(pool, n + spare) if not (spare and x == row)][:n]
         return drawn if len(drawn) == n else draw.sample([x for x in pool if x != row], n)
 
     def _answer(self, prompt: Prompt, row: Row) -> str:

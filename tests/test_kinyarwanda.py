@@ -3,6 +3,7 @@ cleaning by properties."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import re
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinyarwanda import demo, lexicon, normalise
+from kinyarwanda import agreement, demo, identify, lexicon, normalise
 from kinyarwanda import grammar as g
 from kinyarwanda.attest import WORD, counts
 from kinyarwanda.world import World, word_forms
@@ -155,3 +156,70 @@ def test_a_normaliser_can_be_sent_to_another_process_and_refuses_unknown_steps()
     assert pickle.loads(pickle.dumps(normalise.normaliser(["nfc"])))("a") == ("a", {"nfc": 0})
     with pytest.raises(UserError, match="no such step; there are spaces, nfc, apostrophe"):
         normalise.normaliser(["lower"])
+
+
+PAIRS = agreement.pairs()
+
+
+def test_the_pairs_of_the_suite_are_what_the_grammar_gives():
+    file = Path(__file__).parents[1] / "suites" / "agreement.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert rows == PAIRS and len(rows) >= 2000
+    assert {r["part"] for r in rows} == {"verb", "adjective", "possessive", "numeral"}
+    assert {r["distance"] for r in rows} == set(range(5))
+    assert {r["class"] for r in rows} == {*range(1, 12), 14}
+    seen = {(r["before"], *sorted(r["choices"])) for r in rows}
+    assert len(seen) == len(rows)
+
+
+@pytest.mark.parametrize("liking", [len, lambda form: -len(form), hash, lambda form: form,
+                                    lambda form: form[::-1]])
+def test_who_looks_only_at_the_form_is_right_in_exactly_half_of_the_pairs(liking):
+    right = [max((0, 1), key=lambda i: liking(r["choices"][i])) == r["label"] for r in PAIRS]
+    assert sum(right) * 2 == len(right)
+    for part in ("verb", "adjective", "possessive", "numeral"):
+        some = [x for x, r in zip(right, PAIRS, strict=True) if r["part"] == part]
+        assert sum(some) * 2 == len(some)
+
+
+def test_the_right_form_is_of_the_nouns_class_and_the_wrong_one_of_no_class_it_may_have():
+    verbs = {c: p + "ri" for c, p in agreement.SUBJECT.items()}
+    for r in PAIRS:
+        right, wrong = (r["choices"][i].split()[0] for i in (r["label"], 1 - r["label"]))
+        assert right != wrong
+        noun = r["before"].split()[0 if r["distance"] or r["part"] == "verb" else -1].lower()
+        classes = agreement.classes_of(noun)
+        assert r["class"] in classes and r["against"] not in classes
+        if right in verbs.values():
+            assert right == verbs[r["class"]] and wrong not in {verbs.get(c) for c in classes}
+        if r["part"] == "numeral":
+            n = next(n for n in range(2, 6) if right.strip(".") == g.number(n, r["class"]))
+            assert wrong.strip(".") == g.number(n, r["against"])
+
+
+@pytest.mark.data
+def test_every_form_of_the_pairs_right_or_wrong_is_attested_in_real_text():
+    if not DATA.exists():
+        pytest.skip(f"no real data at {DATA}")
+    found, together = agreement.attest([f"{DATA}/{x}" for x in REAL], PAIRS)
+    assert [w for w, n in found.items() if not n] == [] and together > 100
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("Abana babiri bagiye ku ishuri mu gitondo.", "kin"), ("N’umwana w'umuhinzi", "kin"),
+    ("Two children went to school in the morning.", "eng"), ("12 %", "unknown"), ("", "unknown"),
+    ("Watoto wawili walikwenda shuleni kwa miguu.", "swa")])
+def test_the_language_of_a_sentence_is_seen(text, said):
+    assert identify.language(text) == said
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("name", "said", "least"), [("kin", "kin", 0.98), ("eng", "eng", 0.99),
+                                                     ("swh", "kin", 0.0)])
+def test_the_language_of_nearly_every_sentence_of_flores_is_seen(name, said, least):
+    file = DATA / "eval" / "flores200" / f"devtest.{name}.txt"
+    if not file.exists():
+        pytest.skip(f"no real data at {DATA}")
+    found = [identify.language(x) == said for x in file.read_text().splitlines()]
+    share = sum(found) / len(found)
+    assert share >= least and (name != "swh" or share < 0.06)
