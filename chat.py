@@ -119,9 +119,9 @@ class Template:
                  ) -> Document:
         """A conversation's ids and which of them train: the assistant's words and what ends them.
 
-        `loss_on` "all" trains every token. The conversation ends with the assistant; where the
-        template writes no end behind its words, EOS is put there. UserError on a conversation that
-        teaches nothing, and on a template whose generation prompt is not a beginning of its text.
+        `loss_on` "all" trains every token. UserError on a conversation that does not end with the
+        assistant, and on a template whose generation prompt is not a beginning of its text, or
+        that ends an answer with no control token.
         """
         said = [x for x in messages if x.get("role") == "assistant"]
         if not said or messages[-1] is not said[-1]:
@@ -135,9 +135,10 @@ class Template:
         mask: list[bool] = []
 
         def add(part: str, trained: bool) -> None:
+            """What stands between answers begins with the token that ended the last one."""
             new = self._ids(part, taken, not ids)
+            mask.extend(trained or (bool(ids) and i == 0) for i in range(len(new)))
             ids.extend(new)
-            mask.extend([trained] * len(new))
 
         at, names = 0, self.tokenizer.control_names
         for i, message in enumerate(hidden):
@@ -145,23 +146,18 @@ class Template:
                 continue
             begin = len(prompt := self.render(hidden[:i], generation=True))
             words = message["content"].strip()
-            found = text.find(words, begin)
-            if not text.startswith(prompt) or found < 0 or names.search(text, begin, found):
+            if not text.startswith(prompt) or words not in text[begin:]:
                 raise UserError(
                     f"{self.where}: what it writes for turn {i + 1} of a conversation does not go "
                     "on from its own generation prompt, so a model would be asked otherwise than "
                     "it was taught; give another with --template")
-            end = found + len(words)
-            closing = names.match(text, len(text) - len(text[end:].lstrip()))
+            closing = names.search(text, begin)
+            if closing is None or not text[begin : closing.start()].rstrip().endswith(words):
+                raise UserError(f"{self.where}: writes no control token behind an answer, so that "
+                                "a model would not learn to end one; put {{ eos_token }} there, or "
+                                "give another with --template")
             add(text[at:begin], False)
-            at = closing.end() if closing else end
-            add(text[begin:at], True)
-        if not closing:
-            if self.tokenizer.eos is None:
-                raise UserError(f"{self.where}: writes no end of an answer, and the tokenizer has "
-                                "no EOS; give another with --template")
-            ids.append(self.tokenizer.eos)
-            mask.append(True)
+            add(text[begin : (at := closing.start())], True)
         add(text[at:], False)
         n_bytes = sum(len(x["content"].encode()) for x in messages)
         return Document(ids, None if loss_on == "all" else mask, n_bytes)

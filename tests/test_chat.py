@@ -1,0 +1,428 @@
+"""Conversations, translations and preferences as documents: ids and loss mask together, compared
+with transformers' templates; and what a person gets wrong, in one line with its place."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sacrebleu.metrics import CHRF
+
+import pairs
+import prepare
+import tiny
+from chat import PLAIN, Template
+from data import Bin
+from kinyarwanda import prompts
+from log import UserError
+from test_template import KINDS, TEMPLATES, folders, pair, said  # noqa: F401
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+KIN, ENG = tiny.SENTENCES[:5], tiny.SENTENCES[5:]
+ANSWER = json.dumps({"messages": said(("u", "Amakuru?"), ("a", "Ni meza."))})
+
+sentence = st.lists(st.sampled_from(
+    "umugore arateka two cows i Kigali, mu n'umwana 12 é 🦒 {{ x }} <|user|> \n\n".split(" ")),
+    min_size=1, max_size=6).map(" ".join).map(str.strip).filter(bool)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model's folder, without a chat template."""
+    return tiny.folder(tmp_path_factory.mktemp("chat") / "model", max_position_embeddings=256)
+
+
+def prepared(model: Path, tmp_path: Path, command: str, *words: str) -> tuple[Bin, Tokenizer]:
+    """The bin that a command of prepare.py makes, in this process."""
+    out = tmp_path / "bin"
+    name, s = prepare.config.pick({k: v[0] for k, v in prepare.COMMANDS.items()}, [
+        command, *words, "--tokenizer", str(model), "--out", str(out)], "prepare.py", "")
+    prepare.COMMANDS[name][1](s)
+    return Bin(out), Tokenizer.open(model)
+
+
+def trained_text(tok: Tokenizer, ids, mask) -> list[str]:
+    """The text of each run of trained tokens."""
+    runs: list[list[int]] = []
+    for i, (token, on) in enumerate(zip(ids, mask, strict=True)):
+        if on:
+            runs.append([]) if not (i and mask[i - 1]) else None
+            runs[-1].append(int(token))
+    return [tok.decode(x) for x in runs]
+
+
+# ------------------------------------------------------------------ conversations
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind):  # noqa: F811
+    """One to six turns, with and without a system, by every template whose ends the kind has."""
+    tok = Tokenizer.open(folders[kind])
+    sources = {**TEMPLATES, "plain": Template.plain(tok).source}
+    compared = set()
+
+    @settings(max_examples=15, deadline=None)
+    @given(sentences=st.lists(st.tuples(sentence, sentence), min_size=1, max_size=6),
+           system=st.none() | sentence)
+    def check(template, peer, name, sentences, system):
+        turns = [x for asked, answer in sentences for x in (("u", asked), ("a", answer))]
+        messages = said(*([] if system is None else [("s", system)]), *turns)
+        try:
+            document = template.document(messages)
+        except UserError as e:
+            # it tells a system in the last question only, so its prompt is no beginning
+            moves = name == "mistral" and "generation prompt" in str(e)
+            assert system is not None and (moves or "no system here" in str(e)), str(e)
+            return
+        assert document.ids == peer.apply_chat_template(messages, return_dict=False)
+        found = trained_text(tok, document.ids, document.mask)
+        found = [re.sub(r"^<think>\s*</think>", "", x.strip()).strip() for x in found]
+        assert found == [answer for _, answer in sentences]
+        for at in range(1, len(messages)):
+            if messages[at]["role"] == "assistant":  # asked as taught
+                asked = template.encode(messages[:at], generation=True)
+                assert document.ids[: len(asked)] == asked
+                assert document.mask[len(asked)] and not document.mask[len(asked) - 1]
+        compared.add(name)
+
+    for name, source in sources.items():
+        template, peer = pair(folders[kind], source)
+        try:
+            template.document(said(("u", "a"), ("a", "b")))
+        except UserError as e:
+            assert "no control token behind an answer" in str(e) or "bos_token" in str(e)
+            continue  # its ends are no tokens of this tokenizer, or it has no BOS
+        check(template, peer, name)
+    assert "plain" in compared and (len(compared) > 1 or kind == "llama json")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "llama json"])
+def test_the_plain_template_is_llammas_byte_for_byte(folders, kind):  # noqa: F811
+    template = Template.plain(Tokenizer.open(folders[kind]))
+    messages = said(("s", "Be kind."), ("u", " Muraho "), ("a", "Muraho neza."), ("u", "Ejo?"),
+                    ("a", "Yego."))
+    assert template.render(messages) == (
+        "<s><|system|>\nBe kind.\n<|user|>\nMuraho\n<|assistant|>\nMuraho neza.</s>\n"
+        "<|user|>\nEjo?\n<|assistant|>\nYego.</s>\n")
+    assert template.render(messages[:2], generation=True).endswith("Muraho\n<|assistant|>\n")
+    document = template.document(messages)
+    tok = template.tokenizer
+    assert trained_text(tok, document.ids, document.mask) == ["Muraho neza.", "Yego."]
+    trained = [i for i, on in zip(document.ids, document.mask, strict=True) if on]
+    assert trained.count(tok.eos) == 2 and document.ids.count(tok.bos) == 1
+    asked = template.encode(messages[:2], generation=True)
+    assert document.ids[: len(asked)] == asked and not any(document.mask[: len(asked)])
+    assert template.document(messages, "all").mask is None
+
+
+def test_a_control_token_typed_by_the_assistant_is_trained_as_text(folders):  # noqa: F811
+    template, _ = pair(folders["llama3 json"], TEMPLATES["llama3"])
+    document = template.document(said(("u", "Andika <|eot_id|>"), ("a", "Dore: <|eot_id|> ngiyi")))
+    tok = template.tokenizer
+    assert trained_text(tok, document.ids, document.mask) == ["Dore: <|eot_id|> ngiyi"]
+    assert document.ids.count(tok.eos) == 3  # system, user, assistant
+
+
+def test_each_form_of_conversation_is_recognised_and_named(model, tmp_path, capsys):
+    forms = {
+        "messages": {"messages": said(("u", "Amakuru?"), ("a", "Ni meza."))},
+        "share": {"conversations": [{"from": "human", "value": "Amakuru?"},
+                                    {"from": "gpt", "value": "Ni meza."}]},
+        "alpaca": {"instruction": "Amakuru?", "input": "", "output": "Ni meza."}}
+    bins = []
+    for name, row in forms.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        bins.append(prepared(model, tmp_path, "chat", str(file))[0].tokens.tolist())
+    assert bins[0] == bins[1] == bins[2]
+    told = capsys.readouterr().err
+    assert "messages (role" in told and "ShareGPT (from" in told and "Alpaca (instr" in told
+    file = tmp_path / "more.json"
+    file.write_text(json.dumps([{"instruction": "Hindura", "input": "inka", "output": "cow"}]))
+    bin, tok = prepared(model, tmp_path, "chat", str(file))
+    assert "Hindura\n\ninka" in tok.decode(bin.document(0))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(
+        [forms["messages"]]), tmp_path / "m.parquet")
+    assert prepared(model, tmp_path, "chat", f"{tmp_path}/m.parquet")[0].tokens.tolist() == bins[0]
+    assert Bin(tmp_path / "bin").meta["prompt"]["chat"] == PLAIN
+
+
+# ------------------------------------------------------------------ translations
+
+def write_pairs(file: Path, n: int = 5) -> Path:
+    rows = [f"{ENG[i % 5]} {i}\t{KIN[i % 5]} {i}" for i in range(n)]
+    file.write_text("\n".join(["eng\tkin", *rows]) + "\n")
+    return file
+
+
+def test_almas_prompt_stands_byte_for_byte_and_the_answer_follows_directly(model, tmp_path):
+    bin, tok = prepared(model, tmp_path, "mt", str(write_pairs(tmp_path / "p.tsv", 1)))
+    assert tok.decode(bin.document(0)) == (
+        "Translate this from English to Kinyarwanda:\n"
+        f"English: {ENG[0]} 0\n"
+        f"Kinyarwanda:{KIN[0]} 0")
+    assert tok.decode(bin.document(1)) == (
+        "Translate this from Kinyarwanda to English:\n"
+        f"Kinyarwanda: {KIN[0]} 0\n"
+        f"English:{ENG[0]} 0")
+    for i, wanted in enumerate((KIN[0], ENG[0])):
+        ids, mask = bin.document(i), bin.trained(i)
+        assert tok.decode(ids[mask]).strip() == f"{wanted} 0"
+        assert ids[-1] == tok.eos and mask[-1] and ids[0] == tok.bos and not mask[0]
+        assert list(ids).count(tok.eos) == list(ids).count(tok.bos) == 1
+        asked = [tok.bos, *tok.encode(tok.decode(ids[~mask]))]
+        assert ids[~mask].tolist() == asked  # what is asked is what was taught
+    assert bin.meta["prompt"]["translate"][0] == {
+        "name": "alma", "as_chat": False, "languages": {"eng": "English", "kin": "Kinyarwanda"},
+        "text": "Translate this from {source} to {target}:\n{source}: {text}\n{target}:"}
+
+
+def test_both_directions_of_every_pair_are_trained_and_not_one_half_twice(model, tmp_path):
+    """The test that would have caught a split which gives both directions the same half."""
+    file = write_pairs(tmp_path / "p.tsv", 40)
+    pairs_read = [x.split("\t") for x in file.read_text().splitlines()[1:]]
+    bin, tok = prepared(model, tmp_path, "mt", str(file))
+    answers = [tok.decode(bin.document(i)[bin.trained(i)]).strip() for i in range(len(bin))]
+    assert sorted(answers) == sorted([*(e for e, _ in pairs_read), *(k for _, k in pairs_read)])
+    for only, side in (("eng-kin", 1), ("kin-eng", 0)):
+        bin, _ = prepared(model, tmp_path, "mt", str(file), "--directions", only)
+        answers = [tok.decode(bin.document(i)[bin.trained(i)]).strip() for i in range(len(bin))]
+        assert answers == [p[side] for p in pairs_read]
+    bin, _ = prepared(model, tmp_path, "mt", str(file), "--directions", "eng-kin:4", "kin-eng:1")
+    to_kin = sum("to Kinyarwanda:" in tok.decode(bin.document(i)) for i in range(len(bin)))
+    assert to_kin == 40 and 2 <= len(bin) - 40 <= 22
+
+
+def test_pairs_come_from_every_kind_of_file_alike(model, tmp_path):
+    tsv = write_pairs(tmp_path / "p.tsv")
+    rows = [dict(zip(("eng", "kin"), x.split("\t"), strict=True))
+            for x in tsv.read_text().splitlines()[1:]]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    (tmp_path / "a.txt").write_text("\n".join(x["eng"] for x in rows) + "\n")
+    (tmp_path / "b.txt").write_bytes(("\r\n".join(x["kin"] for x in rows) + "\r\n").encode())
+    story = {"eng": [x["eng"] for x in rows], "kin": [x["kin"] for x in rows]}
+    (tmp_path / "s.jsonl").write_text(json.dumps(story) + "\n")
+    wanted = prepared(model, tmp_path, "mt", str(tsv))[0].tokens.tolist()
+    for words in (["p.jsonl"], ["p.parquet"], ["s.jsonl"], ["a.txt", "b.txt", "--aligned"]):
+        words = [str(tmp_path / x) if "." in x else x for x in words]
+        assert prepared(model, tmp_path, "mt", *words)[0].tokens.tolist() == wanted
+
+
+def test_prompts_are_drawn_by_seed_and_each_is_filled(model, tmp_path):
+    file = str(write_pairs(tmp_path / "p.tsv", 60))
+    drawn = [prepared(model, tmp_path, "mt", file, "--prompts", "all", "--seed", seed)[0]
+             .tokens.tolist() for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    bin, tok = prepared(model, tmp_path, "mt", file, "--prompts", "all")
+    said_once = {re.sub(r"\W.*", "", tok.decode(bin.document(i))) for i in range(len(bin))}
+    assert {"Translate", "Shyira", "Ibi", "Aya", "Iyi", "How", "Put", "Below"} <= said_once
+    for name, (text, languages) in prompts.PROMPTS.items():
+        filled = pairs.Prompt(name, text, languages).fill("{target} inka", "eng-kin")
+        assert "{target} inka" in filled and languages["kin"] in filled  # braces in a text stay
+        assert filled.replace("{target} inka", "").count("{") == 0
+    assert prompts.PROMPTS["kin-put"][1] == {"eng": "Cyongereza", "kin": "Kinyarwanda"}
+
+
+def test_examples_before_and_joined_pairs_and_plain_text(model, tmp_path):
+    file = str(write_pairs(tmp_path / "p.tsv", 10))
+    bin, tok = prepared(model, tmp_path, "mt", file, "--shots", "2")
+    asked = [tok.decode(bin.document(i)) for i in range(len(bin))]
+    assert [x.count("Translate this") for x in asked][:8] == [1, 1, 2, 2, 3, 3, 3, 3]
+    assert all(len(trained_text(tok, bin.document(i), bin.trained(i))) == 1 for i in range(20))
+    bin, _ = prepared(model, tmp_path, "mt", file, "--join", "4")
+    assert len(bin) == 2 * 3 and f"{KIN[0]} 0 {KIN[1]} 1" in tok.decode(bin.document(0))
+    bin, _ = prepared(model, tmp_path, "mt", file, "--as-text")
+    assert bin.meta["kind"] == "text" and bin.mask is None and len(bin) == 20
+    assert tok.decode(bin.document(0)) == f"English: {ENG[0]} 0\nKinyarwanda: {KIN[0]} 0"
+    bin, _ = prepared(model, tmp_path, "mt", file, "--as-chat")
+    assert tok.decode(bin.document(0)).startswith("<|user|>\nTranslate this from English to Kin")
+    assert tok.decode(bin.document(0)[bin.trained(0)]).strip() == f"{KIN[0]} 0"
+    assert bin.meta["prompt"]["translate"][0]["as_chat"] and bin.meta["prompt"]["chat"] == PLAIN
+
+
+def test_every_pair_left_out_is_counted(model, tmp_path):
+    file = tmp_path / "p.tsv"
+    rows = [("eng", "kin"), (ENG[0], KIN[0]), ("Kigali", "Kigali"), ("", "Yego"), (ENG[0], KIN[0]),
+            ("No", KIN[1] * 3), (ENG[1], KIN[1] * 40)]
+    file.write_text("".join("\t".join(x) + "\n" for x in rows))
+    bin, _ = prepared(model, tmp_path, "mt", str(file), "--max-tokens", "200", "--max-ratio", "9")
+    ledger = bin.meta["ledger"]["documents"]
+    assert ledger == {"read": 6, "kept": 1, "identical": 1, "empty": 1, "duplicate": 1,
+                      "length ratio": 2}
+    bin, _ = prepared(model, tmp_path, "mt", str(file), "--max-tokens", "200", "--max-ratio", "0",
+                      "--too-long", "drop")
+    ledger = bin.meta["ledger"]["documents"]
+    assert ledger["too long"] == 1 and sum(ledger.values()) == 2 * ledger["read"]
+    assert sum(bin.meta["ledger"]["bytes"].values()) == 2 * bin.meta["ledger"]["bytes"]["read"]
+
+
+def test_languages_that_look_swapped_are_said(model, tmp_path, capsys):
+    file = tmp_path / "p.tsv"
+    file.write_text("eng\tkin\n" + "".join(f"{k}\t{e}\n" for k, e in zip(KIN, ENG, strict=True)))
+    prepared(model, tmp_path, "mt", str(file))
+    assert "look swapped" in capsys.readouterr().err
+    prepared(model, tmp_path, "mt", str(write_pairs(tmp_path / "q.tsv")))
+    assert "swapped" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ preferences
+
+def test_a_preference_pair_is_two_documents_with_one_question(model, tmp_path):
+    file = tmp_path / "d.jsonl"
+    rows = [{"prompt": "Inka:", "chosen": "zirya", "rejected": "cow"},
+            {"prompt": said(("u", "Inka?")), "chosen": "Zirya.", "rejected": "Oya."},
+            {"chosen": said(("u", "Ejo?"), ("a", "Yego.")),
+             "rejected": said(("u", "Ejo?"), ("a", "Oya."))}]
+    file.write_text("".join(json.dumps(x) + "\n" for x in rows))
+    bin, tok = prepared(model, tmp_path, "pairs", str(file))
+    assert bin.meta["kind"] == "pairs" and len(bin) == 6
+    texts = [tok.decode(bin.document(i)[bin.trained(i)]).strip() for i in range(6)]
+    assert texts == ["zirya", "cow", "Zirya.", "Oya.", "Yego.", "Oya."]
+    for i in (0, 2, 4):
+        a, b = (bin.document(j)[~bin.trained(j)].tolist() for j in (i, i + 1))
+        assert a == b
+    assert tok.decode(bin.document(0)) == "Inka:zirya"
+
+
+def test_best_and_worst_samples_are_those_of_sacrebleu(model, tmp_path):
+    draw, metric = random.Random(3), CHRF(word_order=2)
+    asked = [f"Q{i}:" for i in range(6)]
+    samples = {q: [" ".join(draw.sample(KIN[i % 5].split(), 3)) for _ in range(4)]
+               for i, q in enumerate(asked)}
+    (tmp_path / "s.jsonl").write_text("".join(
+        json.dumps({"prompt": q, "text": x, "tokens": 3}) + "\n" for q in asked
+        for x in samples[q]))
+    (tmp_path / "ref.txt").write_text("\n".join(KIN[i % 5] for i in range(6)) + "\n")
+    made = tmp_path / "made.jsonl"
+    prepare.prefer(prepare.Prefer([str(tmp_path / "s.jsonl")], str(made),
+                                  str(tmp_path / "ref.txt"), gap=0.0))
+    for line in map(json.loads, made.read_text().splitlines()):
+        i = asked.index(line["prompt"])
+        scores = {x: metric.sentence_score(x, [KIN[i % 5]]).score for x in samples[asked[i]]}
+        assert scores[line["chosen"]] == max(scores.values())
+        assert scores[line["rejected"]] == min(scores.values())
+        assert line["scores"][0] == round(max(scores.values()), 2)
+    (tmp_path / "v.tsv").write_text("prompt\tbest\tworst\n2\t3\t1\n")
+    prepare.prefer(prepare.Prefer([str(tmp_path / "s.jsonl")], str(made),
+                                  votes=str(tmp_path / "v.tsv")))
+    assert json.loads(made.read_text()) == {
+        "prompt": "Q1:", "chosen": samples["Q1:"][2], "rejected": samples["Q1:"][0]}
+    bin, _ = prepared(model, tmp_path, "pairs", str(made))
+    assert len(bin) == 2
+
+
+# ------------------------------------------------------------------ bad input
+
+def chat_line(*turns: tuple[str, str]) -> str:
+    return json.dumps({"messages": said(*turns)})
+
+
+FAULTS = {
+    "unknown role": ("chat", "x.jsonl", json.dumps({"messages": [
+        {"role": "boss", "content": "x"}]}), [], "x.jsonl, line 1, message 1: role 'boss'"),
+    "unknown speaker": ("chat", "x.jsonl", ANSWER + "\n" + json.dumps({"conversations": [
+        {"from": "bot", "value": "x"}]}), [], "x.jsonl, line 2, message 1: role 'bot'"),
+    "empty turn": ("chat", "x.jsonl", chat_line(("u", "Ejo?"), ("a", " \n")), [],
+                   "line 1: a turn of the assistant is empty"),
+    "ends with the user": ("chat", "x.jsonl", ANSWER + "\n\n" + chat_line(
+        ("u", "a"), ("a", "b"), ("u", "c")), [], "line 3: the conversation does not end with"),
+    "nothing to train": ("chat", "x.jsonl", chat_line(("s", "x"), ("u", "y")), [],
+                         "line 1: the conversation does not end with the assistant"),
+    "no conversation": ("chat", "x.jsonl", '{"text": "x"}', [], "expected one of messages, conver"),
+    "not JSON": ("chat", "x.jsonl", ANSWER + "\n{", [], "x.jsonl, line 2: not JSON"),
+    "not UTF-8": ("chat", "x.jsonl", b'{"messages": "\xff"}', [], "line 1: byte 14 is not UTF-8"),
+    "too long": ("chat", "x.jsonl", ANSWER, ["--max-tokens", "5"],
+                 "1 of 1 examples are longer than 5 tokens"),
+    "template not there": ("chat", "x.jsonl", ANSWER, ["--template", "x.jinja"],
+                           "--template x.jinja: cannot be read"),
+    "one column": ("mt", "x.tsv", "eng\nA cow.\n", [], "x.tsv, line 1: one column"),
+    "another column": ("mt", "x.tsv", "en\tkin\na\tb\n", [], "line 2: no text under 'eng'; it has"),
+    "columns missing": ("mt", "x.tsv", "eng\tkin\na\tb\na\n", [], "line 3: 1 columns, expected 2"),
+    "no such direction": ("mt", "x.tsv", "eng\tkin\na\tb\n", ["--directions", "fra-kin"],
+                          "--directions fra-kin: expected both"),
+    "no such prompt": ("mt", "x.tsv", "eng\tkin\na\tb\n", ["--prompts", "alpha"],
+                       "--prompts alpha: expected all, or names"),
+    "nothing left": ("mt", "x.tsv", "eng\tkin\na\ta\n", [], "no example left of 1 read"),
+    "equal answers": ("pairs", "x.jsonl", json.dumps({"prompt": "a", "chosen": "b",
+                      "rejected": "b"}), [], "x.jsonl, line 1: chosen and rejected are equal"),
+    "no rejected": ("pairs", "x.jsonl", json.dumps({"prompt": "a", "chosen": "b"}), [],
+                    "line 1: no text under 'rejected'"),
+    "empty answer": ("pairs", "x.jsonl", json.dumps({"prompt": "a", "chosen": "b",
+                     "rejected": " "}), [], "line 1: rejected is empty"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_mistake_is_one_line_with_file_and_line(model, tmp_path, fault):
+    command, name, content, words, wanted = FAULTS[fault]
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as e:
+        prepared(model, tmp_path, command, str(file), *words)
+    assert wanted in str(e.value) and e.value.code in (2, 3)
+    assert not (tmp_path / "bin").exists() and not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_mistake_is_said_by_the_command_as_one_line(model, tmp_path):
+    (tmp_path / "x.jsonl").write_text(chat_line(("u", "a")) + "\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "prepare.py"), "chat", f"{tmp_path}/x.jsonl", "--tokenizer",
+         str(model), "--out", f"{tmp_path}/bin"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3 and done.stderr.splitlines()[-1].startswith("error: ")
+    assert "x.jsonl, line 1: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_template_that_is_no_beginning_of_itself_is_refused(model, tmp_path):
+    wrong = tmp_path / "t.jinja"
+    (tmp_path / "x.jsonl").write_text(ANSWER + "\n")
+    for source in ("{% for m in messages %}[{{ m.content }}]{% endfor %}"
+                   "{% if add_generation_prompt %}<bot>{% endif %}",
+                   "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+                   "{% for m in messages %}{{ m.content | upper }}{% endfor %}"):
+        wrong.write_text(source)
+        with pytest.raises(UserError, match=r"x\.jsonl, line 1: .*t\.jinja: what it writes for "
+                                            "turn 2 .* its own generation prompt"):
+            prepared(model, tmp_path, "chat", f"{tmp_path}/x.jsonl", "--template", str(wrong))
+
+
+def test_aligned_files_of_unequal_length_are_refused(model, tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.txt").write_text("rimwe\n")
+    with pytest.raises(UserError, match=r"b\.txt: 1 lines, .*a\.txt has 2"):
+        prepared(model, tmp_path, "mt", f"{tmp_path}/a.txt", f"{tmp_path}/b.txt", "--aligned")
+    with pytest.raises(UserError, match="an odd number of files"):
+        prepared(model, tmp_path, "mt", f"{tmp_path}/a.txt", "--aligned")
+
+
+def test_long_examples_are_dropped_or_cut_as_asked_and_counted(model, tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text(ANSWER + "\n" + chat_line(("u", "Ejo?"), ("a", KIN[0] * 9)) + "\n")
+    bin, _ = prepared(model, tmp_path, "chat", str(file), "--max-tokens", "100", "--too-long",
+                      "drop")
+    assert bin.meta["ledger"]["documents"] == {"read": 2, "kept": 1, "too long": 1}
+    bin, _ = prepared(model, tmp_path, "chat", str(file), "--max-tokens", "100", "--too-long",
+                      "cut")
+    assert bin.meta["ledger"]["documents"] == {"read": 2, "kept": 1, "cut": 1}
+    assert len(bin.document(1)) == 101 and bin.trained(1).any()
+
+
+def test_samples_and_references_that_do_not_match_are_refused(tmp_path):
+    (tmp_path / "s.jsonl").write_text('{"prompt": "a", "text": "b"}\n'
+                                      '{"prompt": "a", "text": "c"}\n')
+    (tmp_path / "r.txt").write_text("x\ny\n")
+    (tmp_path / "v.tsv").write_text("prompt\tbest\tworst\n1\t1\t3\n")
+    for words, wanted in (({"references": str(tmp_path / "r.txt")}, "2 lines for 1 prompts"),
+                          ({"votes": str(tmp_path / "v.tsv")}, "line 2: .*expected the numbers"),
+                          ({}, "one of --references FILE and --votes FILE")):
+        with pytest.raises(UserError, match=wanted):
+            prepare.prefer(prepare.Prefer([f"{tmp_path}/s.jsonl"], f"{tmp_path}/o", **words))
