@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from log import FLAGS, UserError
-from nf4 import NF4Linear
+from nf4 import NF4Linear, made
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 PLAIN = {  # what adapter_config.json may say besides nothing: all else changes what is computed
@@ -56,6 +56,40 @@ def matrix(base: Base, dtype: torch.dtype) -> Tensor:
     return base.dense(dtype) if isinstance(base, NF4Linear) else base.weight.to(dtype)
 
 
+class _Adapted(torch.autograd.Function):
+    """W x + b + s B A x in one piece: sums are taken inside products, and no copy of W is kept.
+
+    x (...,in), A (R,in), B (out,R); W as itself or as what NF4 keeps of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scale: float,
+                shape: Any, *kept: Tensor) -> Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        y = F.linear(x, _made(shape, kept, x.dtype), bias)
+        down = F.linear(x, A.to(x.dtype)).mul_(scale).flatten(0, -2)  # (N,R)
+        y.view(-1, y.shape[-1]).addmm_(down, B.to(x.dtype).T)
+        ctx.save_for_backward(x, A, B, down, *kept)
+        ctx.scale, ctx.shape = scale, shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, down, *kept = ctx.saved_tensors
+        flat = g.flatten(0, -2)  # (N,out)
+        dx, up = None, (flat @ B.to(g.dtype)).mul_(ctx.scale)  # (N,R)
+        dA, dB = up.T @ x.flatten(0, -2), flat.T @ down
+        if ctx.needs_input_grad[0]:
+            dx = flat @ _made(ctx.shape, kept, g.dtype)
+            dx = dx.addmm_(up, A.to(g.dtype)).view(x.shape)
+        return dx, dA.to(A.dtype), dB.to(B.dtype), *[None] * (3 + len(kept))
+
+
+def _made(shape: Any, kept: Any, dtype: torch.dtype) -> Tensor:
+    """W (out,in) in a dtype, from itself or its NF4 buffers."""
+    return kept[0].to(dtype) if shape is None else made(shape, kept[0], kept[1:], dtype)
+
+
 class LoRALinear(nn.Module):
     """y = W x + s B A x; A (R,in) starts random, B (out,R) at zero, so that step 0 is the base
     model. With DoRA every row of W + s B A has the trained length m (out,)."""
@@ -80,6 +114,11 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base_layer(x)
+        if self.lora_magnitude_vector is None and not (self.dropout and self.training):
+            base = self.base_layer
+            kept = base.parts if isinstance(base, NF4Linear) else (None, base.weight)
+            return _Adapted.apply(x, self.lora_A.weight, self.lora_B.weight, base.bias, self.scale,
+                                  *kept)
         A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
         dropped = F.dropout(x, self.dropout, self.training)
         down = F.linear(dropped, A) * self.scale  # (B,T,R): scaled where it is small

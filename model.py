@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,86 +27,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import nf4
-from families import ModelConfig, Rope
+from attention import Layout, attend, flash
+from families import ModelConfig
+from layers import Embedding, Linear, RMSNorm, gated, rotate, turns
 from loss import capped, token_nll
-
-ONE_BY_ONE = ("cpu",)  # where packed documents are attended one after the other, not by a mask
-
-
-class Linear(nn.Linear):
-    """y = W x + b in x's dtype, whatever W is kept in. Construction computes nothing: weights come
-    from a file."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-class Embedding(nn.Embedding):
-    """A row of the table for each id. Construction computes nothing: weights come from a file."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the width, in float32 (Zhang & Sennrich 2019, eq. 4)."""
-
-    def __init__(self, width: int, config: ModelConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
-
-
-def rotary_frequencies(rope: Rope, D: int, device: Any, length: Tensor | None = None) -> Tensor:
-    """Radians per position for each pair of a head's widths, (D/2,) float32 (RoFormer, 3.2.2).
-
-    `dynamic` frequencies depend on how long a token's document is: `length` (B,T,1) -> (B,T,D/2).
-    """
-    even = torch.arange(0, D, 2, device=device).float()
-    theta: float | Tensor = rope.theta
-    if rope.kind == "dynamic" and length is not None:  # NTK-aware: the base grows with the text
-        over = length.clamp(min=rope.original) / rope.original
-        theta = theta * (rope.factor * over - (rope.factor - 1)) ** (D / (D - 2))  # (B,T,1)
-    f = 1.0 / theta ** (even / D)
-    if rope.kind == "linear":
-        return f / rope.factor
-    if rope.kind == "llama3":  # slow turns are stretched, fast ones kept, others blended
-        turns = rope.original * f / (2 * math.pi)  # within the original context
-        keep = ((turns - rope.low) / (rope.high - rope.low)).clamp(0, 1)
-    elif rope.kind == "yarn":  # the same, blended by the index of the pair (Peng et al. 2023, 3.2)
-        low, high = (D * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-                     for turns in (rope.high, rope.low))
-        low, high = (math.floor(low), math.ceil(high)) if rope.whole else (low, high)
-        low, high = max(low, 0), min(high, D - 1)
-        keep = 1 - ((even / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)
-    else:
-        return f
-    return f * (keep + (1 - keep) / rope.factor)
-
-
-def turns(rope: Rope, D: int, doc: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's angles, (B,T,1,D/2) float32."""
-    length = None
-    if rope.kind == "dynamic" and pos.numel() and pos.max() >= rope.original:
-        same = doc[:, :, None] == doc[:, None, :]  # (B,T,T)
-        length = ((pos + 1)[:, None, :] * same).amax(-1, keepdim=True)  # (B,T,1)
-    angles = pos[..., None].float() * rotary_frequencies(rope, D, pos.device, length)  # (B,T,D/2)
-    return angles.cos()[:, :, None] * rope.amplitude, angles.sin()[:, :, None] * rope.amplitude
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of x (B,T,H,D) by its angle; cos, sin (B,T,1,D/2). The half-split
-    kind."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class KVCache:
@@ -137,80 +60,6 @@ class KVCache:
         part = copy.copy(self)
         part.k, part.v, part.length = self.k[:, rows], self.v[:, rows], self.length[rows]
         return part
-
-
-@dataclass
-class Layout:
-    """Who sees whom in this batch, found once and used by all layers that see as far.
-
-    `lengths`: documents end to end over all rows, attended one by one (fast on a CPU: half of
-    nothing is computed). `mask` (B,1,T,S): True where a key is seen. Neither: each row is one
-    document, plain causal. `window`: tokens seen back, the token itself included; 0: all.
-    """
-
-    lengths: list[int] | None = None
-    mask: Tensor | None = None
-    window: int = 0
-
-    @classmethod
-    def of(cls, doc: Tensor, pos: Tensor, cache: KVCache | None, window: int = 0) -> Layout:
-        """From doc, pos (B,T) and the cache that is read, if any."""
-        B, T = doc.shape
-        if cache is not None:
-            near = not window or cache.extent <= window
-            if cache.extent == T or (B == 1 and T == 1 and near):
-                return cls(window=window)  # first tokens: causal; the next one sees all keys
-            keys = torch.arange(cache.extent, device=pos.device)
-            mask = keys <= pos[..., None]  # (B,T,S)
-            return cls(mask=(mask if near else mask & (keys > pos[..., None] - window))[:, None])
-        first = torch.ones_like(doc, dtype=torch.bool)
-        first[:, 1:] = doc[:, 1:] != doc[:, :-1]
-        starts = first.flatten().nonzero().squeeze(-1)
-        if len(starts) == B:
-            return cls(window=window)
-        if doc.device.type in ONE_BY_ONE:
-            lengths = torch.diff(starts, append=starts.new_tensor([B * T])).tolist()
-            return cls(lengths, window=window)
-        seen = causal_mask(T, window, doc.device)
-        return cls(mask=((doc[:, :, None] == doc[:, None, :]) & seen)[:, None])
-
-
-def causal_mask(T: int, window: int, device: Any) -> Tensor:
-    """True where a token sees another: not ahead, and within the window if there is one, (T,T)."""
-    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    return seen.triu(1 - window) if window else seen
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
-           cap: float = 0.0) -> Tensor:
-    """Softmax attention: q (B,T,H,D) over k, v (B,S,K,D) -> (B,T,H,D), each query head with its
-    group's keys."""
-    T, H = q.shape[1:3]
-    if layout.lengths is not None:
-        return attend_documents(q, k, v, layout, scale, cap)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,H,T,D), (B,K,S,D)
-    if k.shape[1] != H:
-        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (B,H,S,D)
-    mask, causal = layout.mask, layout.mask is None and T > 1
-    if causal and (cap or 0 < layout.window < T):
-        mask, causal = causal_mask(T, layout.window, q.device), False
-    if not cap:
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-        return y.transpose(1, 2)
-    scores = cap * torch.tanh((q @ k.mT).float() * (scale / cap))  # (B,H,T,S): no fused kernel caps
-    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-
-
-@torch.compiler.disable  # lengths differ in every batch: compiled, each would be a new graph
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
-                     cap: float) -> Tensor:
-    """`attend`, document by document; split and cat, because their backward passes copy nothing
-    twice."""
-    parts = (x.flatten(0, 1)[None].split(layout.lengths, dim=1) for x in (q, k, v))
-    alone = Layout(window=layout.window)
-    done = [attend(*part, alone, scale, cap) for part in zip(*parts, strict=True)]
-    return torch.cat(done, dim=1).view(q.shape)
 
 
 class Attention(nn.Module):
@@ -256,15 +105,10 @@ class MLP(nn.Module):
         self.gate_proj = Linear(C, M, bias=config.mlp_bias)
         self.up_proj = Linear(C, M, bias=config.mlp_bias)
         self.down_proj = Linear(M, C, bias=config.mlp_bias)
-        self.activation = {"silu": F.silu, "gelu_tanh": gelu_tanh}[config.activation]
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """x times the normal distribution function, by tanh (Hendrycks & Gimpel 2016, section 2)."""
-    return F.gelu(x, approximate="tanh")
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
 class Block(nn.Module):
@@ -317,7 +161,10 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.extent += tokens.shape[1]
         windows = c.windows or (0,) * len(self.layers)
-        layouts = {window: Layout.of(doc, pos, cache, window) for window in set(windows)}
+        extent = None if cache is None else cache.extent
+        fast = flash(x.device, x.dtype, c.head_dim)
+        layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fast)
+                   for window in set(windows)}
         turn = turns(c.rope, c.head_dim, doc, pos)
         local = turns(c.local_rope, c.head_dim, doc, pos) if c.local_rope else turn
         for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):

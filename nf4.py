@@ -125,15 +125,15 @@ class _Product(torch.autograd.Function):
                 *scales: Tensor) -> Tensor:
         ctx.save_for_backward(codes, *scales)
         ctx.shape = shape
-        return F.linear(x, _matrix(shape, codes, scales, x.dtype), bias)
+        return F.linear(x, made(shape, codes, scales, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         codes, *scales = ctx.saved_tensors
-        return g @ _matrix(ctx.shape, codes, scales, g.dtype), *[None] * (3 + len(scales))
+        return g @ made(ctx.shape, codes, scales, g.dtype), *[None] * (3 + len(scales))
 
 
-def _matrix(shape: tuple[int, int], codes: Tensor, scales: Any, dtype: torch.dtype) -> Tensor:
+def made(shape: tuple[int, int], codes: Tensor, scales: Any, dtype: torch.dtype) -> Tensor:
     """The matrix of a layer's buffers; the scales are one tensor, or three in double quantisation.
     """
     first, *more = scales
@@ -174,7 +174,7 @@ class NF4Linear(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W, made from its codes: (out,in)."""
         shape, codes, *scales = self.parts
-        return _matrix(shape, codes, scales, dtype)
+        return made(shape, codes, scales, dtype)
 
 
 def fits(name: str, module: nn.Module) -> bool:

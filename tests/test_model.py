@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import model as model_module
+import attention
+import layers
 import optim
 import tiny
 from data import IGNORE
@@ -112,7 +113,7 @@ def test_rotary_frequencies_are_those_of_transformers_at_published_sizes(shape):
         words["rope_scaling"] = {**tiny.LLAMA3_ROPE, "original_max_position_embeddings": 8192}
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**words))
     rope = ModelConfig.from_hf(words).rope
-    mine = model_module.rotary_frequencies(rope, 128, "cpu")
+    mine = layers.rotary_frequencies(rope, 128, "cpu")
     torch.testing.assert_close(mine, theirs.inv_freq, rtol=1e-6, atol=0)
     assert rope.amplitude == pytest.approx(theirs.attention_scaling)
 
@@ -199,13 +200,15 @@ def packed(lengths: list[int], rows: int, width: int) -> tuple[torch.Tensor, tor
 def prepare(path: str, shape: str, monkeypatch) -> Llama:
     """A model whose attention takes that path."""
     model = tiny.ours(tiny.peer(shape), shape)
+    if path == "one by one":
+        monkeypatch.setattr(attention, "SHORT", 0)
     if path == "mask":  # as on a GPU
-        monkeypatch.setattr(model_module, "ONE_BY_ONE", ())
+        monkeypatch.setattr(attention, "ONE_BY_ONE", ())
     model.model.recompute = path == "recompute"
     return model.to("cuda") if path == "gpu" else model
 
 
-PATHS = ["one by one", "mask", "recompute", GPU]
+PATHS = ["blocks", "one by one", "mask", "recompute", GPU]
 PACKED = ["llama31", "gemma2", "qwen2-window", "smollm3"]  # plain; capped and windowed; unturned
 
 
@@ -380,7 +383,8 @@ def test_flops_per_token_are_those_torch_counts_in_the_products():
     with FlopCounterMode(display=False) as counter:
         nll(model, ids, ids).sum().backward()
     counts = counter.get_flop_counts()["Global"]
-    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    products = sum(n for op, n in counts.items()
+                   if "attention" not in str(op) and "bmm" not in str(op))
     assert products == model.flops_per_token(0) * 64
     assert model.flops_per_token(64) - model.flops_per_token(0) == 6 * 64 * 32 * 2
 

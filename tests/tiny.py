@@ -168,3 +168,8 @@ def logits(model: Llama, ids: Tensor, doc: Tensor | None = None,
     doc = torch.zeros_like(ids) if doc is None else doc
     pos = torch.arange(ids.shape[1]).expand_as(ids) if pos is None else pos
     return capped(model.model(ids, doc, pos) @ model.head.T, model.config.logit_cap)
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Normal numbers, the same for a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,266 @@
+"""Softmax attention on packed rows: who sees whom, and the fastest way to compute it.
+
+A token sees itself and what stands before it in its own document, at most `window` tokens back.
+There is one plain way to say so, a mask of all pairs, and it computes mostly what nobody sees; the
+others skip that, each tested equal to it:
+
+    blocks      CPU, short documents: products over BLOCK queries and just the keys they can see
+    documents   CPU, long documents: torch's own kernel on one after the other
+    offsets     GPU, bf16 or fp16: one flash kernel over documents end to end (Dao 2023)
+
+Scores and softmax are float32 on every path.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64  # queries whose scores stand at once on a CPU
+SHORT = 1024  # tokens: with a longer document among them, torch's kernel is the faster one
+ONE_BY_ONE = ("cpu",)  # where packed documents are not attended by a mask
+
+
+@dataclass
+class Block:
+    """Queries [begin, end) of the rows end to end, which see no key before `first`.
+
+    `bias` (end - begin, 1, n) float32 is -inf where a query does not see one of the last n keys.
+    """
+
+    first: int
+    begin: int
+    end: int
+    bias: Tensor
+
+
+@dataclass
+class Layout:
+    """Who sees whom in this batch, found once and used by all layers that see as far.
+
+    At most one of these is there; without any, each row is one document, plain causal.
+    `blocks`, `lengths`, `offsets` (N+1,) int32: documents end to end over all rows, see above.
+    `mask` (B,1,T,S): True where a key is seen. `window`: tokens seen back, the token itself
+    included; 0: all.
+    """
+
+    blocks: list[Block] | None = None
+    lengths: list[int] | None = None
+    offsets: Tensor | None = None
+    mask: Tensor | None = None
+    window: int = 0
+
+    @classmethod
+    def of(cls, doc: Tensor, pos: Tensor, extent: int | None = None, window: int = 0,
+           plain: bool = False, flash: bool = False) -> Layout:
+        """From doc, pos (B,T); `extent`: of the cache that is read, if any.
+
+        `plain`: for scores that no fused kernel computes; `flash`: its kernel can be used.
+        """
+        B, T = doc.shape
+        if extent is not None:
+            near = not window or extent <= window
+            if B == 1 and (extent == T or (T == 1 and near)):
+                return cls(window=window)  # first tokens: causal; the next one sees all keys
+            keys = torch.arange(extent, device=pos.device)
+            mask = keys <= pos[..., None]  # (B,T,S)
+            return cls(mask=(mask if near else mask & (keys > pos[..., None] - window))[:, None])
+        first = torch.ones_like(doc, dtype=torch.bool)
+        first[:, 1:] = doc[:, 1:] != doc[:, :-1]
+        starts = first.flatten().nonzero().squeeze(-1)
+        if doc.device.type in ONE_BY_ONE:
+            lengths = torch.diff(starts, append=starts.new_tensor([B * T])).tolist()
+            if max(lengths) <= SHORT and not plain:
+                return cls(blocks=blocks_of(lengths, window), window=window)
+            return cls(lengths=lengths if len(lengths) > B else None, window=window)
+        if len(starts) == B:
+            return cls(window=window)
+        if flash and not plain:
+            # a power of two, filled up with empty documents: the same graph for many batches
+            ends = starts.new_full((1 << len(starts).bit_length(),), B * T)
+            ends[: len(starts)] = starts
+            return cls(offsets=ends.int(), window=window)
+        seen = causal_mask(T, window, doc.device)
+        return cls(mask=((doc[:, :, None] == doc[:, None, :]) & seen)[:, None])
+
+
+def causal_mask(T: int, window: int, device: Any) -> Tensor:
+    """True where a token sees another: not ahead, and within the window if there is one, (T,T)."""
+    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    return seen.triu(1 - window) if window else seen
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
+           cap: float = 0.0) -> Tensor:
+    """Softmax attention: q (B,T,H,D) over k, v (B,S,K,D) -> (B,T,H,D), each query head with its
+    group's keys."""
+    T, H = q.shape[1:3]
+    if layout.blocks is not None:
+        return attend_blocks(q, k, v, layout.blocks, scale)
+    if layout.lengths is not None:
+        return attend_documents(q, k, v, layout, scale, cap)
+    if layout.offsets is not None:
+        return attend_offsets(q, k, v, layout, scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,H,T,D), (B,K,S,D)
+    mask, causal = layout.mask, layout.mask is None and T > 1
+    if causal and (cap or 0 < layout.window < T):
+        mask, causal = causal_mask(T, layout.window, q.device), False
+    grouped = q.is_cuda and mask is None and not cap  # by the kernel itself: no copies of k and v
+    if k.shape[1] != H and not grouped:
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (B,H,S,D)
+    if not cap:
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale,
+                                           enable_gqa=k.shape[1] != H)
+        return y.transpose(1, 2)
+    scores = cap * torch.tanh((q @ k.mT).float() * (scale / cap))  # (B,H,T,S): no fused kernel caps
+    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+@torch.compiler.disable  # lengths differ in every batch: compiled, each would be a new graph
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
+                     cap: float) -> Tensor:
+    """`attend`, document by document; split and cat, because their backward passes copy nothing
+    twice."""
+    parts = (x.flatten(0, 1)[None].split(layout.lengths, dim=1) for x in (q, k, v))
+    alone = Layout(window=layout.window)
+    done = [attend(*part, alone, scale, cap) for part in zip(*parts, strict=True)]
+    return torch.cat(done, dim=1).view(q.shape)
+
+
+@cache
+def varlen() -> tuple[Any, bool]:
+    """torch's flash attention over documents end to end, and whether it takes K < H heads of keys;
+    (None, False) where this torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, False
+    return varlen_attn, "enable_gqa" in signature(varlen_attn).parameters
+
+
+def flash(device: torch.device, dtype: torch.dtype, D: int) -> bool:
+    """Whether that kernel runs here: on an Ampere GPU or later, in 16 bits, heads to width 256."""
+    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and D <= 256
+            and varlen()[0] is not None and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def attend_offsets(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    """`attend` by one kernel over documents end to end; no host waits, nothing depends on their
+    number."""
+    (T, H), K = q.shape[1:3], k.shape[2]
+    kernel, grouped = varlen()
+    if K != H and not grouped:
+        k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
+    more = {"enable_gqa": True} if K != H and grouped else {}
+    y = kernel(*(x.flatten(0, 1) for x in (q, k, v)), layout.offsets, layout.offsets, T, T,
+               scale=scale, window_size=(layout.window - 1, 0), **more)  # (-1, 0): causal
+    return y.view(q.shape)
+
+
+def blocks_of(lengths: list[int], window: int) -> list[Block]:
+    """Documents end to end as blocks: a long one is cut, short neighbours share one."""
+    parts: list[list[int]] = []
+    for n in lengths:
+        if parts and sum(parts[-1]) + n <= BLOCK:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    found, start = [], 0
+    for part in parts:
+        size = sum(part)
+        doc = torch.repeat_interleave(torch.arange(len(part)), torch.tensor(part))  # (size,)
+        for begin in range(0, size, BLOCK):
+            end = min(begin + BLOCK, size)
+            first = max(0, begin + 1 - window) if window else 0
+            # all see the keys before this block, if they reach back that far
+            last = end - (first if window and end - first > window else begin)
+            pair = torch.arange(begin, end)[:, None] - torch.arange(end - last, end)  # (n,last)
+            seen = (pair >= 0) & (doc[begin:end, None] == doc[end - last : end])
+            seen = seen & (pair < window) if window else seen
+            bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
+            found.append(Block(start + first, start + begin, start + end, bias))
+        start += size
+    return found
+
+
+@torch.compiler.disable  # blocks differ in every batch
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scale: float) -> Tensor:
+    """`attend`, block by block of queries; on a CPU its products are twice as fast as the fused
+    kernel's."""
+    return _Blocks.apply(*(x.flatten(0, 1) for x in (q, k, v)), blocks, scale).view(q.shape)
+
+
+class _Blocks(torch.autograd.Function):
+    """q (N,H,D), k, v (N,K,D) -> (N,H,D), N = B T. Only q, k, v, y are kept: each pass makes the
+    scores again.
+
+    Queries that share keys are rows of one product: a block is (K, n H/K, D). Scores and their
+    gradient come from float32 factors, for a product's result has the dtype of its factors; the
+    other products are in q's dtype, as in the fused kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block],
+                scale: float) -> Tensor:
+        K, y = k.shape[1], torch.empty_like(q)
+        keys = copied(k.transpose(0, 1), torch.float32)  # (K,N,D)
+        values = copied(v.transpose(0, 1), v.dtype)
+        for b in blocks:
+            p = probabilities(rows(q, b, K, torch.float32), keys, b, scale)  # (K,nG,S)
+            put(y, b, torch.bmm(p.to(v.dtype), values[:, b.first : b.end]))
+        ctx.save_for_backward(q, k, v, y)
+        ctx.blocks, ctx.scale = blocks, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y = ctx.saved_tensors
+        K, dq = k.shape[1], torch.empty_like(q)
+        keys = copied(k.transpose(0, 1), k.dtype)  # (K,N,D)
+        exact, values = keys.float(), copied(v.transpose(0, 1), torch.float32)
+        dk, dv = torch.zeros_like(exact), torch.zeros_like(exact)
+        mean = (g.float() * y).sum(-1, keepdim=True)  # (N,H,1): sum of p dp
+        for b in ctx.blocks:
+            seen = slice(b.first, b.end)
+            q_b, g_b = rows(q, b, K, q.dtype), rows(g, b, K, q.dtype)  # (K,nG,D)
+            p = probabilities(q_b.float(), exact, b, ctx.scale)  # (K,nG,S)
+            dv[:, seen] += torch.bmm(p.to(q.dtype).mT, g_b)
+            dp = torch.bmm(g_b.float(), values[:, seen].mT)  # its mean is taken off: no rounding
+            ds = p.mul_(dp.sub_(rows(mean, b, K, torch.float32))).to(q.dtype)
+            put(dq, b, torch.bmm(ds, keys[:, seen]).mul_(ctx.scale))
+            dk[:, seen] += torch.bmm(ds.mT, q_b)
+        dk, dv = (x.transpose(0, 1).to(k.dtype) for x in (dk.mul_(ctx.scale), dv))
+        return dq, dk, dv, None, None
+
+
+def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x end to end in memory, in one pass whatever its strides and dtype."""
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+
+def rows(x: Tensor, b: Block, K: int, dtype: torch.dtype) -> Tensor:
+    """A block's queries (N,H,D) by the key head they share: (K, n H/K, D)."""
+    part = x[b.begin : b.end].unflatten(1, (K, -1)).transpose(0, 1)  # (K,n,G,D)
+    return copied(part, dtype).flatten(1, 2)
+
+
+def put(x: Tensor, b: Block, part: Tensor) -> None:
+    """The inverse of `rows`: write (K, nG, D) into x (N,H,D)."""
+    n, K = b.end - b.begin, len(part)
+    x[b.begin : b.end].view(n, K, -1, x.shape[-1]).copy_(part.unflatten(1, (n, -1)).transpose(0, 1))
+
+
+def probabilities(q: Tensor, keys: Tensor, b: Block, scale: float) -> Tensor:
+    """Softmax over the keys a block sees: q (K,nG,D), keys (K,N,D), float32 -> (K,nG,S)."""
+    scores = torch.bmm(q * scale, keys[:, b.first : b.end].mT)
+    n, last = len(b.bias), b.bias.shape[-1]
+    scores.unflatten(1, (n, -1))[..., -last:].add_(b.bias)
+    return torch.softmax(scores, -1)

@@ -1,0 +1,132 @@
+"""Every path of attention beside the plain one: a mask of all pairs, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attention
+import tiny
+from attention import Layout, attend
+
+
+def laid(lengths, rows=1):
+    """doc, pos (rows, T) of documents end to end."""
+    doc = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    pos = torch.cat([torch.arange(n) for n in lengths])
+    return doc.view(rows, -1), pos.view(rows, -1)
+
+
+def plain(q, k, v, doc, window, scale):
+    """All pairs, in float64."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    seen = attention.causal_mask(doc.shape[1], window, doc.device)
+    seen = (seen & (doc[:, :, None] == doc[:, None, :]))[:, None]
+    scores = (q @ k.mT * scale).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def run(function, inputs, g):
+    """Result and gradients, in float64."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    y.backward(g.to(y.dtype))
+    return [y.detach().double(), *(x.grad.double() for x in leaves)]
+
+
+def drawn(B, T, H, K, D, dtype=torch.float32):
+    return [tiny.drawn(B, T, n, D, seed=i).to(dtype) for i, n in enumerate((H, K, K))]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.sampled_from([0, 1, 7, 65, 200]),
+       st.sampled_from([(4, 4), (6, 2), (3, 1)]))
+def test_blocks_compute_what_a_mask_of_all_pairs_does(lengths, window, heads):
+    doc, pos = laid(lengths)
+    layout = Layout.of(doc, pos, window=window)
+    assert layout.blocks is not None
+    covered = [i for b in layout.blocks for i in range(b.begin, b.end)]
+    assert covered == list(range(sum(lengths)))
+    inputs, g = drawn(1, sum(lengths), *heads, 8), tiny.drawn(1, sum(lengths), heads[0], 8, seed=9)
+    mine = run(lambda *x: attend(*x, layout, 0.3), inputs, g)
+    theirs = run(lambda *x: plain(*x, doc, window, 0.3), inputs, g)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_blocks_of_several_rows_do_not_look_into_the_row_before():
+    doc, pos = torch.zeros(3, 40, dtype=torch.long), torch.arange(40).expand(3, 40)
+    inputs, g = drawn(3, 40, 4, 2, 8), tiny.drawn(3, 40, 4, 8, seed=9)
+    layout = Layout.of(doc, pos)
+    for a, b in zip(run(lambda *x: attend(*x, layout, 0.3), inputs, g),
+                    run(lambda *x: plain(*x, doc, 0, 0.3), inputs, g), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_are_as_exact_in_16_bits_as_torchs_fused_kernel(dtype):
+    lengths = [512, 300, 37, 5, 170]
+    doc, pos = laid(lengths)
+    inputs = drawn(1, sum(lengths), 6, 2, 64, dtype)
+    inputs[0] = inputs[0] * 4  # scores of some size: where a coarse score would show
+    g = tiny.drawn(1, sum(lengths), 6, 64, seed=9).to(dtype)
+    exact = run(lambda *x: plain(*x, doc, 0, 0.125), inputs, g)
+    blocks, alone = Layout.of(doc, pos), Layout(lengths=lengths)
+    mine = run(lambda *x: attend(*x, blocks, 0.125), inputs, g)
+    fused = run(lambda *x: attend(*x, alone, 0.125), inputs, g)
+    for name, a, b, e in zip("y dq dk dv".split(), mine, fused, exact, strict=True):
+        assert (a - e).norm() < 1.5 * (b - e).norm(), name
+
+
+def test_a_long_document_is_left_to_torchs_kernel():
+    doc, pos = laid([attention.SHORT + 1, 5])
+    assert Layout.of(doc, pos).lengths == [attention.SHORT + 1, 5]
+    doc, pos = laid([attention.SHORT + 1])
+    assert Layout.of(doc, pos) == Layout()
+
+
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_offsets_tell_the_flash_kernel_the_documents_and_the_window(monkeypatch, window, grouped):
+    """The kernel is a GPU's; here another stands in for it that reads the same arguments."""
+    def kernel(q, k, v, at, at_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
+        assert at.dtype == torch.int32 and at is at_k and enable_gqa == (k.shape[1] != q.shape[1])
+        assert int(at.diff().max()) <= longest == longest_k and len(at) & (len(at) - 1) == 0
+        doc = torch.repeat_interleave(torch.arange(len(at) - 1), at.diff())[None]
+        assert window_size[1] == 0
+        return plain(q[None], k[None], v[None], doc, window_size[0] + 1, scale)[0].to(q.dtype)
+
+    monkeypatch.setattr(attention, "varlen", lambda: (kernel, grouped))
+    monkeypatch.setattr(attention, "ONE_BY_ONE", ())
+    doc, pos = laid([10, 20, 4, 6, 31, 9], rows=2)
+    layout = Layout.of(doc, pos, window=window, flash=True)
+    assert layout.mask is None and layout.offsets[-1] == doc.numel()
+    inputs, g = drawn(2, 40, 4, 2, 8), tiny.drawn(2, 40, 4, 8, seed=9)
+    for a, b in zip(run(lambda *x: attend(*x, layout, 0.3), inputs, g),
+                    run(lambda *x: plain(*x, doc, window, 0.3), inputs, g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("window", [0, 100])
+def test_the_flash_kernel_is_as_exact_as_the_mask(window):
+    lengths = [512, 300, 37, 5, 170]
+    doc, pos = (x.cuda() for x in laid(lengths))
+    inputs = [x.cuda() for x in drawn(1, sum(lengths), 8, 2, 64, torch.bfloat16)]
+    g = tiny.drawn(1, sum(lengths), 8, 64, seed=9).bfloat16().cuda()
+    exact = run(lambda *x: plain(*x, doc, window, 0.125), inputs, g)
+    assert attention.flash(doc.device, torch.bfloat16, 64)
+    fast = Layout.of(doc, pos, window=window, flash=True)
+    masked = Layout.of(doc, pos, window=window)
+    assert fast.offsets is not None and masked.mask is not None
+    mine = run(lambda *x: attend(*x, fast, 0.125), inputs, g)
+    slow = run(lambda *x: attend(*x, masked, 0.125), inputs, g)
+    for name, a, b, e in zip("y dq dk dv".split(), mine, slow, exact, strict=True):
+        assert (a - e).norm() < 1.5 * (b - e).norm(), name
+
+
+def test_this_torch_has_the_kernel_and_a_cpu_does_not_take_it():
+    assert attention.varlen()[0] is not None
+    assert not attention.flash(torch.device("cpu"), torch.bfloat16, 64)
