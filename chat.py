@@ -34,6 +34,7 @@ PLAIN = """\
 
 ROLES = ("system", "user", "assistant", "tool")
 LONGEST = 1 << 26  # characters that a template may make of one conversation
+GREETING = ({"role": "user", "content": "Amakuru?"}, {"role": "assistant", "content": "Ni meza."})
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -105,6 +106,14 @@ class Template:
                 RecursionError, MemoryError) as e:
             raise UserError(f"{self.where}: {type(e).__name__} in the template "
                             f"({' '.join(str(e).split())[:160]})") from None
+
+    @property
+    def end(self) -> int | None:
+        """The control token that ends a turn of the assistant; None if the template writes none."""
+        text = self.render(GREETING)
+        said = max(0, text.rfind(GREETING[1]["content"]))
+        found = self.tokenizer.control_names.search(text, said)
+        return self.tokenizer.encode_piece(found.group(), True, True)[0] if found else None
 
     def encode(self, messages: Sequence[Mapping[str, str]], generation: bool = False) -> list[int]:
         """Ids of a conversation; no BOS is added, for the template writes it where it wants one.

@@ -92,7 +92,7 @@ import lora  # noqa: E402
 import weights  # noqa: E402
 from card import WRITTEN, identity, merges  # noqa: E402
 from card import text as card_text  # noqa: E402
-from chat import Template  # noqa: E402
+from chat import GREETING, Template  # noqa: E402
 from data import sha256  # noqa: E402
 from generate import Sampling, generate  # noqa: E402
 from loss import capped  # noqa: E402
@@ -306,20 +306,19 @@ def chat_finding(template: Template, stops: list[Any], vocab: int) -> tuple[bool
     """Whether a conversation has one BOS, at its beginning, and its last turn ends with a stop id.
     """
     try:
-        ids = template.encode([{"role": "user", "content": "Amakuru?"},
-                               {"role": "assistant", "content": "Ni meza."}])
+        ids, end = template.encode(GREETING), template.end
     except UserError as e:
         return False, f"chat template: {e}"
     tokenizer = template.tokenizer
     if above := [tokenizer.pieces[i] for i in ids if i >= vocab]:
         return False, f"chat template: {above[0]} is beyond the vocabulary"
-    bos, last = tokenizer.bos, next((i for i in reversed(ids) if i in tokenizer.control), None)
+    bos = tokenizer.bos
     if bos is not None and (ids.count(bos), ids[:1]) != (1, [bos]):
         return False, (f"chat template: writes BOS {ids.count(bos)} times around one question and "
                        "its answer, expected once, at the beginning")
-    name = "no control token" if last is None else tokenizer.pieces[last]
-    return last in stops, f"chat template: ends a turn with {name}" + (
-        "" if last in stops else ", which is no stop id")
+    name = "no control token" if end is None else tokenizer.pieces[end]
+    return end in stops, f"chat template: ends a turn with {name}" + (
+        "" if end in stops else ", which is no stop id")
 
 
 def stop_ids(folder: Path, base: Path) -> tuple[list[Any], str]:

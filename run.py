@@ -38,6 +38,7 @@ import sources
 import tasks
 import watch
 import weights
+from chat import Template
 from data import Document, Loader
 from generate import Sampling, generate
 from log import FLAGS, STORAGE, UserError
@@ -303,8 +304,8 @@ class Run:
         (self.out / "run.json").write_text(text + "\n", encoding="utf-8")
 
     def write_prompt(self) -> None:
-        """Beside the result, how it was asked while it was taught: prompt.json, and the chat
-        template where the model had none."""
+        """Beside the result, how it was asked while it was taught: prompt.json, the chat template,
+        and what ends a turn among the stop ids."""
         before, result = self.folder / "prompt.json", self.out / "model"
         prompt = json.loads(before.read_text(encoding="utf-8")) if before.exists() else {}
         prompt |= sources.prompts_of(self.loader.sources)
@@ -313,6 +314,9 @@ class Run:
             (result / "prompt.json").write_text(text + "\n", encoding="utf-8")
         if "chat" in prompt:
             (result / "chat_template.jinja").write_text(prompt["chat"], encoding="utf-8")
+            end = Template.of(result, self.tokenizer).end
+            if end is not None:
+                weights.add_stop_id(result, end)
 
     def finish(self) -> None:
         """Write the result as an HF or PEFT folder, and the report; say what changed."""

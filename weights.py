@@ -42,7 +42,8 @@ CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER, MERGED = "adapter_config.json", "adapter_model.safetensors", "merge.json"
 CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-           "chat_template.json", MERGED, "LICENSE*", "NOTICE*", "USE_POLICY*")  # go with a model
+           "chat_template.json", "prompt.json", MERGED, "LICENSE*", "NOTICE*",
+           "USE_POLICY*")  # go with a model
 MODEL_FILES = (CONFIG, ADAPTER_CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", ADAPTER, *CARRIED)
 
 
@@ -123,6 +124,18 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
         raise UserError(f"{file}: eos_token_id {odd[0]!r} is no id of the tokenizer, which has "
                         f"{tokenizer.vocab_size}")
     return {*named} | ({tokenizer.eos} - {None})
+
+
+def add_stop_id(folder: Path, end: int) -> None:
+    """Have other programs end an answer at `end` as well: eos_token_id of generation_config.json,
+    which they take from config.json where there is no such file."""
+    file = folder / CARRIED[0]
+    words = read_json(file) if file.exists() else {}
+    stops = words.get("eos_token_id", read_json(base_of(folder) / CONFIG).get("eos_token_id"))
+    stops = stops if type(stops) is list else [] if stops is None else [stops]
+    if end not in stops:
+        text = json.dumps({**words, "eos_token_id": [*stops, end]}, indent=2)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,

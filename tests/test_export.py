@@ -336,7 +336,7 @@ FAULTS = {
         "✗ vocabulary: 300 in config.json, 300 embeddings, the tokenizer's 320 ids are used up to "
         "319"),
     "no end": (lambda f: template(f, "{{ bos_token }}{{ messages[1].content }}"),
-               "✗ chat template: ends a turn with <s>, which is no stop id"),
+               "✗ chat template: ends a turn with no control token, which is no stop id"),
     "no tokens": (lambda f: (change(f, "tokenizer_config.json", add_bos_token=False),
                              template(f, "{{ messages[1].content }}")),
                   "✗ chat template: ends a turn with no control token, which is no stop id"),
@@ -365,7 +365,9 @@ def test_each_planted_fault_has_its_cross(tmp_path, capsys, fault):
     assert code == 3 and cross in said, said
 
 
-@pytest.mark.parametrize("source", ["{{ bos_token }}a{{ eos_token }}", "<s>a</s>\n"])
+@pytest.mark.parametrize("source", [
+    "{{ bos_token }}{{ messages[1].content }}{{ eos_token }}",
+    "<s>{{ messages[1].content }}</s>\n"])
 def test_a_template_that_ends_its_turns_is_good_and_a_broken_folder_is_one_line(
         tmp_path, capsys, source):
     folder = tiny.folder(tmp_path / "m", "llama32")

@@ -11,6 +11,8 @@ import functools
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -521,3 +523,46 @@ def test_llama3s_published_tokenizer_gives_transformers_ids(tmp_path):
     template, peer = pair(tmp_path, TEMPLATES["llama3"])
     for messages in CONVERSATIONS.values():
         assert template.encode(messages) == peer.apply_chat_template(messages, return_dict=False)
+
+
+def test_what_ends_a_turn_is_known_of_every_family(folders):
+    ends = {"llama2": "</s>", "llama3": "<|eot_id|>", "mistral": "</s>", "qwen": "<|im_end|>",
+            "gemma2": "<end_of_turn>", "gemma3": "<end_of_turn>", "smollm2": "<|im_end|>",
+            "smollm3": "<|im_end|>"}
+    kinds = {"llama": "sentencepiece", "llama3": "llama3 json", "qwen": "qwen json",
+             "gemma": "gemma json", "smollm": "smollm json", "mistral": "llama json"}
+    for name, end in ends.items():
+        template, _ = pair(folders[kinds.get(name) or kinds[name.rstrip("123")]], TEMPLATES[name])
+        assert template.tokenizer.pieces[template.end] == end
+    template, _ = pair(folders["qwen json"], "{{ messages[1].content }}")
+    assert template.end is None
+
+
+@pytest.mark.slow
+def test_a_model_taught_to_converse_stops_at_a_turns_end_in_other_programs_too(folders, tmp_path):
+    base = tiny.folder(tmp_path / "base", "llama31", tokenizer=False, vocab_size=400,
+                       bos_token_id=0, eos_token_id=1, max_position_embeddings=256)
+    shutil.copy(folders["llama3 json"] / "tokenizer.json", base)
+    (base / "tokenizer_config.json").write_text(json.dumps(
+        {**KINDS["llama3 json"], "eos_token": LLAMA3[1]}))  # a base: its EOS ends a document
+    (base / "chat_template.jinja").write_text(TEMPLATES["llama3"])
+    words = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(
+        {**words, "bos_token_id": 0, "eos_token_id": 1}))
+    rows = [json.dumps({"messages": said(("u", f"Amakuru {i}?"), ("a", f"Ni meza {i}"))})
+            for i in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows))
+    root = Path(chat.__file__).parent
+    for command in (
+            ["train.py", "--mode", "sft", "--model", base, "--data", tmp_path / "chat.jsonl",
+             "--out", tmp_path / "out", "--steps", 2, "--rows", 2, "--hold-out", 0, "--seq-len",
+             128, "--dtype", "fp32", "--device", "cpu"],
+            ["export.py", "check", "--model", tmp_path / "out"]):
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=root, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stdout[-900:] + done.stderr[-900:]
+    assert "✓ chat template: ends a turn with <|eot_id|>" in done.stdout
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    assert model.generation_config.eos_token_id == [1, 2]
+    assert transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "out/model").chat_template == TEMPLATES["llama3"]
