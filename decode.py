@@ -3,6 +3,8 @@
 Nothing is padded on the left: a row's first token stands at position 0, whoever its neighbours are,
 and what pads a short row on its right is never seen. Rows that are done leave the cache and others
 take their place, so it only ever holds rows that are being continued.
+
+One stream is bound by reading the weights: `hasten` lets it read them as fast as memory does.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from model import KVCache, Llama
+from log import FLAGS, UserError
+from model import KVCache, Linear, Llama
 
 BUDGET = 4096  # tokens read at once, padding included: their activations are in memory together
 
@@ -100,3 +103,50 @@ def keep_rows(cache: KVCache, keep: Sequence[int]) -> tuple[KVCache, list[int]]:
     for gap, row in zip(gaps, (row for row in keep if row >= n), strict=True):
         order[gap] = row
     return rearrange(cache, cache, order), order
+
+
+def dot(W: Tensor, x: Tensor) -> Tensor:
+    """W x in float32, rounded to x's dtype: (out,in), (in,) -> (out,).
+
+    The library's product reads a matrix in bf16 at half of what memory gives where x is one vector.
+    This plain sum, compiled, is a loop that reads it at full speed. In parts of at most 4,096: a
+    longer sum is compiled into one that is more exact and half as fast.
+    """
+    n = next(n for n in range(1, len(x) + 1) if len(x) % n == 0 and len(x) <= 4096 * n)
+    y = (W.view(len(W), n, -1).float() * x.view(1, n, -1).float()).sum(-1).sum(-1)
+    return y.to(x.dtype)
+
+
+class Hasty(Linear):
+    """A linear layer whose product with one row is `dot`, compiled."""
+
+    dot = staticmethod(torch.compile(dot, dynamic=False, fullgraph=True))  # a loop for each shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() > 1:
+            return super().forward(x)
+        y = self.dot(self.weight, x.flatten()).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@torch.inference_mode()
+def hasten(model: Llama) -> None:
+    """Let one row's products read the weights as fast as memory does; the others stay as they are.
+
+    Compiles a loop for each shape of matrix, which takes seconds. For a CPU and weights in 16 bits,
+    where it pays; UserError elsewhere, and where there is no compiler.
+    """
+    if model.device.type != "cpu" or model.compute_dtype not in (torch.bfloat16, torch.float16):
+        raise UserError("--compile: it pays on a CPU in bf16 or fp16; leave it out here", FLAGS)
+    if model.lm_head is None:
+        model.lm_head = Linear(*model.head.shape[::-1], bias=False, device="meta")
+        model.lm_head.weight = model.model.embed_tokens.weight
+    found = [m for m in model.modules() if type(m) is Linear and m.weight.dtype == model.head.dtype]
+    for layer in found:
+        layer.__class__ = Hasty
+    try:
+        for layer in {m.weight.shape: m for m in found}.values():
+            layer(torch.zeros(1, layer.in_features, dtype=model.compute_dtype))
+    except Exception as e:  # the compiler's own, of many kinds
+        raise UserError(f"--compile: the C++ compiler that torch uses does not work here "
+                        f"({type(e).__name__}); leave it out, or install g++", FLAGS) from e

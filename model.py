@@ -220,7 +220,8 @@ class Llama(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits of what follows hidden states (...,C): (...,V) float32."""
-        return capped(F.linear(h, self.head.to(h.dtype)).float(), self.config.logit_cap)
+        y = F.linear(h, self.head.to(h.dtype)) if self.lm_head is None else self.lm_head(h)
+        return capped(y.float(), self.config.logit_cap)
 
     def flops_per_token(self, T: int) -> float:
         """Products to train one token in rows of T: 2 a weight for y, 2 for dx, 2 for dW where it

@@ -74,6 +74,9 @@ class Settings:
     """Answers in the making side by side; each beam counts."""
     json: bool = False
     """A JSON object a line: prompt, text, tokens, end (eos, stop or length)."""
+    compile: bool = False
+    """One prompt or a conversation on a CPU in bf16: compiled, an id costs what reading the weights
+    takes. Begins some seconds later, less the next time."""
     quant: Literal["none", "nf4"] = "none"
     """nf4: keep the layers' matrices in four bits each."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -85,6 +88,7 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
 
 import weights  # noqa: E402
 from ask import Asked, Way, pieces  # noqa: E402
+from decode import hasten  # noqa: E402
 from generate import answers, stream  # noqa: E402
 from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
@@ -118,6 +122,9 @@ def read_asked(s: Settings) -> list[Asked]:
     if s.chat and (s.json or s.translate or s.samples > 1 or s.beams > 1):
         raise UserError("--chat: a conversation takes no --json, --translate, --samples or "
                         "--beams; --file takes messages", FLAGS)
+    if s.compile and not (s.chat or len(s.prompt) == s.samples == s.beams == 1):
+        raise UserError("--compile: hastens one stream, a single --prompt or --chat; several side "
+                        "by side have no use for it", FLAGS)
     if s.chat:
         return []
     if s.file:
@@ -197,7 +204,7 @@ def done_before(file: Path, asked: Sequence[str], mark: str) -> int:
 
 def mark_of(s: Settings) -> str:
     """Eight hex digits for all that an answer depends on besides its prompt."""
-    apart = ("prompt", "file", "out", "rows", "json", "device", "chat")
+    apart = ("prompt", "file", "out", "rows", "json", "device", "chat", "compile")
     values = {k: v for k, v in dataclasses.asdict(s).items() if k not in apart}
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
@@ -294,6 +301,8 @@ def main(s: Settings) -> None:
     dtype = ranks.compute_dtype(s.dtype)
     model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
+    if s.compile:
+        hasten(model)
     folder = weights.find(s.model)
     way = Way.of(folder, tokenizer, s.translate)
     ends = weights.stop_ids(folder, tokenizer)

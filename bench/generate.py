@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bench import Settings, Spread, child, in_turn, installed, limits, main, table
@@ -59,7 +60,7 @@ def case_of(name: str, size: str) -> Case:
     """A case, in the size that is asked for."""
     case = CASES[name]
     if size == "tiny":
-        case = Case("tiny", "float32", min(case.prompts, 12), 4, 4 if case.least == case.most else
+        case = Case("tiny", case.dtype, min(case.prompts, 12), 4, 4 if case.least == case.most else
                     16, min(case.rows, 4 * case.beams), 8, case.beams, case.temperature)
     elif size == "quick":
         case = Case(**{**vars(case), "prompts": min(case.prompts, 64), "new": case.new // 2})
@@ -88,17 +89,20 @@ def asked_of(case: Case) -> tuple[list[list[int]], list[int]]:
     return prompts, chance.sample(range(V), V // 64)
 
 
-def ours(case: Case, folder: str, ends: list[int]) -> Any:
+def ours(case: Case, folder: str, ends: list[int], compiled: bool = False) -> Any:
     """A function that answers prompts with up to so many ids."""
     import torch
 
     import weights
+    from decode import hasten
     from generate import answers
     from sampling import Sampling, Stops
 
     dtype = getattr(torch, case.dtype)
     model, _ = weights.load(folder, dtype=dtype, tokenizer=False)
     model.eval().model.compute_dtype = dtype
+    if compiled:
+        hasten(model)
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
         sampling = Sampling(new, case.temperature, beams=case.beams)
@@ -145,7 +149,8 @@ def measure(side: str, name: str, size: str, folder: str) -> dict[str, Any]:
     prompts, ends = asked_of(case)
     ends = [] if case.rows == case.prompts and not case.temperature and case.beams == 1 else ends
     torch.manual_seed(0)
-    run = {"ours": ours, "transformers": theirs}[side](case, folder, ends)
+    sides = {"ours": ours, "ours, compiled": partial(ours, compiled=True), "transformers": theirs}
+    run = sides[side](case, folder, ends)
     run(prompts[:1], 2)  # every weight is in memory, every thread has begun
     found = {}
     for key, new in (("first", 1), ("whole", case.new)):
@@ -178,8 +183,9 @@ def job(s: Settings) -> str:
             if case.shape not in drawn:
                 child(HERE, "draw", case.shape, folder)
                 drawn.add(case.shape)
+            here = [*sides, "ours, compiled"] if case.rows == 1 else sides
             runs = in_turn(HERE, s.rounds, {side: ("measure", [side, name, s.size, folder])
-                                            for side in sides})
+                                            for side in here})
             if not agree(case, runs):
                 s.faults.append(f"{name}: the sides give different ids")
             rows += lines(name, case, runs, read["read"])

@@ -442,3 +442,36 @@ def test_gradients_are_off_inside_and_on_between_two_tokens(monkeypatch):
     for _ in generate(ours(), [[1, 2]], Sampling(3)):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert inside == [True] * 3
+
+
+@pytest.mark.parametrize("width", [1, 64, 4096, 5632, 8200, 8209])
+def test_dot_is_the_product_with_one_row(width):
+    W, x = torch.randn(7, width).bfloat16(), torch.randn(width).bfloat16()
+    found = decode.dot(W, x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), W.float() @ x.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["llama32", "biases", "gemma2"])
+def test_a_hastened_stream_is_as_near_to_float32_as_a_plain_one(shape):
+    changes = {"hidden_size": 64, "intermediate_size": 8200}  # 8200: a sum in parts
+    peer = tiny.peer(shape, **changes).bfloat16().float()
+    exact, plain, hasty = (tiny.ours(peer, shape, **changes) for _ in range(3))
+    for model in (plain, hasty):
+        model.bfloat16().model.compute_dtype = torch.bfloat16
+    decode.hasten(hasty)
+    prompt, found = tiny.tokens(1, 9)[0].tolist(), []
+    with torch.inference_mode():
+        for model in (exact, plain, hasty):
+            cache = KVCache(model.config, 1, 12, "cpu", model.compute_dtype)
+            decode.prefill(model, [prompt], cache)
+            found.append(decode.step(model, torch.tensor([5]), cache))
+    wanted, plainly, hastily = found
+    assert 0 < (hastily - wanted).abs().mean() < 1.5 * (plainly - wanted).abs().mean()
+    assert isinstance(hasty.lm_head, decode.Hasty)
+
+
+def test_hastening_where_it_does_not_pay_is_refused():
+    with pytest.raises(UserError, match="it pays on a CPU in bf16"):
+        decode.hasten(ours())

@@ -123,6 +123,8 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     ({"prompt": ["a"], "model": "nowhere"}, "nowhere", 3),
     ({"prompt": ["a"], "chat": True}, "give one of --prompt", 2),
     ({"prompt": ["a"], "out": "x"}, "goes with --file", 2),
+    ({"prompt": ["a", "b"], "compile": True}, "--compile: hastens one stream", 2),
+    ({"prompt": ["a"], "compile": True}, "--compile: it pays on a CPU in bf16", 2),
     ({"chat": True, "json": True}, "a conversation takes no --json", 2),
     ({"prompt": ["a"], "samples": 2, "temperature": 0.0}, "without chance all are the same", 2),
     ({"prompt": ["a"], "beams": 2, "temperature": 0.7}, "--beams 2 searches", 2),
