@@ -155,7 +155,8 @@ class Run:
                                 s.embedding_lr / s.lr or 1.0, s.lora_plus, s.optimizer)
         scale = optim.LossScale(65536.0 if dtype == torch.float16 else 1.0)
         saver = checkpoint.Saver(out / "checkpoints", s.keep, ranks)
-        if s.mode == "dpo" and not (fresh or s.plan):
+        # what trains as it is and is cut cannot be changed for its frozen values in a forward pass
+        if s.mode == "dpo" and not s.plan and (not fresh or ranks.how == "fsdp" and whole):
             preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
                                       ranks)
         return cls(s, out, ranks, model, folder, tokenizer, loader, held, optimizer, scale, saver,

@@ -23,6 +23,8 @@ import fork
 import log
 import tiny
 import train
+from data import BinWriter, Document
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -131,6 +133,47 @@ def test_twenty_steps_are_the_same_on_one_rank_and_on_two_by_ddp_and_fsdp(place,
                for name in (out["none"], out[how])]
         for x, y in zip(*bpb, strict=True):
             assert x == pytest.approx(y, rel=1e-4)
+
+
+MODES = {"sft": ("chat", {}), "mt": ("mt", {}), "dpo": ("pairs", {"tune": "lora"}),
+         "dpo against a kept reference": ("pairs", {}),
+         "dpo with embeddings": ("pairs", {"tune": "lora", "train_embeddings": True}),
+         "cpo": ("pairs", {})}
+
+
+@pytest.fixture(scope="module")
+def answers(place) -> dict[str, Path]:
+    """A bin of each kind whose documents are asked and answered: short ones of uneven masks."""
+    tokenizer = Tokenizer.open(place / "tied")
+    draw, found = random.Random(2), {}
+    for kind in ("chat", "mt", "pairs"):
+        found[kind] = place / f"bin-{kind}"
+        writer = BinWriter(found[kind], tokenizer.fingerprint, tokenizer.vocab_size, kind)
+        for _ in range(80):
+            asked, told = ([draw.randrange(3, tiny.V) for _ in range(draw.randint(2, 7))]
+                           for _ in range(2))
+            writer.add(Document([1, *asked, *told, 2],
+                                [False] * (1 + len(asked)) + [True] * (1 + len(told)), len(told)))
+        writer.close({}, [])
+    return found
+
+
+@pytest.mark.parametrize("mode", [
+    x if x in ("dpo with embeddings", "sft") else pytest.param(x, marks=pytest.mark.slow)
+    for x in MODES])
+def test_every_mode_is_the_same_on_one_rank_and_on_two(place, answers, mode):
+    kind, changes = MODES[mode]
+    changes = {**changes, "mode": mode.split()[0], "data": [str(answers[kind])], "hold_out": 0.0,
+               "steps": 6}
+    one, *others = ("none", "ddp", "fsdp")
+    for how in (one, *others):
+        run(settings(place, f"{mode}-{how}", shard=how, **changes), 1 if how == one else 2)
+    for how in others:
+        a, b = losses(place / f"{mode}-{one}"), losses(place / f"{mode}-{how}")
+        assert all(b[k] == pytest.approx(a[k], rel=1e-5) for k in a) and len(a) == len(b) == 6
+        a, b = result(place / f"{mode}-{one}"), result(place / f"{mode}-{how}")
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
 
 
 def stop_at(step: int, rank: int = 0, number: int = signal.SIGTERM) -> Callable[[train.Run], None]:
