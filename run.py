@@ -156,7 +156,7 @@ class Run:
         scale = optim.LossScale(65536.0 if dtype == torch.float16 else 1.0)
         saver = checkpoint.Saver(out / "checkpoints", s.keep, ranks)
         # what trains as it is and is cut cannot be changed for its frozen values in a forward pass
-        if s.mode == "dpo" and not s.plan and (not fresh or ranks.how == "fsdp" and whole):
+        if s.mode == "dpo" and not s.plan and (not fresh or (ranks.how == "fsdp" and whole)):
             preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
                                       ranks)
         return cls(s, out, ranks, model, folder, tokenizer, loader, held, optimizer, scale, saver,

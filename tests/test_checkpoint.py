@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import fork as fork_tools
 from log import FLAGS, STORAGE, UserError
+from ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 DEAD = 2**22 + 1  # above Linux's largest process id
@@ -234,7 +236,7 @@ def test_one_changed_byte_anywhere_is_seen_and_the_earlier_one_taken(two, name, 
     whole = file.read_bytes()
     draw = random.Random(name)
     try:
-        for at in sorted(draw.sample(range(len(whole)), min(len(whole), 60))):
+        for at in sorted(draw.sample(range(len(whole)), min(len(whole), 70))):
             for bit in (0, 3, 7):
                 bad = bytearray(whole)
                 bad[at] ^= 1 << bit
@@ -426,3 +428,34 @@ def test_what_was_saved_is_what_json_and_safetensors_alone_can_read(tmp_path):
     assert set(manifest) == set(FILES) - {"manifest.json"}
     assert json.loads((folder / "state.json").read_text()) == {
         "format": 2, "step": 7, "why": "é"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_at_any_touch_of_the_disk_loses_no_earlier_checkpoint(tmp_path, rank):
+    """Two ranks write one checkpoint; one is killed, and the other then too, as torchrun does."""
+    found, code = [], None
+    for at in range(1, 60, 2 if rank == 0 else 1):
+        root = tmp_path / str(at)
+        save(root, 1), save(root, 2)
+
+        def two(root=root, at=at) -> int:
+            ranks = Ranks.start("cpu", 20)
+            saver = checkpoint.Saver(root, 2, ranks)
+            if ranks.rank == rank:
+                fuse(root, at, "before")
+            saver.save(3, parts(3), {"step": 3, "why": "é"})
+            saver.finish()
+            return 0
+
+        pids = fork_tools.together(2, two, tmp_path / f"said-{at}")
+        code = os.waitstatus_to_exitcode(os.waitpid(pids[rank], 0)[1])
+        if code:
+            os.kill(pids[1 - rank], signal.SIGKILL)
+        os.waitpid(pids[1 - rank], 0)
+        found.append(assert_whole(checkpoint.newest(root)))
+        assert found[-1] in (2, 3) and sum(x.startswith(".") for x in names(root)) <= 1
+        assert assert_whole(save(root, 4)) == 4
+        assert not [x for x in names(root) if x.startswith(".")]
+        if code == 0:
+            break
+    assert code == 0 and len(found) > 5 and 2 in found and found[-1] == 3

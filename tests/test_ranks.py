@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 import corpus
 import fork
 import log
+import run as life
 import tiny
 import train
 from data import BinWriter, Document
+from ranks import Ranks
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -294,3 +296,63 @@ def test_three_bad_steps_in_a_row_end_all_ranks_with_4_and_what_was_saved_stands
     assert len((place / "worse/odd_steps.jsonl").read_text().splitlines()) == 3
     assert "resumed from" in run(settings(place, "worse", resume=True), world=2)
     assert len(losses(place / "worse")) == 9
+
+
+@pytest.mark.slow
+def test_products_in_bf16_and_fp16_are_the_same_by_fsdp_as_by_ddp(place):
+    """What is gathered in the dtype of products is what one rank would cast to it."""
+    for dtype in ("bf16", "fp16"):
+        for how in ("ddp", "fsdp"):
+            run(settings(place, f"{dtype}-{how}", shard=how, dtype=dtype, steps=8), world=2)
+        a, b = losses(place / f"{dtype}-ddp"), losses(place / f"{dtype}-fsdp")
+        assert all(b[k] == pytest.approx(a[k], rel=1e-4) for k in a)
+        x, y = result(place / f"{dtype}-ddp"), result(place / f"{dtype}-fsdp")
+        assert {t.dtype for t in y.values()} == {torch.float32}
+        for name in x:  # AdamW moves by the rate whatever the gradient's size: a sign may differ
+            assert (x[name] - y[name]).abs().mean() < 2e-4
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_the_same_on_two_ranks(place):
+    run(settings(place, "not-compiled", steps=4))
+    for how in ("ddp", "fsdp"):
+        run(settings(place, f"compiled-{how}", steps=4, shard=how, compile=True), world=2)
+        a, b = losses(place / "not-compiled"), losses(place / f"compiled-{how}")
+        assert all(b[k] == pytest.approx(a[k], rel=1e-5) for k in a)
+
+
+def test_gradients_are_those_of_torchs_own_data_parallel(place):
+    """Bucket by bucket, with a parameter that only one rank uses: our sum is DDP's mean by two."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    def both() -> int:
+        ranks = Ranks.start("cpu", 30)
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(ranks.rank))
+        grads = []
+        for ours in (True, False):
+            torch.manual_seed(0)
+            model = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(5))
+            model.forward = lambda x, m=model: m[4](m[2](m[1](m[0](x)))) + (
+                m[3](x) if ranks.rank else 0)
+            if ours:
+                life.shares.BUCKET = 300  # bytes: a bucket for each weight and bias
+                ranks.share(model, "ddp", torch.float32)
+                assert len(ranks.buckets) > 4
+                for last in (False, True):
+                    ranks.meet(last)
+                    model(x).square().sum().backward()
+                grads.append([p.grad for p in model.parameters()])
+                assert len(ranks.gradients(model.parameters())[0]) == 10
+                grads[-1] = [p.grad for p in model.parameters()]
+            else:
+                theirs = DistributedDataParallel(model, find_unused_parameters=True)
+                for _ in range(2):
+                    theirs(x).square().sum().backward()
+                grads.append([2 * p.grad for p in model.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+        return 0
+
+    said = place / "said-gradients"
+    ends = fork.ends(fork.together(2, both, said))
+    assert ends == [0, 0], said.with_name("said-gradients-0").read_text()[-2000:]
