@@ -36,8 +36,10 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
         f"{', '.join(sorted({re.sub(r'layers.[0-9]+.', 'layers.*.', k) for k in x['names']}))}"
         for x in optim.groups(run.model, s.weight_decay, s.embedding_lr / s.lr or 1.0,
                               s.lora_plus))
+    read = run.steps * run.tokens_per_step
     shares = ", ".join(
-        f"{x.source.name} {share:.1%} ({x.tokens:,} tokens an epoch)"
+        f"{x.source.name} {share:.1%} ({x.tokens:,} tokens an epoch; {share * read:,.0f} in this "
+        f"run, {share * read / x.tokens:.2f} times)"
         for x, share in zip(run.loader.streams, run.loader.shares, strict=True))
     print(
         f"\nmachine      {run.ranks}, products in {str(run.model.compute_dtype)[6:]}\n"
