@@ -60,6 +60,11 @@ class Settings:
     sentence. They are judged as a model's are; no --model is needed."""
     baseline: str = ""
     """An earlier evaluation's --out, to compare with by a paired test."""
+    trained_on: list[str] = field(default_factory=list)
+    """Bins or files of text the model was trained on, looked through for the tests' sentences;
+    without any, those that the run's own settings name."""
+    overlap: bool = True
+    """Look for the tests' sentences in the training text."""
     limit: int = 0
     """Only so many items of each suite and text: a quick look, marked PARTIAL. 0: all."""
     max_length: int = 0
@@ -80,6 +85,8 @@ import torch  # noqa: E402
 import corpus  # noqa: E402
 import judge  # noqa: E402
 import metrics  # noqa: E402
+import overlap  # noqa: E402
+import sheet  # noqa: E402
 import suites  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
@@ -344,7 +351,7 @@ def main(s: Settings) -> None:
     except OSError as error:
         raise UserError(f"--out {s.out}: cannot be written ({error.strerror})", STORAGE) from None
     try:
-        settings = dataclasses.asdict(s)
+        settings, contamination = dataclasses.asdict(s), None
         if s.model:
             reader = open_model(s)
             settings |= {"dtype": name_of(reader.model), "max_length": reader.length,
@@ -354,10 +361,12 @@ def main(s: Settings) -> None:
                 measure_text(e, text, reader)
             for suite in asked:
                 measure_suite(e, suite, reader)
+            if s.overlap:
+                contamination = look_for_overlap(s, texts, asked, reader.tokenizer)
         for spec in s.hypotheses:
             measure_hypotheses(e, spec)
         found = {"model": s.model or "hypotheses", "command": shlex.join(["python", *sys.argv]),
-                 "settings": settings, "results": e.results}
+                 "settings": settings, "results": e.results, "contamination": contamination}
         aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.replace(file)
     finally:
@@ -367,6 +376,11 @@ def main(s: Settings) -> None:
         if "tokens" in r:
             print(log.printable(f"{r['suite']}: {r['bytes']:,} bytes, {r['tokens']:,} tokens, "
                                 f"{r['tokens'] / r['bytes']:.4f} tokens/byte"))
+    for name, n in (contamination or {}).get("tests", {}).items():
+        if n["any"]:
+            print(log.printable(
+                f"CONTAMINATED: {n['any']:,} of {n['items']:,} items of {name} stand in the "
+                f"training text ({n['whole']:,} whole, {n['run']:,} by a run of words)"))
     if any("aside" in r for r in e.results):
         print("* not in the mean: " + "; ".join(dict.fromkeys(
             f"{r['suite']} {r['prompt']} {r['aside']}" for r in e.results if "aside" in r)))
@@ -374,7 +388,22 @@ def main(s: Settings) -> None:
         print(f"PARTIAL: the first {s.limit} items only; these figures are not for publishing")
     if any("spBLEU" in x.metrics for x in asked) and not metrics.has_spbleu():
         log.say("spBLEU is left out: its tokenizer is not on this machine (docs/formats.md)")
-    log.say(f"wrote {file}")
+    log.say(f"wrote {file} and {sheet.write(e.out)}")
+
+
+def look_for_overlap(s: Settings, texts: list[Text], asked: list[Suite],
+                     tokenizer: Tokenizer) -> dict[str, Any]:
+    """Items of the tests that stand in the training text, as results.json keeps it."""
+    specs, gone = (s.trained_on, []) if s.trained_on else overlap.trained_on(s.model)
+    tests = {f"text:{t.name}": [[x] for x in t.documents] for t in texts}
+    tests |= {x.name: [[v for v in row.values() if isinstance(v, str)]
+                       for row in x.rows[: s.limit or None]] for x in asked}
+    found = overlap.find(tests, overlap.texts(specs, tokenizer, gone)) if specs else {}
+    if not specs or gone:
+        log.say("contamination: " + (f"not there any more: {', '.join(gone)}" if gone else
+                                     "what the model was trained on is not known; name it with "
+                                     "--trained-on"))
+    return {"read": specs, "gone": gone, "tests": found}
 
 
 def open_model(s: Settings) -> Reader:

@@ -17,11 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title><style>
-:root { color-scheme: light dark; --ink: #1c2733; --soft: #5d6b7a; --line: #d9dfe5; --paper: #fff;
+STYLE = """:root { color-scheme: light dark; --ink: #1c2733; --soft: #5d6b7a; --line: #d9dfe5; --paper: #fff;
   --card: #f6f8fa; --good: #1a7f4b; --bad: #b3372f; }
 @media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e9ee; --soft: #9aa7b4;
   --line: #323c46; --paper: #12171c; --card: #1a2128; --good: #5fc992; --bad: #f08a80; } }
@@ -45,7 +41,12 @@ td.n, th.n { text-align: right; white-space: nowrap; } .facts td { overflow-wrap
   .facts td:first-child { width: 6rem; } }
 @media print { body { max-width: none; padding: 0; } h2, h3 { break-after: avoid; }
   figure, .pair, tr { break-inside: avoid; } }
-</style></head><body>
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title><style>
+{{ style | safe }}</style></head><body>
 <h1>{{ title }}</h1>
 <p class="soft">{{ summary }}</p>
 {% for note in notes %}<p class="bad">{{ note }}</p>{% endfor %}
@@ -89,7 +90,7 @@ def run_report(out: Path) -> Path:
     import jinja2
 
     out, notes = Path(out), []
-    lines = _metrics(out / "metrics.jsonl", notes)
+    lines = read_metrics(out / "metrics.jsonl", notes)
     steps = [x for x in lines if "loss" in x]
     looks = [x for x in lines if _numbers(x.get("bits_per_byte"))]
     about = _parsed(out / "run.json", json.loads, notes)
@@ -97,8 +98,8 @@ def run_report(out: Path) -> Path:
     chosen, command = about.pop("changed_settings", None) or {}, about.pop("command", "")
     shown = [(k.replace("_", "-"), _shown(v)) for k, v in settings.items()]
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
-        title=f"{settings.get('mode', 'run')}: {out.resolve().name}", command=command, notes=notes,
-        summary=_summary(about, steps), table=_table(looks), plots=_plots(steps, looks),
+        style=STYLE, title=f"{settings.get('mode', 'run')}: {out.resolve().name}", command=command, notes=notes,
+        summary=_summary(about, steps), table=_table(looks), plots=plots(steps, looks),
         first=looks[0]["step"] if looks else 0, last=looks[-1]["step"] if looks else 0,
         samples=_samples(_text(out / "samples.txt")), settings=shown,
         chosen=[(k, v) for k, v in shown if k.replace("-", "_") in chosen],
@@ -125,7 +126,7 @@ def _parsed(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[s
     return {}
 
 
-def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; one that a kill cut short is counted and left out."""
     found, bad = [], 0
     for text in _text(path).splitlines():
@@ -189,7 +190,7 @@ def _table(looks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _plots(steps: list[dict[str, Any]], looks: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def plots(steps: list[dict[str, Any]], looks: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """(name, inline SVG) of every curve there is something to draw of."""
     found = []
     for lines, key, title, floor in (
@@ -203,7 +204,21 @@ def _plots(steps: list[dict[str, Any]], looks: list[dict[str, Any]]) -> list[tup
 
 
 def _plot(title: str, curves: list[Curve], floor: float | None, dots: bool) -> str:
-    """One plot in the page's own text colour, so that light and dark both read."""
+    """One plot of curves over steps."""
+    def draw(axes: Any) -> None:
+        for i, (name, x, y) in enumerate(curves):
+            axes.plot(x, y, label=name.lstrip("_"), color=COLOURS[i % len(COLOURS)], linewidth=1.4,
+                      linestyle="-" if i < len(COLOURS) else "--",
+                      marker="o" if dots or len(x) == 1 else None, markersize=3)
+        axes.set_ylim(bottom=floor)
+        if any(name for name, _, _ in curves):
+            axes.legend(frameon=False, fontsize=8)
+
+    return figure(title, draw)
+
+
+def figure(title: str, draw: Callable[[Any], None], height: float = 2.5) -> str:
+    """An inline SVG in the page's own text colour, so that light and dark both read."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,19 +228,13 @@ def _plot(title: str, curves: list[Curve], floor: float | None, dots: bool) -> s
              "text.parse_math": False}  # a source may be called a$b$
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        for i, (name, x, y) in enumerate(curves):
-            axes.plot(x, y, label=name.lstrip("_"), color=COLOURS[i % len(COLOURS)], linewidth=1.4,
-                      linestyle="-" if i < len(COLOURS) else "--",
-                      marker="o" if dots or len(x) == 1 else None, markersize=3)
+        drawn = Figure(figsize=(4, height), layout="constrained")
+        axes = drawn.add_subplot()
+        draw(axes)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set_ylim(bottom=floor)
         axes.spines[["top", "right"]].set_visible(False)
-        if any(name for name, _, _ in curves):
-            axes.legend(frameon=False, fontsize=8)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        drawn.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg"):].replace(INK, "currentColor")
     prefix = re.sub(r"\W", "", title)  # ids must not meet those of the next plot on the page

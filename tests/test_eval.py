@@ -189,8 +189,9 @@ def test_eval_prints_and_writes_the_bits_per_byte_of_transformers(home):
                    f"eng={home}/eng.txt", "--out", home / "written", cwd=home)
     assert done.returncode == 0, done.stderr
     found = json.loads((home / "written" / "results.json").read_text())
-    assert list(found) == ["model", "command", "settings", "results"]
-    assert {p.name for p in (home / "written").iterdir()} == {"results.json", "items"}
+    assert list(found) == ["model", "command", "settings", "results", "contamination"]
+    assert {p.name for p in (home / "written").iterdir()} == {"results.json", "report.html",
+                                                               "items"}
 
     import sentencepiece
     file = home / "run" / "model" / "tokenizer.model"

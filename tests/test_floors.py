@@ -14,9 +14,9 @@ FLOORS = {
     "plan": 10,
     "run": 9,  # what stands around the loop
     "tasks": 8, "ask": 8,
-    "generate": 7,
+    "generate": 7, "overlap": 7,
     "pairs": 7,
-    "sources": 6, "examples": 6, "checkpoint": 6, "card": 6, "beam": 6,
+    "sources": 6, "examples": 6, "checkpoint": 6, "card": 6, "sheet": 6, "beam": 6,
     "watch": 6,
     "weights": 5, "corpus": 5, "decode": 5, "judge": 5, "preference": 5,
     "model": 4, "metrics": 4,
@@ -81,7 +81,7 @@ def test_each_foreign_library_has_one_home():
     # safetensors: headers, weights in folders, adapters, resume points; tyro: its flags, and its
     # mark for positional ones
     shared = {"safetensors": {"weights", "shards", "lora", "checkpoint", "export"},
-              "tyro": {"config", "prepare"}, "jinja2": {"report", "chat", "suites"},
+              "tyro": {"config", "prepare"}, "jinja2": {"report", "chat", "suites", "sheet"},
               "pyarrow": {"corpus", "suites"}, "bitsandbytes": {"nf4", "optim"},
               "huggingface_hub": {"weights", "hub", "export"}}
     for name, where in homes.items():
