@@ -406,3 +406,51 @@ def test_torchrun_starts_again_after_a_rank_was_killed_and_the_run_goes_on_by_it
     said = going.communicate(timeout=120)[1]
     assert going.returncode == 0, said[-2000:]
     assert "resumed from" in said and len(losses(out)) == 60
+
+
+def test_the_documents_of_a_row_are_those_whose_tokens_it_holds(place):  # noqa: F811
+    """Found without reading the row, and found by looking every token up."""
+    from data import Bin, BinWriter, Document, Loader, Source
+
+    sources = []
+    for kind in ("text", "pairs"):
+        writer = BinWriter(place / f"known-{kind}", "f" * 64, 1000, kind)
+        draw = random.Random(3)
+        for i in range(40):  # a document's tokens say which document it is
+            writer.add(Document([i + 10] * draw.randint(0 if kind == "text" else 2, 9), None, 1))
+        writer.close({}, [])
+        keep = torch.tensor([i for i in range(40) if i // 2 % 5]).numpy()
+        sources.append(Source(kind, Bin(place / f"known-{kind}"), keep, 1.0))
+    for source in sources:
+        stream = Loader([source], 20, 1, seed=5).streams[0]
+        for i in range(3 * stream.rows):
+            row = stream.row(i)
+            held = sorted({int(t) - 10 for t in row[0][row[2] >= 0]})
+            assert sorted(watch.documents_of(stream, i)) == held, (source.name, i)
+
+
+def test_the_scale_of_an_fp16_loss_halves_doubles_and_is_off_at_one():
+    from optim import LossScale
+
+    scale = LossScale(65536.0)
+    scale.update(finite=False)
+    assert scale.value == 32768.0
+    for _ in range(1999):
+        scale.update(finite=True)
+    assert scale.value == 32768.0
+    scale.update(finite=True)
+    assert (scale.value, scale.good) == (65536.0, 0)
+    for _ in range(100):
+        scale.update(finite=False)
+    assert scale.value == 2.0
+    off = LossScale()
+    off.update(finite=False)
+    assert off == LossScale(1.0, 0)
+
+
+def test_a_run_that_goes_on_keeps_the_dtype_and_the_step_that_it_began_with(place):  # noqa: F811
+    run(settings(place, "kept", dtype="auto", tokens_per_step=0, steps=4), codes={143},
+        during=stop_at(2))
+    kept = (place / "kept/settings.toml").read_text()
+    assert 'dtype = "auto"' not in kept and "tokens_per_step = 32\n" in kept
+    assert "no multiple of 64" in run(settings(place, "kept", resume=True), 2, {FLAGS})
