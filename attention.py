@@ -67,7 +67,7 @@ class Layout:
         B, T = doc.shape
         if extent is not None:
             near = not window or extent <= window
-            if B == 1 and (extent == T or (T == 1 and near)):
+            if extent == T or (B == 1 and T == 1 and near):
                 return cls(window=window)  # first tokens: causal; the next one sees all keys
             keys = torch.arange(extent, device=pos.device)
             mask = keys <= pos[..., None]  # (B,T,S)
@@ -101,7 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
            cap: float = 0.0) -> Tensor:
     """Softmax attention: q (B,T,H,D) over k, v (B,S,K,D) -> (B,T,H,D), each query head with its
     group's keys."""
-    T, H = q.shape[1:3]
+    B, T, H, D = q.shape
     if layout.blocks is not None:
         return attend_blocks(q, k, v, layout.blocks, scale)
     if layout.lengths is not None:
@@ -113,15 +113,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
     if causal and (cap or 0 < layout.window < T):
         mask, causal = causal_mask(T, layout.window, q.device), False
     grouped = q.is_cuda and mask is None and not cap  # by the kernel itself: no copies of k and v
-    if k.shape[1] != H and not grouped:
+    if T == 1:  # nor here: a group's heads are as many queries of the same keys
+        q = q.reshape(B, k.shape[1], -1, D)  # (B,K,H/K,D)
+    elif k.shape[1] != H and not grouped:
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # (B,H,S,D)
     if not cap:
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale,
-                                           enable_gqa=k.shape[1] != H)
-        return y.transpose(1, 2)
+                                           enable_gqa=k.shape[1] != q.shape[1])
+        return y.reshape(B, H, T, D).transpose(1, 2)
     scores = cap * torch.tanh((q @ k.mT).float() * (scale / cap))  # (B,H,T,S): no fused kernel caps
     scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+    return (scores.softmax(-1).to(v.dtype) @ v).reshape(B, H, T, D).transpose(1, 2)
 
 
 @torch.compiler.disable  # lengths differ in every batch: compiled, each would be a new graph

@@ -105,8 +105,8 @@ def keep_rows(cache: KVCache, keep: Sequence[int]) -> tuple[KVCache, list[int]]:
     return rearrange(cache, cache, order), order
 
 
-def dot(W: Tensor, x: Tensor) -> Tensor:
-    """W x in float32, rounded to x's dtype: (out,in), (in,) -> (out,).
+def dot(W: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b in float32, rounded to x's dtype: (out,in), (in,), (out,) -> (out,).
 
     The library's product reads a matrix in bf16 at half of what memory gives where x is one vector.
     This plain sum, compiled, is a loop that reads it at full speed. In parts of at most 4,096: a
@@ -114,7 +114,7 @@ def dot(W: Tensor, x: Tensor) -> Tensor:
     """
     n = next(n for n in range(1, len(x) + 1) if len(x) % n == 0 and len(x) <= 4096 * n)
     y = (W.view(len(W), n, -1).float() * x.view(1, n, -1).float()).sum(-1).sum(-1)
-    return y.to(x.dtype)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 class Hasty(Linear):
@@ -125,8 +125,7 @@ class Hasty(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[:-1].numel() > 1:
             return super().forward(x)
-        y = self.dot(self.weight, x.flatten()).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.dot(self.weight, x.flatten(), self.bias).view(*x.shape[:-1], -1)
 
 
 @torch.inference_mode()
