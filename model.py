@@ -140,6 +140,17 @@ class Block(nn.Module):
         return x + self.norm(3, self.mlp(self.norm(2, x)))  # (B,T,C)
 
 
+def noise(x: Tensor, doc: Tensor, alpha: float) -> Tensor:
+    """Uniform noise within alpha / sqrt(n C) for a document of n tokens in the row, (B,T,C).
+
+    NEFTune (Jain et al. 2024, algorithm 1), whose rows hold one example each.
+    """
+    at, one = doc + 1, torch.ones_like(doc)  # (B,T); 0 is the row's tail
+    n = F.pad(torch.zeros_like(doc), (0, 1)).scatter_add_(1, at, one).gather(1, at)  # (B,T)
+    most = alpha / (n * x.shape[-1]).sqrt()[..., None]  # (B,T,1)
+    return (torch.empty_like(x).uniform_(-1, 1) * most).to(x.dtype)
+
+
 class Decoder(nn.Module):
     """Embeddings, L blocks and the last norm: tokens, doc, pos (B,T) -> (B,T,C)."""
 
@@ -151,11 +162,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config)
         self.compute_dtype = torch.float32  # of products and of what flows between them
         self.recompute = False
+        self.neftune = 0.0  # noise on the embeddings while training
 
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor,
                 cache: KVCache | None = None) -> Tensor:
         c = self.config
         x = self.embed_tokens(tokens).to(self.compute_dtype)  # (B,T,C)
+        if self.training and self.neftune:
+            x = x + noise(x, doc, self.neftune)
         if c.scale_embeddings:  # rounded to the dtype of products, as the published models were
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype, device=x.device)
         if cache is not None:

@@ -110,6 +110,7 @@ class Run:
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         model.model.compute_dtype, model.model.recompute = dtype, s.recompute
+        model.model.neftune = s.neftune
         context, vocab = model.config.max_position_embeddings, model.config.vocab_size
         if s.seq_len > context:
             raise UserError(f"--seq-len {s.seq_len}: the model's context is {context}", FLAGS)

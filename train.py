@@ -108,6 +108,8 @@ class Settings:
     moments in bf16, for all weights of a large model: 16, 10 and 8 bytes a trained number."""
     clip: float = 1.0
     """The largest norm of a step's gradient."""
+    neftune: float = 0.0
+    """cpt, sft, mt: noise on the embeddings, so strong (NEFTune; its authors take 5 to 15)."""
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """dtype of products. What trains is kept in float32 whatever this is."""
@@ -342,7 +344,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
            "epochs": s.epochs > 0, "lr": s.lr > 0, "clip": s.clip > 0, "warmup": s.warmup >= 0,
            "eval-tokens": s.eval_tokens > 0, "lora-plus": s.lora_plus > 0,
            "embedding-lr": s.embedding_lr >= 0, "beta": s.beta > 0, "nll-weight": s.nll_weight >= 0,
-           "max-epochs-per-source": s.max_epochs_per_source >= 0}
+           "max-epochs-per-source": s.max_epochs_per_source >= 0, "neftune": s.neftune >= 0}
     for name, good in fit.items():
         if not good:
             value = getattr(s, name.replace("-", "_"))
@@ -350,6 +352,9 @@ def train(s: Settings, origins: dict[str, str]) -> int:
                             "hold-out below 1, the others above 0", FLAGS)
     if s.mode != "cpo" and (s.arpo or s.nll_weight != 1):
         raise UserError("--arpo and --nll-weight: say something with --mode cpo alone", FLAGS)
+    if s.neftune and MODES[s.mode][0] == "pairs":
+        raise UserError(f"--neftune: is not for --mode {s.mode}, which compares log-probabilities",
+                        FLAGS)
     if s.max_epochs_per_source and not s.steps:
         raise UserError("--max-epochs-per-source: says nothing without --steps, from which each "
                         "source's tokens are known", FLAGS)

@@ -169,10 +169,28 @@ def test_packed_sft_rows_give_the_gradient_of_padded_rows_as_transformers_trains
     b = batch_of(whole(bin))
     found = train.NLL.total(ours, b) / train.NLL.count(b)
     found.backward()
-    assert float(found) == pytest.approx(float(loss), rel=1e-5)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-5)
     theirs = dict(peer.named_parameters())
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, theirs[name].grad, atol=1e-5, rtol=1e-4)
+
+
+def test_neftune_is_uniform_noise_by_a_documents_own_length_and_only_in_training():
+    from model import noise
+
+    doc = torch.tensor([[0] * 4 + [1] * 12 + [-1] * 4])
+    x = torch.zeros(1, 20, 4096)
+    found = noise(x, doc, 5.0)
+    for at, n in ((slice(0, 4), 4), (slice(4, 16), 12)):
+        most = 5.0 / (n * 4096) ** 0.5
+        assert 0.999 * most < found[0, at].abs().max() <= most
+        assert found[0, at].std() == pytest.approx(most / 3**0.5, rel=0.02)
+    model = tiny.ours(tiny.peer())
+    ids = tiny.tokens(2, 16)
+    plain = tiny.logits(model, ids)
+    model.model.neftune = 5.0
+    assert torch.equal(tiny.logits(model, ids), plain)
+    assert not torch.equal(tiny.logits(model.train(), ids), plain)
 
 
 # ------------------------------------------------------------------ rows
