@@ -176,7 +176,9 @@ class Ranks:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (self.world,))
         whole = {p for name, p in model.named_parameters() if p.dim() < 2 or ".lora_" in name}
-        narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # inputs are left as they are: the rotary angles among them are float32
+        narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
         kept = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for block in model.model.layers:
             self._place(block)  # one block at a time is whole on the device
