@@ -12,7 +12,7 @@ import time
 
 from bench import ROOT
 
-JOBS = ["limits", "train_step", "load", "generate", "scale"]
+JOBS = ["limits", "train_step", "load", "generate", "scale", "prepare", "growth"]
 
 
 def main() -> int:
