@@ -3,9 +3,9 @@
     python -m bench.train_step [--quick] [--cases full lora large fp32] [--rounds 2] [--write]
 
 The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
-tokens, dtype, start of LoRA, fused AdamW and clipping. Peers are measured as they come and at their
-best: compiled, with the allocator's settings that we use. The losses of the first and of the last
-step must agree, or not the same was measured: that is an error.
+tokens, dtype, start of LoRA, fused AdamW and clipping. Peers are measured as they come and
+compiled, all sides with the system's own allocator. The losses of the first and of the last step
+must agree, or not the same was measured: that is an error.
 """
 
 from __future__ import annotations
