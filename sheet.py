@@ -24,7 +24,8 @@ PAGE = """<!doctype html>
 .three { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .4rem 1rem;
   border-bottom: 1px solid var(--line); padding: .5rem 0; break-inside: avoid; }
 .three b { display: block; color: var(--soft); font-weight: 500; font-size: .8rem; }
-td.m { white-space: nowrap; }
+@media (min-width: 34rem) { td.m { white-space: nowrap; } }
+@media (max-width: 34rem) { .wide table { font-size: .8rem; } }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="soft">{{ summary }}</p>

@@ -1,0 +1,213 @@
+"""Suites, figures and comparisons: against sacrebleu's own command line, made pairs, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval as evaluating
+import judge
+import metrics
+import overlap
+import sheet
+import suites
+import tiny
+from log import UserError
+
+KIN = [x for x in tiny.SENTENCES if x.split()[0] in ("Umugore", "Abana", "Ejo", "Inka", "Amazi")]
+ENG = tiny.SENTENCES[5:]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A tiny model, pairs, and translations of two systems."""
+    home = tmp_path_factory.mktemp("suites")
+    tiny.folder(home / "model", max_position_embeddings=512)
+    rows = [f"{e}\t{k}" for e, k in zip(ENG, KIN, strict=True)] * 4
+    (home / "pairs.tsv").write_text("eng\tkin\n" + "".join(x + "\n" for x in rows))
+    (home / "good.txt").write_text("".join(k.replace("mu", "ku") + "\n" for k in KIN * 4))
+    (home / "poor.txt").write_text("".join(" ".join(k.split()[::2]) + "\n" for k in KIN * 4))
+    (home / "short.txt").write_text("".join(k + "\n" for k in KIN * 4)[:-40].rsplit("\n", 1)[0])
+    return home
+
+
+def evaluated(home: Path, **values) -> dict:
+    values = {"device": "cpu", "out": str(home / "out"), "suites": [f"pairs={home}/pairs.tsv"],
+              **values}
+    evaluating.main(evaluating.Settings(**values))
+    return json.loads((Path(values["out"]) / "results.json").read_text())
+
+
+def judged(home: Path, name: str, **values) -> dict:
+    return evaluated(home, out=str(home / name), hypotheses=[f"pairs/eng-kin={home}/{name}.txt"],
+                     **values)
+
+
+def test_sacrebleus_own_command_gives_the_same_scores_and_signatures(home):
+    found = {r["metric"]: r for r in judged(home, "good")["results"]}
+    stem = home / "good" / "items" / "pairs.eng-kin.file"
+    for name, flags in (("chrF2++", ["-m", "chrf", "--chrf-word-order", "2"]),
+                        ("chrF2", ["-m", "chrf"]), ("BLEU", ["-m", "bleu"])):
+        done = subprocess.run(
+            [sys.executable, "-m", "sacrebleu", f"{stem}.ref", "-i", f"{stem}.hyp", *flags, "-w",
+             "6"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+        assert done.returncode == 0, done.stderr
+        theirs = json.loads(done.stdout)
+        assert found[name]["value"] == pytest.approx(theirs["score"], abs=1e-5)
+        assert found[name]["signature"].endswith(theirs["signature"])
+
+
+def test_the_paired_test_is_sacrebleus(home):
+    from sacrebleu.metrics import CHRF
+    from sacrebleu.significance import PairedTest
+
+    judged(home, "poor")
+    found = {r["metric"]: r for r in judged(home, "good", baseline=str(home / "poor"))["results"]}
+    said = [(home / f"{x}.txt").read_text().splitlines() for x in ("poor", "good")]
+    _, scores = PairedTest([("poor", said[0]), ("good", said[1])], {"chrF": CHRF()}, [KIN * 4],
+                           test_type="bs", n_samples=1000)()
+    theirs = scores["chrF2"][1]
+    assert found["chrF2"]["value"] == pytest.approx(theirs.score)
+    assert found["chrF2"]["baseline"]["p"] == pytest.approx(theirs.p_value, abs=0.003)
+    ours = found["chrF2"]["baseline"]
+    assert ours["low"] > 0 and ours["low"] < ours["difference"] < ours["high"] and ours["p"] < 0.05
+
+
+def test_a_system_does_not_differ_from_itself(home):
+    judged(home, "good")
+    again = judged(home, "good", baseline=str(home / "good"))["results"]
+    for r in again:
+        assert (r["baseline"]["difference"], r["baseline"]["p"]) == (0.0, 1.0), r["metric"]
+
+
+def test_made_differences_have_the_right_sign_and_interval():
+    rng = np.random.default_rng(3)
+    base = rng.random(400) < 0.5
+    better = base | (rng.random(400) < 0.2)
+    found = metrics.paired(metrics.mean("acc", better), metrics.mean("acc", base))
+    assert found["low"] > 0.05 and found["high"] < 0.2 and found["p"] < 0.01
+    assert found["difference"] == pytest.approx(better.mean() - base.mean())
+    back = metrics.paired(metrics.mean("acc", base), metrics.mean("acc", better))
+    assert back["difference"] == -found["difference"] and back["high"] < 0
+    noise = metrics.paired(metrics.mean("acc", rng.random(400) < 0.5),
+                           metrics.mean("acc", rng.random(400) < 0.5))
+    assert noise["low"] < 0 < noise["high"] and noise["p"] > 0.01
+
+
+def test_weighted_f1_is_the_formula_of_scikit_learn():
+    gold, said = [0, 1, 2, 2, 1, 0, 2, 3], [0, 2, 2, 2, 1, 1, 0, 2]
+    # what sklearn.metrics.f1_score(gold, said, average="weighted") of scikit-learn 1.9.1 prints
+    assert metrics.weighted_f1(gold, said).value == pytest.approx(0.4642857142857143, abs=1e-15)
+
+
+def test_a_model_is_measured_on_a_suite_and_its_page_says_so(home, capsys):
+    found = evaluated(home, model=str(home / "model"), max_new_tokens=8, limit=3, overlap=False,
+                      prompts=["1"])
+    assert {r["part"] for r in found["results"]} == {"eng-kin", "kin-eng"}
+    assert all(r["partial"] and "|limit:3|" in r["signature"] for r in found["results"])
+    assert {"eos_rate", "copy_rate", "language_rate", "length_ratio"} <= {
+        r["metric"] for r in found["results"]}
+    assert "PARTIAL: the first 3 items only" in capsys.readouterr().out
+    names = {p.name for p in (home / "out" / "items").iterdir()}
+    assert "pairs.eng-kin.1.PARTIAL.hyp" in names
+    page = (home / "out" / "report.html").read_text()
+    assert "PARTIAL: only the first items" in page and "Best translations" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+    assert sheet.write(home / "out").exists()
+
+
+def test_sentences_of_the_training_text_are_found_whole_and_by_runs():
+    run = " ".join(f"w{i}" for i in range(13))
+    tests = {"a": [["Inka zacu zirya ubwatsi ku musozi."], [f"x {run} y"], ["Inka zacu"],
+                   ["nothing of this stands there at all"]]}
+    found = overlap.find(tests, ["Ejo. INKA zacu, zirya ubwatsi ku musozi! Yego.",
+                                 f"before {run} after"])
+    assert found == {"a": {"items": 4, "whole": 1, "run": 1, "any": 2}}
+    assert overlap.trained_on("nowhere") == ([], [])
+
+
+def suite_file(home: Path, **changes) -> str:
+    words = {"kind": "choose", "version": 1, "about": "test", "metrics": ["acc"],
+             "choices": ["yego", "oya"], "gold": "{{label}}", **changes}
+    file = home / "mine.toml"
+    file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in words.items())
+                    + '[[data]]\ntest = "mine.jsonl"\n[[prompts]]\nname = "1"\n'
+                    + 'text = "{{text}}?"\n')
+    return str(file)
+
+
+@pytest.mark.parametrize(("rows", "words"), [
+    ([{"text": "Inka"}], "has no column label; it has text"),
+    ([{"text": "Inka", "label": "sinzi"}], "the right answer is 'sinzi', which is none of"),
+    ([], "no rows")])
+def test_rows_that_do_not_fit_are_one_line(home, rows, words):
+    (home / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(UserError, match=words) as e:
+        suites.load(suite_file(home), str(home)).items(suites.load(
+            suite_file(home), str(home)).prompts[0])
+    assert "\n" not in str(e.value)
+
+
+def test_a_choice_that_becomes_no_token_is_one_line(home):
+    (home / "mine.jsonl").write_text(json.dumps({"text": "Inka", "label": 0}) + "\n")
+    spec = suite_file(home, choices=["", "oya"], delimiter="")
+    with pytest.raises(UserError, match="the choice '' has no token of its own"):
+        evaluated(home, model=str(home / "model"), suites=[spec], suite_data=str(home))
+
+
+def test_rows_of_another_language_and_sides_that_do_not_match_are_one_line(home):
+    (home / "swapped.tsv").write_text("kin\teng\n" + "".join(
+        f"{e}\t{k}\n" for e, k in zip(ENG, KIN, strict=True)))
+    with pytest.raises(UserError, match="column kin should be kin, but 5 of 5 rows"):
+        suites.load(f"pairs={home}/swapped.tsv")
+    (home / "flores200").mkdir(exist_ok=True)
+    (home / "flores200" / "devtest.kin.txt").write_text("".join(x + "\n" for x in KIN))
+    (home / "flores200" / "devtest.eng.txt").write_text("".join(x + "\n" for x in ENG[:4]))
+    (home / "flores200" / "dev_subset_from_sib200.tsv").write_text("eng\tkin\na\tb\n")
+    with pytest.raises(UserError, match=r"different numbers of lines: .* 5, .* 4"):
+        suites.load("flores", str(home))
+
+
+@pytest.mark.parametrize(("values", "words", "code"), [
+    ({"suites": ["sib20"]}, "no such suite; there are afrimgsm", 2),
+    ({"suites": ["sib200"]}, "looked for sib200/sib200_kin_eng.tsv", 2),
+    ({"hypotheses": ["pairs/eng-kin=short.txt"]}, "19 lines, pairs/eng-kin has 20 sentences", 3),
+    ({"hypotheses": ["pairs/eng-swa=good.txt"]}, "pairs has eng-kin, kin-eng", 2),
+    ({"baseline": "nowhere"}, "no results.json there", 2),
+    ({"shots": 2, "model": "model"}, "no examples beside its data", 2),
+    ({"prompts": ["9"], "model": "model"}, "suite pairs has 1, 2, 3", 2)])
+def test_what_cannot_be_done_is_one_line(home, monkeypatch, values, words, code):
+    monkeypatch.chdir(home)
+    values = {"hypotheses": [] if "model" in values else ["pairs/eng-kin=good.txt"], **values}
+    if any("=" not in x for x in values.get("suites", [])):
+        values |= {"model": "model", "hypotheses": []}
+    with pytest.raises(UserError, match=words) as e:
+        evaluated(home, **values)
+    assert "\n" not in str(e.value) and e.value.code == code
+
+
+def test_a_baseline_of_another_version_or_of_other_items_is_refused(home):
+    judged(home, "good")
+    file = home / "good" / "results.json"
+    text = file.read_text()
+    file.write_text(text.replace("suite:pairs.1|", "suite:pairs.2|"))
+    with pytest.raises(UserError, match=r"has suite pairs\.2 there and pairs\.1 here"):
+        judged(home, "poor", baseline=str(home / "good"))
+    file.write_text(text)
+    with pytest.raises(UserError, match="other items"):
+        judged(home, "poor", baseline=str(home / "good"), limit=3)
+
+
+def test_without_its_tokenizer_spbleu_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(metrics, "has_spbleu", lambda: False)
+    with pytest.raises(UserError, match="its tokenizer is not on this machine"):
+        metrics.translation("spBLEU", ["a"], ["a"])
+    records = [{"source": "a b", "reference": "c d", "hypothesis": "c", "end": "eos"}] * 2
+    assert not any("spBLEU" in m.name for m in judge.measures(
+        "translate", records, ["chrF2++", "spBLEU"], (), "eng-kin"))
