@@ -48,4 +48,6 @@ def test_a_job_runs_and_its_sides_agree(job):
     command = [sys.executable, "-m", f"bench.{job}", "--tiny"]
     done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if f"bench.{job}: skipped" in done.stderr:
+        pytest.skip(done.stderr.strip())
     assert f"python -m bench.{job} --tiny" in done.stdout and "FAULT" not in done.stderr

@@ -1,0 +1,242 @@
+"""Answers of conversations trained here beside TRL's SFTTrainer, on real, uneven lengths.
+
+    python -m bench.sft [--quick] [--cases lora full] [--rounds 2] [--write]
+
+Both sides train on the same ids and the same mask, once through: they are written once, as a bin
+and as a list, so tokenizers and templates are no part of it. A step holds about as many real
+tokens everywhere: our rows, TRL's packed rows, or so many padded conversations as fill these rows.
+
+What is counted: a *trained* token is a target that has a loss, counted in the batches as each side
+makes them, behind its own shift; a *real* token is one of a conversation, all of them lie in the
+list. Padding is neither. Sides that train another number of tokens, or whose mean loss over all of
+them differs, fail; the learning rate is small, so that the order of batches cannot change that
+mean. A random model's loss says little of leaks between packed neighbours: tests/ look for those.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bench import ROOT, Settings, Spread, child, in_turn, installed, limits, main, peak_gb, table
+
+HERE = "bench.sft"
+SHARED = ROOT.parent / "shared/data"
+TEXT, TOKENIZER = SHARED / "sft/eng_instructions_rasbt.json", SHARED / "tokenizers/llama2"
+SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads
+    "110M": (768, 2048, 12, 12, 4), "25M": (256, 1024, 8, 8, 4), "tiny": (32, 64, 2, 4, 2)}
+SIZES = {  # model, conversations, rows, row length
+    "full": ("110M", 1100, 4, 512), "quick": ("25M", 300, 4, 512), "tiny": ("tiny", 16, 2, 256)}
+CASES = {"lora": "LoRA r 16, bf16", "full": "all weights, bf16 products"}
+PEERS = {  # what is changed in SFTConfig; it recomputes activations unless told not to
+    "TRL padded, as it comes": {},
+    "TRL padded": {"gradient_checkpointing": False},
+    "TRL packing": {"gradient_checkpointing": False, "packing": True},
+    "TRL packing, chunked loss": {"gradient_checkpointing": False, "packing": True,
+                                  "loss_type": "chunked_nll"}}
+RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 1e-6, (0.9, 0.95), 0.1, 1.0
+APART = 2e-3  # of the mean loss, at most
+
+
+def draw(size: str, folder: str) -> dict:
+    """Write the random model, a tokenizer, and the conversations as a bin and as a list; how many
+    tokens they hold."""
+    import shutil
+    from pathlib import Path
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from chat import Template
+    from data import BinWriter
+    from tokenizer import Tokenizer
+
+    name, most, _, T = SIZES[size]
+    C, M, L, H, K = SHAPES[name]
+    tokenizer = Tokenizer.open(TOKENIZER)
+    V = len(tokenizer.pieces)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=V, hidden_size=C, intermediate_size=M, num_hidden_layers=L,
+        num_attention_heads=H, num_key_value_heads=K, max_position_embeddings=T))
+    model.save_pretrained(folder)
+    shutil.copy(TOKENIZER / "tokenizer.model", folder)
+    words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+             "unk_token": "<unk>"}
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(words))
+
+    template, kept, long = Template.plain(tokenizer), [], 0
+    writer = BinWriter(Path(folder, "bin"), "none", V, "chat")
+    for x in json.loads(TEXT.read_text(encoding="utf-8"))[:most]:
+        asked = "\n\n".join(filter(None, [x["instruction"], x["input"]]))
+        document = template.document([{"role": "user", "content": asked},
+                                      {"role": "assistant", "content": x["output"]}])
+        if len(document.ids) > T:
+            long += 1
+            continue
+        writer.add(document)
+        mask = [False, *list(document.mask)[1:]]
+        kept.append({"input_ids": [int(i) for i in document.ids],
+                     "labels": [int(i) if on else -100
+                                for i, on in zip(document.ids, mask, strict=True)]})
+    writer.close({}, [])
+    Path(folder, "list.json").write_text(json.dumps(kept))
+    lengths = [len(x["input_ids"]) for x in kept]
+    return {"parameters": model.num_parameters(), "real": sum(lengths), "long": long,
+            "conversations": len(kept), "median": statistics.median(lengths), "most": max(lengths)}
+
+
+def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
+    """One epoch of train.py's steps over rows that hold whole conversations."""
+    import numpy as np
+    import torch
+
+    import lora
+    import optim
+    import train
+    import weights
+    from data import Batch, Bin, Source, Whole
+    from ranks import Ranks
+
+    imports, cpu = peak_gb(), Ranks.start("cpu")
+    model, _ = weights.load(folder, dtype=torch.bfloat16 if case == "lora" else torch.float32,
+                            tokenizer=False)
+    model.model.compute_dtype = torch.bfloat16
+    if case == "lora":
+        lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
+    model.train()
+    optimizer = optim.adamw(model, LR, BETAS, DECAY)
+    opened = Bin(f"{folder}/bin")
+    rows = Whole(Source("sft", opened, np.arange(len(opened)), 1.0), T, (1, 0))
+    total = trained = slots = 0
+    begun = time.perf_counter()
+    for i in range(0, rows.rows, B):
+        batch = Batch.of([rows.row(k) for k in range(i, min(i + B, rows.rows))], [])
+        loss, _ = train.train_step(model, train.NLL, [batch], optimizer, cpu, CLIP)
+        total, trained = total + loss * train.trained(batch), trained + train.trained(batch)
+        slots += batch.tokens.numel()
+    return {"seconds": time.perf_counter() - begun, "loss": total / trained, "trained": trained,
+            "slots": slots, "steps": -(-rows.rows // B), "imports": imports}
+
+
+def theirs(side: str, case: str, folder: str, B: int, T: int, padded: int) -> dict:
+    """One epoch of SFTTrainer over the same ids; its own set-up is not timed."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    imports = peak_gb()
+    found: dict[str, Any] = {"loss": 0.0, "trained": 0, "slots": 0, "steps": 0}
+
+    class Counted(SFTTrainer):
+        def compute_loss(self, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+            n = int((inputs["labels"][..., 1:] != -100).sum())
+            found["slots"] += inputs["input_ids"].numel()
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            found["loss"] += loss.item() * n
+            found["trained"], found["steps"] = found["trained"] + n, found["steps"] + 1
+            return loss
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            found.setdefault("begun", time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            found["ended"] = time.perf_counter()
+
+    options = PEERS[side]
+    peft = None
+    if case == "lora":
+        from peft import LoraConfig
+
+        peft = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
+                          task_type="CAUSAL_LM")
+    model: Any = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if case == "lora" else torch.float32)
+    with open(f"{folder}/list.json") as f:
+        data = Dataset.from_list(json.load(f))
+    trainer = Counted(model=model, train_dataset=data, peft_config=peft, callbacks=[Clock()],
+                      processing_class=AutoTokenizer.from_pretrained(folder), args=SFTConfig(
+        output_dir=f"{folder}/trl", use_cpu=True, max_length=T, num_train_epochs=1,
+        per_device_train_batch_size=B if options.get("packing") else padded, learning_rate=LR,
+        lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1],
+        weight_decay=DECAY, max_grad_norm=CLIP, seed=1, save_strategy="no",
+        logging_strategy="no", report_to="none", disable_tqdm=True, **options))
+    trainer.train()
+    return {"seconds": found["ended"] - found["begun"], "loss": found["loss"] / found["trained"],
+            "imports": imports, **{k: found[k] for k in ("trained", "slots", "steps")}}
+
+
+def compare(case: str, s: Settings, folder: str, made: dict) -> tuple[list, str]:
+    """All sides of a case in turn: the table's rows, and a line that compares ours with theirs."""
+    _, _, B, T = SIZES[s.size]
+    padded = max(1, B * T * made["conversations"] // made["real"])  # as many tokens as B rows hold
+    sides = {"ours": ("ours", [case, folder, B, T, padded])}
+    if installed("trl"):
+        sides |= {x: ("theirs", [x, case, folder, B, T, padded]) for x in PEERS}
+    runs = in_turn(HERE, s.rounds, sides)
+    rows, found = [], {}
+    for side, done in runs.items():
+        took = Spread.of([x["seconds"] for x in done])
+        one, gb = done[0], statistics.median(x["gb"] for x in done)
+        found[side] = took.median, gb
+        rows.append([
+            CASES[case], side, f"{one['trained'] / took.median:,.0f}",
+            f"{made['real'] / took.median:,.0f}", f"{took.median:.1f}",
+            f"{took.least:.1f} to {took.most:.1f}", one["steps"],
+            f"{made['real'] / one['slots']:.0%}", f"{gb:.2f}",
+            f"{statistics.median(x['gb'] - x['imports'] for x in done):.2f}", f"{one['loss']:.4f}"])
+    counts = {side: done[0]["trained"] for side, done in runs.items()}
+    losses = [x["loss"] for done in runs.values() for x in done]
+    if len(set(counts.values())) > 1:
+        s.faults.append(f"{case}: the sides train other numbers of tokens: {counts}")
+    if (apart := max(losses) / min(losses) - 1) > APART:
+        s.faults.append(f"{case}: mean losses {apart:.1e} apart, so not the same was measured")
+    seconds, most = found.pop("ours")
+    said = [f"{took / seconds:.2f} times the speed of {side}, in {most / gb:.2f} of its memory"
+            for side, (took, gb) in found.items()]
+    return rows, (f"- {CASES[case]}: {'; '.join(said) or 'no peer beside it'}. "
+                  f"Mean losses at most {apart:.0e} apart.")
+
+
+def job(s: Settings) -> str:
+    for needed in (TEXT, TOKENIZER / "tokenizer.model"):
+        if not needed.exists():
+            print(f"{HERE}: skipped, {needed} is not there", file=sys.stderr)
+            sys.exit(0)  # nothing was measured, so nothing is written
+    if not installed("trl"):
+        print(f"{HERE}: trl is not installed, so its rows are left out", file=sys.stderr)
+    rows, said = [], []
+    peaks = limits.measured(s.size)
+    for case in s.cases or list(CASES):
+        with tempfile.TemporaryDirectory() as folder:
+            made = child(HERE, "draw", s.size, folder)
+            more, line = compare(case, s, folder, made)
+        rows += more
+        said.append(line)
+    _, _, B, T = SIZES[s.size]
+    head = ["", "", "trained tokens/s", "real tokens/s", "seconds an epoch", "range", "steps",
+            "real of all slots", "peak GB", "above imports", "mean loss"]
+    long = f" ({made['long']} longer than a row were left out)" if made["long"] else ""
+    return (
+        f"{made['conversations']:,} instructions with answers{long}, {made['real']:,} tokens, "
+        f"{made['median']:.0f} in the median and {made['most']} at most; a random LLaMA of "
+        f"{made['parameters'] / 1e6:.0f}M; {s.rounds} process{'es' if s.rounds > 1 else ''} a "
+        f"side, one epoch each, first step included. Rows of {T}, {B} a step; TRL's padded steps "
+        f"hold as many conversations as hold these tokens. Trained tokens are the targets that "
+        f"have a loss, counted in each side's own batches: equal, or the program fails. \"As it "
+        f"comes\", TRL recomputes activations; its other rows do not, as we do not.\n\n"
+        f"{table(head, rows)}\n\n" + "\n".join(said)
+        + f"\n\n{limits.words(peaks, 'transformers', 'peft', 'trl')}")
+
+
+CHILDREN: dict[str, Callable[..., Any]] = {"draw": draw, "ours": ours, "theirs": theirs}
+
+if __name__ == "__main__":
+    sys.exit(main(HERE, "Instructions with answers, beside TRL", CHILDREN, job, list(CASES)))
