@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -23,6 +24,8 @@ def child(action: Callable[[], object], said: Path, **env: str) -> int:
         with open(said, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal, even where
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves run in the background
         sys.stdout = os.fdopen(1, "w")
         sys.stderr = os.fdopen(2, "w", buffering=1)
         os.environ.update(env)
