@@ -222,6 +222,12 @@ def train_whole(model: nn.Module, names: Sequence[str]) -> None:
     model.whole = kept  # a plain dict: neither a parameter nor a buffer
 
 
+def whole_parts(model: nn.Module, embeddings: bool, norms: bool) -> list[str]:
+    """Names of what trains as it is: embeddings with a head that is not tied to them, and norms."""
+    own = EMBEDDINGS if model.lm_head is not None else EMBEDDINGS[:1]
+    return [*(own if embeddings else ()), *(["norm"] if norms else ())]
+
+
 def indices(ranges: Sequence[str], flag: str) -> list[int]:
     """Layers as a person names them, `0-7 30`, by index; UserError on what is no range."""
     found: set[int] = set()

@@ -73,7 +73,7 @@ def quantise(W: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (out,in) -> codes (out in / 2,) uint8, and the scale of each block (out in / 64,)
     float32."""
     codes, scales = [], []
-    for part in W.reshape(-1).split(CHUNK):
+    for part in W.reshape(-1).split(W.numel() if W.is_meta else CHUNK):
         x, largest = scaled(part.view(-1, BLOCK))
         q = nearest(x, normal(W.device)).flatten()
         codes.append(q[::2] << 4 | q[1::2])
@@ -95,16 +95,24 @@ def restored_scales(codes: Tensor, largest: Tensor, mean: Tensor) -> Tensor:
         + mean
 
 
-def dequantise(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+@torch.library.custom_op("nf4::dequantise", mutates_args=())  # one node of a graph, not a loop
+def dequantise(codes: Tensor, scales: Tensor, rows: int, columns: int,
+               dtype: torch.dtype) -> Tensor:
     """The matrix of these codes and scales, (out,in): each product in float32, rounded once."""
     if codes.is_cuda and kernels():
-        return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", shape, dtype)
-    W = torch.empty(shape, dtype=dtype, device=codes.device)
+        return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4",
+                                                      (rows, columns), dtype)
+    W = codes.new_empty(rows, columns, dtype=dtype)
     for part, c, s in zip(W.view(-1).split(CHUNK), codes.split(CHUNK // 2),
                           scales.split(CHUNK // BLOCK), strict=True):
         part.view(-1, BLOCK).copy_(F.embedding(c.int(), pairs(c.device)).view(-1, BLOCK)
                                    * s[:, None])
     return W
+
+
+@dequantise.register_fake
+def _(codes: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(rows, columns, dtype=dtype)
 
 
 @functools.cache
@@ -138,7 +146,8 @@ def made(shape: tuple[int, int], codes: Tensor, scales: Any, dtype: torch.dtype)
     """
     first, *more = scales
     numbers = [x.view(torch.float32) for x in (more or [first])]
-    return dequantise(codes, restored_scales(first, *numbers) if more else numbers[0], shape, dtype)
+    numbers = [restored_scales(first, *numbers)] if more else numbers
+    return dequantise(codes, numbers[0], *shape, dtype)
 
 
 class NF4Linear(nn.Module):

@@ -24,6 +24,7 @@ from log import FLAGS, UserError
 CHUNK = 1 << 24  # numbers that stand in float32 at once while bf16 ones are moved
 EPS = 1e-8
 TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # of bitsandbytes: the values eight bits name
+NARROW = 4096  # bitsandbytes keeps smaller tensors' moments in float32
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 SCHEDULES = ("cosine", "linear", "inverse-sqrt", "wsd", "constant")
 
@@ -86,12 +87,19 @@ def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay:
     return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=EPS, fused=True)
 
 
+def bytes_held(name: str, p: Tensor, kind: str) -> int:
+    """What an optimizer keeps for a tensor that trains, once it has moved."""
+    if kind == "adamw8bit" and p.numel() >= NARROW and name not in EMBEDDINGS:
+        return 2 * (p.numel() + 4 * -(p.numel() // -256))  # and a float32 for every 256
+    return 2 * p.numel() * (2 if kind == "adamw-bf16" else 4)
+
+
 def _adamw8bit(model: nn.Module, parts: list[dict], lr: float,
                betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW; tensors below 4,096 numbers, and embeddings, keep float32 moments.
+    """bitsandbytes' AdamW; small tensors, and embeddings, keep float32 moments.
     UserError where it does not work."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that are not needed
-    probe = nn.Parameter(torch.ones(4096, device=next(model.parameters()).device))
+    probe = nn.Parameter(torch.ones(NARROW, device=next(model.parameters()).device))
     probe.grad = torch.ones_like(probe)
     try:
         from bitsandbytes.optim import AdamW
@@ -102,7 +110,7 @@ def _adamw8bit(model: nn.Module, parts: list[dict], lr: float,
         raise UserError(f"--optimizer adamw8bit: bitsandbytes does not work on {probe.device} here "
                         f"({why}); pip install bitsandbytes, or take --optimizer adamw",
                         FLAGS) from None
-    found = AdamW(parts, lr=lr, betas=betas, eps=EPS, optim_bits=8)
+    found = AdamW(parts, lr=lr, betas=betas, eps=EPS, optim_bits=8, min_8bit_size=NARROW)
     for name, p in model.named_parameters():
         if p.requires_grad and name in EMBEDDINGS:  # a state that is there is not made in 8 bits
             found.state[p] = {"step": 0, **{x: torch.zeros_like(p, dtype=torch.float32)

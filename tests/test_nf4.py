@@ -45,7 +45,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes_bit_for_bit(shape, dtype):
     assert torch.equal(codes, theirs.flatten()) and torch.equal(scales, state.absmax)
     for out in (torch.float32, torch.bfloat16, torch.float16):
         state.dtype = out
-        assert torch.equal(nf4.dequantise(codes, scales, shape, out),
+        assert torch.equal(nf4.dequantise(codes, scales, *shape, out),
                            bnb.dequantize_4bit(theirs, state))
 
 
@@ -240,6 +240,6 @@ def test_on_a_gpu_the_kernel_and_the_table_agree(dtype, monkeypatch):
     codes, scales = nf4.quantise(W)
     theirs, state = bnb.quantize_4bit(W, blocksize=64, quant_type="nf4")
     assert torch.equal(codes, theirs.flatten()) and torch.equal(scales, state.absmax)
-    by_kernel = nf4.dequantise(codes, scales, (512, 2048), dtype)
+    by_kernel = nf4.dequantise(codes, scales, 512, 2048, dtype)
     monkeypatch.setattr(nf4, "kernels", lambda: False)
-    assert torch.equal(by_kernel, nf4.dequantise(codes, scales, (512, 2048), dtype))
+    assert torch.equal(by_kernel, nf4.dequantise(codes, scales, 512, 2048, dtype))
