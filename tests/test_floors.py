@@ -18,7 +18,7 @@ FLOORS = {
     "pairs": 7,
     "sources": 6, "examples": 6, "checkpoint": 6, "card": 6, "sheet": 6, "beam": 6,
     "watch": 6,
-    "weights": 5, "corpus": 5, "decode": 5, "judge": 5, "preference": 5,
+    "weights": 5, "memory": 5, "corpus": 5, "decode": 5, "judge": 5, "preference": 5,
     "model": 4, "metrics": 4,
     "layers": 3, "loss": 3, "chat": 3,
     "lora": 2, "data": 2, "optim": 2, "sampling": 2, "tokenizer": 2, "ranks": 2, "report": 2,
