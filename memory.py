@@ -11,9 +11,11 @@ context holds before; compiled blocks, which hold less.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ import lora
 import nf4
 import optim
 from families import ModelConfig
+from log import FLAGS, UserError
 from loss import _TokenNLL
 from model import Layout, Llama, turns
 
@@ -52,9 +55,9 @@ class Need:
         return ", ".join(f"{part} {getattr(self, part) / GiB:.2f}" for part in PARTS)
 
 
-def shaped(config: ModelConfig, s: Any, dtype: torch.dtype) -> Llama:
+def shaped(config: ModelConfig, s: Any, dtype: torch.dtype, adapter: Path | None = None) -> Llama:
     """The model that settings `s` (train.Settings) would train, without its numbers; products are
-    in `dtype`."""
+    in `dtype`. An adapter that is trained further is of its own folder's shape."""
     with torch.device("meta"):
         model = Llama(config)
         kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
@@ -64,7 +67,9 @@ def shaped(config: ModelConfig, s: Any, dtype: torch.dtype) -> Llama:
                 if nf4.fits(name, m):
                     model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, s.double_quant))
         whole = lora.whole_parts(model, s.train_embeddings, s.train_norms)
-        if s.tune != "full":
+        if s.tune != "full" and adapter:
+            lora.load_adapter(model, adapter)
+        elif s.tune != "full":
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         if s.train_layers:
@@ -111,14 +116,14 @@ class _Held(TorchDispatchMode):
 
 
 def need(config: ModelConfig, s: Any, dtype: torch.dtype, device: torch.device,
-         passes: int = 1) -> Need:
-    """The most that a step of settings `s` holds on a device, of `passes` micro-batches or more.
+         passes: int = 1, adapter: Path | None = None) -> Need:
+    """The most that a step of settings `s` holds on a device, of so many micro-batches.
 
     Rows are two documents each, as packed rows are several.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = shaped(config, s, dtype)
+    model = shaped(config, s, dtype, adapter)
     B, T = s.rows, s.seq_len
     doc = (torch.arange(T, device=device) >= T // 2).long().expand(B, T)  # (B,T)
     pos = torch.arange(T, device=device).expand(B, T)
@@ -138,6 +143,38 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, device: torch.device,
             p.grad = None
         del kept
     return Need(**held.most)
+
+
+def check(config: ModelConfig, s: Any, dtype: torch.dtype, device: torch.device,
+          passes: int, adapter: Path | None = None) -> None:
+    """UserError (FLAGS) if a step of settings `s` does not fit a device's memory; before a weight
+    is read. A bound that is never too low lets most models pass at once."""
+    B, T, L = s.rows, s.seq_len, config.num_hidden_layers
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in Llama(config).parameters())
+    wide = config.hidden_size + config.intermediate_size
+    bound = 32 * numbers + 64 * B * T * L * wide + 8192 * config.vocab_size
+    room = limit(device)
+    if bound < room or s.ignore_memory:
+        return
+    found = need(config, s, dtype, device, passes, adapter)
+    if found.total > room:
+        raise UserError(
+            f"--rows {B} x --seq-len {T}, --tune {s.tune}: a step needs {found.total / GiB:.1f} GB "
+            f"({found}), {device} has {room / GiB:.1f}; take fewer --rows, --recompute, --tune "
+            "qlora, --optimizer adamw8bit or adamw-bf16, or try all the same with --ignore-memory",
+            FLAGS)
+
+
+def limit(device: torch.device) -> int:
+    """Bytes that this process may hold: its GPU's, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fence = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if fence.exists() and (said := fence.read_text().strip()).isdigit():
+        size = min(size, int(said))
+    return size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _place(model: nn.Module, device: torch.device) -> None:

@@ -12,8 +12,11 @@ import time
 from typing import Any
 
 import log
+import memory
 import optim
+import weights
 from data import IGNORE
+from memory import GiB
 from run import Run
 
 
@@ -27,9 +30,15 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
     (objective.total(run.model, batch.to(run.ranks.device))
      / max(1, objective.count(batch))).backward()
     run.ranks.wait()
+    held = run.ranks.memory_gb()
+    whole = "GPU's tensors" if run.ranks.device.type == "cuda" else "whole process"
     minutes = (time.perf_counter() - begun) * run.micro_batches * run.steps / 60
-    moments = 8 * n["trained"] / 2**30  # AdamW's two, float32
-    result = 4 * n["trained"] / 2**30
+    moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
+    moments = sum(optim.bytes_held(name, p, s.optimizer) for name, p in moving) / GiB
+    result = sum(p.nbytes for _, p in moving) / GiB
+    base = weights.base_of(run.folder)
+    said = memory.need(run.model.config, s, run.model.compute_dtype, run.ranks.device,
+                       run.micro_batches, run.folder if run.folder != base else None)
     trained = "\n".join(
         f"             {len(x['params'])} tensors, {sum(p.numel() for p in x['params']):,} "
         f"numbers at {s.lr * x['scale']:.2e}, weight decay {x['weight_decay']}: "
@@ -46,8 +55,10 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
         f"parameters   {n['total']:,}, trained {n['trained']:,}\n{trained}\n"
         f"data         {shares}\n"
         f"steps        {run.steps} of {run.tokens_per_step:,} tokens\n"
-        f"memory       {run.ranks.memory_gb() + moments:.2f} GB: measured on one micro-batch, "
-        f"with {moments:.2f} for AdamW's moments\n"
+        f"memory       {said.total / GiB:.2f} GB predicted at the most ({said}), of "
+        f"{memory.limit(run.ranks.device) / GiB:.1f} GB here\n"
+        f"             {held + moments:.2f} GB measured on one micro-batch, of the {whole}, with "
+        f"{moments:.2f} for the optimizer\n"
         f"time         {minutes:.1f} minutes of steps, from that micro-batch (the first is "
         "the slowest)\n"
         f"disk         {s.keep * (result + moments) + result:.2f} GB for {s.keep} checkpoints "

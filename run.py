@@ -29,6 +29,7 @@ import config
 import hub
 import log
 import lora
+import memory
 import nf4
 import optim
 import preference
@@ -89,6 +90,9 @@ class Run:
         torch.use_deterministic_algorithms(s.deterministic)
         dtype = ranks.compute_dtype(s.dtype)
         folder = weights.find(s.model)
+        memory.check(weights.read_config(weights.base_of(folder)), s, dtype, ranks.device,
+                     passes=1 + (s.tokens_per_step > s.rows * s.seq_len * ranks.world),
+                     adapter=folder if weights.base_of(folder) != folder else None)
         # what trains is float32; frozen weights are kept as products need them
         trained = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
         kept = dtype if s.tune != "full" else None if s.train_layers else trained
@@ -100,9 +104,7 @@ class Run:
         if s.tune == "full" and lora.adapters(model):
             raise UserError(
                 f"--model {s.model}: an adapter; go on training it with --tune lora", FLAGS)
-        whole = [x for x in lora.EMBEDDINGS if s.train_embeddings
-                 and not (x == "lm_head" and model.lm_head is None)]
-        whole += ["norm"] if s.train_norms else []
+        whole = lora.whole_parts(model, s.train_embeddings, s.train_norms)
         fresh = s.tune != "full" and not lora.adapters(model)
         if fresh:
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,

@@ -124,6 +124,9 @@ class Settings:
     rank_timeout: float = 600.0
     """Seconds a rank waits for the others before it gives up."""
 
+    ignore_memory: bool = False
+    """Start even where --plan says that a step needs more memory than the device has."""
+
     eval_every: int = 0
     """Steps between evaluations; 0: ten in a run. Step 0 and the last are always evaluated."""
     eval_tokens: int = 50_000
@@ -148,7 +151,7 @@ class Settings:
 # What a resumed run may change: FREE changes nothing in the result, WARNED a little in its numbers,
 # and that is said; all else must be as it was.
 FREE = {"out", "resume", "plan", "rows", "rank_timeout", "eval_every", "save_every", "keep",
-        "track"}
+        "track", "ignore_memory"}
 WARNED = {"device", "compile", "recompute", "shard", "eval_tokens", "prompts"}
 
 
