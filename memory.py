@@ -11,7 +11,6 @@ context holds before; compiled blocks, which hold less.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ from families import ModelConfig
 from log import FLAGS, UserError
 from loss import _TokenNLL
 from model import Layout, Llama, turns
+from ranks import GiB, Ranks
 
-GiB = 2**30
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits")
 
 
@@ -145,36 +144,29 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, device: torch.device,
     return Need(**held.most)
 
 
-def check(config: ModelConfig, s: Any, dtype: torch.dtype, device: torch.device,
-          passes: int, adapter: Path | None = None) -> None:
-    """UserError (FLAGS) if a step of settings `s` does not fit a device's memory; before a weight
-    is read. A bound that is never too low lets most models pass at once."""
+def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes: int,
+          adapter: Path | None = None) -> None:
+    """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory; before a weight is
+    read. A bound that is never too low lets most models pass at once.
+
+    What is not known beforehand is not refused: rows that are to be found, a model cut among ranks.
+    """
+    if s.ignore_memory or s.rows == "auto" or (ranks.world > 1 and s.shard in ("auto", "fsdp")):
+        return
     B, T, L = s.rows, s.seq_len, config.num_hidden_layers
     with torch.device("meta"):
         numbers = sum(p.numel() for p in Llama(config).parameters())
     wide = config.hidden_size + config.intermediate_size
-    bound = 32 * numbers + 64 * B * T * L * wide + 8192 * config.vocab_size
-    room = limit(device)
-    if bound < room or s.ignore_memory:
+    room = ranks.memory_limit_gb() * GiB
+    if 32 * numbers + 64 * B * T * L * wide + 8192 * config.vocab_size < room:
         return
-    found = need(config, s, dtype, device, passes, adapter)
+    found = need(config, s, dtype, ranks.device, passes, adapter)
     if found.total > room:
         raise UserError(
             f"--rows {B} x --seq-len {T}, --tune {s.tune}: a step needs {found.total / GiB:.1f} GB "
-            f"({found}), {device} has {room / GiB:.1f}; take fewer --rows, --recompute, --tune "
-            "qlora, --optimizer adamw8bit or adamw-bf16, or try all the same with --ignore-memory",
-            FLAGS)
-
-
-def limit(device: torch.device) -> int:
-    """Bytes that this process may hold: its GPU's, or its share of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fence = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if fence.exists() and (said := fence.read_text().strip()).isdigit():
-        size = min(size, int(said))
-    return size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            f"({found}), {ranks.device} has {room / GiB:.1f}; take fewer --rows, --recompute, "
+            "--tune qlora, --optimizer adamw8bit or adamw-bf16, or try all the same with "
+            "--ignore-memory", FLAGS)
 
 
 def _place(model: nn.Module, device: torch.device) -> None:

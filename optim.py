@@ -24,6 +24,7 @@ from log import FLAGS, UserError
 CHUNK = 1 << 24  # numbers that stand in float32 at once while bf16 ones are moved
 EPS = 1e-8
 TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # of bitsandbytes: the values eight bits name
+LEAST = 2.0  # of an fp16 loss's scale; 1 is none
 NARROW = 4096  # bitsandbytes keeps smaller tensors' moments in float32
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 SCHEDULES = ("cosine", "linear", "inverse-sqrt", "wsd", "constant")
@@ -173,18 +174,24 @@ class LossScale:
     """What the loss is multiplied by before an fp16 backward pass, whose gradients would else fall
     below fp16's smallest number (Micikevicius et al. 2018, 3.2). Always 1: off.
 
-    Halved when a gradient overflows, doubled after 2,000 steps in which none did.
+    Halved when a gradient overflows, doubled after 2,000 steps in which none did. At 2 it has given
+    way as far as it can: what overflows then is no fault of the scale.
     """
 
     value: float = 1.0
     good: int = 0  # steps since it changed
+
+    @property
+    def yields(self) -> bool:
+        """Whether a smaller scale is left to try."""
+        return self.value > LEAST
 
     def update(self, finite: bool) -> None:
         if self.value == 1.0:
             return
         self.good = self.good + 1 if finite else 0
         if not finite or self.good == 2000:
-            self.value, self.good = max(2.0, self.value * (2.0 if finite else 0.5)), 0
+            self.value, self.good = max(LEAST, self.value * (2.0 if finite else 0.5)), 0
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

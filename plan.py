@@ -16,7 +16,7 @@ import memory
 import optim
 import weights
 from data import IGNORE
-from memory import GiB
+from ranks import GiB
 from run import Run
 
 
@@ -56,7 +56,7 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
         f"data         {shares}\n"
         f"steps        {run.steps} of {run.tokens_per_step:,} tokens\n"
         f"memory       {said.total / GiB:.2f} GB predicted at the most ({said}), of "
-        f"{memory.limit(run.ranks.device) / GiB:.1f} GB here\n"
+        f"{run.ranks.memory_limit_gb():.1f} GB here\n"
         f"             {held + moments:.2f} GB measured on one micro-batch, of the {whole}, with "
         f"{moments:.2f} for the optimizer\n"
         f"time         {minutes:.1f} minutes of steps, from that micro-batch (the first is "

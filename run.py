@@ -90,9 +90,10 @@ class Run:
         torch.use_deterministic_algorithms(s.deterministic)
         dtype = ranks.compute_dtype(s.dtype)
         folder = weights.find(s.model)
-        memory.check(weights.read_config(weights.base_of(folder)), s, dtype, ranks.device,
-                     passes=1 + (s.tokens_per_step > s.rows * s.seq_len * ranks.world),
-                     adapter=folder if weights.base_of(folder) != folder else None)
+        base = weights.base_of(folder)
+        memory.check(weights.read_config(base), s, dtype, ranks,
+                     passes=2 if s.tokens_per_step else 1,
+                     adapter=folder if base != folder else None)
         # what trains is float32; frozen weights are kept as products need them
         trained = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
         kept = dtype if s.tune != "full" else None if s.train_layers else trained

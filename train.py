@@ -253,7 +253,7 @@ def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
             g.mul_(share)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    narrow = scale.value > 1 and math.isfinite(loss)
+    narrow = scale.yields and math.isfinite(loss)
     scale.update(finite)
     if not finite:
         raise NotFinite(f"loss {loss}, gradient norm {norm}: not finite; nothing was updated",
@@ -305,9 +305,11 @@ def loop(run: Run) -> int:
                 run.skipped += 1
                 if watch.bad(run.step + 1, fault, served, rows):
                     run.saver.finish()
-                    raise UserError(f"step {run.step + 1}: three steps in a row were not finite; "
-                                    f"what is saved stands; lower --lr, or look at the documents "
-                                    f"in {watch.path}", NON_FINITE) from None
+                    narrow = ", or --dtype fp32" if run.scale.value != 1 else ""
+                    raise UserError(f"step {run.step + 1}: three steps in a row were not finite, "
+                                    f"{run.skipped} in all; what is saved stands; lower --lr"
+                                    f"{narrow}, or look at the documents in {watch.path}",
+                                    NON_FINITE) from None
 
             count = int(ranks.total(sum(map(trained, batches))))
             run.step, run.tokens = run.step + 1, run.tokens + count
@@ -315,7 +317,7 @@ def loop(run: Run) -> int:
             served = dict(zip(run.data, run.loader.tokens, strict=True))
             metrics.write(
                 step=run.step, tokens=run.tokens, loss=loss, lr=lr, grad_norm=norm, **reported,
-                tokens_per_second=round(speed, 1),
+                skipped=run.skipped, tokens_per_second=round(speed, 1),
                 mfu=peak and speed * flops / (peak * ranks.world),
                 memory_gb=round(ranks.memory_gb(), 3),
                 share={name: n / sum(served.values()) for name, n in served.items()})

@@ -61,7 +61,7 @@ def predict(case: str, name: str, folder: str) -> dict[str, float]:
 
     need = memory.need(weights.read_config(Path(folder)), settings(case, name), torch.bfloat16,
                        torch.device("cpu"))
-    return {part: getattr(need, part) / memory.GiB for part in (*memory.PARTS, "total")}
+    return {part: getattr(need, part) / 2**30 for part in (*memory.PARTS, "total")}
 
 
 def ours(case: str, name: str, folder: str) -> dict[str, float]:

@@ -1,0 +1,149 @@
+"""What is predicted from shapes is what real steps hold: tensor by tensor, and as the system sees
+it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora
+import memory
+import nf4
+import optim
+import tiny
+import train
+from families import ModelConfig
+from log import UserError
+from ranks import GiB, Ranks
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "max_position_embeddings": 512}
+WAYS = {"all weights": {}, "recomputed": {"recompute": True}, "bf16": {"optimizer": "adamw-bf16"},
+        "8 bits": {"optimizer": "adamw8bit"}, "LoRA": {"tune": "lora"},
+        "LoRA, recomputed": {"tune": "lora", "recompute": True},
+        "QLoRA": {"tune": "qlora", "double_quant": True},
+        "DoRA and embeddings": {"tune": "lora", "dora": True, "train_embeddings": True,
+                                "lora_dropout": 0.1},
+        "one layer": {"train_layers": ["1"]}}
+
+
+def settings(**words) -> train.Settings:
+    return train.Settings(rows=4, seq_len=256, lora_rank=8, **words)
+
+
+def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> int:
+    """The most bytes that tensors hold in the second step of a real model, from its weights on."""
+    model = tiny.ours(tiny.peer(shape, **WIDE), shape, **WIDE)
+    ids = torch.randint(3, tiny.V, (s.rows, s.seq_len))
+    doc = (torch.arange(s.seq_len) >= s.seq_len // 2).long().expand_as(ids)
+    pos = torch.arange(s.seq_len).expand_as(ids)
+    with memory._Held() as held, torch.no_grad():
+        kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
+        kept = kept if s.tune == "full" and not s.train_layers else dtype
+        for m in model.modules():  # made anew, so that all are seen
+            for name, p in m._parameters.items():
+                if p is not None:
+                    m._parameters[name] = torch.nn.Parameter(p.to(kept).clone())
+        for name, m in list(model.named_modules()) if s.tune == "qlora" else ():
+            if nf4.fits(name, m):
+                model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, s.double_quant))
+        whole = lora.whole_parts(model, s.train_embeddings, s.train_norms)
+        if s.tune != "full":
+            lora.attach(model, 8, 32.0, s.lora_dropout, ["all-linear"], False, s.dora, [], whole)
+        if s.train_layers:
+            lora.train_layers(model, [1], whole)
+        model.model.compute_dtype, model.model.recompute = dtype, s.recompute
+        m = None  # a layer that was replaced must go
+        optimizer = optim.adamw(model.train(), 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
+        for step in range(2):
+            if step == 1:
+                held.most = dict(held.bytes)
+            for _ in range(passes):
+                with torch.enable_grad():
+                    model(ids, doc, pos, ids).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return sum(held.most.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", ["llama32", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_the_prediction_is_what_a_real_steps_tensors_hold(shape, way):
+    s = settings(**WAYS[way])
+    config = ModelConfig.from_hf(tiny.config(shape, **WIDE))
+    for dtype, passes in ((torch.float32, 1), (torch.bfloat16, 2)):
+        said = memory.need(config, s, dtype, CPU, passes).total
+        assert said == pytest.approx(really(shape, s, dtype, passes), rel=0.05), (dtype, passes)
+
+
+def test_parts_are_exact_where_shapes_alone_decide():
+    words = dict(WIDE, vocab_size=tiny.V)
+    config = ModelConfig.from_hf(tiny.config("llama3", **words))
+    n = sum(p.numel() for p in tiny.peer("llama3", **words).parameters())
+    full = memory.need(config, settings(recompute=True), torch.float32, CPU)
+    assert (full.weights, full.optimizer) == (4 * n, 8 * n) and full.total > 12 * n
+    narrow = memory.need(config, settings(optimizer="adamw-bf16"), torch.bfloat16, CPU)
+    assert (narrow.weights, narrow.optimizer) == (2 * n, 4 * n)
+    again = memory.need(config, settings(), torch.float32, CPU, passes=2)
+    assert again.total > memory.need(config, settings(), torch.float32, CPU).total, (
+        "gradients stand while the next micro-batch is on its way")
+
+
+@pytest.mark.slow
+def test_a_model_of_eight_billion_is_planned_without_its_weights():
+    config = ModelConfig.from_hf(tiny.config(
+        "llama3", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=8192))
+    s = train.Settings(rows=1, seq_len=1024, tune="qlora", recompute=True)
+    before = Ranks.start("cpu").memory_gb()
+    found = memory.need(config, s, torch.bfloat16, CPU)
+    matrices, rest = 6_979_321_856, 2 * 128256 * 4096 + 65 * 4096
+    small = 41_943_040 * 4  # LoRA of rank 16 on all linear layers, float32
+    assert found.weights == matrices * 4.5 / 8 + rest * 2 + small
+    assert found.optimizer == 2 * small and 5.5 < found.total / GiB < 8
+    assert Ranks.start("cpu").memory_gb() - before < 0.3
+
+
+def test_what_cannot_fit_is_refused_in_one_line_and_what_fits_is_not_measured(monkeypatch):
+    config = ModelConfig.from_hf(tiny.config("llama3", **WIDE))
+    one = Ranks.start("cpu")
+    memory.check(config, settings(), torch.float32, one, 1)
+    exact = memory.need(config, settings(), torch.float32, CPU).total
+    monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 0.99)
+    with pytest.raises(UserError, match=r"a step needs .*\(weights .*logits .*--recompute") as e:
+        memory.check(config, settings(), torch.float32, one, 1)
+    assert e.value.code == 2 and "\n" not in str(e.value)
+    memory.check(config, settings(ignore_memory=True), torch.float32, one, 1)
+    memory.check(config, dataclasses.replace(settings(), rows="auto"), torch.float32, one, 1)
+    monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 1.01)
+    memory.check(config, settings(), torch.float32, one, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["full", "full-recompute", "bf16", "lora", "lora-recompute",
+                                  "qlora", "qlora-recompute"])
+def test_the_prediction_is_within_a_tenth_of_what_the_system_counts(tmp_path_factory, case):
+    """110M parameters in processes of their own; glibc's heap keeps nothing back."""
+    folder = str(tmp_path_factory.getbasetemp() / "110M")
+
+    def child(name, *args):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.memory", "--child", name, json.dumps(args)], cwd=ROOT,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    if not Path(folder).exists():
+        child("draw", "110M", folder, "float32")
+    said, found = child("predict", case, "110M", folder), child("ours", case, "110M", folder)
+    assert said["total"] == pytest.approx(found["peak"] - found["before"], rel=0.1)
