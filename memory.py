@@ -136,6 +136,9 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, device: torch.device,
         held.what = "optimizer"
         kept = _moments(model, s.optimizer, device)
         held.what = "activations"
+        for x in tree_leaves([turn, *map(vars, layouts.values())]):  # of the batch, for all layers
+            if isinstance(x, Tensor):
+                held.see(x, "activations")
         for _ in range(min(passes, 2)):
             _step(model, held, doc, layouts, turn, pos)
         for p in model.parameters():
