@@ -24,6 +24,7 @@ import lora
 import optim
 import tiny
 import train
+import watch
 import weights
 from data import IGNORE, Batch, Bin
 from model import Llama, ModelConfig
@@ -240,6 +241,22 @@ def test_a_step_that_is_not_finite_moves_nothing():
         train.train_step(model, bad, [packed(0, 2)], optimizer, ALONE, clip=1.0)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     assert not optimizer.state and all(p.grad is None for p in model.parameters())
+
+
+def test_an_fp16_scale_gives_way_at_overflow_until_it_cannot_and_then_it_is_a_failure():
+    model = tiny.ours(tiny.peer())
+    model.model.compute_dtype = torch.float16
+    optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    steep = train.Objective(  # a finite loss whose gradients are beyond fp16 at any scale
+        total=lambda m, b: train.NLL.total(m, b) * 1e9, count=train.NLL.count)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    scale, narrow = optim.LossScale(2.0**16), []
+    for _ in range(20):
+        with pytest.raises(watch.NotFinite) as fault:
+            train.train_step(model, steep, [packed(0, 2)], optimizer, ALONE, 1.0, scale)
+        narrow.append(fault.value.narrow)
+    assert narrow == [True] * 15 + [False] * 5 and scale.value == 2  # the third of these ends a run
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("change", [{"compile": True}, {"recompute": True}])
