@@ -114,19 +114,21 @@ class _Held(TorchDispatchMode):
         self.bytes[self.kinds.pop(key)] -= size
 
 
-def need(config: ModelConfig, s: Any, dtype: torch.dtype, device: torch.device,
-         passes: int = 1, adapter: Path | None = None) -> Need:
-    """The most that a step of settings `s` holds on a device, of so many micro-batches.
+def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
+         adapter: Path | None = None) -> Need:
+    """The most that a step of settings `s` holds, of so many micro-batches.
 
-    Rows are two documents each, as packed rows are several.
+    Rows are two documents each, as packed rows are several. Counted on the CPU's paths, whatever
+    the device: its blocks of attention keep as little as a GPU's flash kernel.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = shaped(config, s, dtype, adapter)
+    model, device = shaped(config, s, dtype, adapter), torch.device("cpu")
     B, T = s.rows, s.seq_len
     doc = (torch.arange(T, device=device) >= T // 2).long().expand(B, T)  # (B,T)
     pos = torch.arange(T, device=device).expand(B, T)
-    layouts = {w: Layout.of(doc, pos, None, w) for w in {*config.windows, 0}}
+    plain = bool(config.attention_cap)
+    layouts = {w: Layout.of(doc, pos, None, w, plain) for w in {*config.windows, 0}}
     turn = turns(config.rope, config.head_dim, doc, pos)
     with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
         held.what = "weights"
@@ -163,7 +165,7 @@ def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes:
     room = ranks.memory_limit_gb() * GiB
     if 32 * numbers + 64 * B * T * L * wide + 8192 * config.vocab_size < room:
         return
-    found = need(config, s, dtype, ranks.device, passes, adapter)
+    found = need(config, s, dtype, passes, adapter)
     if found.total > room:
         raise UserError(
             f"--rows {B} x --seq-len {T}, --tune {s.tune}: a step needs {found.total / GiB:.1f} GB "

@@ -37,7 +37,7 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
     moments = sum(optim.bytes_held(name, p, s.optimizer) for name, p in moving) / GiB
     result = sum(p.nbytes for _, p in moving) / GiB
     base = weights.base_of(run.folder)
-    said = memory.need(run.model.config, s, run.model.compute_dtype, run.ranks.device,
+    said = memory.need(run.model.config, s, run.model.compute_dtype,
                        run.micro_batches, run.folder if run.folder != base else None)
     trained = "\n".join(
         f"             {len(x['params'])} tensors, {sum(p.numel() for p in x['params']):,} "

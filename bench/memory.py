@@ -59,8 +59,7 @@ def predict(case: str, name: str, folder: str) -> dict[str, float]:
     import memory
     import weights
 
-    need = memory.need(weights.read_config(Path(folder)), settings(case, name), torch.bfloat16,
-                       torch.device("cpu"))
+    need = memory.need(weights.read_config(Path(folder)), settings(case, name), torch.bfloat16)
     return {part: getattr(need, part) / 2**30 for part in (*memory.PARTS, "total")}
 
 

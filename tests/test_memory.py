@@ -24,7 +24,6 @@ from log import UserError
 from ranks import GiB, Ranks
 
 ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
         "max_position_embeddings": 512}
 WAYS = {"all weights": {}, "recomputed": {"recompute": True}, "bf16": {"optimizer": "adamw-bf16"},
@@ -81,7 +80,7 @@ def test_the_prediction_is_what_a_real_steps_tensors_hold(shape, way):
     s = settings(**WAYS[way])
     config = ModelConfig.from_hf(tiny.config(shape, **WIDE))
     for dtype, passes in ((torch.float32, 1), (torch.bfloat16, 2)):
-        said = memory.need(config, s, dtype, CPU, passes).total
+        said = memory.need(config, s, dtype, passes).total
         held = really(shape, s, dtype, passes)
         assert said == pytest.approx(held, rel=0.1), (dtype, passes)  # 7 % low where recomputed
 
@@ -90,12 +89,12 @@ def test_parts_are_exact_where_shapes_alone_decide():
     words = dict(WIDE, vocab_size=tiny.V)
     config = ModelConfig.from_hf(tiny.config("llama3", **words))
     n = sum(p.numel() for p in tiny.peer("llama3", **words).parameters())
-    full = memory.need(config, settings(recompute=True), torch.float32, CPU)
+    full = memory.need(config, settings(recompute=True), torch.float32)
     assert (full.weights, full.optimizer) == (4 * n, 8 * n) and full.total > 12 * n
-    narrow = memory.need(config, settings(optimizer="adamw-bf16"), torch.bfloat16, CPU)
+    narrow = memory.need(config, settings(optimizer="adamw-bf16"), torch.bfloat16)
     assert (narrow.weights, narrow.optimizer) == (2 * n, 4 * n)
-    again = memory.need(config, settings(), torch.float32, CPU, passes=2)
-    assert again.total > memory.need(config, settings(), torch.float32, CPU).total, (
+    again = memory.need(config, settings(), torch.float32, passes=2)
+    assert again.total > memory.need(config, settings(), torch.float32).total, (
         "gradients stand while the next micro-batch is on its way")
 
 
@@ -107,7 +106,7 @@ def test_a_model_of_eight_billion_is_planned_without_its_weights():
         max_position_embeddings=8192))
     s = train.Settings(rows=1, seq_len=1024, tune="qlora", recompute=True)
     before = Ranks.start("cpu").memory_gb()
-    found = memory.need(config, s, torch.bfloat16, CPU)
+    found = memory.need(config, s, torch.bfloat16)
     matrices, rest = 6_979_321_856, 2 * 128256 * 4096 + 65 * 4096
     small = 41_943_040 * 4  # LoRA of rank 16 on all linear layers, float32
     assert found.weights == matrices * 4.5 / 8 + rest * 2 + small
@@ -119,7 +118,7 @@ def test_what_cannot_fit_is_refused_in_one_line_and_what_fits_is_not_measured(mo
     config = ModelConfig.from_hf(tiny.config("llama3", **WIDE))
     one = Ranks.start("cpu")
     memory.check(config, settings(), torch.float32, one, 1)
-    exact = memory.need(config, settings(), torch.float32, CPU).total
+    exact = memory.need(config, settings(), torch.float32).total
     monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 0.99)
     with pytest.raises(UserError, match=r"a step needs .*\(weights .*logits .*--recompute") as e:
         memory.check(config, settings(), torch.float32, one, 1)

@@ -1,0 +1,67 @@
+"""Which model trains on which card: what memory.py predicts for published shapes, as a table.
+
+    python -m bench.cards [--seq-len 2048] [--rows 1]
+
+Nothing is measured here. Each figure is the prediction of `--plan` for a step of the real code over
+the published config.json's sizes, with --recompute and products in bf16, on the CPU's paths; a GPU
+adds its context (about half a GB) and what its allocator keeps, for which a tenth is set aside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+SHAPES: dict[str, dict[str, Any]] = {  # as in the published config.json of Llama 3.2 and 3.1
+    "1B": {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "head_dim": 64, "tie_word_embeddings": True},
+    "3B": {**LLAMA, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+           "num_attention_heads": 24, "head_dim": 128, "tie_word_embeddings": True},
+    "8B": {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "head_dim": 128}}
+HIGH = {"lora_rank": 64, "train_embeddings": True, "rslora": True}
+WAYS: dict[str, dict[str, Any]] = {
+    "full, adamw": {"tune": "full"},
+    "full, adamw8bit": {"tune": "full", "optimizer": "adamw8bit"},
+    "full, adamw-bf16": {"tune": "full", "optimizer": "adamw-bf16"},
+    "lora, rank 64, embeddings trained": {"tune": "lora", **HIGH},
+    "lora, rank 16": {"tune": "lora"},
+    "qlora, rank 64, embeddings trained": {"tune": "qlora", **HIGH},
+    "qlora, rank 16": {"tune": "qlora"}}
+CARDS = (16, 24, 48, 80)  # GB
+
+
+def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> float:
+    """GB of 2^30 that a step holds at most."""
+    import torch
+
+    import memory
+    import train
+    from families import ModelConfig
+
+    config = ModelConfig(**shape)
+    s = dataclasses.replace(train.Settings(), recompute=True, seq_len=seq_len, rows=rows, **way)
+    return memory.need(config, s, torch.bfloat16).total / 2**30
+
+
+def smallest(x: float) -> str:
+    """The smallest card that holds so many GB and keeps a tenth and half a GB for itself."""
+    return next((f"{card} GB" for card in CARDS if x <= 0.9 * card - 0.5), "none")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.cards", description=__doc__)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=1)
+    flags = parser.parse_args()
+    print("| what trains | " + " | ".join(SHAPES) + " |\n|---|" + "--:|" * len(SHAPES))
+    for name, way in WAYS.items():
+        found = [gb(shape, way, flags.seq_len, flags.rows) for shape in SHAPES.values()]
+        print(f"| {name} | " + " | ".join(f"{x:.1f}: {smallest(x)}" for x in found) + " |",
+              flush=True)
+
+
+if __name__ == "__main__":
+    main()
