@@ -49,9 +49,9 @@ def pairs(device: torch.device) -> Tensor:
 def dynamic(device: torch.device) -> Tensor:
     """The values of eight bits for scales (Dettmers 2015): decades of [0.1, 1], each cut twice as
     fine as the one below, with both signs, and 0 and 1: (256,), rising."""
-    found = [torch.tensor([0.0, 1.0])]
+    found = [torch.tensor([0.0, 1.0], device="cpu")]  # wherever tensors are born just now
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
         middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         found += [middles, -middles]
     return torch.cat(found).sort().values.to(device)
