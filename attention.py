@@ -57,6 +57,12 @@ class Layout:
     mask: Tensor | None = None
     window: int = 0
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds on the device while the layers run."""
+        held = [self.offsets, self.mask, *(x.bias for x in self.blocks or ())]
+        return [x for x in held if x is not None]
+
     @classmethod
     def of(cls, doc: Tensor, pos: Tensor, extent: int | None = None, window: int = 0,
            plain: bool = False, flash: bool = False) -> Layout:

@@ -138,9 +138,8 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
         held.what = "optimizer"
         kept = _moments(model, s.optimizer, device)
         held.what = "activations"
-        for x in tree_leaves([turn, *map(vars, layouts.values())]):  # of the batch, for all layers
-            if isinstance(x, Tensor):
-                held.see(x, "activations")
+        for x in (*turn, *(x for each in layouts.values() for x in each.tensors)):
+            held.see(x, "activations")  # of the batch, for all layers
         for _ in range(min(passes, 2)):
             _step(model, held, doc, layouts, turn, pos)
         for p in model.parameters():
