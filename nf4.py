@@ -32,29 +32,30 @@ NORMAL = (  # appendix E
     0.7229568362236023, 1.0)
 
 
-@functools.cache
-def normal(device: torch.device) -> Tensor:
-    """The sixteen values a code names, (16,) float32."""
-    return torch.tensor(NORMAL, device=device)
+def pairs() -> Tensor:
+    """The two weights a byte of codes names, the first in its high half: (256,2) float32."""
+    byte, values = torch.arange(256), torch.tensor(NORMAL)
+    return torch.stack((values[byte >> 4], values[byte & 15]), 1)
 
 
-@functools.cache
-def pairs(device: torch.device) -> Tensor:
-    """The two weights a byte of codes names, the first in its high half: (256,2)."""
-    byte, table = torch.arange(256, device=device), normal(device)
-    return torch.stack((table[byte >> 4], table[byte & 15]), 1)
-
-
-@functools.cache
-def dynamic(device: torch.device) -> Tensor:
+def dynamic() -> Tensor:
     """The values of eight bits for scales (Dettmers 2015): decades of [0.1, 1], each cut twice as
     fine as the one below, with both signs, and 0 and 1: (256,), rising."""
-    found = [torch.tensor([0.0, 1.0], device="cpu")]  # wherever tensors are born just now
+    found = [torch.tensor([0.0, 1.0])]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
+        edges = torch.linspace(0.1, 1, 2**i + 1)
         middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         found += [middles, -middles]
-    return torch.cat(found).sort().values.to(device)
+    return torch.cat(found).sort().values
+
+
+# Made here, once, whatever kind of tensor is born at the first use: meta, or one without numbers.
+VALUES, PAIRS, DYNAMIC = torch.tensor(NORMAL), pairs(), dynamic()
+
+
+def on(device: torch.device, table: Tensor) -> Tensor:
+    """A table on a device; so small a copy from the host waits for nothing."""
+    return table.to(device, non_blocking=True)
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def quantise(W: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = [], []
     for part in W.reshape(-1).split(W.numel() if W.is_meta else CHUNK):
         x, largest = scaled(part.view(-1, BLOCK))
-        q = nearest(x, normal(W.device)).flatten()
+        q = nearest(x, on(W.device, VALUES)).flatten()
         codes.append(q[::2] << 4 | q[1::2])
         scales.append(largest)
     return torch.cat(codes), torch.cat(scales)
@@ -86,13 +87,13 @@ def quantise_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = scales.mean()[None]
     rows = F.pad(scales - mean, (0, -len(scales) % SCALES)).view(-1, SCALES)
     x, largest = scaled(rows)
-    return nearest(x, dynamic(scales.device)).flatten()[: len(scales)], largest, mean
+    return nearest(x, on(scales.device, DYNAMIC)).flatten()[: len(scales)], largest, mean
 
 
 def restored_scales(codes: Tensor, largest: Tensor, mean: Tensor) -> Tensor:
     """What `quantise_scales` made of scales, (N,) float32 again."""
-    return dynamic(codes.device)[codes.int()] * largest.repeat_interleave(SCALES)[: len(codes)] \
-        + mean
+    parts = on(codes.device, DYNAMIC)[codes.int()]
+    return parts * largest.repeat_interleave(SCALES)[: len(codes)] + mean
 
 
 @torch.library.custom_op("nf4::dequantise", mutates_args=())  # one node of a graph, not a loop
@@ -102,10 +103,10 @@ def dequantise(codes: Tensor, scales: Tensor, rows: int, columns: int,
     if codes.is_cuda and kernels():
         return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4",
                                                       (rows, columns), dtype)
-    W = codes.new_empty(rows, columns, dtype=dtype)
+    W, table = codes.new_empty(rows, columns, dtype=dtype), on(codes.device, PAIRS)
     for part, c, s in zip(W.view(-1).split(CHUNK), codes.split(CHUNK // 2),
                           scales.split(CHUNK // BLOCK), strict=True):
-        part.view(-1, BLOCK).copy_(F.embedding(c.int(), pairs(c.device)).view(-1, BLOCK)
+        part.view(-1, BLOCK).copy_(F.embedding(c.int(), table).view(-1, BLOCK)
                                    * s[:, None])
     return W
 

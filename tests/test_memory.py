@@ -97,6 +97,25 @@ def test_parts_are_exact_where_shapes_alone_decide():
         "gradients stand while the next micro-batch is on its way")
 
 
+def test_a_prediction_leaves_nothing_behind_that_has_no_numbers():
+    """In a process of its own, where the prediction is the first to need NF4's tables."""
+    work = """
+import torch, memory, nf4, tiny, train
+from families import ModelConfig
+s = train.Settings(rows=1, seq_len=16, tune="qlora", double_quant=True)
+memory.need(ModelConfig.from_hf(tiny.config("llama3")), s, torch.float32)
+W = torch.randn(64, 64)
+scales = nf4.quantise_scales(nf4.quantise(W)[1])
+layer = nf4.NF4Linear(W, None, double=True)
+assert [type(x) for x in (*scales, *layer.buffers(), layer(W))] == [torch.Tensor] * 8
+assert (layer.dense(torch.float32) - W).abs().max() < 0.2 * W.abs().max()
+"""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_model_of_eight_billion_is_planned_without_its_weights():
     config = ModelConfig.from_hf(tiny.config(

@@ -61,7 +61,7 @@ def test_double_quantisation_is_bitsandbytes_too(shape):
     assert torch.equal(largest, state.state2.absmax) and torch.equal(mean[0], state.offset)
     odd = codes8 != state.absmax  # by the coarse table of its CPU kernel
     x = nf4.scaled(nf4.F.pad(scales - mean, (0, -len(scales) % 256)).view(-1, 256))[0]
-    far = [(nf4.dynamic(x.device)[c.int()] - x.flatten()[: len(c)]).abs()
+    far = [(nf4.DYNAMIC[c.int()] - x.flatten()[: len(c)]).abs()
            for c in (codes8, state.absmax)]
     assert odd.float().mean() < 0.005 and (far[0] <= far[1]).all(), "ours is the nearer one"
     assert (far[1] - far[0]).max() < 1e-4, "by a hair"
@@ -78,12 +78,12 @@ def test_the_sixteen_values_are_the_papers_quantiles_and_scales_have_bitsandbyte
     values = torch.cat((up, down, torch.zeros(1))).sort().values
     torch.testing.assert_close(
         torch.tensor(nf4.NORMAL, dtype=torch.float64), values / values.max(), atol=1e-6, rtol=1e-6)
-    assert torch.equal(nf4.dynamic(torch.device("cpu")), bnb.create_dynamic_map())
+    assert torch.equal(nf4.DYNAMIC, bnb.create_dynamic_map())
 
 
 def test_nearest_is_the_nearest():
     x = torch.linspace(-1, 1, 4001)
-    table = nf4.normal(torch.device("cpu"))
+    table = nf4.VALUES
     far = (x[:, None] - table).abs()
     assert torch.equal(far.gather(1, nf4.nearest(x, table).long()[:, None])[:, 0], far.amin(1))
 
