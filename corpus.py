@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,7 @@ CHUNK = 1 << 20  # bytes of text given to a worker at once
 BAD_SHARE = 0.001  # of documents that may be undecodable before the run stops
 
 Normaliser = Callable[[str], tuple[str, dict[str, int]]]
+Contaminated = Callable[[str], bool]  # whether a document holds what is kept for a test
 
 
 @dataclass
@@ -263,34 +264,45 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 _tokenizer: Tokenizer  # a worker's own
 _normalise: Normaliser | None
+_contaminated: Contaminated | None
 
 
-def _start(path: Path, normalise: Normaliser | None) -> None:
-    global _tokenizer, _normalise
-    _tokenizer, _normalise = Tokenizer.open(path), normalise
+def _start(path: Path, normalise: Normaliser | None, contaminated: Contaminated | None) -> None:
+    global _tokenizer, _normalise, _contaminated
+    _tokenizer, _normalise, _contaminated = Tokenizer.open(path), normalise, contaminated
 
 
-def _work(chunk: list[str]) -> list[tuple[bytes, np.ndarray, int, int, dict[str, int]]]:
-    """Texts -> (hash of the clean text, ids, its bytes, its characters, changes by step)."""
+class _Clean(NamedTuple):
+    """What a worker made of a document."""
+
+    digest: bytes  # of the clean text
+    ids: np.ndarray
+    n_bytes: int
+    chars: int
+    contaminated: bool
+    changes: dict[str, int]  # places, by step
+
+
+def _work(chunk: list[str]) -> list[_Clean]:
     cleaned = [_normalise(t) if _normalise else (t, {}) for t in chunk]
     ends = [[] if x is None else [x] for x in (_tokenizer.bos, _tokenizer.eos)]
     encoded = _tokenizer.encode_batch([text for text, _ in cleaned])
-    return [(hashlib.blake2b(text.encode(), digest_size=16).digest(),
-             np.array([*ends[0], *ids, *ends[1]], np.uint32),
-             len(text.encode()), len(text.strip()), changes)
+    return [_Clean(hashlib.blake2b(text.encode(), digest_size=16).digest(),
+                   np.array([*ends[0], *ids, *ends[1]], np.uint32), len(text.encode()),
+                   len(text.strip()), bool(_contaminated and _contaminated(text)), changes)
             for (text, changes), ids in zip(cleaned, encoded, strict=True)]
 
 
 def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "auto",
             key: str = "text", normalise: Normaliser | None = None, keep_duplicates: bool = False,
-            min_chars: int = 1, max_doc_mb: int = 64, on_bad: str = "stop",
-            processes: int = 1) -> tuple[Bin, Ledger]:
+            contaminated: Contaminated | None = None, min_chars: int = 1, max_doc_mb: int = 64,
+            on_bad: str = "stop", processes: int = 1) -> tuple[Bin, Ledger]:
     """Prepare text into a bin; the same bytes for any number of processes, in memory bounded by the
     largest document."""
     tokenizer = Tokenizer.open(tokenizer_at)
     sources = files(specs)
     writer = BinWriter(out, tokenizer.fingerprint, tokenizer.vocab_size)
-    ledger, seen = Ledger(), set()
+    ledger, seen, given = Ledger(), set(), (tokenizer_at, normalise, contaminated)
 
     def settle(pieces: list[Piece], done: Future | None) -> None:
         """Enter one chunk into the ledger, and what is kept of it into the bin."""
@@ -299,19 +311,20 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
             if piece.fault:
                 ledger.add(piece.fault, piece.size)
                 continue
-            digest, ids, n_bytes, chars, changes = next(results)
-            ledger.changes.update(changes)
-            what = "empty" if not chars else "too short" if chars < min_chars else \
-                "duplicate" if digest in seen and not keep_duplicates else "kept"
+            x = next(results)
+            ledger.changes.update(x.changes)
+            what = "empty" if not x.chars else "too short" if x.chars < min_chars else \
+                "contaminated" if x.contaminated else \
+                "duplicate" if x.digest in seen and not keep_duplicates else "kept"
             ledger.add(what, piece.size)
             if what == "kept":
-                seen.add(digest)
-                writer.add(Document(ids, None, n_bytes))
+                seen.add(x.digest)
+                writer.add(Document(x.ids, None, x.n_bytes))
 
     try:
         if processes > 1:
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(processes, context, _start, (tokenizer_at, normalise)) as pool:
+            with ProcessPoolExecutor(processes, context, _start, given) as pool:
                 waiting: deque[tuple[list[Piece], Future]] = deque()
                 for chunk in _chunks(sources, unit, key, max_doc_mb << 20):
                     work = pool.submit(_work, [p.text for p in chunk if not p.fault])
@@ -321,7 +334,7 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
                 while waiting:
                     settle(*waiting.popleft())
         else:
-            _start(tokenizer_at, normalise)
+            _start(*given)
             for chunk in _chunks(sources, unit, key, max_doc_mb << 20):
                 settle(chunk, None)
         bad, read_in = ledger.documents["undecodable"], ledger.documents["read"]

@@ -7,6 +7,7 @@ words is no sign of anything.
 
 The training text is read from the bins themselves, decoded: that is what was trained on, whatever
 has become of the files. A run's settings name its bins, and the run that its model came from.
+Better than counting is leaving out: `prepare.py text --without TESTS` asks here too.
 """
 
 from __future__ import annotations
@@ -32,30 +33,52 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(WORD.findall(text.lower()))
 
 
+class Signs:
+    """What betrays items of tests in a text; `tests` gives by name the texts of each item."""
+
+    def __init__(self, tests: dict[str, list[list[str]]]):
+        self.whole: dict[tuple[str, ...], set[tuple[str, int]]] = defaultdict(set)  # sentences
+        self.run: dict[tuple[str, ...], set[tuple[str, int]]] = defaultdict(set)  # of N words
+        for name, items in tests.items():
+            for i, texts in enumerate(items):
+                for found in map(words, texts):
+                    if len(found) >= LEAST:
+                        self.whole[found].add((name, i))
+                    for at in range(len(found) - N + 1):
+                        self.run[found[at : at + N]].add((name, i))
+
+    def within(self, text: str) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+        """The items that stand whole in a text, and those of which a run of words does."""
+        whole, run = set(), set()
+        for line in text.split("\n"):
+            for part in {line, *SENTENCE.split(line)}:
+                whole |= self.whole.get(words(part), set())
+        found = words(text)
+        for at in range(len(found) - N + 1):
+            run |= self.run.get(found[at : at + N], set())
+        return whole, run
+
+    def __call__(self, text: str) -> bool:
+        """Whether a text holds any item, or a part of one."""
+        return any(self.within(text))
+
+
+def signs(files: Sequence[str]) -> Signs:
+    """The signs of test files: of each line of a .txt, of each text of the other kinds."""
+    return Signs({file: [[x] for x in corpus.texts(file, "line")] for file in files})
+
+
 def find(tests: dict[str, list[list[str]]], training: Iterable[str]) -> dict[str, dict[str, int]]:
     """Items of each test found in the training texts; tests: by name, the texts of each item.
 
     Gives by name {"items", "whole", "run", "any"}: how many there are, how many are found whole,
     by a run of N words, and in either way. An item counts once.
     """
-    signs: dict[str, dict[tuple[str, ...], set[tuple[str, int]]]] = {
-        "whole": defaultdict(set), "run": defaultdict(set)}
-    for name, items in tests.items():
-        for i, texts in enumerate(items):
-            for found in map(words, texts):
-                if len(found) >= LEAST:
-                    signs["whole"][found].add((name, i))
-                for at in range(len(found) - N + 1):
-                    signs["run"][found[at : at + N]].add((name, i))
+    sought = Signs(tests)
     hit: dict[str, set[tuple[str, int]]] = {"whole": set(), "run": set()}
     for text in training:
-        for line in text.split("\n"):
-            for part in {line, *SENTENCE.split(line)}:
-                hit["whole"] |= signs["whole"].get(words(part), set())
-        found = words(text)
-        for at in range(len(found) - N + 1):
-            if found[at : at + N] in signs["run"]:
-                hit["run"] |= signs["run"][found[at : at + N]]
+        for how, items in zip(hit, sought.within(text), strict=True):
+            hit[how] |= items
     either = hit["whole"] | hit["run"]
     return {name: {"items": len(items), **{
         how: sum(x == name for x, _ in found) for how, found in (*hit.items(), ("any", either))}}

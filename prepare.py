@@ -27,6 +27,7 @@ import config
 import corpus
 import examples
 import log
+import overlap
 import pairs
 from chat import Template
 from data import Bin
@@ -53,6 +54,8 @@ class Text:
     """Steps of cleaning, or none."""
     keep_duplicates: bool = False
     """Keep documents whose text was seen before."""
+    without: list[str] = field(default_factory=list)
+    """Test files: what holds a sentence of theirs, or 13 words in a row, is left out."""
     min_chars: int = 1
     """Shorter documents are left out."""
     max_doc_mb: int = 64
@@ -196,8 +199,8 @@ def text(s: Text) -> None:
     bin, ledger = corpus.prepare(
         s.files, Path(s.tokenizer), Path(s.out), unit=s.documents, key=s.text_key,
         normalise=normalise.normaliser(steps) if steps else None, keep_duplicates=s.keep_duplicates,
-        min_chars=s.min_chars, max_doc_mb=s.max_doc_mb, on_bad=s.on_bad,
-        processes=max(1, s.processes))
+        contaminated=overlap.signs(s.without) if s.without else None, min_chars=s.min_chars,
+        max_doc_mb=s.max_doc_mb, on_bad=s.on_bad, processes=max(1, s.processes))
     ledger_lines(ledger.to_json())
     print(f"{bin.folder}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
           f"{bin.meta['bytes'] / max(1, bin.meta['tokens']):.2f} bytes per token")

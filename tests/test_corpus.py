@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import corpus
+import overlap
 import tiny
 from data import Bin
 from kinyarwanda import normalise
@@ -295,6 +296,33 @@ def call(*args: object, code: int = 0) -> tuple[str, str]:
                           capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-2000:]
     return done.stdout, done.stderr
+
+
+def test_documents_that_hold_what_a_test_asks_are_left_out_and_counted(tok, tmp_path):
+    """As a command with two processes, and as one: the same bin, and no sign of the test in it."""
+    asked = ["Amazi y'umugezi ni meza kandi arakonje.",
+             "Ejo nzajya i Kigali kureba umuvandimwe wanjye; inka zacu zirya ubwatsi ku musozi, "
+             "abana babiri bagiye ku ishuri."]
+    write(tmp_path / "asked.txt", "\n".join(asked).encode())
+    clean = [f"{s} Numero {i}." for i, s in enumerate(tiny.SENTENCES) if s != asked[0]]
+    near = "Mu gitondo amazi y'umugezi ni meza kandi arakonje."  # few words, and not that sentence
+    dirty = [f"Yego. {asked[0].upper()} Oya.",
+             "Nuko rero ejo nzajya i Kigali kureba umuvandimwe wanjye inka zacu zirya ubwatsi ku "
+             "musozi hejuru cyane."]
+    lines = [*dirty, near, *clean[:4], dirty[1], *clean[4:]]
+    write(tmp_path / "text.txt", "\n".join(lines).encode())
+    said, _ = call("text", tmp_path / "text.txt", "--tokenizer", tok, "--out", tmp_path / "two",
+                       "--documents", "line", "--without", tmp_path / "asked.txt",
+                       "--processes", "2")
+    assert re.search(r"contaminated +3 ", said) and re.search(rf"kept +{len(clean) + 1} ", said)
+    sought = overlap.signs([str(tmp_path / "asked.txt")])
+    one, ledger = corpus.prepare([str(tmp_path / "text.txt")], tok, tmp_path / "one", unit="line",
+                                 normalise=CLEAN, contaminated=sought)
+    adds_up(ledger, one)
+    assert Bin(tmp_path / "two").meta["ledger"] == ledger.to_json()
+    kept = documents(one, tok)
+    assert kept == documents(Bin(tmp_path / "two"), tok) == [near, *clean]
+    assert not overlap.find({"asked": [[x] for x in asked]}, kept)["asked"]["any"]
 
 
 def test_prepare_text_show_vocab_and_fertility_work_together(tmp_path):
