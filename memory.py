@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import lora
 import nf4
 import optim
+from attention import flash
 from families import ModelConfig
 from log import FLAGS, UserError
 from loss import _TokenNLL
@@ -115,11 +116,11 @@ class _Held(TorchDispatchMode):
 
 
 def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
-         adapter: Path | None = None) -> Need:
+         adapter: Path | None = None, path: str = "blocks") -> Need:
     """The most that a step of settings `s` holds, of so many micro-batches.
 
-    Rows are two documents each, as packed rows are several. Counted on the CPU's paths, whatever
-    the device: its blocks of attention keep as little as a GPU's flash kernel.
+    Rows are two documents each, as packed rows are several. `path` of attention.py: blocks (a CPU),
+    offsets (a GPU's flash kernel) or mask (a GPU without it).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -127,8 +128,8 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
     B, T = s.rows, s.seq_len
     doc = (torch.arange(T, device=device) >= T // 2).long().expand(B, T)  # (B,T)
     pos = torch.arange(T, device=device).expand(B, T)
-    plain = bool(config.attention_cap)
-    layouts = {w: Layout.of(doc, pos, None, w, plain) for w in {*config.windows, 0}}
+    layouts = {w: _layout(path, doc, pos, w, bool(config.attention_cap))
+               for w in {*config.windows, 0}}
     turn = turns(config.rope, config.head_dim, doc, pos)
     with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
         held.what = "weights"
@@ -148,6 +149,23 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
     return Need(**held.most)
 
 
+def _layout(path: str, doc: Tensor, pos: Tensor, window: int, plain: bool) -> Layout:
+    """A batch's layout by one of attention.py's paths; there is no kernel for `plain` scores."""
+    B, T = doc.shape
+    if path == "blocks":
+        return Layout.of(doc, pos, None, window, plain)
+    if path == "offsets" and not plain:
+        return Layout(offsets=torch.zeros(4 * B, dtype=torch.int32), window=window)
+    return Layout(mask=torch.ones(B, 1, T, T, dtype=torch.bool), window=window)
+
+
+def path_of(device: torch.device, dtype: torch.dtype, D: int) -> str:
+    """The path that attention takes on a device."""
+    if device.type == "cpu":
+        return "blocks"
+    return "offsets" if flash(device, dtype, D) else "mask"
+
+
 def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes: int,
           adapter: Path | None = None) -> None:
     """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory; before a weight is
@@ -164,7 +182,8 @@ def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes:
     room = ranks.memory_limit_gb() * GiB
     if 32 * numbers + 64 * B * T * L * wide + 8192 * config.vocab_size < room:
         return
-    found = need(config, s, dtype, passes, adapter)
+    found = need(config, s, dtype, passes, adapter,
+                 path_of(ranks.device, dtype, config.head_dim))
     if found.total > room:
         raise UserError(
             f"--rows {B} x --seq-len {T}, --tune {s.tune}: a step needs {found.total / GiB:.1f} GB "

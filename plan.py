@@ -1,7 +1,8 @@
 """What a run would do and what it takes, said before it does it.
 
 One idea: a plan is read off the very model, data and settings that would run, not off a table of
-them.
+them. Only a GPU that is not here (`foretell`) is a row of a table, and what it would reach is an
+assumption that is printed beside the result.
 """
 
 from __future__ import annotations
@@ -11,13 +12,24 @@ import re
 import time
 from typing import Any
 
+import torch
+
 import log
 import memory
+import nf4
 import optim
+import watch
 import weights
 from data import IGNORE
-from ranks import GiB
+from layers import Linear
+from log import FLAGS, UserError
+from model import Llama
+from ranks import PEAKS, GiB
 from run import Run
+
+CARDS = {  # as --plan-for has them: the name in PEAKS, and GB as sold
+    "t4": ("T4", 16), "l4": ("L4", 24), "a10g": ("A10G", 24), "4090": ("4090", 24),
+    "a100-40": ("A100", 40), "a100": ("A100", 80), "h100": ("H100", 80), "h200": ("H200", 141)}
 
 
 def show(run: Run, origins: dict[str, str], objective: Any) -> None:
@@ -75,3 +87,75 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
         if following is not None:
             print(log.coloured(run.tokenizer.piece(following), target != IGNORE), end="")
     print()
+
+
+def usable(gb: float) -> float:
+    """GB that a step's tensors may take of a GPU sold with so many: a tenth is left to what its
+    allocator cannot use, half a GB to its context."""
+    return 0.9 * gb - 0.5
+
+
+def flops(model: Llama, s: Any) -> float:
+    """Products for a token of a run, those that --recompute and a reference (DPO) repeat
+    included."""
+    T, c = s.seq_len, model.config
+    found = model.flops_per_token(T)
+    forward = 2 * sum(m.weight.numel() for m in model.model.layers.modules()
+                      if isinstance(m, Linear)) + 2 * sum(m.numel for m in nf4.found(model))
+    forward += 2 * T * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    return found + forward * (s.recompute + (s.mode == "dpo"))
+
+
+def foretell(s: Any) -> None:
+    """What settings would take on GPUs that are not here, from the model's config.json alone."""
+    found = re.fullmatch(r"(?:(\d{1,4})x)?(.+)", s.plan_for.lower())
+    if not found or found[2] not in CARDS or found[1] == "0":
+        raise UserError(f"--plan-for {s.plan_for}: expected one of {', '.join(CARDS)}, or several "
+                        "as in 8xh100", FLAGS)
+    if not s.steps:
+        raise UserError("--plan-for: give --steps; without data, epochs say nothing", FLAGS)
+    if found[1] not in (None, "1"):
+        raise UserError("--plan-for: one GPU at a time for now", FLAGS)
+    world, (name, gb) = int(found[1] or 1), CARDS[found[2]]
+    dtype = torch.float16 if name == "T4" else torch.bfloat16
+    if s.dtype not in ("auto", "fp16" if name == "T4" else "bf16"):
+        raise UserError(f"--dtype {s.dtype}: the peak known of a {name} is that of "
+                        f"{str(dtype)[6:]}; leave the flag out", FLAGS)
+    files = (weights.CONFIG, weights.ADAPTER_CONFIG, weights.ADAPTER)
+    folder = weights.find(s.model, files)
+    base = weights.base_of(folder, files)
+    config, adapter = weights.read_config(base), folder if folder != base else None
+    path = "mask" if name == "T4" else "offsets"  # its kernel needs an Ampere GPU
+
+    def need(rows: int) -> memory.Need:
+        return memory.need(config, dataclasses.replace(s, rows=rows), dtype,
+                           2 if tokens > rows * each else 1, adapter, path)
+
+    each = s.seq_len * world  # tokens of a row on every rank
+    tokens = s.tokens_per_step or (0 if s.rows == "auto" else s.rows * each)
+    if not tokens or tokens % (each * (1 if s.rows == "auto" else s.rows)):
+        raise UserError(f"--tokens-per-step {tokens}: no multiple of rows {s.rows} x seq-len "
+                        f"{s.seq_len} x GPUs {world}", FLAGS)
+    rows = s.rows if s.rows != "auto" else watch.most_rows(
+        tokens // each, lambda n: need(n).total <= usable(gb) * GiB)
+    said = need(rows)
+    fits = said.total <= usable(gb) * GiB
+    model = memory.shaped(config, s, dtype, adapter)
+    numbers = sum(p.numel() for p in model.parameters()) + sum(m.numel for m in nf4.found(model))
+    moving = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    speed = PEAKS[name] * s.plan_share * world / flops(model, s)  # tokens a second
+    hours = tokens * s.steps / speed / 3600
+    cost = f"{hours * world * s.plan_price:,.2f} at {s.plan_price:g} an hour and GPU" \
+        if s.plan_price else "unknown; give what a GPU costs an hour by --plan-price"
+    print(
+        f"parameters   {numbers:,}, trained {moving:,}\n"
+        f"GPUs         {world} x {name}, {gb} GB, {PEAKS[name] / 1e12:.0f} TFLOP/s of "
+        f"{str(dtype)[6:]} products on its data sheet\n"
+        f"memory       {said.total / GiB:.2f} GB predicted at the most ({said}); "
+        f"{'fits' if fits else 'does not fit'}: {usable(gb):.1f} GB are counted on\n"
+        f"steps        {s.steps:,} of {tokens:,} tokens, {tokens * s.steps:,} in all; rows {rows}\n"
+        f"time         {hours:,.1f} hours, {speed:,.0f} tokens/s: {flops(model, s) / 1e9:,.1f} "
+        f"GFLOP a token at {s.plan_share:.0%} of the peak, which is assumed (--plan-share)\n"
+        f"cost         {cost}\n"
+        "not counted  loading, evaluation, saving, messages among GPUs"
+        f"{', unpacking four bits' if s.tune == 'qlora' else ''}")

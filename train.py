@@ -146,12 +146,19 @@ class Settings:
     """Refuse GPU kernels whose results vary from run to run."""
     plan: bool = False
     """Print what would be done, what it costs, and the first batch; then stop."""
+    plan_for: str = ""
+    """Print memory, time and cost on a GPU such as h100 or t4, from --model's config.json alone,
+    without weights or data; then stop. Needs --steps."""
+    plan_share: float = 0.35
+    """--plan-for: the share of a GPU's peak that is assumed to be reached."""
+    plan_price: float = 0.0
+    """--plan-for: what a GPU costs an hour."""
 
 
 # What a resumed run may change: FREE changes nothing in the result, WARNED a little in its numbers,
 # and that is said; all else must be as it was.
-FREE = {"out", "resume", "plan", "rows", "rank_timeout", "eval_every", "save_every", "keep",
-        "track", "ignore_memory"}
+FREE = {"out", "resume", "plan", "plan_for", "plan_share", "plan_price", "rows", "rank_timeout",
+        "eval_every", "save_every", "keep", "track", "ignore_memory"}
 WARNED = {"device", "compile", "recompute", "shard", "eval_tokens", "prompts"}
 
 
@@ -349,12 +356,13 @@ def train(s: Settings, origins: dict[str, str]) -> int:
            "epochs": s.epochs > 0, "lr": s.lr > 0, "clip": s.clip > 0, "warmup": s.warmup >= 0,
            "eval-tokens": s.eval_tokens > 0, "lora-plus": s.lora_plus > 0,
            "embedding-lr": s.embedding_lr >= 0, "beta": s.beta > 0, "nll-weight": s.nll_weight >= 0,
-           "max-epochs-per-source": s.max_epochs_per_source >= 0, "neftune": s.neftune >= 0}
+           "max-epochs-per-source": s.max_epochs_per_source >= 0, "neftune": s.neftune >= 0,
+           "plan-share": 0 < s.plan_share < 1, "plan-price": s.plan_price >= 0}
     for name, good in fit.items():
         if not good:
             value = getattr(s, name.replace("-", "_"))
             raise UserError(f"--{name} {value}: out of range; seq-len and keep are at least 2, "
-                            "hold-out below 1, the others above 0", FLAGS)
+                            "hold-out and plan-share below 1, the others above 0", FLAGS)
     if s.mode != "cpo" and (s.arpo or s.nll_weight != 1):
         raise UserError("--arpo and --nll-weight: say something with --mode cpo alone", FLAGS)
     if s.neftune and MODES[s.mode][0] == "pairs":
@@ -374,6 +382,9 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         if getattr(s, name):
             raise UserError(f"--{name.replace('_', '-')}: says nothing here, with --tune {s.tune}; "
                             "leave it out", FLAGS)
+    if s.plan_for:
+        plan.foretell(s)
+        return 0
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".lock").touch()
@@ -415,7 +426,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
 
 def main(s: Settings, origins: dict[str, str]) -> int:
     """One run; or the demo, which is two: a tiny base on English, then that base on Kinyarwanda."""
-    if s.model != "demo":
+    if s.model != "demo" or s.plan_for:
         return train(s, origins)
     from kinyarwanda import demo
 

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "token
 MODEL_FILES = (CONFIG, ADAPTER_CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", ADAPTER, *CARRIED)
 
 
-def find(name: str | Path) -> Path:
-    """The folder of a model: a folder, a run's folder, or a hub id `org/name[@revision]`, fetched.
+def find(name: str | Path, files: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder of a model: a folder, a run's folder, or a hub id `org/name[@revision]`, of which
+    `files` are fetched.
 
     A folder that is here never touches the network. UserError when there is no such model.
     """
@@ -63,10 +64,10 @@ def find(name: str | Path) -> Path:
         raise UserError(f"model {str(name)!r}: no such folder, and no hub id (org/name@revision)")
     if hub_id[2] is None and folder.parent.is_dir():
         raise UserError(f"model {name!r}: not in {folder.parent}; for the hub's write {name}@main")
-    return hub.snapshot(hub_id[1], hub_id[2], MODEL_FILES)
+    return hub.snapshot(hub_id[1], hub_id[2], files)
 
 
-def base_of(folder: Path) -> Path:
+def base_of(folder: Path, files: Sequence[str] = MODEL_FILES) -> Path:
     """The model's folder that an adapter's folder belongs on; any other folder is its own."""
     if not (folder / ADAPTER_CONFIG).exists():
         return folder
@@ -77,7 +78,7 @@ def base_of(folder: Path) -> Path:
     elif type(revision) is str and not Path(name).is_dir():
         name = f"{name}@{revision}"
     try:
-        base = find(name)
+        base = find(name, files)
     except UserError as e:
         raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {e}") from None
     if (base / ADAPTER_CONFIG).exists():

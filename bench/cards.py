@@ -3,8 +3,8 @@
     python -m bench.cards [--seq-len 2048] [--rows 1]
 
 Nothing is measured here. Each figure is the prediction of `--plan` for a step of the real code over
-the published config.json's sizes, with --recompute and products in bf16, on the CPU's paths; a GPU
-adds its context (about half a GB) and what its allocator keeps, for which a tenth is set aside.
+the published config.json's sizes, with --recompute and products in bf16, by a GPU's flash kernel; a
+tenth of a card and half a GB are set aside for what its allocator cannot use and for its context.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> f
 
     config = ModelConfig(**shape)
     s = dataclasses.replace(train.Settings(), recompute=True, seq_len=seq_len, rows=rows, **way)
-    return memory.need(config, s, torch.bfloat16).total / 2**30
+    return memory.need(config, s, torch.bfloat16, path="offsets").total / 2**30
 
 
 def smallest(x: float) -> str:
-    """The smallest card that holds so many GB and keeps a tenth and half a GB for itself."""
-    return next((f"{card} GB" for card in CARDS if x <= 0.9 * card - 0.5), "none")
+    """The smallest card that holds so many GB."""
+    import plan
+
+    return next((f"{card} GB" for card in CARDS if x <= plan.usable(card)), "none")
 
 
 def main() -> None:
