@@ -237,21 +237,15 @@ def measure_suite(e: Evaluation, suite: Suite, r: Reader) -> None:
         items = suite.items(prompt, s.shots, s.limit)
         name = " ".join(filter(None, (suite.name, prompt.part, prompt.name)))
         choices = {"shots": s.shots, **r.choices}
-        if suite.kind == "choose":
-            with log.progress(name, sum(len(x.choices) for x in items)) as move:
-                scores = tasks.choose(r.model, r.tokenizer, [(x.context, x.choices) for x in items],
-                                      suite.delimiter, r.length, move)
-            _finite(np.concatenate(scores), name, r)
-            records = [{"gold": x.gold, "logp": y, "choices": list(x.choices),
-                        **{g: x.row[g] for g in suite.groups}}
-                       for x, y in zip(items, scores, strict=True)]
-        else:
-            new = s.max_new_tokens or suite.new_tokens
+        new = s.max_new_tokens or suite.new_tokens
+        if suite.kind != "choose":
             choices |= {"new": new, "beams": s.beams}
-            with log.progress(name, len(items)) as move:
-                said = tasks.answer(r.model, r.tokenizer, [x.context for x in items], suite.stop,
-                                    new, r.length, s.beams, move)
-            records = [_said(suite, prompt, x, *y) for x, y in zip(items, said, strict=True)]
+        n = sum(len(x.choices) for x in items) if suite.kind == "choose" else len(items)
+        with log.progress(name, n) as move:
+            records = tasks.records(r.model, r.tokenizer, suite, prompt, items, r.length, new,
+                                    s.beams, move)
+        if suite.kind == "choose":
+            _finite(np.concatenate([x["logp"] for x in records]), name, r)
         signature = f"{suite.signature(prompt)}|" + "|".join(f"{k}:{v}" for k, v in choices.items())
         measures = e.add(suite.name, suite.kind, records,
                          dict(x.split(":", 1) for x in signature.split("|")), suite, prompt,
@@ -264,14 +258,6 @@ def measure_suite(e: Evaluation, suite: Suite, r: Reader) -> None:
             e.results.append(judge.mean_result(
                 suite.name, alike, f"suite:{suite.name}.{suite.version}|prompts:{len(alike)}",
                 part=part, prompt="mean", partial=0 < s.limit < len(suite.rows)))
-
-
-def _said(suite: Suite, prompt: Prompt, item: suites.Item, text: str, end: str) -> Record:
-    """A record of an answer."""
-    if suite.kind == "match":
-        return {"gold": item.gold, "answer": text, "end": end}
-    source = str(item.row[prompt.part.partition("-")[0]])
-    return {"source": source, "reference": item.gold, "hypothesis": text, "end": end}
 
 
 def measure_hypotheses(e: Evaluation, spec: str) -> None:

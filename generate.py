@@ -188,7 +188,7 @@ def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequenc
         cache = KVCache(model.config, *tokens.shape, model.device, model.compute_dtype) \
             if later else None
         pos = torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
-        h = model.model(tokens, doc, pos, cache)  # (B,T,C)
+        h = model.states(tokens, doc, pos, cache)  # (B,T,C)
         for i, (ids, group) in enumerate(part):
             for x in group:
                 at = len(x.context) - 1
@@ -242,7 +242,7 @@ def _score_later(model: Llama, cache: KVCache, later: Sequence[tuple[int, Reques
         start = torch.tensor([len(x.context) for _, x in part], device=model.device)  # (B,)
         own.extent = extent
         pos = start[:, None] + torch.arange(tokens.shape[1], device=model.device)
-        h = model.model(tokens, doc, pos, own)  # (B,T,C)
+        h = model.states(tokens, doc, pos, own)  # (B,T,C)
         for i, (_, x) in enumerate(part):
             asked.add(h[i, : len(x.ids) - 1], x.ids[1:], x.index)
 

@@ -43,6 +43,14 @@ def measures(kind: str, records: Sequence[Record], wanted: Sequence[str],
     return _translations(records, wanted, part)
 
 
+def names(kind: str, wanted: Sequence[str], answers: Sequence[dict[str, Any]] = (),
+          part: str = "") -> list[str]:
+    """What `measures` will be called, before anything is measured: those of a made-up answer."""
+    made = {"gold": 0, "logp": [0.0], "choices": ["a"]} if kind == "choose" else dict.fromkeys(
+        ("gold", "answer", "source", "reference", "hypothesis", "end"), "eos")
+    return [m.name for m in measures(kind, [made], wanted, answers, part)]
+
+
 def _choices(records: Sequence[Record], wanted: Sequence[str]) -> list[Measure]:
     gold = [r["gold"] for r in records]
     per = {"acc": lambda c: 1.0, "acc_norm": len, "acc_bytes": lambda c: len(c.encode())}

@@ -177,7 +177,7 @@ class Metrics:
         if self.board:
             for name, value in values.items():
                 for part, x in value.items() if isinstance(value, dict) else [("", value)]:
-                    if x is not None:
+                    if isinstance(x, int | float):
                         self.board.add_scalar(f"{name}/{part}" if part else name, x, step)
             self.board.flush()
 

@@ -232,6 +232,11 @@ class Llama(nn.Module):
         h = h[torch.arange(len(h), device=h.device), last]  # (B,C)
         return self.logits(h)
 
+    def states(self, tokens: Tensor, doc: Tensor, pos: Tensor,
+               cache: KVCache | None = None) -> Tensor:
+        """Hidden states of each token, (B,T) x3 -> (B,T,C): for who asks for logits of his own."""
+        return self.model(tokens, doc, pos, cache)
+
     def logits(self, h: Tensor) -> Tensor:
         """Logits of what follows hidden states (...,C): (...,V) float32."""
         y = F.linear(h, self.head.to(h.dtype)) if self.lm_head is None else self.lm_head(h)

@@ -170,7 +170,12 @@ class Ranks:
         the root's forward, where it is whole.
         """
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import (
+            FSDPModule,
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         # the NLL is a view, and nobody writes into it
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
@@ -185,6 +190,7 @@ class Ranks:
             fully_shard(block, mesh=mesh, mp_policy=narrow, ignored_params=whole)
         self._place(model)
         fully_shard(model, mesh=mesh, mp_policy=kept, ignored_params=whole)
+        register_fsdp_forward_method(model, "states")  # a way in beside its forward
         self.shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
         for m in self.shards:
             m.set_force_sum_reduction_for_comms(True)

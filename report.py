@@ -61,6 +61,14 @@ PAGE = """<!doctype html>
 {% endfor %}</table></div>
 <p class="soft">Of held-out text. Lower is better; comparable between tokenizers. Before is step {{ first }}, after is
 step {{ last }}.</p>{% else %}<p>No evaluation in metrics.jsonl.</p>{% endif %}
+{% if suites %}<h2>Suites, before and after</h2>
+<div class="wide"><table><tr><th>figure</th><th class="n">before</th><th class="n">after</th>
+<th class="n">change</th></tr>
+{% for x in suites %}<tr><td>{{ x.name }}</td><td class="n">{{ "%.4f" % x.before }}</td>
+<td class="n">{{ "%.4f" % x.after }}</td><td class="n">{{ "%+.4f" % (x.after - x.before) }}</td></tr>
+{% endfor %}</table></div>
+<p class="soft">Of a part of each suite, with one prompt: a hint during training. eval.py measures the whole, with
+intervals.</p>{% endif %}
 <h2>Curves</h2>
 {% if plots %}<div class="plots">{% for name, svg in plots %}
 <figure role="img" aria-label="{{ name }}">{{ svg | safe }}</figure>{% endfor %}</div>
@@ -92,14 +100,16 @@ def run_report(out: Path) -> Path:
     out, notes = Path(out), []
     lines = read_metrics(out / "metrics.jsonl", notes)
     steps = [x for x in lines if "loss" in x]
-    looks = [x for x in lines if _numbers(x.get("bits_per_byte"))]
+    looks = [x for x in lines if _numbers(x.get("bits_per_byte")) or _numbers(x.get("suites"))]
+    if looks and "stopped" in looks[-1]:
+        notes.append(f"Stopped at step {looks[-1]['step']} by a guard: {looks[-1]['stopped']}")
     about = _parsed(out / "run.json", json.loads, notes)
     settings = _parsed(out / "settings.toml", tomllib.loads, notes)
     chosen, command = about.pop("changed_settings", None) or {}, about.pop("command", "")
     shown = [(k.replace("_", "-"), _shown(v)) for k, v in settings.items()]
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         style=STYLE, title=f"{settings.get('mode', 'run')}: {out.resolve().name}", command=command, notes=notes,
-        summary=_summary(about, steps), table=_table(looks), plots=plots(steps, looks),
+        summary=_summary(about, steps), table=_table(looks, "bits_per_byte"), suites=_table(looks, "suites"), plots=plots(steps, looks),
         first=looks[0]["step"] if looks else 0, last=looks[-1]["step"] if looks else 0,
         samples=_samples(_text(out / "samples.txt")), settings=shown,
         chosen=[(k, v) for k, v in shown if k.replace("-", "_") in chosen],
@@ -179,10 +189,10 @@ def _curves(lines: list[dict[str, Any]], key: str) -> list[Curve]:
     return [(name, xs, ys) for name, (xs, ys) in found.items()]
 
 
-def _table(looks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each held-out text's first, last and best bits per byte."""
+def _table(looks: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The first, last and least of each held-out text's bits per byte, or of a suite's figure."""
     rows = []
-    for name, xs, ys in _curves(looks, "bits_per_byte"):
+    for name, xs, ys in _curves(looks, key):
         best, at = min(zip(ys, xs, strict=True))
         change = ys[-1] / ys[0] - 1 if ys[0] else math.nan
         rows.append({"name": name, "before": ys[0], "after": ys[-1], "best": best, "at": at,
@@ -200,7 +210,13 @@ def plots(steps: list[dict[str, Any]], looks: list[dict[str, Any]]) -> list[tupl
         curves = _curves(lines, key)
         if curves and not (key == "share" and len(curves) == 1):
             found.append((title, _plot(title, curves, floor, dots=lines is looks)))
-    return found
+    main: dict[str, dict[str, Curve]] = {}  # of each suite, or part of one, the first figure
+    for name, xs, ys in _curves(looks, "suites"):
+        suite, _, metric = name.rpartition(".")
+        if not any(suite in others for others in main.values()):
+            main.setdefault(metric, {})[suite] = (suite, xs, ys)
+    return found + [(metric, _plot(metric, list(curves.values()), None, dots=True))
+                    for metric, curves in main.items()]
 
 
 def _plot(title: str, curves: list[Curve], floor: float | None, dots: bool) -> str:

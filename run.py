@@ -42,6 +42,7 @@ import weights
 from chat import Template
 from data import Document, Loader
 from generate import Sampling, generate
+from guards import Guards, finite
 from log import FLAGS, STORAGE, UserError
 from loss import bits_per_byte
 from model import Llama
@@ -63,6 +64,7 @@ class Run:
     tokenizer: Tokenizer
     loader: Loader
     held: sources.Held  # held-out documents by name
+    guards: Guards
     optimizer: torch.optim.Optimizer
     scale: optim.LossScale
     saver: checkpoint.Saver
@@ -89,6 +91,7 @@ class Run:
         torch.manual_seed(s.seed)
         torch.use_deterministic_algorithms(s.deterministic)
         dtype = ranks.compute_dtype(s.dtype)
+        guards = Guards.start(s)
         folder = weights.find(s.model)
         base = weights.base_of(folder)
         memory.check(weights.read_config(base), s, dtype, ranks,
@@ -118,6 +121,7 @@ class Run:
         if s.seq_len > context:
             raise UserError(f"--seq-len {s.seq_len}: the model's context is {context}", FLAGS)
         mixed, held = sources.open_data(s, kind, folder, tokenizer, vocab, out, ranks)
+        guards.check(held)
         ranks.agree({f"sha256 of {x.name}": x.sha for x in mixed}
                     | {"model": f"{model.config}", "tokenizer": tokenizer.fingerprint})
         if s.compile:
@@ -163,8 +167,8 @@ class Run:
         if s.mode == "dpo" and not s.plan and (not fresh or (ranks.how == "fsdp" and whole)):
             preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
                                       ranks)
-        return cls(s, out, ranks, model, folder, tokenizer, loader, held, optimizer, scale, saver,
-                   steps, per_step // micro)
+        return cls(s, out, ranks, model, folder, tokenizer, loader, held, guards, optimizer, scale,
+                   saver, steps, per_step // micro)
 
     @property
     def tokens_per_step(self) -> int:
@@ -182,9 +186,26 @@ class Run:
         """What the run is trained on, by sha256."""
         return {s.name: s.sha for s in self.loader.sources}
 
+    def look(self) -> dict[str, Any]:
+        """An evaluation: bits per byte, suites, samples; whether a guard ends the run with it. What
+        metrics.jsonl keeps; of several ranks, what the first found."""
+        found = {"bits_per_byte": finite(self.evaluate())}
+        if self.guards.suites:
+            self.model.eval()
+            found["suites"] = finite(self.guards.measure(self.model, self.tokenizer))
+            self.model.train()
+        found = json.loads(self.ranks.gather(json.dumps(found))[0])
+        self.write_samples()
+        self.guards.look(self.step, {**found.get("suites", {}), **found["bits_per_byte"]})
+        said = [f"{name} {x}" if x is None else f"{name} {x:.4f}"
+                for name, x in found["bits_per_byte"].items()]
+        log.say(f"step {self.step}: " + "; ".join(filter(None, (
+            "bits per byte " * bool(said) + ", ".join(said),
+            self.guards.words(found.get("suites", {}))))))
+        return found | ({"stopped": self.guards.stopped} if self.guards.stopped else {})
+
     def evaluate(self) -> dict[str, float]:
-        """Bits per byte of each held-out text, as eval.py measures them; NaN becomes None, as in
-        JSON."""
+        """Bits per byte of each held-out text, as eval.py measures them."""
         found = {}
         self.model.eval()
         for name, texts in self.held.items():
@@ -227,6 +248,15 @@ class Run:
                 before = before[: m.start()]
                 break
         file.write_text(before + block, encoding="utf-8")
+
+    @property
+    def end(self) -> str:
+        """How the run ended, and what to do about it where a guard did."""
+        if not self.guards.stopped:
+            return "is finished"
+        return (f"was stopped at step {self.step} of {self.steps} by --stop-if "
+                f"{self.guards.stopped} (to go on: --resume --out {self.out} --stop-if, with other "
+                "guards or none)")
 
     def seed(self) -> None:
         """Dropout of the coming step is a function of seed, step and rank: there is no random state
@@ -284,6 +314,7 @@ class Run:
         self.scale = optim.LossScale(*state.get("scale", dataclasses.astuple(self.scale)))
         self.loader.seek(state["served"])
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
+        self.guards.resume(self.out / "metrics.jsonl", self.step)
         log.say(f"resumed from {newest}")
 
     def begin(self, origins: dict[str, str]) -> None:
@@ -342,8 +373,11 @@ class Run:
         seen = [x["bits_per_byte"] for x in map(json.loads, lines) if "bits_per_byte" in x]
         for name in self.held:
             before, after = seen[0][name], seen[-1][name]
-            log.say(f"{name}: {before:.4f} -> {after:.4f} bits per byte "
-                    f"({after / before - 1:+.1%})")
+            if before and after:
+                log.say(f"{name}: {before:.4f} -> {after:.4f} bits per byte "
+                        f"({after / before - 1:+.1%})")
+        if self.guards.stopped:
+            log.say(f"{self.out} {self.end}")
         log.say(f"the model: {self.out / 'model'}   the report: {page}   "
                 f"samples: {self.out / 'samples.txt'}")
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from sampling import Sampling
 
 if TYPE_CHECKING:
     from model import Llama
+    from suites import Item, Prompt, Suite
     from tokenizer import Tokenizer
 
 ROW = 2048  # tokens: a packed row's attention costs its square; a longer window has its own row
@@ -121,7 +122,6 @@ def _row(pieces: Sequence[tuple[int, list[int], list[int]]], width: int) -> np.n
     return row
 
 
-
 def begun(tokenizer: Tokenizer, text: str) -> list[int]:
     """A text's ids behind BOS, where the tokenizer begins a text so."""
     return ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
@@ -179,3 +179,25 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
         said.append((stops.cut(text), end))
         move(1)
     return said
+
+
+def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
+            items: Sequence[Item], length: int = 0, new_tokens: int = 0, beams: int = 1,
+            move: Callable[[int], object] = lambda done: None) -> list[dict[str, Any]]:
+    """What the model chose or said of each item, as judge.py counts it.
+
+    `move` is told how many choices, or answers, are done.
+    """
+    if suite.kind == "choose":
+        scores = choose(model, tokenizer, [(x.context, x.choices) for x in items], suite.delimiter,
+                        length, move)
+        return [{"gold": x.gold, "logp": logp, "choices": list(x.choices),
+                 **{column: x.row[column] for column in suite.groups}}
+                for x, logp in zip(items, scores, strict=True)]
+    said = answer(model, tokenizer, [x.context for x in items], suite.stop,
+                  new_tokens or suite.new_tokens, length, beams, move)
+    if suite.kind == "match":
+        return [{"gold": x.gold, "answer": text, "end": end}
+                for x, (text, end) in zip(items, said, strict=True)]
+    return [{"source": str(x.row[prompt.part.partition("-")[0]]), "reference": x.gold,
+             "hypothesis": text, "end": end} for x, (text, end) in zip(items, said, strict=True)]

@@ -133,6 +133,15 @@ class Settings:
     """Tokens evaluated of each held-out text, from its beginning."""
     hold_out: float = 0.01
     """Share of each source's documents kept back when no --val is given."""
+    suites: list[str] = field(default_factory=list)
+    """Suites measured at evaluations too, named as for eval.py: a part of each, with one prompt."""
+    suite_data: str = ""
+    """The folder that holds the suites' data."""
+    suite_items: int = 100
+    """Items of each suite, spread over it; 0: all."""
+    stop_if: list[str] = field(default_factory=list)
+    """Guards: the run ends after an evaluation that finds, say, 'eng>+5%' (bits per byte of a text,
+    against step 0) or 'sib200.acc<0.2'."""
     prompts: list[str] = field(default_factory=list)
     """Beginnings continued at evaluations into samples.txt; without any, the first words of
     held-out texts."""
@@ -158,8 +167,9 @@ class Settings:
 # What a resumed run may change: FREE changes nothing in the result, WARNED a little in its numbers,
 # and that is said; all else must be as it was.
 FREE = {"out", "resume", "plan", "plan_for", "plan_share", "plan_price", "rows", "rank_timeout",
-        "eval_every", "save_every", "keep", "track", "ignore_memory"}
-WARNED = {"device", "compile", "recompute", "shard", "eval_tokens", "prompts"}
+        "eval_every", "save_every", "keep", "track", "ignore_memory", "stop_if"}
+WARNED = {"device", "compile", "recompute", "shard", "eval_tokens", "prompts", "suites",
+          "suite_data", "suite_items"}
 
 
 def read_settings(argv: list[str]) -> tuple[Settings, dict[str, str]]:
@@ -280,20 +290,12 @@ def loop(run: Run) -> int:
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
     peak, flops = ranks.peak_flops(), run.model.flops_per_token(s.seq_len)
     watch = Watch(run.out, run.loader, ranks, run.step)
-    stop = 0
-
-    def look() -> None:
-        found = run.evaluate()
-        run.write_samples()
-        metrics.write(step=run.step, bits_per_byte=found)
-        said = ", ".join(f"{name} {x:.4f}" for name, x in found.items())
-        log.say(f"step {run.step}: bits per byte {said}")
-
+    stop, looks = 0, run.held or run.guards.suites
     run.model.train()
-    if run.step == 0 and run.held:
-        look()
+    if run.step == 0 and looks:
+        metrics.write(step=0, **run.look())
     with log.listening() as asked, log.progress("training", run.steps, run.step) as move:
-        while run.step < run.steps and not stop:
+        while run.step < run.steps and not stop and not run.guards.stopped:
             run.seed()
             begun = time.perf_counter()
             lr = optim.learning_rate(run.step + 1, run.steps, s.lr, s.schedule, warmup,
@@ -335,8 +337,9 @@ def loop(run: Run) -> int:
 
             stop, save, busy = ranks.highest(asked.stop, asked.save, run.saver.busy)
             last = run.step == run.steps
-            if run.held and (run.step % eval_every == 0 or last):
-                look()
+            if looks and (run.step % eval_every == 0 or last):
+                metrics.write(step=run.step, **run.look())
+                last |= bool(run.guards.stopped)
             if not busy:
                 run.saver.advance()
             if run.step % save_every == 0 or run.step == 1 or save or last or stop:
@@ -354,7 +357,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
            "rows": s.rows == "auto" or s.rows >= 1, "rank-timeout": s.rank_timeout > 0,
            "steps": s.steps >= 0, "tokens-per-step": s.tokens_per_step >= 0,
            "epochs": s.epochs > 0, "lr": s.lr > 0, "clip": s.clip > 0, "warmup": s.warmup >= 0,
-           "eval-tokens": s.eval_tokens > 0, "lora-plus": s.lora_plus > 0,
+           "eval-tokens": s.eval_tokens > 0, "suite-items": s.suite_items >= 0,
+           "lora-plus": s.lora_plus > 0,
            "embedding-lr": s.embedding_lr >= 0, "beta": s.beta > 0, "nll-weight": s.nll_weight >= 0,
            "max-epochs-per-source": s.max_epochs_per_source >= 0, "neftune": s.neftune >= 0,
            "plan-share": 0 < s.plan_share < 1, "plan-price": s.plan_price >= 0}
@@ -404,8 +408,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
             return 0
         if s.resume:
             run.resume()
-            if run.step >= run.steps and (out / "model").exists():
-                log.say(f"{out} is finished: nothing to do")
+            if (run.step >= run.steps or run.guards.stopped) and (out / "model").exists():
+                log.say(f"{out} {run.end}: nothing to do")
                 return 0
         run.room()
         if run.ranks.rank == 0:

@@ -86,7 +86,7 @@ def run(s: Any, origins: dict[str, str], train: Callable[[Any, dict[str, str]], 
     base = dataclasses.replace(
         s, **{k: v for k, v in {**BOTH, **BASE}.items() if k not in given or k in BASE},
         tune="full", model=str(out / "seed"), data=[str(out / "text/eng")], val=_val(out),
-        prompts=PROMPTS, out=str(out / "base"))
+        prompts=PROMPTS, out=str(out / "base"), suites=[], stop_if=[])
     if not (out / "base" / "model").exists():
         log.say("1. the base: English only")
         again = (out / "base" / "metrics.jsonl").exists()

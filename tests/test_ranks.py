@@ -356,3 +356,25 @@ def test_gradients_are_those_of_torchs_own_data_parallel(place):
     said = place / "said-gradients"
     ends = fork.ends(fork.together(2, both, said))
     assert ends == [0, 0], said.with_name("said-gradients-0").read_text()[-2000:]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_ranks_measure_suites_as_one_and_a_guard_stops_both_at_one_step(place, how):
+    """A guard on a held-out text, and a suite, whose head lies outside the blocks that are cut."""
+    changes = {"suites": ["agreement"], "suite_items": 12, "eval_every": 2, "stop_if": ["kin<-1%"],
+               "eval_tokens": 400}
+    found = []
+    for world, name in ((1, "guard-one"), (2, f"guard-{how}")):
+        if not (place / name).exists():
+            said = run(settings(place, name, shard=how if world > 1 else "none", **changes), world)
+            assert "by --stop-if kin<-1%: kin is" in said
+        lines = [json.loads(x) for x in (place / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([x for x in lines if "suites" in x])
+        assert lines[-1]["step"] < 20 and "stopped" in lines[-1]
+        assert (place / name / "model").is_dir()
+    for one, two in zip(*found, strict=True):
+        assert one["step"] == two["step"] and one["suites"] == two["suites"]
+        assert two["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-5)
+    if how == "fsdp":  # with suites alone the model is first used by a way that is not its forward
+        changes |= {"stop_if": [], "hold_out": 0.0, "prompts": [], "steps": 2}
+        assert "agreement.acc" in run(settings(place, "guard-alone", shard=how, **changes), 2)

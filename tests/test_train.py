@@ -400,7 +400,7 @@ def test_resume_without_a_run_says_so(tmp_path):
 def test_every_setting_is_fixed_or_free_on_resume_and_is_read_somewhere():
     names = {f.name for f in dataclasses.fields(train.Settings)}
     assert train.FREE <= names
-    modules = ("train", "run", "sources", "plan", "memory")
+    modules = ("train", "run", "sources", "plan", "memory", "guards")
     code = "".join((ROOT / f"{x}.py").read_text() for x in modules)
     assert [n for n in names if f"s.{n}" not in code and f"settings.{n}" not in code] == []
 

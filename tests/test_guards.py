@@ -1,0 +1,165 @@
+"""Suites during a run, and the guards that end one: real runs, and wrong guards in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import guards
+import tiny
+from guards import Guard, Guards
+from log import UserError
+from test_train import ENV, ROOT, call, command, losses, place  # noqa: F401  # place: a fixture
+
+NAMES = {"kin": 1.5, "eng": 2.0, "sib200.acc": 0.4, "sib200.f1": 0.3}
+
+
+@pytest.mark.parametrize(("text", "now", "broken"), [
+    ("eng>+5%", {"eng": 2.11}, "eng>+5%: eng is 2.1100, +5.5% against 2.0000 at step 0"),
+    ("eng > +5%", {"eng": 2.09}, ""), ("eng>2.1", {"eng": 2.1}, ""),
+    ("eng>2.05", {"eng": 2.1}, "eng>2.05: eng is 2.1000, +5.0% against 2.0000 at step 0"),
+    ("kin<-10%", {"kin": 1.34}, "-10.7% against 1.5000"), ("kin<-10%", {"kin": 1.36}, ""),
+    ("sib200.acc<0.25", {"sib200.acc": 0.2}, "sib200.acc is 0.2000"),
+    ("sib200.acc<.25", {"sib200.acc": 0.25}, ""), ("eng>+5%", {"eng": None}, "eng is not finite"),
+    ("eng>+5%", {"kin": 9.0}, "")])  # not measured this time
+def test_a_guard_is_broken_beyond_its_value_and_says_by_how_much(text, now, broken):
+    said = Guard.of(text).broken(NAMES, now)
+    assert broken in said and bool(said) == bool(broken)
+
+
+@pytest.mark.parametrize("text", ["eng", "eng>", ">5", "eng=5", "eng>5%", "eng>-5%", "eng<+5%",
+                                  "eng>+5", "eng>five", "eng>5>6", "eng>1e3", ""])
+def test_what_is_no_guard_is_refused_in_one_line(text):
+    with pytest.raises(UserError, match=r"--stop-if .*expected NAME>VALUE") as e:
+        Guard.of(text)
+    assert e.value.code == 2 and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("stop_if", "words"), [
+    ("enk>+5%", "no figure enk; measured are kin, eng"),
+    ("pairs<0.1", "no figure pairs; measured are kin, eng, pairs.eng-kin.chrF2[+][+], pairs.kin"),
+    ("agreement.f1<0.1", "no figure agreement.f1; measured are kin, eng, agreement.acc, pairs")])
+def test_a_guard_on_what_is_not_measured_is_refused_by_name(tmp_path, stop_if, words):
+    (tmp_path / "pairs.tsv").write_text(f"eng\tkin\n{tiny.SENTENCES[5]}\t{tiny.SENTENCES[0]}\n")
+    with pytest.raises(UserError, match=words) as e:
+        Guards.start(settings(suites=["agreement", f"pairs={tmp_path}/pairs.tsv"],
+                              stop_if=[stop_if]))
+    assert e.value.code == 2
+
+
+def settings(**changes):
+    import train
+
+    return train.Settings(**{"val": ["kin=a.txt", "eng=b.txt"], **changes})
+
+
+def test_a_suites_bare_name_is_its_main_figure():
+    found = Guards.start(settings(suites=["agreement"], stop_if=["agreement<0.4"]))
+    assert found.guards[0].name == "agreement.acc" and found.names == ["agreement.acc"]
+
+
+@pytest.mark.parametrize(("text", "figures", "words"), [
+    ("eng>1.9", {"eng": 2.0}, "eng is 2.0000 before the first step"),
+    ("a.acc<-5%", {"a.acc": 0.0}, "is 0 at step 0, of which there is no percentage")])
+def test_a_guard_that_step_0_is_beyond_or_that_it_gives_no_measure_for_is_refused(text, figures,
+                                                                                  words):
+    with pytest.raises(UserError, match=words):
+        Guards(guards=[Guard.of(text)]).look(0, figures)
+
+
+def test_a_part_is_spread_over_a_suite():
+    assert guards.spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert guards.spread([1, 2], 5) == guards.spread([1, 2], 0) == [1, 2]
+
+
+def looks(out: Path) -> list[dict]:
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines if "bits_per_byte" in x]
+
+
+def test_a_guard_ends_the_run_which_is_saved_and_says_so_again_until_the_guard_is_another(place):  # noqa: F811
+    """At its step as the run without guards; then on, bit for bit, as if it had never stopped."""
+    flags = ["--steps", "12", "--eval-every", "3", "--suites", "agreement", "--suite-items", "10"]
+    call(command(place, "free", *flags))
+    free, out = looks(place / "free"), place / "guarded"
+    past = free[1]["bits_per_byte"]["eng"] / free[0]["bits_per_byte"]["eng"] - 1
+    assert past < 0, "a tiny model learns, so the guard is on that"
+    guard = f"eng<{100 * past / 2:.4f}%"
+    said = call(command(place, "guarded", *flags, "--stop-if", "kin>+50%", guard))
+    assert f"stopped at step 3 of 12 by --stop-if {guard}: eng is" in said
+    assert f"{past:+.1%} against" in said and "--resume" in said
+    found = looks(out)
+    assert [x["step"] for x in found] == [0, 3] and guard in found[-1]["stopped"]
+    assert {k: v for k, v in found[-1].items() if k != "stopped"} == free[1]
+    assert (out / "checkpoints/step-000003").is_dir()
+    assert (out / "model/model.safetensors").exists()
+    page = (out / "report.html").read_text()
+    assert "Stopped at step 3 by a guard" in page and "Suites, before and after" in page
+    again = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(out)]
+    before = (out / "metrics.jsonl").read_text()
+    shutil.rmtree(out / "model")  # as if killed between its guard and its model
+    assert "nothing to do" not in call(again) and (out / "model/model.safetensors").exists()
+    said = call(again)
+    assert f"was stopped at step 3 of 12 by --stop-if {guard}" in said and "nothing to do" in said
+    assert (out / "metrics.jsonl").read_text() == before
+    call([*again, "--stop-if"])  # no guard any more
+    assert losses(out) == losses(place / "free")
+    assert [x["bits_per_byte"] for x in looks(out)] == [x["bits_per_byte"] for x in free]
+    assert "Stopped" not in (out / "report.html").read_text()
+
+
+def test_suites_in_training_are_what_eval_prints(place, tmp_path):  # noqa: F811
+    """Of the same items and prompt, a choice and a translation, with the model that was saved."""
+    kin, eng = tiny.SENTENCES[:5], tiny.SENTENCES[5:]
+    (tmp_path / "pairs.tsv").write_text(
+        "eng\tkin\n" + "".join(f"{e}\t{k}\n" for e, k in zip(eng, kin, strict=True)))
+    (tmp_path / "mine.jsonl").write_text("".join(
+        json.dumps({"text": x, "label": i % 2}) + "\n" for i, x in enumerate(tiny.SENTENCES)))
+    (tmp_path / "mine.toml").write_text(
+        'kind = "choose"\nversion = 1\nabout = "test"\nmetrics = ["f1", "acc"]\n'
+        'choices = ["kin", "eng"]\ngold = "{{label}}"\n[[data]]\ntest = "mine.jsonl"\n'
+        '[[prompts]]\nname = "1"\ntext = "{{text}}"\n[[prompts]]\nname = "2"\ntext = "{{text}}"\n')
+    named = ["--suites", f"pairs={tmp_path}/pairs.tsv", str(tmp_path / "mine.toml"),
+             "--suite-data", str(tmp_path)]
+    tiny.folder(tmp_path / "model", "llama32", max_position_embeddings=256)
+    said = call(command(place, "suites", "--model", str(tmp_path / "model"), "--steps", "2",
+                        "--suite-items", "0", *named))
+    assert "pairs.eng-kin.chrF2++" in said and "mine.f1" in said
+    (file,) = {json.dumps(x["suites"]) for x in looks(place / "suites")[-1:]}
+    figures = json.loads(file)
+    done = subprocess.run([
+        sys.executable, str(ROOT / "eval.py"), "--model", str(place / "suites"), *named,
+        "--prompts", "1", "--max-new-tokens", "128", "--out", str(tmp_path / "eval"),
+        "--no-overlap"], capture_output=True, text=True, env=ENV, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "eval/results.json").read_text())["results"]
+    theirs = {".".join(filter(None, (r["suite"], r["part"], r["metric"]))): r["value"]
+              for r in results}
+    assert figures.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert figures[name] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"stop_if": ["eng"]}, "expected NAME>VALUE"), ({"suites": ["sib20"]}, "no such suite"),
+    ({"suites": ["sib200"]}, "its data are not under --suite-data"),
+    ({"suites": ["agreement", "agreement"]}, "agreement is named twice")])
+def test_a_wrong_suite_or_guard_is_one_line(changes, words):
+    with pytest.raises(UserError, match=words) as e:
+        Guards.start(settings(**changes))
+    assert "\n" not in str(e.value) and e.value.code == 2
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--stop-if", "enk>+5%"], "no figure enk; measured are kin, eng"),  # known with the sources
+    (["--suites", "agreement", "--suite-items", "-1"], "--suite-items -1")])
+def test_a_run_with_a_wrong_guard_does_not_begin(place, flags, words):  # noqa: F811
+    said = call(command(place, "wrong", "--steps", "2", *flags), code=2)
+    lines = [x for x in said.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1 and words in lines[0] and "Traceback" not in said
+    assert not (place / "wrong/metrics.jsonl").exists()
