@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,28 @@ def plain(tmp_path_factory) -> list[str]:
 def test_the_losses_are_the_same_in_other_surroundings(name, plain, tmp_path):
     flags, env, umask, folder = SURROUNDINGS[name]
     assert losses(tmp_path / folder, flags, env, umask) == plain and len(plain) == 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
+def test_on_a_cpu_freed_memory_is_kept_for_the_next_step_unless_the_environment_says_otherwise():
+    code = """if True:
+        import resource, torch
+        from ranks import Ranks
+        Ranks.start("cpu")
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for big in (24 << 20, 48 << 20):  # bytes: kept, and given back
+            for _ in range(16):  # until the heap has grown as far as it does
+                torch.ones(big, dtype=torch.uint8)
+            before = faults()
+            for _ in range(8):
+                torch.ones(big, dtype=torch.uint8)
+            print((faults() - before) * 4096 / big / 8)
+    """
+    said = {name: [float(x) for x in subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
+        env={**{k: v for k, v in ENV.items() if not k.startswith("MALLOC_")}, **more}
+        ).stdout.split()]
+        for name, more in (("ours", {}), ("theirs", {"MALLOC_MMAP_THRESHOLD_": "1048576"}))}
+    assert said["ours"][0] < 0.1 and said["ours"][1] > 0.9  # shares of the pages that came anew
+    assert said["theirs"][0] > 0.9
