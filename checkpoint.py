@@ -268,6 +268,14 @@ class Saved:
                 found.append(piece[a - start : b - start] if a < b else piece[0:0])
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def like(self, part: str, name: str, like: Tensor) -> Tensor:
+        """A tensor for one that stands here: of one that is cut among ranks, the same rows."""
+        if not shares.is_cut(like):
+            return self.rows(part, name)
+        first, local = shares.rows(like)
+        x = self.rows(part, name, first, len(local))
+        return shares.as_cut(x.to(local), like) if x.dim() else x  # AdamW's count of steps
+
 
 def read(folder: Path) -> tuple[Parts, dict[str, Any]]:
     """A checkpoint's parts (whole tensors, on the CPU) and state."""

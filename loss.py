@@ -32,23 +32,25 @@ class _TokenNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, W: Tensor, targets: Tensor, cap: float) -> Tensor:
+    def forward(ctx, h: Tensor, W: Tensor, targets: Tensor, cap: float,
+                smoothing: float = 0.0) -> Tensor:
         need_h, need_W = ctx.needs_input_grad[:2]
         cast = W.to(h.dtype)  # (V,C)
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if need_h else None
         for at in range(0, len(h), CHUNK) if not need_W else ():
             part = slice(at, at + CHUNK)
-            nll[part], d = _logit_gradient(h[part], cast, targets[part], cap, need_h)
+            nll[part], d = _logit_gradient(h[part], cast, targets[part], cap, smoothing,
+                                           need_h)
             if need_h:
                 torch.mm(d, cast, out=dh[part])
-        ctx.dW = _head_gradient(h, cast, targets, cap, nll, dh) if need_W else None
-        ctx.cap = cap
+        ctx.dW = _head_gradient(h, cast, targets, cap, smoothing, nll, dh) if need_W else None
+        ctx.how = cap, smoothing
         ctx.save_for_backward(h, W, targets, dh)
         return nll
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         h, W, targets, dh = ctx.saved_tensors
         if dh is not None:
             dh = dh * g[:, None].to(dh.dtype)
@@ -57,9 +59,9 @@ class _TokenNLL(torch.autograd.Function):
             if dW is not None and g.stride(0) == 0:  # the gradient of a sum: one number, expanded
                 dW = dW.mul_(g[:1].sum())  # no token at all: 0
             else:
-                dW = _head_gradient(h, W.to(h.dtype), targets, ctx.cap, factor=g)
+                dW = _head_gradient(h, W.to(h.dtype), targets, *ctx.how, factor=g)
             dW = dW.to(W.dtype)
-        return dh, dW, None, None
+        return dh, dW, None, None, None
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:
@@ -67,23 +69,32 @@ def capped(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 
-def _logit_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float,
+def _logit_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
                     wanted: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(n,C), (V,C), (n,) -> NLL (n,) float32, and its gradient (n,V) in h's dtype if wanted."""
+    """(n,C), (V,C), (n,) -> NLL (n,) float32, and its gradient (n,V) in h's dtype if wanted.
+
+    With `smoothing` e a target is 1 - e of itself and e of all tokens alike (Szegedy et al. 2016,
+    section 7), so the NLL is (1 - e) nll + e times the mean NLL of all V tokens.
+    """
     logits = capped(h @ W.T, cap)  # (n,V)
     logp = torch.log_softmax(logits, -1, dtype=torch.float32)  # (n,V)
     nll = -logp.gather(-1, targets[:, None]).squeeze(-1)
+    if smoothing:
+        nll = (1 - smoothing) * nll - smoothing * logp.mean(-1)
     if not wanted:
         return nll, None
     d = logp.exp_()
-    d[torch.arange(len(d), device=d.device), targets] -= 1
+    if smoothing:
+        d -= smoothing / len(W)
+    d[torch.arange(len(d), device=d.device), targets] -= 1 - smoothing
     if cap:
         d *= 1 - (logits / cap).square_()  # tanh' = 1 - tanh^2
     return nll, d.to(h.dtype)
 
 
-def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, nll: Tensor | None = None,
-                   dh: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
+                   nll: Tensor | None = None, dh: Tensor | None = None,
+                   factor: Tensor | None = None) -> Tensor:
     """Sum over tokens of factor x (their logits' gradient) h^T, (V,C) float32; fills nll (N,) and
     dh (N,C) if given."""
     dW = None
@@ -92,7 +103,7 @@ def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, nll: Tenso
         d = h.new_empty(group.stop - begin, len(W))  # (n,V)
         for at in range(begin, group.stop, CHUNK):
             part = slice(at, min(at + CHUNK, group.stop))
-            found, gradient = _logit_gradient(h[part], W, targets[part], cap)
+            found, gradient = _logit_gradient(h[part], W, targets[part], cap, smoothing)
             d[at - begin : part.stop - begin] = gradient
             if nll is not None:
                 nll[part] = found
@@ -105,18 +116,19 @@ def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, nll: Tenso
     return torch.zeros_like(W, dtype=torch.float32) if dW is None else dW
 
 
-def token_nll(h: Tensor, head: Tensor, targets: Tensor, cap: float = 0.0) -> Tensor:
+def token_nll(h: Tensor, head: Tensor, targets: Tensor, cap: float = 0.0,
+              smoothing: float = 0.0) -> Tensor:
     """Negative log-likelihood of each target in nats: (B,T,C), (V,C), (B,T) -> (B,T) float32.
 
     0 where the target is IGNORE; such tokens cost nothing. Never holds (B,T,V). `cap` bounds the
-    logits (see `capped`).
+    logits (see `capped`), `smoothing` spreads the targets (see `_logit_gradient`).
     """
     kept = targets.flatten() != IGNORE
     h, flat = h.flatten(0, 1), targets.flatten()
     if kept.all():
-        return _TokenNLL.apply(h, head, flat, cap).view(targets.shape)
+        return _TokenNLL.apply(h, head, flat, cap, smoothing).view(targets.shape)
     at = kept.nonzero().squeeze(-1)  # (n,)
-    nll = _TokenNLL.apply(h[at], head, flat[at], cap)
+    nll = _TokenNLL.apply(h[at], head, flat[at], cap, smoothing)
     return _Scatter.apply(nll, at, len(flat)).view(targets.shape)
 
 

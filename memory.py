@@ -137,7 +137,7 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
         for x in lora.trained_whole(model).values():
             held.see(x, "weights")
         held.what = "optimizer"
-        kept = _moments(model, s.optimizer, device)
+        kept = _moments(model, s, device)
         held.what = "activations"
         for x in (*turn, *(x for each in layouts.values() for x in each.tensors)):
             held.see(x, "activations")  # of the batch, for all layers
@@ -207,9 +207,10 @@ def _place(model: nn.Module, device: torch.device) -> None:
                        for k, x in whole.items()}
 
 
-def _moments(model: nn.Module, kind: str, device: torch.device) -> list[Tensor]:
-    """What the optimizer holds for each number that trains."""
-    return [torch.empty(optim.bytes_held(name, p, kind), dtype=torch.uint8, device=device)
+def _moments(model: nn.Module, s: Any, device: torch.device) -> list[Tensor]:
+    """What the optimizer holds for each number that trains, and its average."""
+    return [torch.empty(optim.bytes_held(name, p, s.optimizer, s.ema), dtype=torch.uint8,
+                        device=device)
             for name, p in model.named_parameters() if p.requires_grad]
 
 

@@ -202,6 +202,7 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else \
             Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.smoothing = 0.0  # of targets while training
 
     @property
     def head(self) -> Tensor:
@@ -227,7 +228,8 @@ class Llama(nn.Module):
         """
         h = self.model(tokens, doc, pos, cache)  # (B,T,C)
         if targets is not None:
-            return token_nll(h, self.head, targets, self.config.logit_cap)
+            smoothing = self.smoothing if self.training else 0.0
+            return token_nll(h, self.head, targets, self.config.logit_cap, smoothing)
         last = ((doc >= 0) * torch.arange(1, doc.shape[1] + 1, device=doc.device)).argmax(1)  # (B,)
         h = h[torch.arange(len(h), device=h.device), last]  # (B,C)
         return self.logits(h)

@@ -46,7 +46,7 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
     whole = "GPU's tensors" if run.ranks.device.type == "cuda" else "whole process"
     minutes = (time.perf_counter() - begun) * run.micro_batches * run.steps / 60
     moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
-    moments = sum(optim.bytes_held(name, p, s.optimizer) for name, p in moving) / GiB
+    moments = sum(optim.bytes_held(name, p, s.optimizer, s.ema) for name, p in moving) / GiB
     result = sum(p.nbytes for _, p in moving) / GiB
     base = weights.base_of(run.folder)
     said = memory.need(run.model.config, s, run.model.compute_dtype,

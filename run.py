@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import re
 import shlex
@@ -17,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,7 @@ class Run:
     held: sources.Held  # held-out documents by name
     guards: Guards
     optimizer: torch.optim.Optimizer
+    average: optim.Average
     scale: optim.LossScale
     saver: checkpoint.Saver
     steps: int
@@ -73,6 +77,7 @@ class Run:
     step: int = 0
     tokens: int = 0  # trained so far
     skipped: int = 0  # steps whose gradient was not finite
+    best: float = math.inf  # the lowest bits per byte of --best so far
 
     @classmethod
     def start(cls, s: Any, kind: str, objective: Any) -> Run:
@@ -116,12 +121,15 @@ class Run:
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         model.model.compute_dtype, model.model.recompute = dtype, s.recompute
-        model.model.neftune = s.neftune
+        model.model.neftune, model.smoothing = s.neftune, s.label_smoothing
         context, vocab = model.config.max_position_embeddings, model.config.vocab_size
         if s.seq_len > context:
             raise UserError(f"--seq-len {s.seq_len}: the model's context is {context}", FLAGS)
         mixed, held = sources.open_data(s, kind, folder, tokenizer, vocab, out, ranks)
         guards.check(held)
+        if s.best and s.best not in held:
+            raise UserError(f"--best {s.best}: no held-out text of that name; there are "
+                            f"{', '.join(held) or 'none'}", FLAGS)
         ranks.agree({f"sha256 of {x.name}": x.sha for x in mixed}
                     | {"model": f"{model.config}", "tokenizer": tokenizer.fingerprint})
         if s.compile:
@@ -167,8 +175,8 @@ class Run:
         if s.mode == "dpo" and not s.plan and (not fresh or (ranks.how == "fsdp" and whole)):
             preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
                                       ranks)
-        return cls(s, out, ranks, model, folder, tokenizer, loader, held, guards, optimizer, scale,
-                   saver, steps, per_step // micro)
+        return cls(s, out, ranks, model, folder, tokenizer, loader, held, guards, optimizer,
+                   optim.Average(model, s.ema), scale, saver, steps, per_step // micro)
 
     @property
     def tokens_per_step(self) -> int:
@@ -189,13 +197,15 @@ class Run:
     def look(self) -> dict[str, Any]:
         """An evaluation: bits per byte, suites, samples; whether a guard ends the run with it. What
         metrics.jsonl keeps; of several ranks, what the first found."""
-        found = {"bits_per_byte": finite(self.evaluate())}
-        if self.guards.suites:
-            self.model.eval()
-            found["suites"] = finite(self.guards.measure(self.model, self.tokenizer))
-            self.model.train()
-        found = json.loads(self.ranks.gather(json.dumps(found))[0])
-        self.write_samples()
+        with self.averaged():
+            found = {"bits_per_byte": finite(self.evaluate())}
+            if self.guards.suites:
+                self.model.eval()
+                found["suites"] = finite(self.guards.measure(self.model, self.tokenizer))
+                self.model.train()
+            found = json.loads(self.ranks.gather(json.dumps(found))[0])
+            self.write_samples()
+            self.keep_best(found["bits_per_byte"])
         self.guards.look(self.step, {**found.get("suites", {}), **found["bits_per_byte"]})
         said = [f"{name} {x}" if x is None else f"{name} {x:.4f}"
                 for name, x in found["bits_per_byte"].items()]
@@ -203,6 +213,19 @@ class Run:
             "bits per byte " * bool(said) + ", ".join(said),
             self.guards.words(found.get("suites", {}))))))
         return found | ({"stopped": self.guards.stopped} if self.guards.stopped else {})
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model is the average of its steps, where one is kept: what is evaluated is
+        what will be saved."""
+        self.exchange()
+        yield
+        self.exchange()
+
+    def exchange(self) -> None:
+        for m in self.ranks.shards:
+            m.reshard()  # what an evaluation left whole is of the other weights
+        self.average.exchange()
 
     def evaluate(self) -> dict[str, float]:
         """Bits per byte of each held-out text, as eval.py measures them."""
@@ -264,10 +287,24 @@ class Run:
         words = [self.s.seed, self.step, self.ranks.rank]
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What trains, by name."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def keep_best(self, found: dict[str, float | None]) -> None:
+        """Keep the weights as they are, under OUT/best, if no evaluation before was as good."""
+        value = found.get(self.s.best)
+        if value is not None and value < self.best:
+            self.best = value
+            saver = checkpoint.Saver(self.out / "best", 2, self.ranks)
+            saver.save(self.step, {"model": self.trained}, {"step": self.step, "best": value})
+            saver.finish(must=True)
+
     def save(self) -> None:
         """Begin to write the resume point: what trains, the optimizer, and where the data stand."""
-        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-        parts = {"model": trained, "optimizer": optim.state(self.model, self.optimizer)}
+        parts = {"model": self.trained, "optimizer": optim.state(self.model, self.optimizer)}
+        parts |= {"average": self.average.tensors} if self.average.tensors else {}
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
                  "served": self.loader.served, "data": self.data, "ranks": self.ranks.world,
                  "scale": dataclasses.astuple(self.scale)}
@@ -275,41 +312,43 @@ class Run:
 
     def room(self) -> None:
         """UserError (STORAGE) if the disk has no room for the resume points to come."""
-        numbers = self.parameters["trained"]
-        need = 12 * numbers * (1 if (self.out / "checkpoints").exists() else 2)  # with two moments
+        numbers = self.parameters["trained"]  # with two moments, and perhaps an average
+        need = (16 if self.s.ema else 12) * numbers
+        need *= 1 if (self.out / "checkpoints").exists() else 2
+        need += 8 * numbers if self.s.best else 0
         free = shutil.disk_usage(self.out).free
         if free < need:
             raise UserError(f"--out {self.out}: {free:,} bytes are free, resume points of this run "
                             f"need {need:,}; make room, or name another disk", STORAGE)
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint that verifies; rank 0 looks, all read what they need."""
-        newest = checkpoint.newest(self.out / "checkpoints") if self.ranks.rank == 0 else None
+    def newest(self, name: str) -> Path | None:
+        """The newest checkpoint under OUT/name that verifies; rank 0 looks, and all are told."""
+        newest = checkpoint.newest(self.out / name) if self.ranks.rank == 0 else None
         newest = self.ranks.gather(str(newest or ""))[0]
+        return Path(newest) if newest else None
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that verifies; each rank reads what it needs."""
+        if self.s.best and (kept := self.newest("best")):
+            with checkpoint.Saved(kept) as saved:
+                self.best = saved.state["best"]
+        newest = self.newest("checkpoints")
         if not newest:
             log.say("no checkpoint yet: starting from step 0")
             return
-        with checkpoint.Saved(Path(newest)) as saved:
+        with checkpoint.Saved(newest) as saved:
             state = saved.state
             if state["data"] != self.data:
                 was, now = (", ".join(f"{k} {v[:12]}" for k, v in x.items())
                             for x in (state["data"], self.data))
                 raise UserError(f"--resume: the data are not those of {newest} (sha256 of the bins "
                                 f"was {was}, now {now}); start anew with another --out")
-            named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
-            def mine(part: str, name: str, like: torch.Tensor) -> torch.Tensor:
-                if not shares.is_cut(like):
-                    return saved.rows(part, name)
-                first, local = shares.rows(like)
-                x = saved.rows(part, name, first, len(local))
-                return shares.as_cut(x.to(local), like) if x.dim() else x  # AdamW's count of steps
-
-            with torch.no_grad():
-                for name, p in named.items():
-                    p.copy_(mine("model", name, p))
+            named = self.trained
+            for part, tensors in (("model", named), ("average", self.average.tensors)):
+                for name, x in tensors.items():
+                    x.copy_(saved.like(part, name, x))
             optim.load_state(self.model, self.optimizer, {
-                key: mine("optimizer", key, named[key.rsplit("/", 1)[0]])
+                key: saved.like("optimizer", key, named[key.rsplit("/", 1)[0]])
                 for key in saved.pieces.get("optimizer", {})})
         self.scale = optim.LossScale(*state.get("scale", dataclasses.astuple(self.scale)))
         self.loader.seek(state["served"])
@@ -355,7 +394,22 @@ class Run:
                 weights.add_stop_id(result, end)
 
     def finish(self) -> None:
-        """Write the result as an HF or PEFT folder, and the report; say what changed."""
+        """Give the result: the best evaluated weights with --best, else the last, averaged if so
+        kept."""
+        if self.s.best and (kept := self.newest("best")):
+            with checkpoint.Saved(kept) as saved:
+                step = saved.state["step"]
+                for name, x in self.trained.items():
+                    x.copy_(saved.like("model", name, x))
+            log.say(f"the model is that of step {step}, the best of {self.s.best}")
+            self.write(step)
+        else:
+            with self.averaged():
+                self.write(self.step)
+
+    def write(self, step: int) -> None:
+        """Write the weights, which are those evaluated at a step, as an HF or PEFT folder, and the
+        report; say what changed."""
         writes = self.ranks.rank == 0
         if not lora.adapters(self.model):
             weights.save(self.model, self.out / "model", self.folder, write=writes)
@@ -370,9 +424,10 @@ class Run:
         self.write_prompt()
         page = report.run_report(self.out)
         lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        seen = [x["bits_per_byte"] for x in map(json.loads, lines) if "bits_per_byte" in x]
+        seen = {x["step"]: x["bits_per_byte"]
+                for x in map(json.loads, lines) if "bits_per_byte" in x}
         for name in self.held:
-            before, after = seen[0][name], seen[-1][name]
+            before, after = seen[min(seen)][name], seen[step][name]
             if before and after:
                 log.say(f"{name}: {before:.4f} -> {after:.4f} bits per byte "
                         f"({after / before - 1:+.1%})")

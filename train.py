@@ -110,6 +110,11 @@ class Settings:
     """The largest norm of a step's gradient."""
     neftune: float = 0.0
     """cpt, sft, mt: noise on the embeddings, so strong (NEFTune; its authors take 5 to 15)."""
+    label_smoothing: float = 0.0
+    """cpt, sft, mt: this share of each target is spread over all tokens; in training alone."""
+    ema: float = 0.0
+    """Average the weights over steps, with this decay such as 0.999; the average is evaluated and
+    saved. 0: the weights as they are."""
 
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """dtype of products. What trains is kept in float32 whatever this is."""
@@ -131,6 +136,8 @@ class Settings:
     """Steps between evaluations; 0: ten in a run. Step 0 and the last are always evaluated."""
     eval_tokens: int = 50_000
     """Tokens evaluated of each held-out text, from its beginning."""
+    best: str = ""
+    """A held-out text: the model saved is the one with its lowest bits per byte, not the last."""
     hold_out: float = 0.01
     """Share of each source's documents kept back when no --val is given."""
     suites: list[str] = field(default_factory=list)
@@ -308,6 +315,7 @@ def loop(run: Run) -> int:
             try:
                 loss, norm = train_step(run.model, objective, batches, run.optimizer, ranks, s.clip,
                                         run.scale, reported)
+                run.average.update(run.step + 1)
                 watch.good(run.step + 1, loss, served, rows)
             except NotFinite as fault:
                 loss = norm = None  # JSON has no NaN
@@ -361,31 +369,32 @@ def train(s: Settings, origins: dict[str, str]) -> int:
            "lora-plus": s.lora_plus > 0,
            "embedding-lr": s.embedding_lr >= 0, "beta": s.beta > 0, "nll-weight": s.nll_weight >= 0,
            "max-epochs-per-source": s.max_epochs_per_source >= 0, "neftune": s.neftune >= 0,
-           "plan-share": 0 < s.plan_share < 1, "plan-price": s.plan_price >= 0}
+           "plan-share": 0 < s.plan_share < 1, "plan-price": s.plan_price >= 0,
+
+           "ema": 0 <= s.ema < 1, "label-smoothing": 0 <= s.label_smoothing < 1}
     for name, good in fit.items():
         if not good:
             value = getattr(s, name.replace("-", "_"))
             raise UserError(f"--{name} {value}: out of range; seq-len and keep are at least 2, "
-                            "hold-out and plan-share below 1, the others above 0", FLAGS)
+                            "hold-out, plan-share, ema and label-smoothing below 1, the others "
+                            "above 0", FLAGS)
     if s.mode != "cpo" and (s.arpo or s.nll_weight != 1):
         raise UserError("--arpo and --nll-weight: say something with --mode cpo alone", FLAGS)
-    if s.neftune and MODES[s.mode][0] == "pairs":
-        raise UserError(f"--neftune: is not for --mode {s.mode}, which compares log-probabilities",
-                        FLAGS)
     if s.max_epochs_per_source and not s.steps:
         raise UserError("--max-epochs-per-source: says nothing without --steps, from which each "
                         "source's tokens are known", FLAGS)
     idle = ("lora_layers", "rslora", "dora") if s.tune == "full" else ("train_layers",)
     idle += () if s.tune == "qlora" else ("double_quant",)
+    idle += ("neftune", "label_smoothing") if MODES[s.mode][0] == "pairs" else ()
     if s.tune == "full" and not s.train_layers:
         idle += ("train_embeddings", "train_norms")  # they do
-    if s.optimizer == "adamw-bf16" and (s.tune != "full" or s.train_layers):
-        raise UserError("--optimizer adamw-bf16: is for all weights; a part that trains is "
-                        "kept in float32: take adamw or adamw8bit", FLAGS)
+    if s.optimizer == "adamw-bf16" and (s.tune != "full" or s.train_layers or s.ema):
+        raise UserError("--optimizer adamw-bf16: is for all weights; a part that trains, and an "
+                        "average, are kept in float32: take adamw or adamw8bit", FLAGS)
     for name in idle:
         if getattr(s, name):
-            raise UserError(f"--{name.replace('_', '-')}: says nothing here, with --tune {s.tune}; "
-                            "leave it out", FLAGS)
+            raise UserError(f"--{name.replace('_', '-')}: says nothing here, with --mode {s.mode} "
+                            f"and --tune {s.tune}; leave it out", FLAGS)
     if s.plan_for:
         plan.foretell(s)
         return 0

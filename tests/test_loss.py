@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss
+import tiny
 from data import IGNORE
 
 
@@ -25,11 +26,11 @@ def setting(n: int, kept: str, V: int = 50, C: int = 16, dtype=torch.float32):
     return h, W, targets
 
 
-def plain(h, W, targets):
-    logits = F.linear(h.float(), W)
+def plain(h, W, targets, cap=0.0, smoothing=0.0):
+    logits = loss.capped(F.linear(h.float(), W), cap)
     return F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
-    ).view(targets.shape)
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none",
+        label_smoothing=smoothing).view(targets.shape)
 
 
 @pytest.mark.parametrize("n", [1, 7, loss.CHUNK, loss.GROUP // 2 + 3, loss.GROUP + loss.CHUNK + 5])
@@ -46,6 +47,35 @@ def test_values_and_gradients_equal_cross_entropy(n, kept, factor):
         results.append((nll.detach(), *torch.autograd.grad(total, (h, W))))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [7, loss.GROUP + loss.CHUNK + 5])
+@pytest.mark.parametrize("factor", ["sum", "each its own"])
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_smoothed_targets_give_torchs_values_and_gradients(n, factor, head, cap):
+    h, W, targets = setting(n, "some")
+    W = W if head == "trained" else W.detach()
+    wanted = (h, W) if head == "trained" else (h,)
+    w = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for nll in (loss.token_nll(h, W, targets, cap, 0.1), plain(h, W, targets, cap, 0.1)):
+        total = nll.sum() / 7 if factor == "sum" else (nll * w).sum()
+        results.append((nll.detach(), *torch.autograd.grad(total, wanted)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_targets_are_smoothed_in_training_and_never_in_evaluation():
+    model = tiny.ours(tiny.peer())
+    ids = tiny.tokens(2, 16)
+    batch = ids, torch.zeros_like(ids), torch.arange(16).expand(2, 16), ids.roll(-1, 1)
+    before = model(*batch)
+    model.smoothing = 0.1
+    assert torch.equal(model(*batch), before)
+    logits = tiny.logits(model, ids).flatten(0, 1)
+    wanted = F.cross_entropy(logits, batch[3].flatten(), reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(model.train()(*batch).flatten(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_frozen_head_gets_no_gradient_and_changes_nothing_else():

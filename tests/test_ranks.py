@@ -106,6 +106,8 @@ TUNES = {
                                        "train_embeddings": True, "train_norms": True},
     "QLoRA": {"tune": "qlora", "lora_rank": 4},
     "recomputed": {"recompute": True},
+    "averaged": {"model": "untied", "ema": 0.9, "label_smoothing": 0.1, "best": "kin",
+                 "eval_every": 5},
 }
 
 
@@ -240,7 +242,7 @@ def test_thirty_steps_are_ten_on_one_rank_ten_on_two_and_ten_on_one(place):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_ranks_cut_and_resumed_equal_two_that_were_not_bit_for_bit(place, how):
     changes = {"steps": 12, "tune": "lora", "lora_dropout": 0.2, "shard": how,
-               "train_embeddings": True}
+               "train_embeddings": True, "ema": 0.9, "best": "kin", "eval_every": 5}
     run(settings(place, f"uncut-{how}", **changes), world=2)
     run(settings(place, f"cut-{how}", **changes), world=2, codes={143}, during=stop_at(7))
     run(settings(place, f"cut-{how}", resume=True), world=2)

@@ -73,14 +73,17 @@ def losses(out: Path) -> dict[int, float]:
 TUNES = {
     "full": ["--tune", "full"], "lora": ["--tune", "lora", "--lora-dropout", "0.1"],
     "bf16": ["--optimizer", "adamw-bf16", "--dtype", "bf16"],
+    "averaged": ["--ema", "0.9", "--label-smoothing", "0.1", "--best", "kin"],
     "qlora": ["--tune", "qlora", "--double-quant", "--lora-dropout", "0.1", "--optimizer",
               "adamw8bit", "--lora-rank", "32"],
     "all of LoRA": ["--tune", "lora", "--lora-dropout", "0.1", "--rslora", "--dora", "--lora-plus",
-                    "4", "--train-embeddings", "--embedding-lr", "5e-4", "--train-norms"]}
+                    "4", "--train-embeddings", "--embedding-lr", "5e-4", "--train-norms",
+                    "--ema", "0.9", "--best", "eng"]}
+SLOW = {"bf16", "averaged"}
 
 
 @pytest.mark.parametrize("tune", [
-    pytest.param(x, marks=pytest.mark.slow) if x == "bf16" else x for x in TUNES])
+    pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in TUNES])
 def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, tune):
     """20 steps = some + kill -9 + resume, bit for bit, past the end of an epoch of the smaller
     source."""
@@ -98,7 +101,7 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, t
     whole = place / f"whole-{tune}"
     assert losses(cut) == losses(whole)
     assert (cut / "samples.txt").read_text() == (whole / "samples.txt").read_text()
-    file = "model.safetensors" if tune in ("full", "bf16") else "adapter_model.safetensors"
+    file = "model.safetensors" if tune in ("full", *SLOW) else "adapter_model.safetensors"
     one, two = load_file(whole / "model" / file), load_file(cut / "model" / file)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert sum(1 for _ in (cut / "checkpoints").iterdir()) == 2, "--keep 2"
@@ -124,6 +127,37 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(place):
     assert "nothing to do" in call(
         [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(place / "done")])
     assert "holds a run" in call(command(place, "done", "--steps", "2"), code=2)
+
+
+def bits_per_byte(out: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return {x["step"]: x["bits_per_byte"] for x in lines if "bits_per_byte" in x}
+
+
+def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(place):
+    """As the next run finds it at its step 0; the rate is so high that the last is not the best."""
+    call(command(place, "best", "--steps", "10", "--eval-every", "2", "--best", "kin", "--ema",
+                 "0.5", "--lr", "1", "--schedule", "constant", "--warmup", "8"))
+    call(command(place, "last", "--steps", "4", "--eval-every", "2", "--ema", "0.9"))
+    for name in ("best", "last"):
+        seen = bits_per_byte(place / name)
+        step = min(seen, key=lambda k: seen[k]["kin"]) if name == "best" else 4
+        assert name == "last" or 0 < step < 10
+        call(command(place, f"after-{name}", "--steps", "1", "--model", f"{place}/{name}/model"))
+        assert bits_per_byte(place / f"after-{name}")[0] == pytest.approx(seen[step], rel=1e-6)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--best", "fra"], "--best fra: no held-out text of that name; there are kin, eng"),
+    (["--ema", "1.0"], "--ema 1.0: out of range"),
+    (["--label-smoothing", "-0.1"], "--label-smoothing -0.1: out of range"),
+    (["--ema", "0.9", "--optimizer", "adamw-bf16"], "an average, are kept in float32"),
+    (["--mode", "dpo", "--neftune", "5"], "--neftune: says nothing here, with --mode dpo"),
+    (["--mode", "cpo", "--label-smoothing", "0.1"],
+     "--label-smoothing: says nothing here, with --mode cpo")])
+def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(place, flags, said):
+    lines = call(command(place, "refused", *flags), code=2).strip().splitlines()
+    assert said in lines[-1] and lines[-1].startswith("error: ")
 
 
 def test_settings_of_a_run_are_a_recipe_for_it(place):
