@@ -74,6 +74,11 @@ class Settings:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Of products; bf16 is faster and moves figures by some thousandths: publish fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    quant: Literal["none", "nf4"] = "none"
+    """nf4: the layers' matrices in four bits, as QLoRA keeps them."""
+    lm_eval_compat: bool = False
+    """Count as lm-evaluation-harness 0.4.13 does if told nothing: a text's BOS is scored behind
+    another, and log p is rounded to the dtype of products."""
 
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
@@ -116,12 +121,22 @@ class Reader:
     model: Llama
     tokenizer: Tokenizer
     length: int
+    quant: str = "none"
+    compat: bool = False
+
+    @property
+    def kept(self) -> torch.dtype:
+        """What log p is rounded to and added up in."""
+        return self.model.compute_dtype if self.compat else torch.float64
 
     @property
     def choices(self) -> dict[str, Any]:
         """Its part of a signature."""
-        return {"start": "eos" if self.tokenizer.bos is None else "bos", "window": self.length,
-                "dtype": name_of(self.model), "sum": "fp64"}
+        found = {"start": "eos" if self.tokenizer.bos is None else "bos", "window": self.length,
+                 "dtype": name_of(self.model),
+                 "sum": name_of(self.model) if self.compat else "fp64"}
+        found |= {"quant": self.quant} if self.quant != "none" else {}
+        return found | ({"compat": "lm-eval,0.4.13"} if self.compat else {})
 
 
 class Evaluation:
@@ -220,9 +235,12 @@ def measure_text(e: Evaluation, text: Text, r: Reader) -> None:
     began = time.perf_counter()
     ids = r.tokenizer.encode_batch(text.documents)
     n_bytes = [len(document.encode()) for document in text.documents]
-    n_tokens = sum(map(len, ids))
-    with log.progress(text.name, n_tokens) as move:
-        nats = tasks.document_nats(r.model, ids, tasks.start_token(r.tokenizer), r.length, move)
+    n_tokens, bos = sum(map(len, ids)), r.tokenizer.bos
+    if r.compat and bos is not None:
+        ids = [[bos, *x] for x in ids]
+    with log.progress(text.name, sum(map(len, ids))) as move:
+        nats = tasks.document_nats(r.model, ids, tasks.start_token(r.tokenizer), r.length, move,
+                                   r.kept)
     _finite(nats, text.name, r)
     records = [{"nats": float(x), "bytes": n} for x, n in zip(nats, n_bytes, strict=True)]
     e.add(f"text:{text.name}", "text", records, {"unit": text.unit, **r.choices},
@@ -243,7 +261,7 @@ def measure_suite(e: Evaluation, suite: Suite, r: Reader) -> None:
         n = sum(len(x.choices) for x in items) if suite.kind == "choose" else len(items)
         with log.progress(name, n) as move:
             records = tasks.records(r.model, r.tokenizer, suite, prompt, items, r.length, new,
-                                    s.beams, move)
+                                    s.beams, move, r.kept)
         if suite.kind == "choose":
             _finite(np.concatenate([x["logp"] for x in records]), name, r)
         signature = f"{suite.signature(prompt)}|" + "|".join(f"{k}:{v}" for k, v in choices.items())
@@ -396,13 +414,13 @@ def open_model(s: Settings) -> Reader:
     """The model, its tokenizer, and how much it reads at once."""
     ranks = Ranks.start(s.device)
     dtype = ranks.compute_dtype(s.dtype)
-    model, tokenizer = weights.load(s.model, ranks.device, dtype)
+    model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
     context = model.config.max_position_embeddings
     if not 0 <= s.max_length <= context:
         raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
                         "context, or 0 for all of it", FLAGS)
-    return Reader(model, tokenizer, s.max_length or context)
+    return Reader(model, tokenizer, s.max_length or context, s.quant, s.lm_eval_compat)
 
 
 if __name__ == "__main__":

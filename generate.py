@@ -32,6 +32,7 @@ from sampling import NO_STOPS, Sampling, Stops, choose, own_seeds
 
 ROWS = 32  # prompts continued side by side: their keys and values are in memory together
 SCORED = 4096  # tokens scored at once
+SHARED = 16  # tokens that all prompts begin with: from so many on they are read once
 
 
 class Answer(NamedTuple):
@@ -157,22 +158,24 @@ class Request(NamedTuple):
 @torch.inference_mode()
 def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]],
           length: int = 0, move: Callable[[int], object] = lambda done: None,
-          ) -> tuple[Tensor, Tensor]:
+          kept: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """How likely each continuation is behind its prompt: log p in nats, (N,) float64, and whether
     it is what greedy decoding gives, (N,) bool.
 
-    Equal prompts are read once, whatever stands behind them. `length`: the most tokens read at
+    Equal prompts are read once, whatever stands behind them, and what all begin with (an
+    instruction, examples) is read once too. `length`: the most tokens read at
     once, 0: the model's context; a longer prompt loses its beginning, BOS too, as in
     lm-evaluation-harness. log-softmax in float32 over the model's whole vocabulary, sums in
-    float64. `move` is told how many requests are done, batch by batch. UserError on an empty
-    prompt or continuation, and on a continuation longer than `length`.
+    float64; `kept`: what each log p, and their sum, is rounded to. `move` is told how many requests
+    are done, batch by batch. UserError on an empty prompt or continuation, and on a continuation
+    longer than `length`.
     """
     length = length or model.config.max_position_embeddings
     groups: dict[tuple[int, ...], list[Request]] = {}
     for i, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
         request = Request(i, _context(i, prompt, ids, length), list(ids))
         groups.setdefault(request.context, []).append(request)
-    asked = _Scores(model, len(prompts))
+    asked = _Scores(model, len(prompts), kept)
     rows = []  # what is read in the first pass, and what it answers
     for context, group in groups.items():
         if _shares(model, group):
@@ -180,24 +183,30 @@ def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequenc
         else:
             rows += [([*context, *x.ids[:-1]], [x]) for x in group]
     rows.sort(key=lambda row: len(row[0]), reverse=True)
-    for some in portions([len(ids) for ids, _ in rows], SCORED):
+    begun = _beginning(model, rows)
+    P = 0 if begun is None else begun.extent
+    for some in portions([len(ids) - P for ids, _ in rows], SCORED):
         part = rows[some]
-        tokens, doc = ragged([ids for ids, _ in part], model.device)
+        tokens, doc = ragged([ids[P:] for ids, _ in part], model.device)
         later = [(i, x) for i, (_, group) in enumerate(part) for x in group
                  if len(group) > 1 and len(x.ids) > 1]
-        cache = KVCache(model.config, *tokens.shape, model.device, model.compute_dtype) \
-            if later else None
-        pos = torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
+        cache = None
+        if later or begun is not None:
+            cache = KVCache(model.config, len(part), P + tokens.shape[1], model.device,
+                            model.compute_dtype)
+        if begun is not None:
+            cache.k[:, :, :P], cache.v[:, :, :P], cache.extent = begun.k, begun.v, P
+        pos = P + torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
         h = model.states(tokens, doc, pos, cache)  # (B,T,C)
         for i, (ids, group) in enumerate(part):
             for x in group:
                 at = len(x.context) - 1
-                asked.add(h[i, at : len(ids)], x.ids[: len(ids) - at], x.index)
-        if cache is not None:
+                asked.add(h[i, at - P : len(ids) - P], x.ids[: len(ids) - at], x.index)
+        if later:
             _score_later(model, cache, later, asked)
         asked.answer()
         move(sum(len(group) for _, group in part))
-    return asked.nats.cpu(), asked.greedy.cpu()
+    return asked.nats.to(kept).double().cpu(), asked.greedy.cpu()
 
 
 def _context(i: int, prompt: Sequence[int], ids: Sequence[int], length: int) -> tuple[int, ...]:
@@ -211,6 +220,23 @@ def _context(i: int, prompt: Sequence[int], ids: Sequence[int], length: int) -> 
     if not len(prompt):
         raise UserError(f"request {i + 1}: an empty prompt; begin it with BOS or EOS")
     return tuple(map(int, prompt[-(length + 1 - len(ids)) :]))
+
+
+def _beginning(model: Llama, rows: Sequence[tuple[list[int], list[Request]]]) -> KVCache | None:
+    """Keys and values of what the prompts of all rows begin with, (L,1,P,K,D), read once; None
+    where that is little, or rotary hangs on how long a text is."""
+    if len(rows) < 2 or model.config.rope.kind == "dynamic":
+        return None
+    first, last = min(ids for ids, _ in rows), max(ids for ids, _ in rows)
+    P = min(len(x.context) - 1 for _, group in rows for x in group)  # the last one gives logits
+    P = next((i for i in range(P) if first[i] != last[i]), P)
+    if P < SHARED:
+        return None
+    cache = KVCache(model.config, 1, P, model.device, model.compute_dtype)
+    tokens = torch.tensor([first[:P]], device=model.device)
+    model.states(tokens, torch.zeros_like(tokens), torch.arange(P, device=model.device)[None],
+                 cache)
+    return cache
 
 
 def _shares(model: Llama, group: Sequence[Request]) -> bool:
@@ -250,8 +276,8 @@ def _score_later(model: Llama, cache: KVCache, later: Sequence[tuple[int, Reques
 class _Scores:
     """What was asked, (N,): hidden states and the ids behind them come in, a batch at a time."""
 
-    def __init__(self, model: Llama, N: int):
-        self.model = model
+    def __init__(self, model: Llama, N: int, kept: torch.dtype):
+        self.model, self.kept = model, kept
         self.nats = torch.zeros(N, dtype=torch.float64, device=model.device)
         self.greedy = torch.ones(N, dtype=torch.bool, device=model.device)
         self.asked: list[tuple[Tensor, list[int], int]] = []
@@ -269,5 +295,6 @@ class _Scores:
         self.asked = []
         for states, follows, owner in zip(*(x.split(CHUNK) for x in (h, ids, index)), strict=True):
             logp = self.model.logits(states).log_softmax(-1)  # (T,V)
-            self.nats.index_add_(0, owner, logp.gather(1, follows[:, None])[:, 0].double())
+            asked = logp.gather(1, follows[:, None])[:, 0]  # (T,)
+            self.nats.index_add_(0, owner, asked.to(self.kept).double())
             self.greedy[owner[logp.argmax(-1) != follows]] = False

@@ -27,7 +27,7 @@ from metrics import Measure
 
 Record = dict[str, Any]
 Result = dict[str, Any]
-ALIKE = ("suite", "prompt", "shots", "beams", "unit")  # of a signature: what a comparison needs
+ALIKE = ("suite", "prompt", "shots", "beams", "unit", "compat")  # of a signature: what must agree
 
 
 def measures(kind: str, records: Sequence[Record], wanted: Sequence[str],
@@ -202,8 +202,9 @@ class Baseline:
             say(f"{name}: not in the baseline {self.folder}, so not compared")
             return
         theirs, old = there
-        now, before = (dict(x.split(":", 1) for x in r["signature"].split("|") if ":" in x)
-                       for r in (ours[0], theirs))
+        now, before = ({"compat": "none"} | dict(
+            x.split(":", 1) for x in r["signature"].split("|") if ":" in x)
+            for r in (ours[0], theirs))
         for key in ALIKE:
             if key in now and key in before and now[key] != before[key]:
                 raise UserError(f"--baseline {self.folder}: {name} has {key} {before[key]} there "

@@ -79,20 +79,21 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def document_nats(model: Llama, documents: Sequence[Sequence[int]], start: int, length: int = 0,
-                  move: Callable[[int], object] = lambda tokens: None) -> np.ndarray:
+                  move: Callable[[int], object] = lambda tokens: None,
+                  kept: torch.dtype = torch.float64) -> np.ndarray:
     """-log p of each document in nats, (N,) float64; documents are ids without BOS and EOS.
 
     `start` stands before each document and is never scored; `length` is the most inputs of a
     window, 0 for the model's context. `move` is told how many tokens were scored, batch by batch.
+    `kept`: what each log p, and a window's sum of them, is rounded to.
     """
     length = length or model.config.max_position_embeddings
-    nats = np.zeros(len(documents))
     pieces, owner = [], []
     for i, ids in enumerate(documents):
         for piece in windows(ids, start, length):
             pieces.append(piece)
             owner.append(i)
-    owner = np.array(owner, dtype=np.int64)  # which document a window is of
+    nats = torch.zeros(len(pieces), dtype=torch.float64)  # of each window
     sizes = [len(inputs) for inputs, _ in pieces]
     usual = min(max(sizes, default=0), ROW)
     rows = pack(sizes, usual)
@@ -101,12 +102,14 @@ def document_nats(model: Llama, documents: Sequence[Sequence[int]], start: int, 
         n = max(1, BUDGET // width)
         batch = Batch.of([_row([(i, *pieces[i]) for i in row], width) for row in rows[:n]])
         rows = rows[n:]
-        scored = (batch.targets != IGNORE).numpy()  # (B,T)
+        scored = batch.targets != IGNORE  # (B,T)
         at = batch.to(model.device)
-        nll = model(at.tokens, at.doc, at.pos, at.targets).cpu().double().numpy()  # (B,T)
-        np.add.at(nats, owner[batch.doc.numpy()[scored]], nll[scored])
+        nll = model(at.tokens, at.doc, at.pos, at.targets).cpu().to(kept).double()  # (B,T)
+        nats.index_add_(0, batch.doc[scored], nll[scored])
         move(int(scored.sum()))
-    return nats
+    owner = torch.tensor(owner, dtype=torch.long)  # the document that a window is of
+    whole = torch.zeros(len(documents), dtype=torch.float64)
+    return whole.index_add_(0, owner, nats.to(kept).double()).numpy()
 
 
 def _row(pieces: Sequence[tuple[int, list[int], list[int]]], width: int) -> np.ndarray:
@@ -143,7 +146,8 @@ def split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[i
 
 def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequence[str]]],
            delimiter: str = " ", length: int = 0,
-           move: Callable[[int], object] = lambda done: None) -> list[list[float]]:
+           move: Callable[[int], object] = lambda done: None,
+           kept: torch.dtype = torch.float64) -> list[list[float]]:
     """log p of each choice behind its context, in nats; asked: (context, choices) of each item."""
     prompts, continuations = [], []
     for i, (context, choices) in enumerate(asked):
@@ -154,7 +158,7 @@ def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequen
                                 f"behind {context[-40:]!r}, so it cannot be scored")
             prompts.append(before)
             continuations.append(ids)
-    logp = iter(generate.score(model, prompts, continuations, length, move)[0].tolist())
+    logp = iter(generate.score(model, prompts, continuations, length, move, kept)[0].tolist())
     return [[next(logp) for _ in choices] for _, choices in asked]
 
 
@@ -183,14 +187,15 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
 
 def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
             items: Sequence[Item], length: int = 0, new_tokens: int = 0, beams: int = 1,
-            move: Callable[[int], object] = lambda done: None) -> list[dict[str, Any]]:
+            move: Callable[[int], object] = lambda done: None,
+            kept: torch.dtype = torch.float64) -> list[dict[str, Any]]:
     """What the model chose or said of each item, as judge.py counts it.
 
     `move` is told how many choices, or answers, are done.
     """
     if suite.kind == "choose":
         scores = choose(model, tokenizer, [(x.context, x.choices) for x in items], suite.delimiter,
-                        length, move)
+                        length, move, kept)
         return [{"gold": x.gold, "logp": logp, "choices": list(x.choices),
                  **{column: x.row[column] for column in suite.groups}}
                 for x, logp in zip(items, scores, strict=True)]

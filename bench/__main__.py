@@ -12,7 +12,8 @@ import time
 
 from bench import ROOT
 
-JOBS = ["limits", "train_step", "memory", "sft", "load", "generate", "scale", "prepare", "growth"]
+JOBS = ["limits", "train_step", "memory", "sft", "load", "generate", "evaluate", "scale", "prepare",
+        "growth"]
 
 
 def main() -> int:

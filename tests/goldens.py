@@ -59,6 +59,7 @@ TASKS = {
 }
 WITH_SHOTS = [key for key in TASKS if key[1] in ("1", "native") and key[0] in (
     "belebele", "sib200", "afrixnli", "afriqa", "flores", "ntrex", "mafand")]
+IN_BF16 = [("sib200", "1", ""), ("piqa-parallel", "cloze", "")]
 SPLITS = {"belebele": ("test",), "ntrex": ("test",), "flores": ("devtest", "dev"),
           "afriqa": ("test", "train"), "afrisenti": ("test", "train")}  # else test, validation
 
@@ -234,12 +235,18 @@ def make() -> dict[str, Any]:
                 for task in chosen:
                     _keep(found["tasks"].setdefault(name(ours[task], shots), {}), kind, lm,
                           out["samples"][task], out["results"][task])
-            lm = HFLM(**settings, add_bos_token=False)
-            out = run(lm, ["ours_rolling"], 0)
-            found["texts"][kind] = {
-                "nats": [-s["filtered_resps"][0] for s in sorted(out["samples"]["ours_rolling"],
-                                                             key=lambda s: s["doc_id"])],
-                "bits_per_byte": out["results"]["ours_rolling"]["bits_per_byte,none"]}
+            for key, more in (("texts", {"add_bos_token": False}), ("texts_as_it_comes", {}),
+                              ("texts_bf16", {"dtype": "bfloat16"})):
+                out = run(HFLM(**(settings | more)), ["ours_rolling"], 0)
+                samples = sorted(out["samples"]["ours_rolling"], key=lambda s: s["doc_id"])
+                found.setdefault(key, {})[kind] = {
+                    "nats": [-s["filtered_resps"][0] for s in samples],
+                    "bits_per_byte": out["results"]["ours_rolling"]["bits_per_byte,none"]}
+            chosen = [t for t, key in ours.items() if key in IN_BF16]
+            out = run(HFLM(**(settings | {"dtype": "bfloat16"})), chosen, 0)
+            found.setdefault("bf16", {})[kind] = {name(ours[t], 0): [
+                [float(r[0][0]) for r in s["resps"]] for s in sorted(
+                    out["samples"][t], key=lambda s: s["doc_id"])] for t in chosen}
     return found
 
 

@@ -22,6 +22,7 @@ import eval as evaluating
 import metrics
 import tasks
 import tiny
+import weights
 from log import UserError
 from model import Llama
 from tokenizer import Tokenizer
@@ -250,6 +251,17 @@ def test_bf16_is_named_and_near(home):
     assert "|dtype:bf16|" in rough["signature"]
     assert rough["value"] != exact["value"]
     assert rough["value"] == pytest.approx(exact["value"], rel=0.02)
+
+
+def test_four_bits_are_measured_as_loaded_in_four_bits_and_named(home):
+    exact = evaluated(home, text=[f"a={home}/eng.txt"])["results"][0]
+    rough = evaluated(home, text=[f"a={home}/eng.txt"], quant="nf4", dtype="fp32")["results"][0]
+    assert "|quant:nf4|" in rough["signature"] and "quant" not in exact["signature"]
+    model, tokenizer = weights.load(home / "run" / "model", quant="nf4")
+    ids = tokenizer.encode_batch(tiny.SENTENCES)
+    nats = tasks.document_nats(model.eval(), ids, BOS)
+    assert rough["value"] == pytest.approx(nats.sum() / math.log(2) / rough["bytes"], rel=1e-6)
+    assert 1e-4 < abs(rough["value"] / exact["value"] - 1) < 0.1
 
 
 def bytewise_folder(folder: Path, special: list[str]) -> Path:

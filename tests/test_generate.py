@@ -250,6 +250,32 @@ def test_scores_do_not_depend_on_neighbours_batches_or_order(asked, budget, leng
     assert greedy.tolist() == [bool(x) for _, x in alone]
 
 
+@pytest.mark.parametrize("shape", list(tiny.SHAPES))
+def test_scores_behind_one_beginning_equal_transformers_and_it_is_read_once(shape, monkeypatch):
+    """20 tokens that all prompts begin with: longer than a window, shorter than some prompts."""
+    peer = tiny.peer(shape, seed=4)
+    model, read = tiny.ours(peer, shape), []
+    run = type(model.model).forward
+
+    def watched(self, tokens, doc, pos, cache=None):
+        read.append(int((doc >= 0).sum()))
+        return run(self, tokens, doc, pos, cache)
+
+    monkeypatch.setattr(type(model.model), "forward", watched)
+    begun = tiny.tokens(1, 20, seed=9)[0].tolist()
+    rest = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (0, 1, 9)]
+    prompts = [begun + x for x in rest for _ in range(2)]
+    continuations = [tiny.tokens(1, 1 + i % 3, seed=70 + i)[0].tolist() for i in range(6)]
+    found, greedy = score(model, prompts, continuations)
+    wanted = [peer_scores(peer, p, c) for p, c in zip(prompts, continuations, strict=True)]
+    torch.testing.assert_close(found, torch.tensor([x for x, _ in wanted]).double(), rtol=1e-5,
+                               atol=1e-5)
+    assert greedy.tolist() == [x for _, x in wanted]
+    if shape != "dynamic":
+        later = sum(len(x) - 1 for x in continuations)
+        assert sum(read) == 19 + sum(1 + len(x) for x in rest) + later
+
+
 def test_a_prompt_asked_often_is_read_once(monkeypatch):
     read, run = [], type(ours().model).forward
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluating
 import goldens
 import judge
 import metrics
@@ -153,6 +154,48 @@ def test_rolling_bits_per_byte_are_those_of_the_harness(kind, readers):
     compare_texts(kind, readers)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "key", "rel"), [("fp32", "texts_as_it_comes", 1e-6),
+                                                   ("bf16", "texts_bf16", 5e-3)])
+def test_compat_is_the_harness_as_it_comes_which_scores_bos(kind, dtype, key, rel, tmp_path):
+    """Through eval.py. In bf16 our products round otherwise than transformers', in some digit."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": x}) + "\n" for x in goldens.texts()))
+    evaluating.main(evaluating.Settings(
+        model=str(goldens.model(tmp_path / "model", kind)), text=[f"a={file}"], dtype=dtype,
+        lm_eval_compat=True, device="cpu", overlap=False, out=str(tmp_path / "out")))
+    found = json.loads((tmp_path / "out/results.json").read_text())["results"][0]
+    golden = GOLDEN[key][kind]
+    assert found["value"] == pytest.approx(golden["bits_per_byte"], rel=rel)
+    assert golden["bits_per_byte"] > GOLDEN["texts"][kind]["bits_per_byte"] * 1.001
+    lines = (tmp_path / "out/items/text.a.jsonl").read_text().splitlines()
+    nats = [json.loads(x)["nats"] for x in lines]
+    np.testing.assert_allclose(nats, golden["nats"], rtol=10 * rel)
+    assert found["signature"].count(f"dtype:{dtype}|sum:{dtype}|compat:lm-eval,0.4.13") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compat_rounds_log_p_to_the_dtype_of_products(kind, data, tmp_path):
+    """As the harness's formula does with the same logits, exactly; and beside its own in bf16."""
+    model, tokenizer = weights.load(str(goldens.model(tmp_path, kind)), dtype=torch.bfloat16)
+    model.eval().model.compute_dtype = torch.bfloat16
+    for key in goldens.IN_BF16:
+        suite, prompt, items = items_of(key, 0, data)
+        found = tasks.records(model, tokenizer, suite, prompt, items, goldens.CONTEXT,
+                              kept=torch.bfloat16)
+        golden = GOLDEN["bf16"][kind][goldens.name(key, 0)]
+        for x, theirs in zip(found, golden, strict=True):
+            assert x["logp"] == torch.tensor(x["logp"]).bfloat16().tolist()
+            np.testing.assert_allclose(x["logp"], theirs, rtol=0.02)
+        before, ids = tasks.split(tokenizer, items[0].context,
+                                  suite.delimiter + items[0].choices[0])
+        with torch.inference_mode():
+            logits = tiny.logits(model, torch.tensor([before + ids]))[0].bfloat16()
+        logp = logits[len(before) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
+        (alone,), _ = tasks.generate.score(model, [before], [ids], kept=torch.bfloat16)
+        assert float(alone) == float(logp.sum())
+
+
 @pytest.fixture(scope="session")
 def pieces(tmp_path_factory) -> Path:
     """A tokenizer.model, which puts a blank of its own before every text."""
@@ -253,6 +296,10 @@ def test_each_of_the_seven_mistakes_is_noticed(mutant, data, readers, pieces, mo
 def test_the_goldens_are_what_the_harness_gives():
     again = goldens.make()
     assert again["tasks"].keys() == GOLDEN["tasks"].keys()
+    for key in ("texts", "texts_as_it_comes", "texts_bf16"):
+        for kind in KINDS:
+            np.testing.assert_allclose(again[key][kind]["nats"], GOLDEN[key][kind]["nats"],
+                                       rtol=1e-5)
     for name, task in again["tasks"].items():
         golden = GOLDEN["tasks"][name]
         assert task["texts"] == golden["texts"]
