@@ -10,7 +10,8 @@ and a torn write leaves a file of the right length, so the manifest holds each f
 
 No rank ever holds the whole: each writes what it has, tensors that are cut as their rows from
 `NAME@ROW` on, whole ones dealt out among the ranks; and each reads the rows it needs, whoever wrote
-them. Training waits only for the copy to host memory.
+them. Training waits only for the copy to host memory. Where the cores that write are the cores that
+train, writing takes a twentieth of one, until somebody waits for it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,8 +40,10 @@ from ranks import Ranks
 
 FORMAT = 2  # 1: one file a part, whole tensors under their names
 NAME = re.compile(r"step-(\d{6,})")
-ASIDE = re.compile(r"\.(?:tmp|del)-(step-\d+)-(\d+)")  # with the process that made it
+ASIDE = re.compile(r"\.(?:tmp|del)-(.+)-(\d+)")  # with the process that made it
 MANIFEST = "manifest.json"
+CHUNK = 4 << 20  # bytes written and hashed at a time
+RESTS = 19  # on a CPU: seconds that a second's writing is followed by
 REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -62,6 +67,7 @@ class Saver:
         self.ranks = ranks or Ranks(0, 1, torch.device("cpu"))
         self.owner = int(self.ranks.gather(str(os.getpid()))[0])  # one aside for all, rank 0's
         self.pool = ThreadPoolExecutor(1, "saver")
+        self.awaited = threading.Event()  # somebody waits for what is written: no more rests
         self.work: Future | None = None  # this rank's part of what is under way
         self.naming = False  # all is written; rank 0 gives the name
         self.saved = self.failures = 0  # whole ones so far; refusals in a row
@@ -83,7 +89,7 @@ class Saver:
         pieces = {part: self._copied(tensors) for part, tensors in parts.items()}
         if self.ranks.rank == 0:
             self.root.mkdir(parents=True, exist_ok=True)
-            _sweep(self.root)
+            sweep(self.root)
         self.ranks.barrier()
         self.work = self.pool.submit(self._write, pieces)
 
@@ -101,7 +107,13 @@ class Saver:
         """This rank's files, flushed: {name: [bytes, sha256]}."""
         self.aside.mkdir(exist_ok=True)
         return {(name := f"{part}-{self.ranks.rank}.safetensors"):
-                write_tensors(self.aside / name, tensors) for part, tensors in pieces.items()}
+                write_tensors(self.aside / name, tensors, self._rest)
+                for part, tensors in pieces.items()}
+
+    def _rest(self, worked: float) -> None:
+        """Leave a CPU to those who train on it, after so many seconds of work."""
+        if self.ranks.device.type == "cpu":
+            self.awaited.wait(RESTS * worked)
 
     def advance(self) -> None:
         """One stage further, now that no rank is at work; UserError (STORAGE) where a disk refuses:
@@ -133,9 +145,11 @@ class Saver:
     def finish(self, must: bool = False) -> None:
         """Wait until what was begun is there; with `must`, any refusal is a UserError."""
         self.must = must
+        self.awaited.set()
         while self.work is not None:
             wait([self.work])
             self.advance()
+        self.awaited.clear()
 
     def _give_up(self, fault: str) -> None:
         if self.ranks.rank == 0:
@@ -185,11 +199,13 @@ def save(root: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) 
     return saver.folder
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> list:
+def write_tensors(path: Path, tensors: dict[str, Tensor],
+                  rest: Callable[[float], object] = float) -> list:
     """Write CPU tensors as a new safetensors file, flushed: [its bytes, its sha256].
 
     The format is a length, a JSON header and the bytes; written here so that the hash is taken on
-    the way, and so that Python's lock is free meanwhile: training goes on.
+    the way, and so that Python's lock is free meanwhile: training goes on. `rest` is told the
+    seconds that each chunk took of a core.
     """
     header, at = {}, 0
     tensors = dict(sorted(tensors.items(), key=lambda x: -x[1].element_size()))  # keeps alignment
@@ -203,8 +219,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> list:
     with open(path, "xb") as file:
         for block in (len(text).to_bytes(8, "little"), text,
                       *(x.reshape(-1).view(torch.uint8).numpy().data for x in tensors.values())):
-            file.write(block)
-            digest.update(block)
+            for start in range(0, len(block), CHUNK):
+                begun = time.thread_time()
+                file.write(block[start : start + CHUNK])
+                digest.update(block[start : start + CHUNK])
+                rest(time.thread_time() - begun)
         file.flush()
         os.fsync(file.fileno())
     return [8 + len(text) + at, digest.hexdigest()]
@@ -221,7 +240,7 @@ def newest(root: Path) -> Path | None:
     # replacing the only one is two renames: a kill between them leaves it whole, without its name
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         left = ASIDE.fullmatch(path.name)
-        if left and not path.is_symlink() and _fault(path) is None:
+        if left and NAME.fullmatch(left[1]) and not path.is_symlink() and _fault(path) is None:
             folder = root / left[1]
             if not os.path.lexists(folder):
                 path.rename(folder)
@@ -345,13 +364,23 @@ def _remove(gone: Path) -> None:
         gone.unlink()  # a link, or a file: what it names is not ours
 
 
-def _sweep(root: Path) -> None:
-    """Remove what killed processes left behind."""
-    for path in root.iterdir():
+def sweep(root: Path) -> None:
+    """Remove what killed processes left behind in a folder, if there is one."""
+    for path in root.iterdir() if root.is_dir() else ():
         left = ASIDE.fullmatch(path.name)
         if (left and not path.is_symlink()
             and not (int(left[2]) != os.getpid() and _alive(int(left[2])))):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a checkpoint is written: whenever a kill comes, the old one is there or
+    the new one."""
+    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    _flush(aside)
+    aside.replace(path)
+    _flush(path.parent)
 
 
 def _alive(pid: int) -> bool:

@@ -141,7 +141,7 @@ class Metrics:
 
     def __init__(self, path: Path, after_step: int = -1, track: str = "none"):
         """Open for appending; lines of later steps than `after_step` belong to work that was lost
-        and go.
+        and go. Step 0, before training, is not lost work: it is looked at again.
 
         `track` "tensorboard" writes the same numbers beside the file, in a folder of that name.
         """
@@ -150,9 +150,12 @@ class Metrics:
             return
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(True)
-            kept = [x for x in lines if _step(x) <= after_step]
+            kept = [x for x in lines if _step(x) <= (after_step or -1)]
             aside = path.with_suffix(".tmp")
-            aside.write_text("".join(kept), encoding="utf-8")
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write("".join(kept))
+                file.flush()
+                os.fsync(file.fileno())
             aside.replace(path)
         self.file = open(path, "a", encoding="utf-8")
         if track == "tensorboard":

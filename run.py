@@ -8,6 +8,7 @@ everything that a run leaves behind is a file in its folder.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ import optim
 import preference
 import ranks as shares
 import report
+import shards
 import sources
 import tasks
 import watch
@@ -74,6 +76,7 @@ class Run:
     saver: checkpoint.Saver
     steps: int
     micro_batches: int
+    past: watch.Past = field(default_factory=watch.Past)
     step: int = 0
     tokens: int = 0  # trained so far
     skipped: int = 0  # steps whose gradient was not finite
@@ -84,6 +87,8 @@ class Run:
         """Load, wrap, open and check everything; `kind` is that of the bins, `objective` what is
         minimised. UserError on what is wrong."""
         out, ranks = Path(s.out), Ranks.start(s.device, s.rank_timeout)
+        for folder in (out, out / "bins") if ranks.rank == 0 else ():
+            checkpoint.sweep(folder)
         ranks.agree({f"--{f.name.replace('_', '-')}": str(getattr(s, f.name))
                      for f in dataclasses.fields(s)}
                     | {"code": code_sha(), "torch": torch.__version__})
@@ -189,6 +194,11 @@ class Run:
         return {"total": sum(n for n, _ in sizes) + sum(m.numel for m in nf4.found(self.model)),
                 "trained": sum(n for n, trained in sizes if trained)}
 
+    @functools.cached_property
+    def mark(self) -> str:
+        """By which the weights are known that the run begins with."""
+        return shards.mark(weights.tensors(weights.base_of(self.folder)))
+
     @property
     def data(self) -> dict[str, str]:
         """What the run is trained on, by sha256."""
@@ -270,7 +280,7 @@ class Run:
             if int(m[1]) >= self.step:  # of work that was lost, and is done again
                 before = before[: m.start()]
                 break
-        file.write_text(before + block, encoding="utf-8")
+        checkpoint.write_text(file, before + block)
 
     @property
     def end(self) -> str:
@@ -306,8 +316,9 @@ class Run:
         parts = {"model": self.trained, "optimizer": optim.state(self.model, self.optimizer)}
         parts |= {"average": self.average.tensors} if self.average.tensors else {}
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
-                 "served": self.loader.served, "data": self.data, "ranks": self.ranks.world,
-                 "scale": dataclasses.astuple(self.scale)}
+                 "served": self.loader.served, "data": self.data, "model": self.mark,
+                 "ranks": self.ranks.world, "scale": dataclasses.astuple(self.scale),
+                 "losses": list(self.past.losses), "failures": self.past.failures}
         self.saver.save(self.step, parts, state)
 
     def room(self) -> None:
@@ -322,8 +333,12 @@ class Run:
                             f"need {need:,}; make room, or name another disk", STORAGE)
 
     def newest(self, name: str) -> Path | None:
-        """The newest checkpoint under OUT/name that verifies; rank 0 looks, and all are told."""
-        newest = checkpoint.newest(self.out / name) if self.ranks.rank == 0 else None
+        """The newest checkpoint under OUT/name that verifies; rank 0 looks, clears up what a kill
+        left there, and all are told."""
+        newest, root = None, self.out / name
+        if self.ranks.rank == 0:
+            newest = checkpoint.newest(root)
+            checkpoint.sweep(root)
         newest = self.ranks.gather(str(newest or ""))[0]
         return Path(newest) if newest else None
 
@@ -343,6 +358,11 @@ class Run:
                             for x in (state["data"], self.data))
                 raise UserError(f"--resume: the data are not those of {newest} (sha256 of the bins "
                                 f"was {was}, now {now}); start anew with another --out")
+            if state.get("model", self.mark) != self.mark:  # older ones do not say
+                raise UserError(f"--resume: {self.folder} holds other weights than those {newest} "
+                                f"goes on from (their mark was {state['model'][:12]}, now "
+                                f"{self.mark[:12]}); put those back, or start anew with another "
+                                "--out")
             named = self.trained
             for part, tensors in (("model", named), ("average", self.average.tensors)):
                 for name, x in tensors.items():
@@ -351,6 +371,8 @@ class Run:
                 key: saved.like("optimizer", key, named[key.rsplit("/", 1)[0]])
                 for key in saved.pieces.get("optimizer", {})})
         self.scale = optim.LossScale(*state.get("scale", dataclasses.astuple(self.scale)))
+        self.past.losses.extend(state.get("losses", []))
+        self.past.failures = state.get("failures", 0)
         self.loader.seek(state["served"])
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
         self.guards.resume(self.out / "metrics.jsonl", self.step)
@@ -362,7 +384,7 @@ class Run:
         repo, commit = hub.source(self.folder)  # a resumed run is of this commit, wherever main is
         model = f"{repo}@{commit}" if commit else self.s.model
         s = dataclasses.replace(self.s, resume=False, plan=False, model=model)
-        (self.out / "settings.toml").write_text(config.to_toml(s), encoding="utf-8")
+        checkpoint.write_text(self.out / "settings.toml", config.to_toml(s))
         git = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         about = {
@@ -375,8 +397,19 @@ class Run:
             "tokenizer": self.tokenizer.fingerprint, "data": self.data, "steps": self.steps,
             "tokens_per_step": self.tokens_per_step, "parameters": self.parameters,
             "changed_settings": {k: getattr(s, k) for k, v in origins.items() if v != "default"}}
+        self.describe(about)
+
+    def describe(self, about: dict[str, Any]) -> None:
+        """Write run.json."""
         text = json.dumps(about, indent=1, ensure_ascii=False)
-        (self.out / "run.json").write_text(text + "\n", encoding="utf-8")
+        checkpoint.write_text(self.out / "run.json", text + "\n")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result was written, to its last file."""
+        about = self.out / "run.json"
+        return about.exists() and "finished" in json.loads(about.read_text(encoding="utf-8")) \
+            and (self.out / "model").exists()
 
     def write_prompt(self) -> None:
         """Beside the result, how it was asked while it was taught: prompt.json, the chat template,
@@ -423,6 +456,8 @@ class Run:
             return
         self.write_prompt()
         page = report.run_report(self.out)
+        about = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+        self.describe({**about, "finished": time.strftime("%Y-%m-%d %H:%M:%S")})
         lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         seen = {x["step"]: x["bits_per_byte"]
                 for x in map(json.loads, lines) if "bits_per_byte" in x}

@@ -296,7 +296,7 @@ def loop(run: Run) -> int:
     save_every = s.save_every or max(1, run.steps // 5)
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
     peak, flops = ranks.peak_flops(), run.model.flops_per_token(s.seq_len)
-    watch = Watch(run.out, run.loader, ranks, run.step)
+    watch = Watch(run.out, run.loader, ranks, run.step, run.past)
     stop, looks = 0, run.held or run.guards.suites
     run.model.train()
     if run.step == 0 and looks:
@@ -417,7 +417,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
             return 0
         if s.resume:
             run.resume()
-            if (run.step >= run.steps or run.guards.stopped) and (out / "model").exists():
+            if (run.step >= run.steps or run.guards.stopped) and run.finished:
                 log.say(f"{out} {run.end}: nothing to do")
                 return 0
         run.room()

@@ -13,6 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,22 @@ class NotFinite(FloatingPointError):
         self.batches, self.narrow = list(batches), narrow
 
 
+@dataclass
+class Past:
+    """What a watch remembers of the steps so far; it goes with a resume point."""
+
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=LOSSES))
+    failures: int = 0  # steps in a row that were not finite
+
+
 class Watch:
     """Looks at every step's outcome; all ranks see the same and do the same."""
 
-    def __init__(self, out: Path, loader: Loader, ranks: Ranks, step: int):
-        self.loader, self.ranks = loader, ranks
+    def __init__(self, out: Path, loader: Loader, ranks: Ranks, step: int, past: Past):
+        self.loader, self.ranks, self.past = loader, ranks, past
         self.path, self.step = out / "odd_steps.jsonl", step
         # only a run that was odd has the file
         self.file = log.Metrics(self.path, step) if self.path.exists() else None
-        self.losses: deque[float] = deque(maxlen=LOSSES)
-        self.failures = 0  # steps in a row that were not finite
 
     def bad(self, step: int, fault: NotFinite, served: Sequence[int], rows: int) -> bool:
         """A step that was skipped, its `rows` rows those after `served`; whether it is the third in
@@ -63,19 +70,19 @@ class Watch:
                 for batch in x.split() for i in range(each)]
         self._write(step, "not finite", str(fault), served, sorted(mine) or range(rows))
         log.say(f"step {step}: {fault}")
-        self.failures += not fault.narrow
-        return self.failures == 3
+        self.past.failures += not fault.narrow
+        return self.past.failures >= 3
 
     def good(self, step: int, loss: float, served: Sequence[int], rows: int) -> None:
         """A step that was taken; a loss far above the last ones is said and written down."""
-        self.failures = 0
-        if len(self.losses) >= LOSSES // 2:
-            mean, spread = statistics.fmean(self.losses), statistics.pstdev(self.losses)
+        losses, self.past.failures = self.past.losses, 0
+        if len(losses) >= LOSSES // 2:
+            mean, spread = statistics.fmean(losses), statistics.pstdev(losses)
             if loss > mean + SPIKE * max(spread, 0.01 * mean):
                 log.say(f"step {step}: loss {loss:.4f} is far above the last ones ({mean:.4f}); "
                         f"its documents are in {self.path}")
                 self._write(step, "spike", f"loss {loss!r}", served, range(rows))
-        self.losses.append(loss)
+        losses.append(loss)
 
     def _write(self, step: int, what: str, why: str, served: Sequence[int],
                rows: Sequence[int]) -> None:

@@ -162,6 +162,10 @@ def test_a_run_from_the_hub_is_pinned_and_its_data_may_come_from_there_too(hub, 
     other = run(hub, home, str(ROOT / "train.py"), "--resume", "--out", str(out), "--model",
                 f"org/name@{NEW}")
     assert other.returncode == 2 and "that is another run" in other.stderr
+    kept = out / "settings.toml"  # and by a changed file
+    kept.write_text(kept.read_text().replace(OLD, NEW))
+    moved = run(hub, home, str(ROOT / "train.py"), "--resume", "--out", str(out))
+    assert moved.returncode == 3 and "holds other weights than those" in moved.stderr
 
 
 def test_data_that_is_not_there_is_one_line(hub, tmp_path):

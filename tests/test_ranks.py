@@ -12,10 +12,12 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401  # what every child would else import
+import jinja2  # noqa: F401  # what every child would else import
+import matplotlib.pyplot  # noqa: F401
 import pytest
 import torch
 import torch.distributed.fsdp
+import tyro  # noqa: F401
 from safetensors.torch import load_file
 
 import corpus
