@@ -56,8 +56,8 @@ def strays(out: Path) -> list[str]:
 
 
 def killed_at_random(place: Path, kills: int, steps: int) -> None:  # noqa: F811
-    """So many kill -9 at random moments, from a process's first to its last: each of them goes on
-    with what the one before it left, run after run."""
+    """So many kill -9 at random moments, every other one not before a step was begun: each process
+    goes on with what the one before it left, run after run."""
     changes = {"steps": steps, "save_every": 3, "eval_every": 10, "tokens_per_step": 64,
                "tune": "lora", "lora_dropout": 0.1}
     begun = time.monotonic()
@@ -66,12 +66,17 @@ def killed_at_random(place: Path, kills: int, steps: int) -> None:  # noqa: F811
     while_calm = time.monotonic() - begun
     draw, killed, whole, in_steps = random.Random(kills), 0, 0, 0
     out = place / f"killed-{kills}-0"
-    said, kept = place / f"said-{kills}", 0
+    said, kept, stepping = place / f"said-{kills}", 0, place / f"stepping-{kills}"
     while killed < kills or whole == 0:
         going = (out / "settings.toml").exists()
-        (pid,) = fork.together(1, action(settings(place, out.name, resume=going, **changes)), said)
+        stepping.unlink(missing_ok=True)
+        s = settings(place, out.name, resume=going, **changes)
+        (pid,) = fork.together(1, action(s, lambda run: stepping.touch()), said)
         if killed < kills:
-            time.sleep(draw.uniform(0, 0.4 * while_calm))
+            look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while killed % 2 and not stepping.exists() and not os.waitid(os.P_PID, pid, look):
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.3 * while_calm))
             os.kill(pid, signal.SIGKILL)  # of one that has ended too: it is not waited for yet
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert code in (0, -signal.SIGKILL), said.with_name(f"{said.name}-0").read_text()[-2000:]
