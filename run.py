@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -32,6 +31,7 @@ import checkpoint
 import config
 import hub
 import log
+import looks
 import lora
 import memory
 import nf4
@@ -41,15 +41,12 @@ import ranks as shares
 import report
 import shards
 import sources
-import tasks
 import watch
 import weights
 from chat import Template
-from data import Document, Loader
-from generate import Sampling, generate
+from data import Loader
 from guards import Guards, finite
 from log import FLAGS, STORAGE, UserError
-from loss import bits_per_byte
 from model import Llama
 from ranks import Ranks
 from tokenizer import Tokenizer
@@ -208,13 +205,15 @@ class Run:
         """An evaluation: bits per byte, suites, samples; whether a guard ends the run with it. What
         metrics.jsonl keeps; of several ranks, what the first found."""
         with self.averaged():
-            found = {"bits_per_byte": finite(self.evaluate())}
+            found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
             if self.guards.suites:
                 self.model.eval()
                 found["suites"] = finite(self.guards.measure(self.model, self.tokenizer))
                 self.model.train()
             found = json.loads(self.ranks.gather(json.dumps(found))[0])
-            self.write_samples()
+            block = looks.samples(self.model, self.held, self.tokenizer, self.s.prompts)
+            if self.ranks.rank == 0:
+                looks.add(self.out / "samples.txt", self.step, block)
             self.keep_best(found["bits_per_byte"])
         self.guards.look(self.step, {**found.get("suites", {}), **found["bits_per_byte"]})
         said = [f"{name} {x}" if x is None else f"{name} {x:.4f}"
@@ -236,51 +235,6 @@ class Run:
         for m in self.ranks.shards:
             m.reshard()  # what an evaluation left whole is of the other weights
         self.average.exchange()
-
-    def evaluate(self) -> dict[str, float]:
-        """Bits per byte of each held-out text, as eval.py measures them."""
-        found = {}
-        self.model.eval()
-        for name, texts in self.held.items():
-            if isinstance(texts[0], Document):  # of an answer, given what was asked
-                nats = preference.answer_nats(self.model, texts)
-                n_bytes = sum(int(self.tokenizer.byte_lengths[d.ids[d.mask]].sum()) for d in texts)
-            else:
-                nats = tasks.document_nats(self.model, texts, tasks.start_token(self.tokenizer))
-                n_bytes = sum(self.tokenizer.count_bytes(ids) for ids in texts)
-            found[name] = bits_per_byte(float(np.sum(nats)), n_bytes)
-        self.model.train()
-        return found
-
-    def write_samples(self) -> None:
-        """Continue the fixed prompts, greedily, into samples.txt. All ranks compute what rank 0
-        writes: of a model that is cut each has a part."""
-        tok = self.tokenizer
-        start = [] if tok.bos is None else [tok.bos]
-        read = [start + tok.encode(p) for p in self.s.prompts] or [
-            x.ids[: int(np.argmax(x.mask))].tolist() if isinstance(x, Document)
-            else start + tok.encode(tok.decode(x[:8].tolist()))
-            for texts in self.held.values() for x in texts[:2]]
-        prompts = self.s.prompts or [tok.decode(ids) for ids in read]
-        new: list[list[int]] = [[] for _ in prompts]
-        sampling = Sampling(
-            min(40, self.model.config.max_position_embeddings // 2), temperature=0.0)
-        self.model.eval()
-        for i, token in generate(self.model, read, sampling, {tok.eos}, tok.bos):
-            new[i].append(token)
-        self.model.train()
-        file, block = self.out / "samples.txt", f"== step {self.step}\n"
-        if self.ranks.rank:
-            return
-        for prompt, ids, more in zip(prompts, read, new, strict=True):
-            continued = tok.decode(ids + more)[len(prompt):]
-            block += f"-- {prompt}\n{log.printable(continued)}\n"
-        before = file.read_text(encoding="utf-8") if file.exists() else ""
-        for m in re.finditer(r"^== step (\d+)$", before, re.M):
-            if int(m[1]) >= self.step:  # of work that was lost, and is done again
-                before = before[: m.start()]
-                break
-        checkpoint.write_text(file, before + block)
 
     @property
     def end(self) -> str:

@@ -13,7 +13,7 @@ FLOORS = {
     "train": 12, "sample": 12, "eval": 12, "prepare": 12, "export": 12,
     "plan": 11,
     "run": 10,  # what stands around the loop
-    "guards": 9,
+    "guards": 9, "looks": 9,
     "tasks": 8, "ask": 8,
     "generate": 7, "overlap": 7,
     "pairs": 7,
