@@ -28,7 +28,7 @@ import torch
 
 import generate
 from data import IGNORE, Batch
-from log import FLAGS, UserError
+from log import FLAGS, UserError, say
 from sampling import Sampling
 
 if TYPE_CHECKING:
@@ -158,8 +158,18 @@ def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequen
                                 f"behind {context[-40:]!r}, so it cannot be scored")
             prompts.append(before)
             continuations.append(ids)
+    room = (length or model.config.max_position_embeddings) + 1  # the last id is only predicted
+    _say_cut(sum(len(p) + len(c) > room for p, c in zip(prompts, continuations, strict=True)),
+             len(prompts), room - 1)
     logp = iter(generate.score(model, prompts, continuations, length, move, kept)[0].tolist())
     return [[next(logp) for _ in choices] for _, choices in asked]
+
+
+def _say_cut(n: int, N: int, room: int) -> None:
+    """Nothing is left out in silence."""
+    if n:
+        say(f"{n:,} of {N:,} requests do not fit into {room} tokens: their contexts lose their "
+            "beginning, BOS too, as in lm-evaluation-harness")
 
 
 def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Sequence[str],
@@ -173,9 +183,15 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
     if new_tokens >= length:
         raise UserError(f"--max-new-tokens {new_tokens}: a context of {length} tokens leaves no "
                         f"room for a question; at most {length - 1}", FLAGS)
+    if tokenizer.eos is None:
+        say("the tokenizer has no EOS: an answer ends at a stop string, or after "
+            f"{new_tokens} tokens")
     eos = [] if tokenizer.eos is None else [tokenizer.pieces[tokenizer.eos]]
     stops = generate.Stops({tokenizer.eos}, [*stop, *eos], tokenizer.decode)
-    prompts = [begun(tokenizer, x)[-(length - new_tokens) :] for x in contexts]
+    prompts = [begun(tokenizer, x) for x in contexts]
+    room = length - new_tokens
+    _say_cut(sum(len(ids) > room for ids in prompts), len(prompts), room)
+    prompts = [ids[-room:] for ids in prompts]
     sampling = Sampling(new_tokens, temperature=0.0, beams=beams)
     said = []
     for ids, end in generate.answers(model, prompts, sampling, stops, start_token(tokenizer)):

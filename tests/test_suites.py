@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,29 @@ def test_a_choice_that_becomes_no_token_is_one_line(home):
     spec = suite_file(home, choices=["", "oya"], delimiter="")
     with pytest.raises(UserError, match="the choice '' has no token of its own"):
         evaluated(home, model=str(home / "model"), suites=[spec], suite_data=str(home))
+
+
+def test_a_context_that_is_too_long_loses_its_beginning_and_that_is_said(home, capsys):
+    rows = [{"text": "Inka zacu " * n, "label": 0} for n in (1, 400, 500)]
+    (home / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    evaluated(home, model=str(home / "model"), suites=[suite_file(home)], suite_data=str(home))
+    assert "4 of 6 requests do not fit into 512 tokens: their contexts lose" in \
+        capsys.readouterr().err
+    evaluated(home, model=str(home / "model"), max_new_tokens=490, limit=2, prompts=["1"])
+    said = [x for x in capsys.readouterr().err.splitlines() if "do not fit into 22 tokens" in x]
+    assert len(said) == 2, "in each direction"
+    with pytest.raises(UserError, match="--max-new-tokens 512: a context of 512 tokens leaves no"):
+        evaluated(home, model=str(home / "model"), max_new_tokens=512)
+
+
+def test_a_tokenizer_without_eos_is_said_and_answers_end_by_length(home, capsys):
+    folder = Path(shutil.copytree(home / "model", home / "endless"))
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**words, "eos_token": None}))
+    found = evaluated(home, model=str(folder), max_new_tokens=4, limit=2, prompts=["1"])
+    assert "the tokenizer has no EOS: an answer ends at a stop string, or after 4 tokens" in \
+        capsys.readouterr().err
+    assert {r["value"] for r in found["results"] if r["metric"] == "eos_rate"} == {0.0}
 
 
 def test_rows_of_another_language_and_sides_that_do_not_match_are_one_line(home):
