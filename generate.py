@@ -31,7 +31,8 @@ from model import KVCache, Llama
 from sampling import NO_STOPS, Sampling, Stops, choose, own_seeds
 
 ROWS = 32  # prompts continued side by side: their keys and values are in memory together
-SCORED = 4096  # tokens scored at once
+SCORED = 1024  # tokens read at once in scoring: more would pad rows of unlike lengths together
+COPIED = 4  # times so many keys and values stand in copies at once, behind which few are read
 SHARED = 16  # tokens that all prompts begin with: from so many on they are read once
 
 
@@ -255,8 +256,8 @@ def _score_later(model: Llama, cache: KVCache, later: Sequence[tuple[int, Reques
 
     Each has a copy of its prompt's keys and values, so many at once as fit into a batch.
     """
-    later = sorted(later, key=lambda x: len(x[1].context) + len(x[1].ids))
-    for some in portions([len(x.context) + len(x.ids) - 1 for _, x in later], SCORED):
+    later = sorted(later, key=lambda x: (len(x[1].ids), len(x[1].context)))
+    for some in portions([len(x.context) + len(x.ids) - 1 for _, x in later], COPIED * SCORED):
         part = later[some]
         extent = max(len(x.context) for _, x in part)
         owners = torch.tensor([i for i, _ in part], device=model.device)

@@ -25,7 +25,10 @@ PAGE = """<!doctype html>
   border-bottom: 1px solid var(--line); padding: .5rem 0; break-inside: avoid; }
 .three b { display: block; color: var(--soft); font-weight: 500; font-size: .8rem; }
 @media (min-width: 34rem) { td.m { white-space: nowrap; } }
-@media (max-width: 34rem) { .wide table { font-size: .8rem; } }
+@media (max-width: 34rem) { .wide table { font-size: .8rem; } .spare { display: none; }
+  .wide th, .wide td { padding-right: .3rem; } .wide td.n .soft { white-space: normal; } }
+@media print { .wide { overflow: visible; } .wide table { font-size: .75rem; }
+  .wide td.n .soft { display: block; } .wide td.m { white-space: normal; } }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="soft">{{ summary }}</p>
@@ -33,20 +36,20 @@ PAGE = """<!doctype html>
 a quick look and not for publishing.</p>{% endif %}
 {% for note in notes %}<p class="bad">{{ note }}</p>{% endfor %}
 <pre>{{ command }}</pre>
-{% macro change(r) %}{% if r.baseline %}<td class="n">{{ number(r.baseline.value) }}</td>
+{% macro change(r) %}{% if r.baseline %}<td class="n spare">{{ number(r.baseline.value) }}</td>
 <td class="n {{ tone(r) }}">{{ "%+.4f" % r.baseline.difference }}
-<span class="soft">{{ "%+.3f" % r.baseline.low }} to {{ "%+.3f" % r.baseline.high }}</span></td>
-<td class="n">{{ "%.3f" % r.baseline.p }}</td>
-{% else %}<td class="n">–</td><td class="n">–</td><td class="n">–</td>{% endif %}{% endmacro %}
+<span class="soft">{{ "%+.3f" % r.baseline.low }} to {{ "%+.3f" % r.baseline.high }}</span>
+<span class="soft">p {{ "%.3f" % r.baseline.p }}</span></td>
+{% else %}<td class="n spare">–</td><td class="n">–</td>{% endif %}{% endmacro %}
 {% macro value(r) %}<td class="n">{{ number(r.value) }}{% if r.low is not none %}
 <span class="soft">{{ number(r.low) }} to {{ number(r.high) }}</span>{% endif %}</td>{% endmacro %}
-{% macro head(first) %}<tr>{% for x in first %}<th>{{ x }}</th>{% endfor %}<th class="n">value, 95 %</th>
-{% if compared %}<th class="n">before</th><th class="n">difference, 95 %</th><th class="n">p</th>{% endif %}
+{% macro head(first) %}<tr>{% for x in first %}<th{{ " class=spare" if x in ("documents", "tokens/byte") }}>{{ x }}</th>{% endfor %}<th class="n">value, 95 %</th>
+{% if compared %}<th class="n spare">before</th><th class="n">difference, 95 %</th>{% endif %}
 </tr>{% endmacro %}
 {% if texts %}<h2>Languages, and what was forgotten</h2>
 <div class="wide"><table>{{ head(["text", "documents", "tokens/byte"]) }}
-{% for r in texts %}<tr><td>{{ r.suite[5:] }}{{ mark(r) }}</td><td>{{ "{:,}".format(r.n) }}</td>
-<td>{{ "%.4f" % (r.tokens / r.bytes) }}</td>
+{% for r in texts %}<tr><td>{{ r.suite[5:] }}{{ mark(r) }}</td><td class="spare">{{ "{:,}".format(r.n) }}</td>
+<td class="spare">{{ "%.4f" % (r.tokens / r.bytes) }}</td>
 {{ value(r) }}{% if compared %}{{ change(r) }}{% endif %}</tr>{% endfor %}</table></div>
 <p class="soft">Bits per byte: lower is better, and comparable between tokenizers.</p>{% endif %}
 {% for name, part, rows, means in suites %}<h2>{{ name }}{{ " " + part if part }}</h2>
