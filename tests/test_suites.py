@@ -65,6 +65,31 @@ def test_sacrebleus_own_command_gives_the_same_scores_and_signatures(home):
         assert found[name]["signature"].endswith(theirs["signature"])
 
 
+def test_spbleu_is_that_of_sacrebleus_own_command_with_whatever_tokenizer_lies_in_its_place(
+        home, tmp_path):
+    """FLORES-200's tokenizer has to be fetched; a SentencePiece model of ours stands in for it."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/flores200sacrebleuspm").write_bytes(tiny.pieces())
+    env = {**os.environ, "PYTHONPATH": "", "SACREBLEU": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, Path(evaluating.__file__), "--suites", f"pairs={home}/pairs.tsv",
+         "--hypotheses", f"pairs/eng-kin={home}/poor.txt", "--out", tmp_path / "out"],
+        capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    found = {r["metric"]: r for r in json.loads((tmp_path / "out/results.json").read_text())[
+        "results"]}
+    stem = tmp_path / "out/items/pairs.eng-kin.file"
+    done = subprocess.run(
+        [sys.executable, "-m", "sacrebleu", f"{stem}.ref", "-i", f"{stem}.hyp", "-m", "bleu",
+         "-tok", "flores200", "-w", "6"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout)
+    assert 0 < found["spBLEU"]["value"] == pytest.approx(theirs["score"], abs=1e-5)
+    assert found["spBLEU"]["signature"].endswith(theirs["signature"])
+    assert "tok:flores200" in theirs["signature"]
+    assert abs(found["spBLEU"]["value"] - found["BLEU"]["value"]) > 0.1
+
+
 def test_the_paired_test_is_sacrebleus(home):
     from sacrebleu.metrics import CHRF
     from sacrebleu.significance import PairedTest
