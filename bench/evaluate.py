@@ -1,12 +1,16 @@
 """Multiple choice here beside lm-evaluation-harness's hf backend, on one model and the same items.
 
-    python -m bench.evaluate [--quick] [--cases sib200 afrixnli injongo] [--write]
+    python -m bench.evaluate [--quick] [--cases sib200 afrixnli injongo belebele] [--write]
 
 A random LLaMA with Llama 2's real tokenizer, float32, on a CPU; real items, with the prompt that
 both sides have to the letter. What is timed is scoring alone: from texts to the log-likelihood of
 each choice, tokenizing included; loading, metrics and files are not. The harness is run at several
 batch sizes, and ratios are against its best. (Its batch_size=auto is for GPUs: on a CPU it tries
 512 whole contexts at once.) Both sides must choose alike, and their log-likelihoods be equal.
+
+`belebele` is Belebele's first prompt over made-up questions: passages, questions and answers are
+sentences of FLORES, as its file is not at hand. There every choice is one letter, so that the
+harness too reads a prompt once: the case with the least to gain.
 
 What could make a difference: the harness reads a prompt once for each choice of several tokens, and
 takes the softmax of every position over the whole vocabulary; here a prompt is read once, and only
@@ -32,7 +36,8 @@ SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads
 CASES = {  # suite: its task in the harness, and items in full, quick and tiny
     "sib200": ("afrobench/sib/prompt_1/sib_kin.yaml", (204, 34, 4)),
     "afrixnli": ("afrixnli/direct/prompt_1/afrixnli_kin.yaml", (150, 30, 4)),
-    "injongo": ("afrobench/injongointent/prompt_1/injongointent_kin.yaml", (20, 4, 1))}
+    "injongo": ("afrobench/injongointent/prompt_1/injongointent_kin.yaml", (20, 4, 1)),
+    "belebele": ("afrobench/belebele/prompt_1/belebele_kin.yaml", (100, 30, 4))}
 SIZES = ("full", "quick", "tiny")
 BATCHES = {"full": (1, 8, 32), "quick": (1, 8), "tiny": (8,)}
 APART = 1e-4  # of a log-likelihood, relative, at most
@@ -64,10 +69,24 @@ def suite_of(name: str, size: str) -> Any:
     import guards
     import suites
 
-    suite = suites.load(name, str(SHARED / "eval"))
+    if name == "belebele":
+        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+            file.write("".join(json.dumps(x) + "\n" for x in questions()))
+            file.flush()
+            suite = suites.load(f"{name}={file.name}")
+    else:
+        suite = suites.load(name, str(SHARED / "eval"))
     suite.rows = guards.spread(suite.rows, CASES[name][1][SIZES.index(size)])
     suite.prompts = suite.prompts[:1]
     return suite
+
+
+def questions() -> list[dict[str, str]]:
+    """Rows in Belebele's columns: nine sentences of FLORES each."""
+    lines = (SHARED / "eval/flores200/devtest.kin.txt").read_text(encoding="utf-8").splitlines()
+    return [{"flores_passage": " ".join(x[:4]), "question": x[4], "correct_answer_num": "1",
+             **{f"mc_answer{k}": x[4 + k] for k in range(1, 5)}}
+            for x in (lines[i : i + 9] for i in range(0, len(lines) - 8, 9))]
 
 
 def ours(name: str, size: str, folder: str) -> dict[str, Any]:
