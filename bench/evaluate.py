@@ -37,7 +37,7 @@ CASES = {  # suite: its task in the harness, and items in full, quick and tiny
     "sib200": ("afrobench/sib/prompt_1/sib_kin.yaml", (204, 34, 4)),
     "afrixnli": ("afrixnli/direct/prompt_1/afrixnli_kin.yaml", (150, 30, 4)),
     "injongo": ("afrobench/injongointent/prompt_1/injongointent_kin.yaml", (20, 4, 1)),
-    "belebele": ("afrobench/belebele/prompt_1/belebele_kin.yaml", (100, 30, 4))}
+    "belebele": ("afrobench/belebele/prompt_1/belebele_kin.yaml", (100, 12, 4))}
 SIZES = ("full", "quick", "tiny")
 BATCHES = {"full": (1, 8, 32), "quick": (1, 8), "tiny": (8,)}
 APART = 1e-4  # of a log-likelihood, relative, at most
