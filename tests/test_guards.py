@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import eval as evaluating
 import guards
+import test_ranks
 import tiny
 from guards import Guard, Guards
 from log import UserError
-from test_train import ENV, ROOT, call, command, losses, place  # noqa: F401  # place: a fixture
+from test_train import ROOT, call, command, losses, place  # noqa: F401  # place: a fixture
 
 NAMES = {"kin": 1.5, "eng": 2.0, "sib200.acc": 0.4, "sib200.f1": 0.3}
 
@@ -124,19 +125,16 @@ def test_suites_in_training_are_what_eval_prints(place, tmp_path):  # noqa: F811
         'kind = "choose"\nversion = 1\nabout = "test"\nmetrics = ["f1", "acc"]\n'
         'choices = ["kin", "eng"]\ngold = "{{label}}"\n[[data]]\ntest = "mine.jsonl"\n'
         '[[prompts]]\nname = "1"\ntext = "{{text}}"\n[[prompts]]\nname = "2"\ntext = "{{text}}"\n')
-    named = ["--suites", f"pairs={tmp_path}/pairs.tsv", str(tmp_path / "mine.toml"),
-             "--suite-data", str(tmp_path)]
+    named = {"suites": [f"pairs={tmp_path}/pairs.tsv", str(tmp_path / "mine.toml")],
+             "suite_data": str(tmp_path)}
     tiny.folder(tmp_path / "model", "llama32", max_position_embeddings=256)
-    said = call(command(place, "suites", "--model", str(tmp_path / "model"), "--steps", "2",
-                        "--suite-items", "0", *named))
+    said = test_ranks.run(test_ranks.settings(
+        place, "suites", model=str(tmp_path / "model"), steps=2, suite_items=0, **named))
     assert "pairs.eng-kin.chrF2++" in said and "mine.f1" in said
-    (file,) = {json.dumps(x["suites"]) for x in looks(place / "suites")[-1:]}
-    figures = json.loads(file)
-    done = subprocess.run([
-        sys.executable, str(ROOT / "eval.py"), "--model", str(place / "suites"), *named,
-        "--prompts", "1", "--max-new-tokens", "128", "--out", str(tmp_path / "eval"),
-        "--no-overlap"], capture_output=True, text=True, env=ENV, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    figures = looks(place / "suites")[-1]["suites"]
+    evaluating.main(evaluating.Settings(
+        model=str(place / "suites"), prompts=["1"], max_new_tokens=128, device="cpu",
+        out=str(tmp_path / "eval"), overlap=False, **named))
     results = json.loads((tmp_path / "eval/results.json").read_text())["results"]
     theirs = {".".join(filter(None, (r["suite"], r["part"], r["metric"]))): r["value"]
               for r in results}
@@ -155,11 +153,9 @@ def test_a_wrong_suite_or_guard_is_one_line(changes, words):
     assert "\n" not in str(e.value) and e.value.code == 2
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--stop-if", "enk>+5%"], "no figure enk; measured are kin, eng"),  # known with the sources
-    (["--suites", "agreement", "--suite-items", "-1"], "--suite-items -1")])
-def test_a_run_with_a_wrong_guard_does_not_begin(place, flags, words):  # noqa: F811
-    said = call(command(place, "wrong", "--steps", "2", *flags), code=2)
+def test_a_run_with_a_wrong_guard_does_not_begin(place):  # noqa: F811
+    """Without --val the names are known with the sources, still before a step."""
+    said = call(command(place, "wrong", "--steps", "2", "--stop-if", "enk>+5%"), code=2)
     lines = [x for x in said.splitlines() if x.startswith("error: ")]
-    assert len(lines) == 1 and words in lines[0] and "Traceback" not in said
-    assert not (place / "wrong/metrics.jsonl").exists()
+    assert len(lines) == 1 and "no figure enk; measured are kin, eng" in lines[0]
+    assert "Traceback" not in said and not (place / "wrong/metrics.jsonl").exists()
