@@ -370,7 +370,6 @@ def train(s: Settings, origins: dict[str, str]) -> int:
            "embedding-lr": s.embedding_lr >= 0, "beta": s.beta > 0, "nll-weight": s.nll_weight >= 0,
            "max-epochs-per-source": s.max_epochs_per_source >= 0, "neftune": s.neftune >= 0,
            "plan-share": 0 < s.plan_share < 1, "plan-price": s.plan_price >= 0,
-
            "ema": 0 <= s.ema < 1, "label-smoothing": 0 <= s.label_smoothing < 1}
     for name, good in fit.items():
         if not good:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import goldens_trl
 import lora
 import optim
 import preference
@@ -131,6 +132,56 @@ def test_losses_and_gradients_equal_a_formula_on_separate_sequences(tmp_path, mo
         found = m.scale * (dW @ m.lora_A.weight.T if part[0] == "B" else m.lora_B.weight.T @ dW)
         torch.testing.assert_close(g, found, atol=1e-5, rtol=1e-4)
     assert any(".lora_" in n for n in kept) == (tune != "full")
+
+
+@pytest.mark.parametrize("mode,tune", goldens_trl.CASES)
+def test_losses_and_gradients_of_packed_pairs_equal_trls_own_trainers(tmp_path, mode, tune):
+    """As tests/goldens_trl.py kept them: what TRL's compute_loss makes of separate, padded rows."""
+    golden = json.loads(goldens_trl.FILE.read_text())[f"{mode}-{tune}"]
+    writer = BinWriter(tmp_path / "bin", "a" * 64, tiny.V, "pairs")
+    for prompt, *answers in goldens_trl.pairs():
+        for said in answers:
+            mask = [False] * len(prompt) + [True] * len(said)
+            writer.add(Document(prompt + said, mask, 1))
+    stream = whole(writer.close({"documents": {}}, []))
+    s = train.Settings(mode=mode, beta=goldens_trl.BETA,
+                       nll_weight=goldens_trl.NLL_WEIGHT if mode == "cpo" else 1.0)
+    ours, names = tiny.ours(tiny.peer("llama3", seed=1), "llama3"), {}
+    if tune == "lora":
+        lora.attach(ours, goldens_trl.RANK, goldens_trl.ALPHA, 0.0, ["all-linear"])
+        names = {n: f"base_model.model.{n}" for n, _ in ours.named_parameters()}
+        with torch.no_grad():
+            for name, p in ours.named_parameters():
+                if p.requires_grad:
+                    p.copy_(goldens_trl.drawn(names[name], p.shape))
+    elif mode == "dpo":
+        base = tiny.ours(tiny.peer("llama3", seed=2), "llama3")
+        preference.keep_reference(base, [stream], tmp_path / "ref", "base", 2, ALONE)
+    rows = [stream.row(i) for i in range(stream.rows)]
+    assert 1 < len(rows) < goldens_trl.PAIRS, "several pairs lie in a row"
+    before = stream.source.reference
+    batch = Batch.of(rows, [] if before is None else [
+        before[stream.number(i)] for i in range(stream.rows)])
+    sums, counts = preference.total(ours.train(), batch, s), preference.count(batch, s)
+    n = len(counts) - len(preference.REPORTED)
+    loss = sum(x / k for x, k in zip(sums[:n], counts[:n], strict=True))
+    loss.backward()
+    assert loss.item() == pytest.approx(golden["loss"], rel=1e-5)
+    found = {names.get(name, name): goldens_trl.kept(p.grad, names.get(name, name))
+             for name, p in ours.named_parameters() if p.requires_grad}
+    assert found.keys() == golden["gradients"].keys()
+    for name, numbers in found.items():
+        assert numbers == pytest.approx(golden["gradients"][name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_trls_goldens_are_what_trl_computes_today():
+    pytest.importorskip("trl", reason="trl is not installed: pip install trl==1.16.*")
+    made, kept = goldens_trl.make(), json.loads(goldens_trl.FILE.read_text())
+    for case in (f"{mode}-{tune}" for mode, tune in goldens_trl.CASES):
+        assert made[case]["loss"] == pytest.approx(kept[case]["loss"], rel=1e-5)
+        for name, numbers in kept[case]["gradients"].items():
+            assert made[case]["gradients"][name] == pytest.approx(numbers, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["dpo", "cpo"])
