@@ -3,6 +3,9 @@
 The one idea: a model is asked as it was taught. A conversation is written by the model's own chat
 template; a translation is asked for by the prompt that training wrote beside the model
 (prompt.json). Where there is none, ours for a conversation, and ALMA's for a translation.
+
+`replies` answers the questions of a page (web.py), which is not to be trusted with more than it
+offers.
 """
 
 from __future__ import annotations
@@ -10,16 +13,23 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import weights
 from chat import Template
+from generate import stream
 from log import UserError
+from model import Llama
+from sampling import Sampling, Stops
 from tokenizer import Tokenizer
 
 LANGUAGES = {"eng": "English", "kin": "Kinyarwanda"}
+DIRECTIONS = ("eng-kin", "kin-eng")
+OUTGROWN = "the conversation outgrows the context; what was said first is forgotten"
 # Xu et al. 2023, as their code builds it; the answer follows directly
 ALMA = "Translate this from {source} to {target}:\n{source}: {text}\n{target}:"
 
@@ -41,10 +51,11 @@ class Way:
     @classmethod
     def of(cls, folder: Path, tokenizer: Tokenizer, direction: str = "") -> Way:
         """As the model's folder says, or for an adapter its base's."""
-        places = (folder, weights.base_of(folder))
-        file = next((x / "prompt.json" for x in places if (x / "prompt.json").exists()), None)
-        if not direction or file is None:
-            return cls(folder, tokenizer, direction)
+        plain = cls(folder, tokenizer, direction)
+        files = (x / "prompt.json" for x in plain.places)
+        file = next((x for x in files if direction and x.exists()), None)
+        if file is None:
+            return plain
         try:
             taught = json.loads(file.read_text(encoding="utf-8"))["translate"][0]
             prompt = str(taught["text"])
@@ -56,12 +67,38 @@ class Way:
                             "take it away and ALMA's prompt is used") from None
         return cls(folder, tokenizer, direction, prompt, languages, bool(taught.get("as_chat")))
 
+    @classmethod
+    def taught(cls, folder: Path, tokenizer: Tokenizer) -> dict[str, Way]:
+        """All ways that the model's folder speaks of, by name: a direction of translation, chat;
+        and text, which every model continues."""
+        plain = cls.of(folder, tokenizer)
+        translates = any((x / "prompt.json").exists() for x in plain.places)
+        ways = {x: cls.of(folder, tokenizer, x) for x in DIRECTIONS if translates}
+        return {**ways, **({"chat": plain} if plain.own_template else {}), "text": plain}
+
+    @property
+    def places(self) -> tuple[Path, Path]:
+        """Where what was taught may stand: the model's folder, and for an adapter its base's."""
+        return self.folder, weights.base_of(self.folder)
+
+    @functools.cached_property
+    def own_template(self) -> Template | None:
+        """The model's chat template, or for an adapter its base's."""
+        found = (Template.of(place, self.tokenizer) for place in self.places)
+        return next(filter(None, found), None)
+
     @functools.cached_property
     def template(self) -> Template:
-        """The model's chat template, or for an adapter its base's; else our plain one."""
-        places = (self.folder, weights.base_of(self.folder))
-        found = (Template.of(place, self.tokenizer) for place in places)
-        return next(filter(None, found), None) or Template.plain(self.tokenizer)
+        """The model's own, else our plain one."""
+        return self.own_template or Template.plain(self.tokenizer)
+
+    def recent(self, said: Sequence[dict[str, str]], room: int) -> list[dict[str, str]]:
+        """The end of a conversation that fits into so many ids: its first exchanges may go, its
+        last message never does."""
+        said = list(said)
+        while len(said) > 2 and len(self.ids(said)) > room:
+            said = said[2:]
+        return said
 
     def text(self, asked: Asked) -> str:
         """What is read, as a text: a prompt, or a conversation as its template writes it."""
@@ -116,3 +153,92 @@ def pieces(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int],
             yield text[shown:certain]
             shown = certain
     yield text[shown:]
+
+
+class Manner(NamedTuple):
+    """A way to be asked, how the tokens of an answer are chosen, and what ends it."""
+
+    way: Way
+    sampling: Sampling
+    stops: Stops
+
+
+def facts(title: str, manners: Mapping[str, Manner]) -> dict[str, Any]:
+    """What a page shows: its title, the ways to ask with their names and words, what it may set."""
+    words = {"chat": ("Chat", "A conversation. What was said is remembered until Clear.",
+                      "Say something"),
+             "text": ("Continue", "The model goes on from where a text ends.",
+                      "The beginning of a text")}
+    ways = []
+    for name, (way, _, _) in manners.items():
+        source, target = (way.languages.get(x, "") for x in name.partition("-")[::2])
+        label, about, hint = words.get(name, (
+            f"{source} → {target}", "Each line is translated by itself.", f"Text in {source}"))
+        ways.append({"name": name, "kind": name if name in words else "translate",
+                     "label": label, "about": about, "hint": hint})
+    usual = manners["text"].sampling
+    return {"title": title, "ways": ways, "new": usual.max_new_tokens,
+            "temperature": usual.temperature, "top_p": usual.top_p}
+
+
+def replies(model: Llama, manners: Mapping[str, Manner],
+            ) -> Callable[[Mapping[str, Any]], Iterator[dict[str, Any]]]:
+    """What answers a page's questions: {"way", "text" or "messages"} and maybe {"new", "seed",
+    "temperature", "top_p"} -> an answer's `parts`; UserError on any other."""
+    kinds = {"way": str, "text": str, "messages": list, "new": int, "seed": int,
+             "temperature": int | float, "top_p": int | float}
+
+    def reply(question: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        for key, x in question.items():
+            if not isinstance(x, kinds.get(key, ())) or isinstance(x, bool):
+                raise UserError(f"{key[:20]}: no part of a question, or of another kind")
+        name = question.get("way")
+        asked = question.get("messages" if name == "chat" else "text")
+        if name not in manners or asked is None or asked == []:
+            raise UserError("expected a way that the page offers, and a text or messages")
+        way, sampling, stops = manners[name]
+        new = question.get("new", sampling.max_new_tokens)
+        if new > sampling.max_new_tokens:
+            raise UserError(f"{new} tokens: at most {sampling.max_new_tokens}, as sample.py was "
+                            "told")
+        chosen = ("seed",) if way.direction else ("seed", "temperature", "top_p")
+        more = {k: question[k] for k in chosen if k in question}
+        sampling = replace(sampling, max_new_tokens=new, **more)
+        way.ids(asked)  # what cannot be asked is refused before an answer begins
+        return parts(model, Manner(way, sampling, stops), asked)
+
+    return reply
+
+
+def parts(model: Llama, manner: Manner, asked: Asked) -> Iterator[dict[str, Any]]:
+    """An answer as it comes: {"text"} and {"note"}, at last {"end", "tokens", "seconds"}; each line
+    of what is to be translated is asked by itself."""
+    way, sampling, stops = manner
+    begun, ends = time.monotonic(), []  # of each token, what stream says
+    room = model.config.max_position_embeddings - sampling.max_new_tokens
+    if not isinstance(asked, str) and len(recent := way.recent(asked, room)) < len(asked):
+        asked = recent
+        yield {"note": OUTGROWN}
+    for i, one in enumerate(asked.split("\n") if way.direction else [asked]):
+        if i:
+            yield {"text": "\n"}
+        if way.direction and not one.strip():
+            continue
+        ids = way.ids(one)
+        if len(ids) > room:
+            yield {"note": "this is longer than the context; its beginning was left out"}
+        found = _noted(stream(model, [ids], sampling, stops, way.tokenizer.bos), ends)
+        blank = bool(way.direction) or not isinstance(one, str)
+        for piece in pieces(way.tokenizer, ids, found, stops.strings):
+            piece = piece.lstrip() if blank else piece  # no answer begins with a space
+            blank = blank and not piece
+            yield {"text": piece}
+    end = "length" if "length" in ends else ends[-1] if ends else "eos"
+    yield {"end": end, "tokens": len(ends), "seconds": round(time.monotonic() - begun, 1)}
+
+
+def _noted(found: Iterable[tuple[int, int, str]], ends: list[str]) -> Iterator[int]:
+    """The ids that `stream` gives; its `end` of each is added to `ends`."""
+    for _, token, end in found:
+        ends.append(end)
+        yield token

@@ -7,8 +7,10 @@ transformers (`generate(num_beams=...)`, 5.x), so that published recipes give wh
 
     score of an answer      sum of log p / (number of its ids, EOS too) ** length_penalty
     may be put by           only what ends among the `beams` best of a step
-    a prompt is done        when `beams` answers are put by and (early_stopping, or) the best that
-                            grows, scored at its present length, is no better than the worst put by
+    a prompt is done        when `beams` answers are put by and the best that grows, scored at its
+                            present length, is no better than the worst put by; with early_stopping
+                            "true" as soon as so many are put by, with "never" (and a penalty above
+                            0) scored at the greatest length it may reach
 
 A prompt's search knows nothing of its neighbours; one that is done gives its rows to the next.
 """
@@ -67,8 +69,11 @@ class Search:
         self.scores = [score for score, _, _ in grown]
         self.growing = [ids for _, _, ids in grown]
         full = len(self.answers) == n
+        if sampling.early_stopping == "never" and sampling.length_penalty > 0:
+            penalty = sampling.max_new_tokens**sampling.length_penalty
         hopeless = full and self.scores[0] / penalty <= self.answers[-1][0]
-        return [beam for _, beam, _ in grown], hopeless or (full and sampling.early_stopping)
+        done = hopeless or (full and sampling.early_stopping == "true")
+        return [beam for _, beam, _ in grown], done
 
 
 def candidates(logits: Tensor, searches: Sequence[Search], sampling: Sampling,

@@ -1,10 +1,11 @@
-"""Ask a model: continue text, answer a file of prompts, converse, translate.
+"""Ask a model: continue text, answer a file of prompts, converse, translate, from a page too.
 
     python sample.py --model out/kin/model --prompt "Muraho"
     python sample.py --model out/kin/model --prompt "Umwana" "Inka" --temperature 0
     python sample.py --model ID_OR_FOLDER --file prompts.jsonl --samples 4 --out answers.jsonl
     python sample.py --model out/chat/model --chat
     python sample.py --model out/mt/model --translate eng-kin --beams 5 --file eng.txt > kin.txt
+    python sample.py --model out/chat/model --web
 
 One prompt streams as its tokens come; several are continued side by side and printed in order,
 each when it is done. With --dtype fp32 an answer depends on its prompt and --seed alone, whatever
@@ -17,6 +18,7 @@ prompt that training wrote beside it (prompt.json).
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import json
@@ -48,6 +50,11 @@ class Settings:
     """A conversation, by the model's chat template; a base without one gets ours."""
     translate: Literal["", "eng-kin", "kin-eng"] = ""
     """Translate --prompt, --file or stdin, a text a line, by the prompt the model was taught."""
+    web: bool = False
+    """A page on this machine, for a browser: conversation and translation where the model was
+    taught them, and text to continue, at most --max-new-tokens each."""
+    address: str = "127.0.0.1:8000"
+    """Where the page is. From afar: ssh -L 8000:127.0.0.1:8000 HOST, and open it there."""
     samples: int = 1
     """Answers to each prompt."""
     out: str = ""
@@ -67,6 +74,10 @@ class Settings:
     """Search the likeliest whole answer with so many hypotheses; ALMA translates with 5."""
     length_penalty: float = 1.0
     """Of a search: above 0 longer answers win more often, below it shorter ones."""
+    early_stopping: Literal["false", "true", "never"] = "false"
+    """When a search ends that has an answer for each beam, as in transformers: false, once the best
+    that grows, at its present length, is no better; true, at once; never, once none can become
+    better (differs where the length penalty is above 0)."""
     stop: list[str] = field(default_factory=list)
     """Strings that end an answer; they are not shown."""
     seed: int = 1
@@ -75,8 +86,8 @@ class Settings:
     json: bool = False
     """A JSON object a line: prompt, text, tokens, end (eos, stop or length)."""
     compile: bool = False
-    """One prompt or a conversation on a CPU in bf16: compiled, an id costs what reading the weights
-    takes. Begins some seconds later, less the next time."""
+    """One prompt, a conversation or --web on a CPU in bf16: compiled, an id costs what reading the
+    weights takes. Begins some seconds later, less the next time."""
     quant: Literal["none", "nf4"] = "none"
     """nf4: keep the layers' matrices in four bits each."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -86,8 +97,9 @@ class Settings:
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
     SETTINGS, _ = log.run(lambda: config.read(Settings, sys.argv[1:], "sample.py"))
 
+import web  # noqa: E402
 import weights  # noqa: E402
-from ask import Asked, Way, pieces  # noqa: E402
+from ask import OUTGROWN, Asked, Manner, Way, facts, pieces, replies  # noqa: E402
 from decode import hasten  # noqa: E402
 from generate import answers, stream  # noqa: E402
 from model import Llama  # noqa: E402
@@ -101,7 +113,7 @@ def sampling_of(s: Settings) -> Sampling:
     if temperature is None:
         temperature = 0.0 if s.translate or s.beams > 1 else 0.8
     sampling = Sampling(s.max_new_tokens, temperature, s.top_k, s.top_p, s.seed, s.min_p,
-                        s.repetition_penalty, s.beams, s.length_penalty)
+                        s.repetition_penalty, s.beams, s.length_penalty, s.early_stopping)
     if s.samples < 1 or s.rows < 1:
         raise UserError(f"--samples {s.samples} --rows {s.rows}: expected 1 or more", FLAGS)
     if s.samples > 1 and temperature == 0:
@@ -114,18 +126,20 @@ def sampling_of(s: Settings) -> Sampling:
 
 def read_asked(s: Settings) -> list[Asked]:
     """What is asked, from flags, a file or stdin; an empty line is an empty text."""
-    ways = [bool(s.prompt), bool(s.file), s.chat]
+    ways = [bool(s.prompt), bool(s.file), s.chat, s.web]
     if sum(ways) > 1 or not (any(ways) or s.translate):
-        raise UserError("give one of --prompt TEXT ..., --file FILE and --chat", FLAGS)
+        raise UserError("give one of --prompt TEXT ..., --file FILE, --chat and --web", FLAGS)
     if s.out and not s.file:
         raise UserError(f"--out {s.out}: goes with --file; without it, take --json > FILE", FLAGS)
     if s.chat and (s.json or s.translate or s.samples > 1 or s.beams > 1):
         raise UserError("--chat: a conversation takes no --json, --translate, --samples or "
                         "--beams; --file takes messages", FLAGS)
-    if s.compile and not (s.chat or len(s.prompt) == s.samples == s.beams == 1):
-        raise UserError("--compile: hastens one stream, a single --prompt or --chat; several side "
-                        "by side have no use for it", FLAGS)
-    if s.chat:
+    if s.web and (s.json or s.samples > 1):
+        raise UserError("--web: a page takes no --json or --samples", FLAGS)
+    if s.compile and not (s.chat or s.web or len(s.prompt) == s.samples == s.beams == 1):
+        raise UserError("--compile: hastens one stream, a single --prompt, --chat or --web; "
+                        "several side by side have no use for it", FLAGS)
+    if s.chat or s.web:
         return []
     if s.file:
         return read_file(s.file, s.translate)
@@ -204,7 +218,8 @@ def done_before(file: Path, asked: Sequence[str], mark: str) -> int:
 
 def mark_of(s: Settings) -> str:
     """Eight hex digits for all that an answer depends on besides its prompt."""
-    apart = ("prompt", "file", "out", "rows", "json", "device", "chat", "compile")
+    apart = ("prompt", "file", "out", "rows", "json", "device", "chat", "compile", "web",
+             "address")
     values = {k: v for k, v in dataclasses.asdict(s).items() if k not in apart}
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
@@ -263,9 +278,10 @@ def converse(model: Llama, way: Way, sampling: Sampling, stops: Stops,
             log.say(f"{word}: no such command; {COMMANDS}")
         elif line:
             said.append({"role": "user", "content": line})
-            while len(ids := way.ids(said)) > room and len(said) > 2:
-                log.say("the conversation outgrows the context; its first exchange is forgotten")
-                said = said[2:]
+            before, said = len(said), way.recent(said, room)
+            if len(said) < before:
+                log.say(OUTGROWN)
+            ids = way.ids(said)
             new = (token for _, token, _ in stream(model, [ids], sampling, stops))
             text = ""
             try:
@@ -291,6 +307,25 @@ def save(name: str, said: Sequence[Mapping[str, str]]) -> None:
         log.say(f"/save {name}: cannot be written ({e.strerror})")
 
 
+def manners_of(s: Settings, ways: Mapping[str, Way], ends: set[int],
+               sampling: Sampling) -> dict[str, Manner]:
+    """How a page's answers are made: only translations are searched for, and nothing of them is
+    drawn."""
+    drawn = sampling_of(dataclasses.replace(s, beams=1, translate=""))
+    return {name: Manner(way, sampling if way.direction else drawn, stops_of(s, way, ends, name))
+            for name, way in ways.items()}
+
+
+def stops_of(s: Settings, way: Way, ends: set[int], name: str = "") -> Stops:
+    """What ends an answer: an EOS, in a conversation the end of a turn, in a translation a line."""
+    if name == "chat" or way.as_chat:
+        ends = ends | way.turn_ends()
+    if not ends:
+        log.say("the model has no EOS, so every answer goes on to --max-new-tokens")
+    strings = [*s.stop, "\n"] if way.direction else s.stop  # ALMA cuts there too
+    return Stops(ends, strings, way.tokenizer.decode)
+
+
 def main(s: Settings) -> None:
     """Read what is asked, load the model, answer."""
     if not s.model:
@@ -306,12 +341,12 @@ def main(s: Settings) -> None:
     folder = weights.find(s.model)
     way = Way.of(folder, tokenizer, s.translate)
     ends = weights.stop_ids(folder, tokenizer)
-    if s.chat or way.as_chat or any(not isinstance(x, str) for x in asked):
-        ends |= way.turn_ends()
-    if not ends:
-        log.say("the model has no EOS, so every answer goes on to --max-new-tokens")
-    strings = [*s.stop, "\n"] if s.translate else s.stop  # ALMA cuts there too
-    stops = Stops(ends, strings, tokenizer.decode)
+    if s.web:
+        ways = {**({s.translate: way} if s.translate else {}), **Way.taught(folder, tokenizer)}
+        manners = manners_of(s, ways, ends, sampling)
+        return asyncio.run(web.serve(s.address, replies(model, manners), facts(s.model, manners)))
+    in_chat = s.chat or any(not isinstance(x, str) for x in asked)
+    stops = stops_of(s, way, ends, "chat" if in_chat else "")
     shown = log.printable if sys.stdout.isatty() else str  # a model must not steer a terminal
 
     def show(text: str) -> None:
@@ -325,7 +360,7 @@ def main(s: Settings) -> None:
     if len(asked) == 1 and not s.json and not s.translate:
         show(way.text(asked[0]))
         new = (token for _, token, _ in stream(model, ids, sampling, stops, tokenizer.bos))
-        for piece in pieces(tokenizer, ids[0], new, strings):
+        for piece in pieces(tokenizer, ids[0], new, stops.strings):
             show(piece)
         return show("\n")
     found = answers(model, ids, sampling, stops, tokenizer.bos, rows=s.rows)

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     beams: int = 1
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: Literal["false", "true", "never"] = "false"  # see beam.py
 
     def __post_init__(self) -> None:
         good = {"max-new-tokens": (self.max_new_tokens >= 1, "at least 1"),

@@ -25,6 +25,7 @@ FLOORS = {
     "lora": 2, "data": 2, "optim": 2, "sampling": 2, "tokenizer": 2, "ranks": 2, "report": 2,
     "suites": 2, "shards": 2,
     "config": 1, "attention": 1, "families": 1, "hub": 1, "nf4": 1,
+    "web": 1,  # strangers at the door: it knows no model, only a function that answers
     "log": 0,
 }
 COMMANDS = {name for name, floor in FLOORS.items() if floor == 12}

@@ -125,6 +125,9 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     ({"prompt": ["a"], "out": "x"}, "goes with --file", 2),
     ({"prompt": ["a", "b"], "compile": True}, "--compile: hastens one stream", 2),
     ({"prompt": ["a"], "compile": True}, "--compile: it pays on a CPU in bf16", 2),
+    ({"web": True, "chat": True}, "give one of --prompt", 2),
+    ({"web": True, "samples": 2}, "--web: a page takes no --json or --samples", 2),
+    ({"web": True, "address": "8000"}, "--address 8000: expected one address", 2),
     ({"chat": True, "json": True}, "a conversation takes no --json", 2),
     ({"prompt": ["a"], "samples": 2, "temperature": 0.0}, "without chance all are the same", 2),
     ({"prompt": ["a"], "beams": 2, "temperature": 0.7}, "--beams 2 searches", 2),
@@ -242,7 +245,7 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_first_exchange(tal
                                                                            capsys):
     talk(monkeypatch, talker, ["Inka zacu zirya ubwatsi"] * 5, max_new_tokens=24)
     shown = capsys.readouterr()
-    assert "outgrows the context; its first exchange is forgotten" in shown.err
+    assert "outgrows the context; what was said first is forgotten" in shown.err
     assert "left out at the start" not in shown.err and shown.out.count("\n") >= 5
 
 
