@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from decode import keep_rows, rearrange, refill, step
+from decode import in_order, keep_rows, rearrange, refill, step
 from model import KVCache, Llama
 from sampling import Sampling, Stops, finite, penalise
 
@@ -101,7 +101,8 @@ def search(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, stops
     n = sampling.beams
     kept = n * max(2, 1 + len(stops.ids))  # so that, whatever ends, n go on
     places = min(max(1, rows // n), len(prompts))
-    waiting = deque(Search.begin(i, ids, n) for i, ids in enumerate(prompts))
+    order = in_order([len(ids) for ids in prompts], places)
+    waiting = deque(Search.begin(i, prompts[i], n) for i in order)
     longest = max(map(len, prompts), default=0)
     whole = KVCache(model.config, places * n, longest + sampling.max_new_tokens - 1, model.device,
                     model.compute_dtype)
@@ -110,7 +111,6 @@ def search(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, stops
                                                          device=model.device)
     while live or waiting:
         if fresh := [waiting.popleft() for _ in range(min(places - len(live), len(waiting)))]:
-            fresh.sort(key=lambda x: len(x.prompt))
             old = len(live) * n
             cache, more = refill(model, [x.prompt for x in fresh], whole, cache)
             copies = [old + i for i in range(len(fresh)) for _ in range(n)]

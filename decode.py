@@ -1,8 +1,8 @@
 """Reading with a cache: prompts of any lengths in one pass, then a token at a time.
 
-Nothing is padded on the left: a row's first token stands at position 0, whoever its neighbours are,
-and what pads a short row on its right is never seen. Rows that are done leave the cache and others
-take their place, so it only ever holds rows that are being continued.
+Nothing is padded: prompts are read packed, as training reads documents, and a row's first token
+stands at position 0, whoever its neighbours are. Rows that are done leave the cache and others take
+their place, so it only ever holds rows that are being continued.
 
 One stream is bound by reading the weights: `hasten` lets it read them as fast as memory does.
 """
@@ -17,7 +17,8 @@ from torch import Tensor
 from log import FLAGS, UserError
 from model import KVCache, Linear, Llama
 
-BUDGET = 4096  # tokens read at once, padding included: their activations are in memory together
+AHEAD = 4  # times as many prompts as there are places are put in order of length
+BUDGET = 4096  # tokens read at once: their activations are in memory together
 
 
 def ragged(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -30,28 +31,50 @@ def ragged(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     return tokens.to(device), doc.to(device)
 
 
-def portions(sizes: Sequence[int], budget: int = BUDGET) -> Iterator[slice]:
-    """Consecutive rows of these lengths, so many at once that padded they fit; at least one."""
-    first, longest = 0, 0
+def portions(sizes: Sequence[int], budget: int, packed: bool = False) -> Iterator[slice]:
+    """Consecutive rows of these lengths, so many at once that padded, or packed end to end, they
+    fit; at least one."""
+    first, longest, tokens = 0, 0, 0
     for i, size in enumerate(sizes):
-        longest = max(longest, size)
-        if i > first and longest * (i + 1 - first) > budget:
+        longest, tokens = max(longest, size), tokens + size
+        if i > first and (tokens if packed else longest * (i + 1 - first)) > budget:
             yield slice(first, i)
-            first, longest = i, size
+            first, longest, tokens = i, size, size
     if first < len(sizes):
         yield slice(first, len(sizes))
 
 
+def in_order(lengths: Sequence[int], rows: int) -> list[int]:
+    """In which order to begin prompts that are answered `rows` side by side: by length among AHEAD
+    times as many, up and down in turn.
+
+    Every row's keys are read as far as the longest row's: neighbours of like lengths waste least.
+    No answer waits for more than those begun with it.
+    """
+    order = []
+    for n, first in enumerate(range(0, len(lengths), AHEAD * rows)):
+        some = range(first, min(first + AHEAD * rows, len(lengths)))
+        order += sorted(some, key=lambda i: lengths[i], reverse=n % 2 == 1)
+    return order
+
+
 def prefill(model: Llama, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Read a prompt into each row of an empty cache; logits of what follows each, (B,V)."""
-    logits, parts = [], []
-    for some in portions([len(ids) for ids in prompts]):
-        tokens, doc = ragged(prompts[some], model.device)
-        parts.append(cache.part(some))
-        pos = torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
-        logits.append(model(tokens, doc, pos, cache=parts[-1]))
-    cache.length = torch.cat([part.length for part in parts])
-    cache.extent = max(part.extent for part in parts)
+    """Read a prompt into each row of an empty cache; logits of what follows each, (B,V).
+
+    They are read packed, end to end in one row: nothing is padded.
+    """
+    logits, device = [], model.device
+    sizes = torch.tensor([len(ids) for ids in prompts])
+    for some in portions(sizes.tolist(), BUDGET, packed=True):
+        part, n = cache.part(some), sizes[some]
+        rows = torch.arange(len(n)).repeat_interleave(n)  # (T,)
+        pos = torch.cat([torch.arange(x) for x in n.tolist()])
+        tokens = torch.tensor([x for ids in prompts[some] for x in ids])
+        part.rows = rows.to(device)
+        h = model.states(tokens[None].to(device), part.rows[None], pos[None].to(device), part)
+        logits.append(model.logits(h[0, (n.cumsum(0) - 1).to(device)]))  # (n,V)
+    cache.length = sizes.to(device)
+    cache.extent = int(sizes.max())
     return torch.cat(logits)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import beam
-from decode import keep_rows, portions, ragged, refill, step
+from decode import in_order, keep_rows, portions, ragged, refill, step
 from log import FLAGS, UserError, say
 from loss import CHUNK
 from model import KVCache, Llama
@@ -98,7 +98,8 @@ def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
         yield from beam.search(model, fitted, sampling, stops, rows)
         return
     draws = map(random.Random, seeds or own_seeds(prompts, sampling.seed))
-    waiting = deque(map(Row, range(len(fitted)), fitted, draws))
+    asked = list(map(Row, range(len(fitted)), fitted, draws))
+    waiting = deque(asked[i] for i in in_order([len(ids) for ids in fitted], rows))
     places = min(rows, len(fitted))
     whole = KVCache(model.config, places, max(map(len, fitted), default=0) + new - 1, model.device,
                     model.compute_dtype)
@@ -107,7 +108,6 @@ def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
                                                          device=model.device)
     while live or waiting:
         if fresh := [waiting.popleft() for _ in range(min(places - len(live), len(waiting)))]:
-            fresh.sort(key=lambda row: len(row.prompt))  # rows read together are of like lengths
             cache, more = refill(model, [row.prompt for row in fresh], whole, cache)
             live, logits = live + fresh, torch.cat([logits, more])
         ids = choose(logits, sampling, [row.draws for row in live],

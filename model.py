@@ -42,15 +42,20 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, rows: int, size: int, device: Any, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, rows, size, config.num_key_value_heads, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        # in memory a head's keys lie side by side, for it reads all of them and only them
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3)  # (L,B,S,K,D)
+        self.v = torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.extent = 0  # no row has a token at or beyond it; known without asking the device
+        self.rows: Tensor | None = None  # (T,) while prompts come packed: where each token is kept
 
     def put(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k, v (B,T,K,D) at pos (B,T); return all keys and values up to the extent,
-        (B,S,K,D)."""
+        (B,S,K,D). Of packed prompts (1,T,K,D) those are their own."""
+        if self.rows is not None:
+            self.k[layer][self.rows, pos[0]], self.v[layer][self.rows, pos[0]] = k[0], v[0]
+            return k, v
         rows = torch.arange(len(pos), device=pos.device)[:, None]
         self.k[layer][rows, pos], self.v[layer][rows, pos] = k, v
         return self.k[layer][:, : self.extent], self.v[layer][:, : self.extent]
@@ -172,10 +177,11 @@ class Decoder(nn.Module):
             x = x + noise(x, doc, self.neftune)
         if c.scale_embeddings:  # rounded to the dtype of products, as the published models were
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype, device=x.device)
-        if cache is not None:
+        held = cache is not None and cache.rows is None  # tokens behind what the cache holds
+        if held:
             cache.extent += tokens.shape[1]
         windows = c.windows or (0,) * len(self.layers)
-        extent = None if cache is None else cache.extent
+        extent = cache.extent if held else None
         fast = flash(x.device, x.dtype, c.head_dim)
         layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fast)
                    for window in set(windows)}
@@ -187,7 +193,7 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, here, layouts[window], pos, use_reentrant=False)
             else:  # without a cache all layers get one number: one that varies recompiles
                 x = block(x, here, layouts[window], pos, cache, 0 if cache is None else i)
-        if cache is not None:
+        if held:
             cache.length = torch.maximum(cache.length, torch.where(doc >= 0, pos + 1, 0).amax(1))
         return self.norm(x)
 

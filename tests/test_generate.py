@@ -102,6 +102,39 @@ def test_cached_logits_equal_those_of_reading_all_again():
             logits = decode.step(model, ids, cache)
 
 
+@pytest.mark.parametrize("budget", [1, 30, 4096])
+@pytest.mark.parametrize("shape", list(tiny.SHAPES))
+def test_prompts_read_packed_are_read_as_side_by_side(shape, budget, monkeypatch):
+    """The same keys, values and logits as of rows that are padded on the right."""
+    monkeypatch.setattr(decode, "BUDGET", budget)
+    model = tiny.ours(tiny.peer(shape), shape)
+    prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (7, 1, 25, 70, 2)]
+    packed, plain = (KVCache(model.config, 5, 80, "cpu", torch.float32) for _ in range(2))
+    with torch.inference_mode():
+        logits = decode.prefill(model, prompts, packed)
+        tokens, doc = decode.ragged(prompts, model.device)
+        pos = torch.arange(tokens.shape[1]).expand_as(tokens)
+        torch.testing.assert_close(logits, model(tokens, doc, pos, cache=plain), atol=2e-4,
+                                   rtol=1e-4)
+    assert packed.length.tolist() == plain.length.tolist() == [7, 1, 25, 70, 2]
+    assert packed.extent == plain.extent == 70 and packed.rows is None
+    for row, n in enumerate(packed.length):
+        for x, y in ((packed.k, plain.k), (packed.v, plain.v)):
+            torch.testing.assert_close(x[:, row, :n], y[:, row, :n], atol=1e-4, rtol=1e-4)
+            assert not x[:, row, n:].any()
+
+
+@given(st.lists(st.integers(1, 9), max_size=60), st.integers(1, 3))
+def test_prompts_are_begun_by_length_and_none_waits_for_those_far_behind_it(lengths, rows):
+    order = decode.in_order(lengths, rows)
+    ahead = decode.AHEAD * rows
+    assert sorted(order) == list(range(len(lengths)))
+    assert all(i // ahead == at // ahead for at, i in enumerate(order))
+    for first in range(0, len(order), ahead):
+        part = [lengths[i] for i in order[first : first + ahead]]
+        assert part == sorted(part, reverse=first // ahead % 2 == 1)
+
+
 @given(st.sets(st.integers(0, 7), min_size=1), st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
 def test_a_shrunk_cache_holds_the_rows_it_says(keep, more):
