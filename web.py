@@ -48,11 +48,11 @@ html { height: 100%; } body { margin: 0; height: 100dvh; display: flex; flex-dir
 header, #log, form { width: 100%; max-width: 52rem; margin: 0 auto; padding: 0 1rem; }
 header { padding-top: .8rem; display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; padding-bottom: .8rem; }
 h1 { font-size: 1rem; margin: 0; flex: 1 1 12rem; }
-nav { display: flex; gap: .25rem; overflow-x: auto; background: var(--card); border-radius: 10px; padding: .25rem; }
+nav { display: flex; gap: .25rem; background: var(--card); border-radius: 10px; padding: .25rem; }
 button, input, textarea { font: inherit; color: inherit; }
 button { border: 0; background: none; border-radius: 8px; padding: .35rem .8rem; cursor: pointer; white-space: nowrap; }
-nav button { color: var(--soft); } nav [aria-selected=true] { background: var(--paper); color: var(--ink); font-weight: 600; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+nav button { color: var(--soft); } nav [aria-selected=true] { background: var(--paper); color: var(--accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; } textarea:focus-visible { outline: 0; }
 main { flex: 1; overflow-y: auto; border-top: 1px solid var(--line); }
 #log { padding-top: 1rem; padding-bottom: 1rem; display: flex; flex-direction: column; gap: 1rem; min-height: 100%; }
 #empty { margin: auto; color: var(--soft); text-align: center; max-width: 26rem; }
@@ -69,14 +69,15 @@ main { flex: 1; overflow-y: auto; border-top: 1px solid var(--line); }
 form { padding-top: .7rem; padding-bottom: max(.8rem, env(safe-area-inset-bottom)); }
 .box { border: 1px solid var(--line); border-radius: 14px; padding: .5rem; background: var(--paper); }
 .box:focus-within { border-color: var(--accent); }
-textarea { display: block; width: 100%; border: 0; outline: 0; resize: none; background: none; padding: .2rem .4rem;
+textarea { display: block; width: 100%; border: 0; resize: none; background: none; padding: .2rem .4rem;
   min-height: 3.4rem; max-height: 40dvh; }
-.row { display: flex; align-items: center; gap: .3rem; } .row button { color: var(--soft); } .row .gap { flex: 1; }
+.row { display: flex; align-items: center; gap: .3rem; margin-top: .4rem; } .row button { color: var(--soft); } .row .gap { flex: 1; }
 .row #go { background: var(--accent); color: var(--on); font-weight: 600; padding: .4rem 1.1rem; min-width: 5rem; }
 #more { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: .5rem .8rem; padding: .5rem .4rem; }
 #more label { color: var(--soft); font-size: .8rem; }
 input { width: 100%; border: 1px solid var(--line); border-radius: 8px; padding: .3rem .5rem; background: var(--paper); }
-@media (max-width: 34rem) { .translate { grid-template-columns: 1fr; } nav { width: 100%; } nav button { flex: 1 0 auto; padding: .4rem .6rem; } }
+@media (max-width: 34rem) { .translate { grid-template-columns: 1fr; } .row button { padding: .4rem .5rem; }
+  nav { width: 100%; display: grid; grid-template-columns: 1fr 1fr; } nav button { padding: .4rem .2rem; font-size: .9rem; } }
 """
 SCRIPT = """
 "use strict";
@@ -151,7 +152,7 @@ async function ask(text) {
     if (!end) throw new Error("the answer broke off; is sample.py still running?");
     notes.push(`${end.tokens} tokens in ${end.seconds} s`);
     if (way.kind !== "translate") notes.push(`seed ${seed}`);
-    if (end.end === "length") notes.push("cut at the length that was asked for");
+    if (end.end === "length") notes.push("as many tokens as were asked for");
   } catch (e) {
     const stopped = e.name === "AbortError";
     foot.classList.toggle("bad", !stopped);
