@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64  # queries whose scores stand at once on a CPU
+SIDE = 4  # documents of one length that go through one product, side by side
 SHORT = 1024  # tokens: with a longer document among them, torch's kernel is the faster one
 ONE_BY_ONE = ("cpu",)  # where packed documents are not attended by a mask
 
 
 @dataclass
 class Block:
-    """Queries [begin, end) of the rows end to end, which see no key before `first`.
+    """Queries [begin, end) of documents end to end, which see no key before `first`.
 
     `bias` (end - begin, 1, n) float32 is -inf where a query does not see one of the last n keys.
     """
@@ -46,7 +47,8 @@ class Layout:
     """Who sees whom in this batch, found once and used by all layers that see as far.
 
     At most one of these is there; without any, each row is one document, plain causal.
-    `blocks`, `lengths`, `offsets` (N+1,) int32: documents end to end over all rows, see above.
+    `blocks`, `lengths`, `offsets` (N+1,) int32: documents end to end over all rows, see above;
+    blocks are those of one of `side` equal parts of them.
     `mask` (B,1,T,S): True where a key is seen. `window`: tokens seen back, the token itself
     included; 0: all.
     """
@@ -56,6 +58,7 @@ class Layout:
     offsets: Tensor | None = None
     mask: Tensor | None = None
     window: int = 0
+    side: int = 1
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -84,7 +87,10 @@ class Layout:
         if doc.device.type in ONE_BY_ONE:
             lengths = torch.diff(starts, append=starts.new_tensor([B * T])).tolist()
             if max(lengths) <= SHORT and not plain:
-                return cls(blocks=blocks_of(lengths, window), window=window)
+                alike = len(set(lengths)) == 1 and lengths[0] >= BLOCK
+                side = next(n for n in range(SIDE if alike else 1, 0, -1) if len(lengths) % n == 0)
+                part = lengths[: len(lengths) // side]
+                return cls(blocks=blocks_of(part, window), window=window, side=side)
             return cls(lengths=lengths if len(lengths) > B else None, window=window)
         if len(starts) == B:
             return cls(window=window)
@@ -109,7 +115,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
     group's keys."""
     B, T, H, D = q.shape
     if layout.blocks is not None:
-        return attend_blocks(q, k, v, layout.blocks, scale)
+        return attend_blocks(q, k, v, layout, scale)
     if layout.lengths is not None:
         return attend_documents(q, k, v, layout, scale, cap)
     if layout.offsets is not None:
@@ -200,17 +206,18 @@ def blocks_of(lengths: list[int], window: int) -> list[Block]:
 
 
 @torch.compiler.disable  # blocks differ in every batch
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scale: float) -> Tensor:
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     """`attend`, block by block of queries; on a CPU its products are twice as fast as the fused
     kernel's."""
-    return _Blocks.apply(*(x.flatten(0, 1) for x in (q, k, v)), blocks, scale).view(q.shape)
+    parts = (x.reshape(layout.side, -1, *x.shape[2:]) for x in (q, k, v))
+    return _Blocks.apply(*parts, layout.blocks, scale).view(q.shape)
 
 
 class _Blocks(torch.autograd.Function):
-    """q (N,H,D), k, v (N,K,D) -> (N,H,D), N = B T. Only q, k, v, y are kept: each pass makes the
-    scores again.
+    """q (P,N,H,D), k, v (P,N,K,D) -> (P,N,H,D), P parts side by side, P N = B T. Only q, k, v, y
+    are kept: each pass makes the scores again.
 
-    Queries that share keys are rows of one product: a block is (K, n H/K, D). Scores and their
+    Queries that share keys are rows of one product: a block is (P K, n H/K, D). Scores and their
     gradient come from float32 factors, for a product's result has the dtype of its factors; the
     other products are in q's dtype, as in the fused kernel.
     """
@@ -218,12 +225,11 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block],
                 scale: float) -> Tensor:
-        K, y = k.shape[1], torch.empty_like(q)
-        keys = copied(k.transpose(0, 1), torch.float32)  # (K,N,D)
-        values = copied(v.transpose(0, 1), v.dtype)
+        K, y = k.shape[2], torch.empty_like(q)
+        keys, values = by_head(k, torch.float32), by_head(v, v.dtype)  # (PK,N,D)
         for b in blocks:
-            p = probabilities(rows(q, b, K, torch.float32), keys, b, scale)  # (K,nG,S)
-            put(y, b, torch.bmm(p.to(v.dtype), values[:, b.first : b.end]))
+            p = probabilities(rows(q, b, K, torch.float32), keys, b, scale)  # (PK,nG,S)
+            put(y, b, K, torch.bmm(p.to(v.dtype), values[:, b.first : b.end]))
         ctx.save_for_backward(q, k, v, y)
         ctx.blocks, ctx.scale = blocks, scale
         return y
@@ -231,22 +237,28 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y = ctx.saved_tensors
-        K, dq = k.shape[1], torch.empty_like(q)
-        keys = copied(k.transpose(0, 1), k.dtype)  # (K,N,D)
-        exact, values = keys.float(), copied(v.transpose(0, 1), torch.float32)
+        K, dq = k.shape[2], torch.empty_like(q)
+        keys = by_head(k, k.dtype)  # (PK,N,D)
+        exact, values = keys.float(), by_head(v, torch.float32)
         dk, dv = torch.zeros_like(exact), torch.zeros_like(exact)
-        mean = (g.float() * y).sum(-1, keepdim=True)  # (N,H,1): sum of p dp
+        mean = (g.float() * y).sum(-1, keepdim=True)  # (P,N,H,1): sum of p dp
         for b in ctx.blocks:
             seen = slice(b.first, b.end)
-            q_b, g_b = rows(q, b, K, q.dtype), rows(g, b, K, q.dtype)  # (K,nG,D)
-            p = probabilities(q_b.float(), exact, b, ctx.scale)  # (K,nG,S)
+            q_b, g_b = rows(q, b, K, q.dtype), rows(g, b, K, q.dtype)  # (PK,nG,D)
+            p = probabilities(q_b.float(), exact, b, ctx.scale)  # (PK,nG,S)
             dv[:, seen] += torch.bmm(p.to(q.dtype).mT, g_b)
             dp = torch.bmm(g_b.float(), values[:, seen].mT)  # its mean is taken off: no rounding
             ds = p.mul_(dp.sub_(rows(mean, b, K, torch.float32))).to(q.dtype)
-            put(dq, b, torch.bmm(ds, keys[:, seen]).mul_(ctx.scale))
+            put(dq, b, K, torch.bmm(ds, keys[:, seen]).mul_(ctx.scale))
             dk[:, seen] += torch.bmm(ds.mT, q_b)
-        dk, dv = (x.transpose(0, 1).to(k.dtype) for x in (dk.mul_(ctx.scale), dv))
+        dk, dv = (x.view(len(k), K, *x.shape[1:]).transpose(1, 2).to(k.dtype)
+                  for x in (dk.mul_(ctx.scale), dv))
         return dq, dk, dv, None, None
+
+
+def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(P,N,K,D) -> (PK,N,D), end to end in memory."""
+    return copied(x.transpose(1, 2), dtype).flatten(0, 1)
 
 
 def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -255,19 +267,19 @@ def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows(x: Tensor, b: Block, K: int, dtype: torch.dtype) -> Tensor:
-    """A block's queries (N,H,D) by the key head they share: (K, n H/K, D)."""
-    part = x[b.begin : b.end].unflatten(1, (K, -1)).transpose(0, 1)  # (K,n,G,D)
-    return copied(part, dtype).flatten(1, 2)
+    """A block's queries (P,N,H,D) by the key head they share: (P K, n H/K, D)."""
+    part = x[:, b.begin : b.end].unflatten(2, (K, -1)).transpose(1, 2)  # (P,K,n,G,D)
+    return copied(part, dtype).flatten(2, 3).flatten(0, 1)
 
 
-def put(x: Tensor, b: Block, part: Tensor) -> None:
-    """The inverse of `rows`: write (K, nG, D) into x (N,H,D)."""
-    n, K = b.end - b.begin, len(part)
-    x[b.begin : b.end].view(n, K, -1, x.shape[-1]).copy_(part.unflatten(1, (n, -1)).transpose(0, 1))
+def put(x: Tensor, b: Block, K: int, part: Tensor) -> None:
+    """The inverse of `rows`: write (P K, nG, D) into x (P,N,H,D)."""
+    into = x[:, b.begin : b.end].unflatten(2, (K, -1))  # (P,n,K,G,D)
+    into.copy_(part.view(len(x), K, b.end - b.begin, -1, part.shape[-1]).transpose(1, 2))
 
 
 def probabilities(q: Tensor, keys: Tensor, b: Block, scale: float) -> Tensor:
-    """Softmax over the keys a block sees: q (K,nG,D), keys (K,N,D), float32 -> (K,nG,S)."""
+    """Softmax over the keys a block sees: q (PK,nG,D), keys (PK,N,D), float32 -> (PK,nG,S)."""
     scores = torch.bmm(q * scale, keys[:, b.first : b.end].mT)
     n, last = len(b.bias), b.bias.shape[-1]
     scores.unflatten(1, (n, -1))[..., -last:].add_(b.bias)

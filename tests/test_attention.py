@@ -47,7 +47,7 @@ def test_blocks_compute_what_a_mask_of_all_pairs_does(lengths, window, heads):
     layout = Layout.of(doc, pos, window=window)
     assert layout.blocks is not None
     covered = [i for b in layout.blocks for i in range(b.begin, b.end)]
-    assert covered == list(range(sum(lengths)))
+    assert covered == list(range(sum(lengths) // layout.side))
     inputs, g = drawn(1, sum(lengths), *heads, 8), tiny.drawn(1, sum(lengths), heads[0], 8, seed=9)
     mine = run(lambda *x: attend(*x, layout, 0.3), inputs, g)
     theirs = run(lambda *x: plain(*x, doc, window, 0.3), inputs, g)
@@ -55,10 +55,12 @@ def test_blocks_compute_what_a_mask_of_all_pairs_does(lengths, window, heads):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
-def test_blocks_of_several_rows_do_not_look_into_the_row_before():
-    doc, pos = torch.zeros(3, 40, dtype=torch.long), torch.arange(40).expand(3, 40)
-    inputs, g = drawn(3, 40, 4, 2, 8), tiny.drawn(3, 40, 4, 8, seed=9)
+@pytest.mark.parametrize("rows, n, side", [(3, 40, 1), (3, 80, 3), (4, 64, 4), (10, 70, 2)])
+def test_blocks_of_several_rows_do_not_look_into_the_row_before(rows, n, side):
+    doc, pos = torch.zeros(rows, n, dtype=torch.long), torch.arange(n).expand(rows, n)
+    inputs, g = drawn(rows, n, 4, 2, 8), tiny.drawn(rows, n, 4, 8, seed=9)
     layout = Layout.of(doc, pos)
+    assert layout.side == side  # documents of one length go through one product
     for a, b in zip(run(lambda *x: attend(*x, layout, 0.3), inputs, g),
                     run(lambda *x: plain(*x, doc, 0, 0.3), inputs, g), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
