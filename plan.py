@@ -35,7 +35,7 @@ CARDS = {  # as --plan-for has them: the name in PEAKS, and GB as sold
 def show(run: Run, origins: dict[str, str], objective: Any) -> None:
     """What would be done and what it takes, measured on one micro-batch that changes nothing."""
     s, n = run.s, run.parameters
-    for f in dataclasses.fields(s):
+    for f in dataclasses.fields(s) if log.speaking() else ():
         print(f"{f.name.replace('_', '-'):16} {getattr(s, f.name)!s:40} {origins[f.name]}")
     batch = run.loader.next()
     begun = time.perf_counter()
@@ -62,6 +62,8 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
         f"{x.source.name} {share:.1%} ({x.tokens:,} tokens an epoch; {share * read:,.0f} in this "
         f"run, {share * read / x.tokens:.2f} times)"
         for x, share in zip(run.loader.streams, run.loader.shares, strict=True))
+    if not log.speaking():  # of several ranks all measure, and one says what it has measured
+        return
     print(
         f"\nmachine      {run.ranks}, products in {str(run.model.compute_dtype)[6:]}\n"
         f"parameters   {n['total']:,}, trained {n['trained']:,}\n{trained}\n"

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import config
 import fork
 import train
 import watch
@@ -199,8 +200,6 @@ CHANGED = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 0.5
 def test_every_flag_is_fixed_free_or_warned_about_when_a_run_goes_on(field, tmp_path, capsys):
     import typing
 
-    import config
-
     (tmp_path / "settings.toml").write_text(config.to_toml(train.Settings(out=str(tmp_path))))
     kind = typing.get_type_hints(train.Settings)[field.name]
     old = getattr(train.Settings(out=str(tmp_path)), field.name)
@@ -224,8 +223,6 @@ def test_every_flag_is_fixed_free_or_warned_about_when_a_run_goes_on(field, tmp_
 
 
 def test_a_refusal_to_go_on_names_every_difference(tmp_path):
-    import config
-
     kept = tmp_path / "settings.toml"
     kept.write_text(config.to_toml(train.Settings()))
     with pytest.raises(UserError, match=r"clip was 1\.0, now 3\.0; seed was 1, now 2"):
@@ -434,27 +431,59 @@ def test_a_loss_that_jumps_is_said_with_its_documents(place):  # noqa: F811
 REAL = train.NLL.total
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def recipe(s: train.Settings) -> Path:
+    file = Path(s.out).with_name(f"{Path(s.out).name}.toml")
+    file.write_text(config.to_toml(s))
+    return file
+
+
+def launched(s: train.Settings, until: str, *flags: str) -> tuple[subprocess.Popen, list[int]]:
+    """A run by torchrun on two ranks that has come to a checkpoint, and the ranks' processes."""
+    going = subprocess.Popen(
+        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *flags, "train.py", str(recipe(s))],
+        env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (Path(s.out) / "checkpoints" / until).exists():
+        assert going.poll() is None, going.stderr.read()[-2000:]
+        time.sleep(0.02)
+    ranks = subprocess.run(["pgrep", "-P", str(going.pid)], capture_output=True, text=True)
+    return going, [int(x) for x in ranks.stdout.split()]
+
+
+@pytest.mark.parametrize("how,rank", [
+    ("ddp", 1), *(pytest.param(*x, marks=pytest.mark.slow) for x in
+                  (("ddp", 0), ("fsdp", 0), ("fsdp", 1)))])
+def test_torchrun_is_down_soon_after_a_rank_was_killed_and_says_which(
+        place, how, rank):  # noqa: F811
+    """Not a matter of speed (0.6 s here) but of not hanging: nobody waits for the dead."""
+    s = settings(place, f"down-{how}-{rank}", steps=5000, save_every=5, shard=how)
+    going, ranks = launched(s, "step-000010")
+    os.kill(ranks[rank], signal.SIGKILL)
+    said = going.communicate(timeout=15)[1]
+    assert going.returncode == 1 and f"Signal 9 (SIGKILL) received by PID {ranks[rank]}" in said
+    assert rank == 0 or "rank 0: another rank does not answer" in said
+    assert not any(Path(f"/proc/{x}").exists() for x in ranks)
+    assert checkpoint.newest(Path(s.out) / "checkpoints") is not None
+
+
 @pytest.mark.slow
 def test_torchrun_starts_again_after_a_rank_was_killed_and_the_run_goes_on_by_itself(
-        place, tmp_path):  # noqa: F811
+        place):  # noqa: F811
     s = settings(place, "elastic", steps=60, save_every=5, eval_every=1000)
-    recipe = tmp_path / "s.toml"
-    import config
-
-    recipe.write_text(config.to_toml(s))
-    going = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--max-restarts", "1", "train.py", str(recipe)], env=ENV, cwd=ROOT,
-        stderr=subprocess.PIPE, text=True)
-    out = place / "elastic"
-    while not (out / "checkpoints/step-000010").exists():
-        assert going.poll() is None
-        time.sleep(0.02)
-    workers = subprocess.run(["pgrep", "-P", str(going.pid)], capture_output=True, text=True)
-    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    going, ranks = launched(s, "step-000010", "--max-restarts", "1")
+    os.kill(ranks[1], signal.SIGKILL)
     said = going.communicate(timeout=120)[1]
     assert going.returncode == 0, said[-2000:]
-    assert "resumed from" in said and len(losses(out)) == 60
+    assert "resumed from" in said and len(losses(Path(s.out))) == 60
+
+
+def test_the_plan_of_several_ranks_is_printed_once(place):  # noqa: F811
+    """And nothing of a run is written."""
+    said = run(settings(place, "planned", plan=True), world=2)
+    assert said.count("\nmachine      2 x CPU") == 1 and said.count("the first row;") == 1
+    assert not (place / "planned/settings.toml").exists()
 
 
 def test_the_documents_of_a_row_are_those_whose_tokens_it_holds(place):  # noqa: F811
