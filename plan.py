@@ -39,8 +39,7 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
         print(f"{f.name.replace('_', '-'):16} {getattr(s, f.name)!s:40} {origins[f.name]}")
     batch = run.loader.next()
     begun = time.perf_counter()
-    (objective.total(run.model, batch.to(run.ranks.device))
-     / max(1, objective.count(batch))).backward()
+    objective.total(run.model, batch.to(run.ranks.device)).sum().backward()
     run.ranks.wait()
     held = run.ranks.memory_gb()
     whole = "GPU's tensors" if run.ranks.device.type == "cuda" else "whole process"

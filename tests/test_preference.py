@@ -404,6 +404,9 @@ def test_preference_runs_report_margins_and_keep_the_reference(place):
     assert found[0]["loss"] == pytest.approx(np.log(2), rel=1e-5) and found[0]["margin"] == 0
     assert found[-1]["loss"] < 0.6 and found[-1]["accuracy"] > 0.5 and found[-1]["margin"] > 0
     assert found[-1]["chosen_logp"] < 0 and len(list((place / "dpo/reference").glob("*.bin"))) == 1
+    run(place, "dpo-plan", "--mode", "dpo", "--data", f"{place}/dpo/bins/pairs", "--steps", "6",
+        "--plan")
+    assert not (place / "dpo-plan/metrics.jsonl").exists()
 
 
 @pytest.mark.slow
