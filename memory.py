@@ -5,14 +5,17 @@ memory (torch's fake tensors), while the bytes they would hold are counted as th
 whatever the code keeps for a gradient is counted, in whichever family, dtype or adapter, and no
 formula of it has to be kept true.
 
+Of a model that is cut among ranks (`Cut`) the blocks compute as ever, and what fully_shard holds
+for them is counted beside it.
+
 Not seen: what a kernel uses within itself, an allocator's fragments, what the process or a CUDA
 context holds before; compiled blocks, which hold less.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 import lora
 import nf4
@@ -30,10 +32,11 @@ from attention import flash
 from families import ModelConfig
 from log import FLAGS, UserError
 from loss import _TokenNLL
-from model import Layout, Llama, turns
-from ranks import GiB, Ranks
+from model import Layout, Llama
+from ranks import BUCKET, GiB, Ranks, stays_whole, way
 
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits")
+APART = "apart"  # what is not counted
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def shaped(config: ModelConfig, s: Any, dtype: torch.dtype, adapter: Path | None
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
     model.model.compute_dtype, model.model.recompute = dtype, s.recompute
+    model.model.neftune = s.neftune
     return model.train()
 
 
@@ -85,8 +89,12 @@ class _Held(TorchDispatchMode):
         super().__init__()
         self.what = "activations"
         self.kinds: dict[int, str] = {}
-        self.bytes = dict.fromkeys(PARTS, 0)
+        self.bytes = dict.fromkeys((*PARTS, APART), 0)
         self.most = dict(self.bytes)
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes[part] for part in PARTS)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -108,45 +116,104 @@ class _Held(TorchDispatchMode):
         self.kinds[key] = what
         self.bytes[what] += size
         weakref.finalize(storage, self.gone, key, size)
-        if sum(self.bytes.values()) > sum(self.most.values()):
+        if self.total > sum(self.most[part] for part in PARTS):
             self.most = dict(self.bytes)
 
     def gone(self, key: int, size: int) -> None:
         self.bytes[self.kinds.pop(key)] -= size
 
 
+class Cut:
+    """What torch's fully_shard holds for a model that is cut among ranks, on one of them.
+
+    Of each matrix a part; of blocks two at a time whole, in the dtype of products: one in use and
+    one on its way; embeddings and head whole as they are kept, from the first product to the last.
+    A block's gradients are summed in float32, a buffer that stands until the next block's.
+    Micro-batches that do not meet leave whole gradients in float32. `copied`: gloo, between CPUs,
+    sends copies.
+    """
+
+    def __init__(self, model: nn.Module, world: int, dtype: torch.dtype, held: _Held, copied: bool):
+        self.held, self.summed, self.copies = held, None, 2 if copied else 1
+        self.parts: dict[nn.Parameter, Tensor] = {}
+        self.groups: dict[int, list[nn.Parameter]] = {}  # by layer; -1: embeddings and head
+        for name, p in model.named_parameters():
+            if stays_whole(name, p):
+                continue
+            self.parts[p] = p.new_empty(-(-len(p) // world), *p.shape[1:])
+            layer = lora._index(name)
+            if layer >= 0:
+                p.data = p.data.to(dtype)
+                held.see(p.data, APART, again=True)
+            self.groups.setdefault(layer, []).append(p)
+        self.group = {p: group for group in self.groups.values() for p in group}
+        most = max(sum(p.numel() for p in x) for i, x in self.groups.items() if i >= 0)
+        self.gathered = torch.empty((1 + self.copies) * most, dtype=dtype)
+        self.whole: dict[nn.Parameter, Tensor] = {}
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+
+    def arrived(self, p: nn.Parameter, last: bool) -> None:
+        """A gradient is there, whole; in the last micro-batch a block's are summed and cut."""
+        before, self.held.what = self.held.what, "gradients"
+        group = self.group[p]
+        if not last:
+            if p not in self.whole:
+                self.whole[p] = torch.empty_like(p, dtype=torch.float32)
+            p.grad = None
+        elif all(x.grad is not None for x in group if x.requires_grad):
+            self.summed = None
+            numbers = sum(x.numel() for x in group if x.requires_grad)
+            self.summed = torch.empty(self.copies * numbers, dtype=torch.float32)
+            for x in group:
+                if x.requires_grad:
+                    x.grad = None
+                    self.whole.pop(x, None)
+                    self.gradients[x] = torch.empty_like(self.parts[x])
+        self.held.what = before
+
+
 def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
-         adapter: Path | None = None, path: str = "blocks") -> Need:
-    """The most that a step of settings `s` holds, of so many micro-batches.
+         adapter: Path | None = None, path: str = "blocks", world: int = 1,
+         gb: float = math.inf) -> Need:
+    """The most that one of `world` ranks holds in a step of settings `s`, of so many micro-batches.
 
     Rows are two documents each, as packed rows are several. `path` of attention.py: blocks (a CPU),
-    offsets (a GPU's flash kernel) or mask (a GPU without it).
+    offsets (a GPU's flash kernel) or mask (a GPU without it). `gb`: of a GPU, for --shard auto.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model, device = shaped(config, s, dtype, adapter), torch.device("cpu")
+    how = way(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
     B, T = s.rows, s.seq_len
     doc = (torch.arange(T, device=device) >= T // 2).long().expand(B, T)  # (B,T)
     pos = torch.arange(T, device=device).expand(B, T)
+    _, *turning = model.model.shared(doc, pos, None)
     layouts = {w: _layout(path, doc, pos, w, bool(config.attention_cap))
-               for w in {*config.windows, 0}}
-    turn = turns(config.rope, config.head_dim, doc, pos)
+               for w in set(config.windows) or {0}}
+    model.model.shared = lambda *_: (layouts, *turning)  # found where tensors have numbers
     with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
         held.what = "weights"
         _place(model, device)
         for x in lora.trained_whole(model).values():
             held.see(x, "weights")
+        cut = Cut(model, world, dtype, held, path == "blocks") if how == "fsdp" else None
         held.what = "optimizer"
-        kept = _moments(model, s, device)
+        parts = cut.parts if cut else {}
+        moving = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        kept = [torch.empty(optim.bytes_held(name, parts.get(p, p), s.optimizer, s.ema),
+                            dtype=torch.uint8) for name, p in moving]
         held.what = "activations"
-        for x in (*turn, *(x for each in layouts.values() for x in each.tensors)):
+        for x in (*(x for pair in turning for x in pair),
+                  *(x for each in layouts.values() for x in each.tensors)):
             held.see(x, "activations")  # of the batch, for all layers
-        for _ in range(min(passes, 2)):
-            _step(model, held, doc, layouts, turn, pos)
+        held.most = dict(held.bytes)
+        for i in range(min(passes, 2)):
+            last = i == min(passes, 2) - 1
+            _step(model, held, doc, pos, cut, last, last and world > 1)
         for p in model.parameters():
             p.grad = None
         del kept
-    return Need(**held.most)
+    return Need(**{part: held.most[part] for part in PARTS})
 
 
 def _layout(path: str, doc: Tensor, pos: Tensor, window: int, plain: bool) -> Layout:
@@ -169,27 +236,33 @@ def path_of(device: torch.device, dtype: torch.dtype, D: int) -> str:
 def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes: int,
           adapter: Path | None = None) -> None:
     """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory; before a weight is
-    read. A bound that is never too low lets most models pass at once.
-
-    What is not known beforehand is not refused: rows that are to be found, a model cut among ranks.
-    """
-    if s.ignore_memory or s.rows == "auto" or (ranks.world > 1 and s.shard in ("auto", "fsdp")):
+    read. A bound that is never too low lets most models pass at once. Rows that are to be found
+    are not refused."""
+    if s.ignore_memory or s.rows == "auto":
         return
     B, T, L = s.rows, s.seq_len, config.num_hidden_layers
     with torch.device("meta"):
         numbers = sum(p.numel() for p in Llama(config).parameters())
     wide = config.hidden_size + config.intermediate_size
-    room = ranks.memory_limit_gb() * GiB
-    if 32 * numbers + 64 * B * T * L * wide + 8192 * config.vocab_size < room:
+    room = ranks.memory_limit_gb()
+    if 32 * numbers + 64 * B * T * L * wide + 8192 * config.vocab_size < room * GiB:
         return
-    found = need(config, s, dtype, passes, adapter,
-                 path_of(ranks.device, dtype, config.head_dim))
-    if found.total > room:
+    found = on(ranks, config, s, dtype, passes, adapter)
+    if found.total > room * GiB:
+        among = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
         raise UserError(
-            f"--rows {B} x --seq-len {T}, --tune {s.tune}: a step needs {found.total / GiB:.1f} GB "
-            f"({found}), {ranks.device} has {room / GiB:.1f}; take fewer --rows, --recompute, "
+            f"--rows {B} x --seq-len {T}, --tune {s.tune}: a step needs {found.total / GiB:.1f} GB"
+            f"{among} ({found}), {ranks.device} has {room:.1f}; take fewer --rows, --recompute, "
             "--tune qlora, --optimizer adamw8bit or adamw-bf16, or try all the same with "
             "--ignore-memory", FLAGS)
+
+
+def on(ranks: Ranks, config: ModelConfig, s: Any, dtype: torch.dtype, passes: int,
+       adapter: Path | None = None) -> Need:
+    """The need of one of these ranks."""
+    gpu = ranks.device.type == "cuda"
+    return need(config, s, dtype, passes, adapter, path_of(ranks.device, dtype, config.head_dim),
+                ranks.world, ranks.memory_limit_gb() if gpu else math.inf)
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
@@ -207,30 +280,29 @@ def _place(model: nn.Module, device: torch.device) -> None:
                        for k, x in whole.items()}
 
 
-def _moments(model: nn.Module, s: Any, device: torch.device) -> list[Tensor]:
-    """What the optimizer holds for each number that trains, and its average."""
-    return [torch.empty(optim.bytes_held(name, p, s.optimizer, s.ema), dtype=torch.uint8,
-                        device=device)
-            for name, p in model.named_parameters() if p.requires_grad]
+def _step(model: Llama, held: _Held, doc: Tensor, pos: Tensor, cut: Cut | None, last: bool,
+          meet: bool) -> None:
+    """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`, in
+    messages that hold them a second time until they stand in for them."""
+    moving = [p for p in model.parameters() if p.requires_grad]
+    whole, size = len(moving), 0
 
+    def arrived(p: nn.Parameter) -> None:
+        nonlocal whole, size
+        whole -= 1
+        if cut and p in cut.parts:
+            cut.arrived(p, last)
+            return
+        held.see(p.grad, "gradients", True)
+        size += p.grad.nbytes
+        if meet and (size >= BUCKET or not whole):
+            torch.empty(size, dtype=torch.uint8)
+            size = 0
 
-def _step(model: Llama, held: _Held, doc: Tensor, layouts: dict[int, Layout], turn: Any,
-          pos: Tensor) -> None:
-    """Forward and backward of one micro-batch: Decoder's loop and the loss, as they are."""
-    c, inner = model.config, model.model
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: held.see(p.grad, "gradients", True))
-             for p in model.parameters() if p.requires_grad]
-    x = inner.embed_tokens(doc).to(inner.compute_dtype)  # (B,T,C)
-    windows: Sequence[int] = c.windows or (0,) * len(inner.layers)
-    for block, window in zip(inner.layers, windows, strict=True):
-        if inner.recompute:
-            x = checkpoint(block, x, turn, layouts[window], pos, use_reentrant=False)
-        else:
-            x = block(x, turn, layouts[window], pos)
-    h = inner.norm(x).flatten(0, 1)  # (B T,C)
-    del x
+    hooks = [p.register_post_accumulate_grad_hook(arrived) for p in moving]
+    h = model.model(doc, doc, pos).flatten(0, 1)  # (B T,C)
     held.what = "logits"
-    nll = _TokenNLL.apply(h, model.head, doc.flatten(), c.logit_cap)
+    nll = _TokenNLL.apply(h, model.head, doc.flatten(), model.config.logit_cap)
     held.what = "activations"
     del h
     nll.sum().backward()

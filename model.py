@@ -169,6 +169,16 @@ class Decoder(nn.Module):
         self.recompute = False
         self.neftune = 0.0  # noise on the embeddings while training
 
+    def shared(self, doc: Tensor, pos: Tensor, extent: int | None) -> tuple[dict, Any, Any]:
+        """What layers share: who sees whom, by window, and the turns of those that see all, and of
+        those that see a window."""
+        c = self.config
+        fast = flash(doc.device, self.compute_dtype, c.head_dim)
+        layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fast)
+                   for window in set(c.windows) or {0}}
+        turn = turns(c.rope, c.head_dim, doc, pos)
+        return layouts, turn, turns(c.local_rope, c.head_dim, doc, pos) if c.local_rope else turn
+
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor,
                 cache: KVCache | None = None) -> Tensor:
         c = self.config
@@ -180,13 +190,8 @@ class Decoder(nn.Module):
         held = cache is not None and cache.rows is None  # tokens behind what the cache holds
         if held:
             cache.extent += tokens.shape[1]
+        layouts, turn, local = self.shared(doc, pos, cache.extent if held else None)
         windows = c.windows or (0,) * len(self.layers)
-        extent = cache.extent if held else None
-        fast = flash(x.device, x.dtype, c.head_dim)
-        layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fast)
-                   for window in set(windows)}
-        turn = turns(c.rope, c.head_dim, doc, pos)
-        local = turns(c.local_rope, c.head_dim, doc, pos) if c.local_rope else turn
         for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
             here = None if i in c.no_rope else local if window else turn
             if self.recompute and torch.is_grad_enabled():

@@ -48,8 +48,8 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
     moments = sum(optim.bytes_held(name, p, s.optimizer, s.ema) for name, p in moving) / GiB
     result = sum(p.nbytes for _, p in moving) / GiB
     base = weights.base_of(run.folder)
-    said = memory.need(run.model.config, s, run.model.compute_dtype,
-                       run.micro_batches, run.folder if run.folder != base else None)
+    said = memory.on(run.ranks, run.model.config, s, run.model.compute_dtype,
+                     run.micro_batches, run.folder if run.folder != base else None)
     trained = "\n".join(
         f"             {len(x['params'])} tensors, {sum(p.numel() for p in x['params']):,} "
         f"numbers at {s.lr * x['scale']:.2e}, weight decay {x['weight_decay']}: "
@@ -115,8 +115,6 @@ def foretell(s: Any) -> None:
                         "as in 8xh100", FLAGS)
     if not s.steps:
         raise UserError("--plan-for: give --steps; without data, epochs say nothing", FLAGS)
-    if found[1] not in (None, "1"):
-        raise UserError("--plan-for: one GPU at a time for now", FLAGS)
     world, (name, gb) = int(found[1] or 1), CARDS[found[2]]
     dtype = torch.float16 if name == "T4" else torch.bfloat16
     if s.dtype not in ("auto", "fp16" if name == "T4" else "bf16"):
@@ -130,7 +128,7 @@ def foretell(s: Any) -> None:
 
     def need(rows: int) -> memory.Need:
         return memory.need(config, dataclasses.replace(s, rows=rows), dtype,
-                           2 if tokens > rows * each else 1, adapter, path)
+                           2 if tokens > rows * each else 1, adapter, path, world, gb)
 
     each = s.seq_len * world  # tokens of a row on every rank
     tokens = s.tokens_per_step or (0 if s.rows == "auto" else s.rows * each)

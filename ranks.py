@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import json
+import math
 import os
 import platform
 import resource
@@ -52,17 +53,18 @@ class Bucket:
     work: dist.Work | None = None
 
     def send(self) -> None:
-        """Begin to sum; a parameter without a gradient here may have one elsewhere: it adds 0."""
+        """Begin to sum; a parameter without a gradient here may have one elsewhere: it adds 0. The
+        gradients are parts of the sum from now on, so that they do not stand twice."""
         self.sum = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
                               for p in self.parameters])
-        self.work = dist.all_reduce(self.sum, async_op=True)
-
-    def receive(self) -> None:
-        """Wait for the sum, and let the gradients be parts of it."""
-        self.work.wait()
         for p, part in zip(self.parameters, self.sum.split([p.numel() for p in self.parameters]),
                            strict=True):
             p.grad = part.view_as(p)
+        self.work = dist.all_reduce(self.sum, async_op=True)
+
+    def receive(self) -> None:
+        """Wait for the sum."""
+        self.work.wait()
         self.sum = self.work = None
 
 
@@ -132,7 +134,8 @@ class Ranks:
         """
         self.trained = trained
         if how == "auto":
-            how = "none" if self.world == 1 else "fsdp" if self._crowded(model) else "ddp"
+            gpu = self.device.type == "cuda"
+            how = way(model, self.world, self.memory_limit_gb() if gpu else math.inf)
         if how == "none" and self.world > 1:
             raise UserError(f"--shard none: {self.world} ranks that do not share their gradients "
                             "are different runs; take ddp or fsdp", FLAGS)
@@ -145,14 +148,6 @@ class Ranks:
         self._place(model)
         if self.world > 1:
             self._bucket([p for p in model.parameters() if p.requires_grad and not is_cut(p)])
-
-    def _crowded(self, model: nn.Module) -> bool:
-        """Whether the whole of weights, gradients and moments would fill half of a GPU."""
-        if self.device.type != "cuda":
-            return False
-        need = sum(p.numel() * (16 if p.requires_grad else p.element_size())
-                   for p in model.parameters())
-        return need > torch.cuda.get_device_properties(self.device).total_memory / 2
 
     def _place(self, module: nn.Module) -> None:
         """Move what is not cut to the device, and what trains to its dtype."""
@@ -183,7 +178,7 @@ class Ranks:
         # the NLL is a view, and nobody writes into it
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, (self.world,))
-        whole = {p for name, p in model.named_parameters() if p.dim() < 2 or ".lora_" in name}
+        whole = {p for name, p in model.named_parameters() if stays_whole(name, p)}
         # inputs are left as they are: the rotary angles among them are float32
         narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
@@ -380,6 +375,20 @@ def _environment() -> tuple[int, int, int]:
         raise UserError(f"environment: WORLD_SIZE={world}, but {', '.join(missing)} are not set; "
                         "start with torchrun, or unset WORLD_SIZE", FLAGS)
     return rank, world, local
+
+
+def way(model: nn.Module, world: int, gb: float) -> str:
+    """How --shard auto shares a model: none; fsdp if the whole of weights, gradients and moments
+    would fill half of a GPU of so many GB; ddp."""
+    need = sum(p.numel() * (16 if p.requires_grad else p.element_size())
+               for p in model.parameters())
+    return "none" if world == 1 else "fsdp" if need > gb * GiB / 2 else "ddp"
+
+
+def stays_whole(name: str, p: nn.Parameter) -> bool:
+    """Whether fsdp leaves a parameter whole on each rank: what is small, or needs float32 in use.
+    """
+    return p.dim() < 2 or ".lora_" in name
 
 
 def is_cut(x: Tensor) -> bool:

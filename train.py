@@ -163,7 +163,7 @@ class Settings:
     plan: bool = False
     """Print what would be done, what it costs, and the first batch; then stop."""
     plan_for: str = ""
-    """Print memory, time and cost on a GPU such as h100 or t4, from --model's config.json alone,
+    """Print memory, time and cost on GPUs such as h100 or 8xa100, from --model's config.json alone,
     without weights or data; then stop. Needs --steps."""
     plan_share: float = 0.35
     """--plan-for: the share of a GPU's peak that is assumed to be reached."""

@@ -3,7 +3,9 @@ it."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -13,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import fork
 import lora
 import memory
 import nf4
 import optim
 import tiny
 import train
+from data import Batch
 from families import ModelConfig
 from log import UserError
 from ranks import GiB, Ranks
@@ -26,13 +30,15 @@ from ranks import GiB, Ranks
 ROOT = Path(__file__).parents[1]
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
         "max_position_embeddings": 512}
+BIG = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16,
+       "max_position_embeddings": 512}
 WAYS = {"all weights": {}, "recomputed": {"recompute": True}, "bf16": {"optimizer": "adamw-bf16"},
         "8 bits": {"optimizer": "adamw8bit"}, "LoRA": {"tune": "lora"},
         "LoRA, recomputed": {"tune": "lora", "recompute": True},
         "QLoRA": {"tune": "qlora", "double_quant": True},
         "DoRA and embeddings": {"tune": "lora", "dora": True, "train_embeddings": True,
                                 "lora_dropout": 0.1},
-        "one layer": {"train_layers": ["1"]}}
+        "one layer": {"train_layers": ["1"]}, "NEFTune": {"neftune": 5.0}}
 
 
 def settings(**words) -> train.Settings:
@@ -61,6 +67,7 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
         if s.train_layers:
             lora.train_layers(model, [1], whole)
         model.model.compute_dtype, model.model.recompute = dtype, s.recompute
+        model.model.neftune = s.neftune
         m = None  # a layer that was replaced must go
         optimizer = optim.adamw(model.train(), 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
         for step in range(2):
@@ -75,7 +82,8 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", ["llama32", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", ["llama32", *(pytest.param(x, marks=pytest.mark.slow)
+                                               for x in ("gemma3", "smollm3-window"))])
 def test_the_prediction_is_what_a_real_steps_tensors_hold(shape, way):
     s = settings(**WAYS[way])
     config = ModelConfig.from_hf(tiny.config(shape, **WIDE))
@@ -101,6 +109,7 @@ def test_a_prediction_leaves_nothing_behind_that_has_no_numbers():
     """In a process of its own, where the prediction is the first to need NF4's tables."""
     work = """
 import torch, memory, nf4, tiny, train
+from data import Batch
 from families import ModelConfig
 s = train.Settings(rows=1, seq_len=16, tune="qlora", double_quant=True)
 memory.need(ModelConfig.from_hf(tiny.config("llama3")), s, torch.float32)
@@ -147,6 +156,20 @@ def test_what_cannot_fit_is_refused_in_one_line_and_what_fits_is_not_measured(mo
     memory.check(config, settings(), torch.float32, one, 1)
 
 
+def test_what_cannot_fit_a_rank_is_refused_too(monkeypatch):
+    config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
+    two = Ranks(0, 2, torch.device("cpu"))
+    s = train.Settings(rows=1, seq_len=64, shard="fsdp")
+    exact = memory.need(config, s, torch.float32, world=2).total
+    monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 0.99)
+    with pytest.raises(UserError, match=r"a step needs [\d.]+ GB on each of 2 ranks \(weights"):
+        memory.check(config, s, torch.float32, two, 1)
+    monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 1.01)
+    memory.check(config, s, torch.float32, two, 1)
+    with pytest.raises(UserError, match="ranks"):
+        memory.check(config, dataclasses.replace(s, shard="ddp"), torch.float32, two, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["full", "full-recompute", "bf16", "lora", "lora-recompute",
                                   "qlora", "qlora-recompute"])
@@ -165,3 +188,78 @@ def test_the_prediction_is_within_a_tenth_of_what_the_system_counts(tmp_path_fac
         child("draw", "110M", folder, "float32")
     said, found = child("predict", case, "110M", folder), child("ours", case, "110M", folder)
     assert said["total"] == pytest.approx(found["peak"] - found["before"], rel=0.1)
+
+
+def most_of(profile) -> list[int]:
+    """The most that the CPU's allocator had given out in each step but the first, above what it had
+    at the beginning."""
+    now, most = 0, []
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda x: x.start_ns()):
+        if event.name() == "a step":
+            most.append(now)
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most[-1:] = [max(x, now) for x in most[-1:]]
+    return most[1:]
+
+
+def of_a_rank(s: train.Settings, dtype: torch.dtype, passes: int, file: Path):
+    """What a rank does: two steps of a model that is shared, and what its allocator says."""
+
+    def act() -> None:
+        model = tiny.ours(tiny.peer("llama32", **BIG), "llama32", **BIG)
+        ranks = Ranks.start("cpu")
+        ids = torch.randint(3, tiny.V, (s.rows, s.seq_len))
+        doc = (torch.arange(s.seq_len) >= s.seq_len // 2).long().expand_as(ids)
+        batch = Batch(ids, ids, doc, torch.arange(s.seq_len).expand_as(ids))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                    profile_memory=True) as profile:
+            model = copy.deepcopy(model).to(torch.float32 if s.tune == "full" else dtype)
+            if s.tune == "lora":
+                lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
+            model.model.compute_dtype, model.model.recompute = dtype, s.recompute
+            ranks.share(model.train(), s.shard, dtype)
+            optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
+            for _ in range(5):
+                with torch.profiler.record_function("a step"):
+                    train.train_step(model, train.NLL, [batch] * passes, optimizer, ranks, 1.0)
+        file.write_text(json.dumps(most_of(profile)))
+        ranks.leave()
+
+    return act
+
+
+NARROW = torch.bfloat16
+
+
+@pytest.mark.parametrize("shard, words, passes, dtype", [
+    x if x in (("ddp", {}, 1, NARROW), ("fsdp", {}, 2, NARROW))
+    else pytest.param(*x, marks=pytest.mark.slow)
+    for x in itertools.product(("ddp", "fsdp"), ({}, {"recompute": True}, {"tune": "lora"}), (1, 2),
+                               (NARROW, torch.float32))], ids=str)
+def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, words, passes, dtype):
+    """The least of a few steps: gloo's threads let go of what they sent when they come to it."""
+    s = train.Settings(rows=2, seq_len=128, lora_rank=8, shard=shard, **words)
+    config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
+    said = memory.need(config, s, dtype, passes, world=2).total
+    ends = fork.ends(fork.together(2, of_a_rank(s, dtype, passes, tmp_path / "found"),
+                                   tmp_path / "said"))
+    assert ends == [0, 0], (tmp_path / "said-0").read_text()[-2000:]
+    found = min(json.loads((tmp_path / "found").read_text()))
+    print(said/found)
+    assert said == pytest.approx(found, rel=0.01 if shard == "ddp" else 0.1)
+
+
+def test_of_a_model_that_is_cut_a_rank_holds_its_part_and_what_is_whole():
+    config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
+    s = train.Settings(rows=2, seq_len=128, shard="fsdp")
+    one, *more = (memory.need(config, s, torch.bfloat16, 1, world=n) for n in (1, 2, 4, 8))
+    norms = 128 * (2 * 16 + 1)
+    for n, found in zip((2, 4, 8), more, strict=True):
+        assert found.optimizer == (one.optimizer - 8 * norms) / n + 8 * norms
+    assert one.total > more[0].total > more[1].total > more[2].total
+    auto = dataclasses.replace(s, shard="auto")
+    numbers = one.optimizer / 8
+    for gb, how in ((33 * numbers / GiB, "ddp"), (31 * numbers / GiB, "fsdp")):
+        assert memory.need(config, auto, torch.bfloat16, 1, world=2, gb=gb) == memory.need(
+            config, dataclasses.replace(s, shard=how), torch.bfloat16, 1, world=2)
