@@ -35,6 +35,7 @@ def child(action: Callable[[], object], said: Path, **env: str) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 

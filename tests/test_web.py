@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -367,7 +368,8 @@ def test_the_page_of_a_model_answers_as_sample_py_does_and_ends_with_ctrl_c(taug
     run = [sys.executable, ROOT / "sample.py", "--model", taught, "--web", "--address",
            "127.0.0.1:0", "--dtype", "fp32", "--device", "cpu", "--max-new-tokens", "12",
            "--beams", "2"]
-    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True) as running:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as at a terminal
+    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as running:
         try:
             port = None
             while port is None:
