@@ -200,7 +200,7 @@ def save(root: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) 
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor],
-                  rest: Callable[[float], object] = float) -> list:
+                  rest: Callable[[float], object] = lambda worked: None) -> list:
     """Write CPU tensors as a new safetensors file, flushed: [its bytes, its sha256].
 
     The format is a length, a JSON header and the bytes; written here so that the hash is taken on

@@ -164,12 +164,11 @@ def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequenc
     it is what greedy decoding gives, (N,) bool.
 
     Equal prompts are read once, whatever stands behind them, and what all begin with (an
-    instruction, examples) is read once too. `length`: the most tokens read at
-    once, 0: the model's context; a longer prompt loses its beginning, BOS too, as in
-    lm-evaluation-harness. log-softmax in float32 over the model's whole vocabulary, sums in
-    float64; `kept`: what each log p, and their sum, is rounded to. `move` is told how many requests
-    are done, batch by batch. UserError on an empty prompt or continuation, and on a continuation
-    longer than `length`.
+    instruction, examples) is read once too. `length`: the most tokens read at once, 0: the model's
+    context; a longer prompt loses its beginning, BOS too, as in lm-evaluation-harness. log-softmax
+    in float32 over the model's whole vocabulary, sums in float64; `kept`: what each log p, and
+    their sum, is rounded to. `move` is told how many requests are done, batch by batch. UserError
+    on an empty prompt or continuation, and on a continuation longer than `length`.
     """
     length = length or model.config.max_position_embeddings
     groups: dict[tuple[int, ...], list[Request]] = {}

@@ -163,7 +163,7 @@ class Guards:
 
     def resume(self, file: Path, step: int) -> None:
         """Look again at the evaluation that a run stands at, by its metrics.jsonl."""
-        looks = read(file)
+        looks = evaluations(file)
         self.first = looks.get(0, {})
         for guard in self.guards:
             if step and guard.percent and not self.first.get(guard.name):
@@ -187,7 +187,7 @@ def finite(figures: Figures) -> dict[str, float | None]:
     return {k: x if x is not None and math.isfinite(x) else None for k, x in figures.items()}
 
 
-def read(file: Path) -> dict[int, dict[str, float | None]]:
+def evaluations(file: Path) -> dict[int, dict[str, float | None]]:
     """The figures of each evaluation in metrics.jsonl, by step; a line cut short is left out."""
     found = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():

@@ -172,11 +172,11 @@ def attach(model: nn.Module, rank: int, alpha: float, dropout: float, targets: S
         if not any(_ends(name, target) for name in linears):
             raise UserError(f"--lora-targets: no layer is named {target!r}; there are "
                             f"{', '.join(known)}, and all-linear", FLAGS)
-    deep = max((_index(name) for name in linears), default=-1)
+    deep = max((layer_of(name) for name in linears), default=-1)
     if odd := [i for i in layers if not 0 <= i <= deep]:
         raise UserError(f"--lora-layers: there is no layer {odd[0]}; they are 0 to {deep}", FLAGS)
     wrapped = [name for name in linears if any(_ends(name, t) for t in targets)
-               and (not layers or _index(name) in layers)]
+               and (not layers or layer_of(name) in layers)]
     for name in wrapped:
         base = model.get_submodule(name)
         if not 0 < rank <= min(base.in_features, base.out_features):
@@ -197,7 +197,7 @@ def _ends(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def _index(name: str) -> int:
+def layer_of(name: str) -> int:
     """The layer a module is in; -1 outside of all."""
     found = re.search(r"\blayers\.(\d+)\.", name)
     return int(found[1]) if found else -1
@@ -241,11 +241,11 @@ def indices(ranges: Sequence[str], flag: str) -> list[int]:
 def train_layers(model: nn.Module, layers: Sequence[int], whole: Sequence[str] = ()) -> None:
     """Freeze all but these layers and the modules that `whole` names, which train in float32
     (UCCIX-MT: the embeddings, the first eight layers and the last three)."""
-    deep = max(_index(name) for name, _ in model.named_parameters())
+    deep = max(layer_of(name) for name, _ in model.named_parameters())
     if odd := [i for i in layers if i > deep]:
         raise UserError(f"--train-layers: there is no layer {odd[0]}; they are 0 to {deep}", FLAGS)
     for name, p in model.named_parameters():
-        chosen = _index(name) in layers or name.rpartition(".")[0].endswith(tuple(whole))
+        chosen = layer_of(name) in layers or name.rpartition(".")[0].endswith(tuple(whole))
         p.requires_grad_(chosen)
         if p.requires_grad:
             p.data = p.data.float()
@@ -277,8 +277,8 @@ def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
     """adapter_config.json for the attached adapter, on the base of that name or path."""
     found, whole = adapters(model), trained_whole(model)
     one = next(iter(found.values()))
-    everywhere = {_index(name) for name, m in model.named_modules() if _index(name) >= 0}
-    layers = sorted({_index(name) for name in found})
+    everywhere = {layer_of(name) for name, m in model.named_modules() if layer_of(name) >= 0}
+    layers = sorted({layer_of(name) for name in found})
     words = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
              "r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout, "bias": "none",
              "use_rslora": one.rslora, "use_dora": one.lora_magnitude_vector is not None,

@@ -141,7 +141,7 @@ class Cut:
             if stays_whole(name, p):
                 continue
             self.parts[p] = p.new_empty(-(-len(p) // world), *p.shape[1:])
-            layer = lora._index(name)
+            layer = lora.layer_of(name)
             if layer >= 0:
                 p.data = p.data.to(dtype)
                 held.see(p.data, APART, again=True)

@@ -124,6 +124,9 @@ def foretell(s: Any) -> None:
     folder = weights.find(s.model, files)
     base = weights.base_of(folder, files)
     config, adapter = weights.read_config(base), folder if folder != base else None
+    if s.seq_len > config.max_position_embeddings:
+        raise UserError(f"--seq-len {s.seq_len}: the model's context is "
+                        f"{config.max_position_embeddings}", FLAGS)
     path = "mask" if name == "T4" else "offsets"  # its kernel needs an Ampere GPU
 
     def need(rows: int) -> memory.Need:

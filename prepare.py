@@ -55,7 +55,7 @@ class Text:
     keep_duplicates: bool = False
     """Keep documents whose text was seen before."""
     without: list[str] = field(default_factory=list)
-    """Test files: what holds a sentence of theirs, or 13 words in a row, is left out."""
+    """Test files: what holds a whole line or text of theirs, or 13 words in a row, is left out."""
     min_chars: int = 1
     """Shorter documents are left out."""
     max_doc_mb: int = 64

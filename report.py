@@ -60,7 +60,7 @@ PAGE = """<!doctype html>
 <td class="n">{{ "%.4f" % x.best }} <span class="soft">step {{ x.at }}</span></td></tr>
 {% endfor %}</table></div>
 <p class="soft">Of held-out text. Lower is better; comparable between tokenizers. Before is step {{ first }}, after is
-step {{ last }}.</p>{% else %}<p>No evaluation in metrics.jsonl.</p>{% endif %}
+step {{ last }}.</p>{% else %}<p>{{ "No held-out text." if suites else "No evaluation in metrics.jsonl." }}</p>{% endif %}
 {% if suites %}<h2>Suites, before and after</h2>
 <div class="wide"><table><tr><th>figure</th><th class="n">before</th><th class="n">after</th>
 <th class="n">change</th></tr>
@@ -109,7 +109,8 @@ def run_report(out: Path) -> Path:
     shown = [(k.replace("_", "-"), _shown(v)) for k, v in settings.items()]
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         style=STYLE, title=f"{settings.get('mode', 'run')}: {out.resolve().name}", command=command, notes=notes,
-        summary=_summary(about, steps), table=_table(looks, "bits_per_byte"), suites=_table(looks, "suites"), plots=plots(steps, looks),
+        summary=_summary(about, steps), table=_table(looks, "bits_per_byte"),
+        suites=_table(looks, "suites"), plots=plots(steps, looks),
         first=looks[0]["step"] if looks else 0, last=looks[-1]["step"] if looks else 0,
         samples=_samples(_text(out / "samples.txt")), settings=shown,
         chosen=[(k, v) for k, v in shown if k.replace("-", "_") in chosen],

@@ -45,7 +45,7 @@ import watch
 import weights
 from chat import Template
 from data import Loader
-from guards import Guards, finite
+from guards import Guards, evaluations, finite
 from log import FLAGS, STORAGE, UserError
 from model import Llama
 from ranks import Ranks
@@ -412,9 +412,7 @@ class Run:
         page = report.run_report(self.out)
         about = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
         self.describe({**about, "finished": time.strftime("%Y-%m-%d %H:%M:%S")})
-        lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        seen = {x["step"]: x["bits_per_byte"]
-                for x in map(json.loads, lines) if "bits_per_byte" in x}
+        seen = evaluations(self.out / "metrics.jsonl")
         for name in self.held:
             before, after = seen[min(seen)][name], seen[step][name]
             if before and after:

@@ -99,7 +99,16 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
 
 import web  # noqa: E402
 import weights  # noqa: E402
-from ask import OUTGROWN, Asked, Manner, Way, facts, pieces, replies  # noqa: E402
+from ask import (  # noqa: E402
+    DIRECTIONS,
+    OUTGROWN,
+    Asked,
+    Manner,
+    Way,
+    facts,
+    pieces,
+    replies,
+)
 from decode import hasten  # noqa: E402
 from generate import answers, stream  # noqa: E402
 from model import Llama  # noqa: E402
@@ -134,6 +143,8 @@ def read_asked(s: Settings) -> list[Asked]:
     if s.chat and (s.json or s.translate or s.samples > 1 or s.beams > 1):
         raise UserError("--chat: a conversation takes no --json, --translate, --samples or "
                         "--beams; --file takes messages", FLAGS)
+    if s.address != Settings.address and not s.web:
+        raise UserError(f"--address {s.address}: goes with --web", FLAGS)
     if s.web and (s.json or s.samples > 1):
         raise UserError("--web: a page takes no --json or --samples", FLAGS)
     if s.compile and not (s.chat or s.web or len(s.prompt) == s.samples == s.beams == 1):
@@ -307,12 +318,15 @@ def save(name: str, said: Sequence[Mapping[str, str]]) -> None:
         log.say(f"/save {name}: cannot be written ({e.strerror})")
 
 
-def manners_of(s: Settings, ways: Mapping[str, Way], ends: set[int],
-               sampling: Sampling) -> dict[str, Manner]:
+def manners_of(s: Settings, ways: Mapping[str, Way], ends: set[int]) -> dict[str, Manner]:
     """How a page's answers are made: only translations are searched for, and nothing of them is
-    drawn."""
+    drawn unless --temperature says so."""
+    if s.beams > 1 and not any(way.direction for way in ways.values()):
+        raise UserError(f"--beams {s.beams}: a page searches only for translations, and this model "
+                        "was taught none; name --translate", FLAGS)
     drawn = sampling_of(dataclasses.replace(s, beams=1, translate=""))
-    return {name: Manner(way, sampling if way.direction else drawn, stops_of(s, way, ends, name))
+    sought = sampling_of(dataclasses.replace(s, translate=DIRECTIONS[0]))
+    return {name: Manner(way, sought if way.direction else drawn, stops_of(s, way, ends, name))
             for name, way in ways.items()}
 
 
@@ -343,7 +357,7 @@ def main(s: Settings) -> None:
     ends = weights.stop_ids(folder, tokenizer)
     if s.web:
         ways = {**({s.translate: way} if s.translate else {}), **Way.taught(folder, tokenizer)}
-        manners = manners_of(s, ways, ends, sampling)
+        manners = manners_of(s, ways, ends)
         return asyncio.run(web.serve(s.address, replies(model, manners), facts(s.model, manners)))
     in_chat = s.chat or any(not isinstance(x, str) for x in asked)
     stops = stops_of(s, way, ends, "chat" if in_chat else "")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,8 +23,10 @@ import corpus
 import log
 from data import Bin, Document, Source, hold_out
 from log import FLAGS, UserError
-from ranks import Ranks
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # torch would come with it, into each process that prepares text
+    from ranks import Ranks
 
 MIXED = ("text", "chat", "mt")  # kinds that are trained by their NLL
 

@@ -243,9 +243,8 @@ def parsed(head: bytes) -> Request:
     """A request's first lines; Refused (400) if they are not exactly what HTTP/1 says."""
     first, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
     words = re.fullmatch(r"([A-Z]+) (\S+) HTTP/1\.[01]", first)
-    found = [re.fullmatch(r"([!#$%&'*+.^_`|~\w-]+):[ \t]*([^\r\n\0]*?)[ \t]*", x, re.ASCII)
-             for x in lines]
-    headers = {x[1].lower(): x[2] for x in found if x}
+    found = [re.fullmatch(r"([!#$%&'*+.^_`|~\w-]+):([^\r\n\0]*)", x, re.ASCII) for x in lines]
+    headers = {x[1].lower(): x[2].strip(" \t") for x in found if x}
     if not words or len(headers) < len(lines):  # a header said twice is none
         raise Refused(400, "this is not HTTP")
     return Request(words[1], words[2], headers)
@@ -300,7 +299,7 @@ class Door:
                 raise Refused(431, f"more than {HEAD} bytes before the body") from None
         except Refused as e:
             await self.refuse(e, reader, writer)
-        except (OSError, EOFError):  # it went away
+        except (OSError, EOFError, asyncio.CancelledError):  # it went away, or we end
             pass
         finally:
             self.open -= 1
@@ -376,6 +375,7 @@ class Door:
         finally:
             gone.set()
             leaving.cancel()
+            await asyncio.wait({job})  # it tells its last to a loop that still runs
 
     async def refuse(self, why: Refused, reader: asyncio.StreamReader,
                      writer: asyncio.StreamWriter) -> None:
@@ -392,11 +392,13 @@ class Door:
             pass
 
     async def send(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        """Write, and wait until the system has it; TimeoutError if it takes too long."""
         writer.write(data)
         async with asyncio.timeout(self.patience):
             await writer.drain()
 
     def head(self, status: int, kind: str, size: int | None = None) -> bytes:
+        """An answer's first lines; `size` in bytes, where it is known."""
         lines = {"Content-Type": f"{kind}; charset=utf-8", **self.always}
         if size is not None:  # else: until the connection ends
             lines["Content-Length"] = str(size)
@@ -404,6 +406,7 @@ class Door:
         return f"HTTP/1.1 {int(status)} {HTTPStatus(status).phrase}\r\n{words}\r\n".encode()
 
     def page(self) -> str:
+        """The page, with what it has to know; nothing in that can end its script."""
         facts = json.dumps({**self.facts, "token": self.token}).replace("<", "\\u003c")
         return PAGE.replace("{style}", STYLE).replace("{script}", SCRIPT).replace("{facts}", facts)
 
@@ -426,5 +429,8 @@ def work(parts: Iterator[Mapping[str, Any]], tell: Callable[[Any], None],
 
 async def serve(address: str, reply: Reply, facts: Mapping[str, Any]) -> None:
     """Serve until interrupted."""
-    async with await Door(reply, facts).listen(address) as server:
-        await server.serve_forever()
+    server = await Door(reply, facts).listen(address)
+    try:  # serve_forever, interrupted, would wait until every answer is whole
+        await asyncio.get_running_loop().create_future()
+    finally:
+        server.close()

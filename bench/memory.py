@@ -118,7 +118,7 @@ def peer(side: str, case: str, name: str, folder: str) -> dict[str, float]:
         model = get_peft_model(
             model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
                               task_type="CAUSAL_LM"),
-            autocast_adapter_dtype=side != "peft, bf16 adapter")
+            autocast_adapter_dtype=side != "peft + bf16 adapter")
     same_start(model)
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, LR, BETAS, weight_decay=DECAY, fused=True)

@@ -312,8 +312,8 @@ def test_documents_that_hold_what_a_test_asks_are_left_out_and_counted(tok, tmp_
     lines = [*dirty, near, *clean[:4], dirty[1], *clean[4:]]
     write(tmp_path / "text.txt", "\n".join(lines).encode())
     said, _ = call("text", tmp_path / "text.txt", "--tokenizer", tok, "--out", tmp_path / "two",
-                       "--documents", "line", "--without", tmp_path / "asked.txt",
-                       "--processes", "2")
+                   "--documents", "line", "--without", tmp_path / "asked.txt",
+                   "--processes", "2")
     assert re.search(r"contaminated +3 ", said) and re.search(rf"kept +{len(clean) + 1} ", said)
     sought = overlap.signs([str(tmp_path / "asked.txt")])
     one, ledger = corpus.prepare([str(tmp_path / "text.txt")], tok, tmp_path / "one", unit="line",

@@ -204,7 +204,7 @@ def most_of(profile) -> list[int]:
 
 
 def of_a_rank(s: train.Settings, dtype: torch.dtype, passes: int, file: Path):
-    """What a rank does: two steps of a model that is shared, and what its allocator says."""
+    """What a rank does: some steps of a model that is shared, and what its allocator says."""
 
     def act() -> None:
         model = tiny.ours(tiny.peer("llama32", **BIG), "llama32", **BIG)
@@ -220,7 +220,7 @@ def of_a_rank(s: train.Settings, dtype: torch.dtype, passes: int, file: Path):
             model.model.compute_dtype, model.model.recompute = dtype, s.recompute
             ranks.share(model.train(), s.shard, dtype)
             optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
-            for _ in range(5):
+            for _ in range(STEPS):
                 with torch.profiler.record_function("a step"):
                     train.train_step(model, train.NLL, [batch] * passes, optimizer, ranks, 1.0)
         file.write_text(json.dumps(most_of(profile)))
@@ -230,6 +230,7 @@ def of_a_rank(s: train.Settings, dtype: torch.dtype, passes: int, file: Path):
 
 
 NARROW = torch.bfloat16
+STEPS = 12  # on a busy machine one in which gloo was late is seen often
 
 
 @pytest.mark.parametrize("shard, words, passes, dtype", [
@@ -238,8 +239,7 @@ NARROW = torch.bfloat16
     for x in itertools.product(("ddp", "fsdp"), ({}, {"recompute": True}, {"tune": "lora"}), (1, 2),
                                (NARROW, torch.float32))], ids=str)
 def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, words, passes, dtype):
-    """The least of a few steps: gloo's threads let go of what they sent when they come to it, on a
-    busy machine so late that a tenth more was seen."""
+    """The least of some steps: gloo's threads let go of what they sent when they come to it."""
     s = train.Settings(rows=2, seq_len=128, lora_rank=8, shard=shard, **words)
     config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
     said = memory.need(config, s, dtype, passes, world=2).total
@@ -247,7 +247,7 @@ def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, wor
                                    tmp_path / "said"))
     assert ends == [0, 0], (tmp_path / "said-0").read_text()[-2000:]
     found = min(json.loads((tmp_path / "found").read_text()))
-    assert said == pytest.approx(found, rel=0.01 if shard == "ddp" else 0.15)
+    assert said == pytest.approx(found, rel=0.01 if shard == "ddp" else 0.1)
 
 
 def test_of_a_model_that_is_cut_a_rank_holds_its_part_and_what_is_whole():

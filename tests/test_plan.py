@@ -86,6 +86,7 @@ def test_rows_are_as_many_as_the_card_holds_and_what_does_not_fit_is_said(
 @pytest.mark.parametrize("words, match", [
     ({"plan_for": "b17"}, "expected one of t4, l4"), ({"plan_for": "0xh100"}, "several as in"),
     ({"steps": 0}, "give --steps"), ({"plan_for": "t4", "dtype": "bf16"}, "that of float16"),
+    ({"seq_len": 1 << 20}, "the model's context is"),
     ({"tokens_per_step": 100}, "no multiple of rows 2 x seq-len 32"),
     ({"rows": "auto"}, "no multiple")])
 def test_what_cannot_be_foretold_is_refused_in_one_line(folder, words, match):

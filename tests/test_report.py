@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from browser import CHROMIUM, browser
 from report import run_report
 
 HOSTILE = "<script>alert(1)</script>&\"'$x^2$"
@@ -176,29 +175,16 @@ def test_samples_of_any_shape_are_no_error(tmp_path, text):
     page_of(leave(tmp_path, samples=text))
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here to open the page")
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here to open the page")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_all_of_it_on_a_wide_and_on_a_narrow_screen(tmp_path, width):
-    """Not wider than the screen, plots drawn, and no name broken into a column of letters.
-
-    A frame stands in for the screen, for a browser's own window has a least width.
-    """
+    """Not wider than the screen, plots drawn, and no name broken into a column of letters."""
     long = "kin_news_val " + "mu-rwanda/" * 30
     run_report(leave(tmp_path, "kin_news_validation", f"== step 0\n-- a\n{long}\n"))
-    page = json.dumps((tmp_path / "report.html").read_text()).replace("</", "<\\/")
-    (tmp_path / "frame.html").write_text(f"""
-        <iframe id=f width={width} height=900></iframe><p id=p></p><script>f.onload = () => {{
-            const all = q => [...f.contentDocument.querySelectorAll(q)]
-            const heights = q => all(q).map(x => x.getBoundingClientRect().height)
-            p.textContent = `wide ${{f.contentDocument.documentElement.scrollWidth}}
-                plot ${{Math.min(...heights("figure svg"))}}
-                row ${{Math.max(...heights("table:not(.facts) tr"))}}.` }}
-            f.srcdoc = {page}</script>""")
-    said = subprocess.run(
-        ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000",
-         f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000", "--dump-dom",
-         f"file://{tmp_path}/frame.html"], capture_output=True, text=True, timeout=120).stdout
-    found = re.search(r"wide (\d+)\s+plot ([\d.]+)\s+row ([\d.]+)\.", said)
-    assert found, said[-500:]
-    wide, plot, row = map(float, found.groups())
-    assert wide <= width and plot > 100 and row < 80
+    with browser(tmp_path / "profile") as tab:
+        tab.open((tmp_path / "report.html").as_uri(), width)
+        plots, rows = (tab.run(f"[...document.querySelectorAll({q!r})]"
+                               ".map(x => x.getBoundingClientRect().height)")
+                       for q in ("figure svg", "table:not(.facts) tr"))
+        wide = tab.run("document.documentElement.scrollWidth")
+    assert wide <= width and min(plots) > 100 and max(rows) < 80

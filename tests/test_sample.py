@@ -128,6 +128,8 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     ({"web": True, "chat": True}, "give one of --prompt", 2),
     ({"web": True, "samples": 2}, "--web: a page takes no --json or --samples", 2),
     ({"web": True, "address": "8000"}, "--address 8000: expected one address", 2),
+    ({"web": True, "beams": 2}, "a page searches only for translations", 2),
+    ({"prompt": ["a"], "address": "127.0.0.1:1"}, "--address 127.0.0.1:1: goes with --web", 2),
     ({"chat": True, "json": True}, "a conversation takes no --json", 2),
     ({"prompt": ["a"], "samples": 2, "temperature": 0.0}, "without chance all are the same", 2),
     ({"prompt": ["a"], "beams": 2, "temperature": 0.7}, "--beams 2 searches", 2),

@@ -340,14 +340,16 @@ def test_the_plan_says_what_it_takes_and_writes_no_run(place):
     assert not (place / "plan/metrics.jsonl").exists()
 
 
-def test_help_answers_at_once():
+@pytest.mark.parametrize("words, flag", [(["train.py"], "--tokens-per-step"),
+                                         (["prepare.py", "text"], "--without")])
+def test_help_answers_at_once(words, flag):
+    """prepare.py's workers begin with the same imports."""
+    command = [str(ROOT / words[0]), *words[1:], "--help"]
     begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, env=ENV)
-    assert done.returncode == 0 and "--tokens-per-step" in done.stdout
-    imported = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"], capture_output=True,
-        text=True, env=ENV).stderr
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0 and flag in done.stdout
+    imported = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True,
+                              text=True, env=ENV).stderr
     assert "torch" not in imported, (
         f"torch was imported for --help ({time.perf_counter() - begun:.1f} s)")
 
