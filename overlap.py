@@ -88,12 +88,13 @@ def find(tests: dict[str, list[list[str]]], training: Iterable[str]) -> dict[str
 def trained_on(model: str) -> tuple[list[str], list[str]]:
     """The bins that a run's model was trained on, and those of the runs it came from; then what of
     them is no longer there. Both are empty where the model is no run's."""
-    there, gone = [], []
+    there, gone, seen = [], [], set()
     while True:
         out = next((p for p in (Path(model), Path(model).parent)
                     if (p / "settings.toml").is_file()), None)
-        if out is None:
+        if out is None or out in seen:  # a run may have begun with a folder that lies in its own
             return there, gone
+        seen.add(out)
         try:
             settings = tomllib.loads((out / "settings.toml").read_text(encoding="utf-8"))
         except ValueError:
@@ -104,8 +105,8 @@ def trained_on(model: str) -> tuple[list[str], list[str]]:
             own = out / "bins" / "".join(c if c.isalnum() or c in "-_" else "_" for c in stem)
             found = next((p for p in (Path(head), own) if (p / "meta.json").is_file()), None)
             (gone if found is None else there).append(str(found or head))
-        before, model = model, settings.get("model", "")
-        if not model or model == before:
+        model = settings.get("model", "")
+        if not model:
             return there, gone
 
 

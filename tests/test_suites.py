@@ -171,6 +171,19 @@ def test_sentences_of_the_training_text_are_found_whole_and_by_runs():
     assert overlap.trained_on("nowhere") == ([], [])
 
 
+def test_the_runs_a_model_came_from_are_each_looked_at_once(tmp_path, monkeypatch):
+    """As in the demo: OUT began with OUT/base/model, which began with OUT/seed, and that lies in
+    OUT."""
+    monkeypatch.chdir(tmp_path)
+    for out, begun, data in (("run", "run/base/model", "kin.txt"), ("run/base", "run/seed", "eng")):
+        (tmp_path / out / "model").mkdir(parents=True)
+        (tmp_path / out / "settings.toml").write_text(f'model = "{begun}"\ndata = ["{data}:3"]\n')
+    (tmp_path / "run/bins/kin").mkdir(parents=True)
+    (tmp_path / "run/bins/kin/meta.json").write_text("{}")
+    assert overlap.trained_on("run/model") == (["run/bins/kin"], ["eng"])
+    assert overlap.trained_on("run/model") == overlap.trained_on("run")
+
+
 def suite_file(home: Path, **changes) -> str:
     words = {"kind": "choose", "version": 1, "about": "test", "metrics": ["acc"],
              "choices": ["yego", "oya"], "gold": "{{label}}", **changes}
