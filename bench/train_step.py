@@ -5,7 +5,8 @@
 The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
 tokens, dtype, start of LoRA, fused AdamW and clipping. Peers are measured as they come and
 compiled, all sides with the system's own allocator. The losses of the first and of the last step
-must agree, or not the same was measured: that is an error.
+must agree, or not the same was measured: that is an error. Of a peer that keeps its adapter in bf16
+only the first is held to it: each of its updates is rounded to 8 bits, which is other arithmetic.
 """
 
 from __future__ import annotations
@@ -170,13 +171,13 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
         took = Spread.of([x for run in done for x in run["seconds"]])
         gb = statistics.median(run["gb"] for run in done)
         first, last = done[0]["losses"][0], done[0]["losses"][-1]
-        losses.append((first, last))
+        losses.append([first] if "bf16 adapter" in side else [first, last])
         found[side] = (took.median, gb)
         rows.append([f"{what}, {n / 1e6:,.0f}M, {B} x {T}", side, f"{took.median:.3f}",
                      f"{took.least:.3f} to {took.most:.3f}", f"{B * T / took.median:,.0f}",
                      f"{flops / took.median / peak:.0%}", f"{gb:.2f}", f"{first:.5f}",
                      f"{last:.5f}"])
-    apart = max(abs(a / b - 1) for x in losses for a, b in zip(losses[0], x, strict=True))
+    apart = max(abs(a / b - 1) for x in losses for a, b in zip(losses[0], x, strict=False))
     if apart > APART[case] or len({x[0]["trained"] for x in runs.values()}) > 1:
         s.faults.append(f"{case}: losses {apart:.1e} apart, so not the same was measured")
     return rows, f"- {what}, {n / 1e6:,.0f}M: {ratios(found)}. Losses at most {apart:.0e} apart."
@@ -214,7 +215,7 @@ def job(s: Settings) -> str:
             "first loss", "last loss"]
     return (f"All sides start from the same weights and take the same tokens; losses of the first "
             f"and of the last step agree. peft keeps its adapter in float32, as we do; with \"bf16 "
-            f"adapter\" in bf16.\n\n{table(head, rows)}\n\n"
+            f"adapter\" in bf16, which rounds its updates: of it only the first loss is compared.\n\n{table(head, rows)}\n\n"
             + "\n".join(said) + f"\n\n{limits.words(peaks, 'transformers', 'peft')}")
 
 
