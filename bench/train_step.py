@@ -215,7 +215,8 @@ def job(s: Settings) -> str:
             "first loss", "last loss"]
     return (f"All sides start from the same weights and take the same tokens; losses of the first "
             f"and of the last step agree. peft keeps its adapter in float32, as we do; with \"bf16 "
-            f"adapter\" in bf16, which rounds its updates: of it only the first loss is compared.\n\n{table(head, rows)}\n\n"
+            f"adapter\" in bf16, which rounds its updates: of it only the first loss is compared."
+            f"\n\n{table(head, rows)}\n\n"
             + "\n".join(said) + f"\n\n{limits.words(peaks, 'transformers', 'peft')}")
 
 
