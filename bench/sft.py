@@ -6,6 +6,10 @@ Both sides train on the same ids and the same mask, once through: they are writt
 and as a list, so tokenizers and templates are no part of it. A step holds about as many real
 tokens everywhere: our rows, TRL's packed rows, or so many padded conversations as fill these rows.
 
+Every process has the allocator's settings that train.py takes for itself on a CPU (`KEPT`, as
+ranks.keep_freed), which spare the peers too the zeroing of pages. TRL's loss never holds all
+logits either (1.16; its `chunked_nll` is now a name of the default).
+
 What is counted: a *trained* token is a target that has a loss, counted in the batches as each side
 makes them, behind its own shift; a *real* token is one of a conversation, all of them lie in the
 list. Padding is neither. Sides that train another number of tokens, or whose mean loss over all of
@@ -16,6 +20,7 @@ mean. A random model's loss says little of leaks between packed neighbours: test
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -36,9 +41,10 @@ CASES = {"lora": "LoRA r 16, bf16", "full": "all weights, bf16 products"}
 PEERS = {  # what is changed in SFTConfig; it recomputes activations unless told not to
     "TRL padded, as it comes": {},
     "TRL padded": {"gradient_checkpointing": False},
-    "TRL packing": {"gradient_checkpointing": False, "packing": True},
-    "TRL packing, chunked loss": {"gradient_checkpointing": False, "packing": True,
-                                  "loss_type": "chunked_nll"}}
+    "TRL padded, by length": {"gradient_checkpointing": False,
+                              "train_sampling_strategy": "group_by_length"},
+    "TRL packing": {"gradient_checkpointing": False, "packing": True}}
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 1e-6, (0.9, 0.95), 0.1, 1.0
 APART = 2e-3  # of the mean loss, at most
 
@@ -212,6 +218,7 @@ def job(s: Settings) -> str:
             sys.exit(0)  # nothing was measured, so nothing is written
     if not installed("trl"):
         print(f"{HERE}: trl is not installed, so its rows are left out", file=sys.stderr)
+    os.environ.update(KEPT)  # of the children
     rows, said = [], []
     peaks = limits.measured(s.size)
     for case in s.cases or list(CASES):
@@ -231,7 +238,9 @@ def job(s: Settings) -> str:
         f"side, one epoch each, first step included. Rows of {T}, {B} a step; TRL's padded steps "
         f"hold as many conversations as hold these tokens. Trained tokens are the targets that "
         f"have a loss, counted in each side's own batches: equal, or the program fails. \"As it "
-        f"comes\", TRL recomputes activations; its other rows do not, as we do not.\n\n"
+        f"comes\", TRL recomputes activations; its other rows do not, as we do not; \"by length\", "
+        f"a step's conversations are about as long as each other. One allocator's settings for "
+        f"all.\n\n"
         f"{table(head, rows)}\n\n" + "\n".join(said)
         + f"\n\n{limits.words(peaks, 'transformers', 'peft', 'trl')}")
 
