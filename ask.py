@@ -14,6 +14,7 @@ import functools
 import json
 import re
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,13 +93,18 @@ class Way:
         """The model's own, else our plain one."""
         return self.own_template or Template.plain(self.tokenizer)
 
-    def recent(self, said: Sequence[dict[str, str]], room: int) -> list[dict[str, str]]:
-        """The end of a conversation that fits into so many ids: its first exchanges may go, its
-        last message never does."""
+    def recent(self, said: Sequence[dict[str, str]],
+               room: int) -> tuple[list[dict[str, str]], list[int]]:
+        """The end of a conversation that fits into so many ids, and its ids: the first exchanges
+        may go, the last message never does."""
         said = list(said)
-        while len(said) > 2 and len(self.ids(said)) > room:
-            said = said[2:]
-        return said
+        ids = self.ids(said)
+        if len(ids) > room and len(said) > 2:  # halved, for it may be long, and a stranger's
+            later = range(2, len(said), 2)
+            found = bisect_left(later, -room, key=lambda i: -len(self.ids(said[i:])))
+            said = said[later[min(found, len(later) - 1)] :]
+            ids = self.ids(said)
+        return said, ids
 
     def text(self, asked: Asked) -> str:
         """What is read, as a text: a prompt, or a conversation as its template writes it."""
@@ -203,32 +209,41 @@ def replies(model: Llama, manners: Mapping[str, Manner],
                             "told")
         chosen = ("seed",) if way.direction else ("seed", "temperature", "top_p")
         more = {k: question[k] for k in chosen if k in question}
-        sampling = replace(sampling, max_new_tokens=new, **more)
-        way.ids(asked)  # what cannot be asked is refused before an answer begins
-        return parts(model, Manner(way, sampling, stops), asked)
+        manner = Manner(way, replace(sampling, max_new_tokens=new, **more), stops)
+        outgrown = False
+        if way.direction:  # each line by itself
+            texts = [way.ids(x) if x.strip() else [] for x in asked.split("\n")]
+        elif name == "chat":
+            said, ids = way.recent(asked, model.config.max_position_embeddings - new)
+            texts, outgrown = [ids], len(said) < len(asked)
+        else:
+            texts = [way.ids(asked)]
+        return parts(model, manner, texts, name != "text", outgrown)
 
     return reply
 
 
-def parts(model: Llama, manner: Manner, asked: Asked) -> Iterator[dict[str, Any]]:
-    """An answer as it comes: {"text"} and {"note"}, at last {"end", "tokens", "seconds"}; each line
-    of what is to be translated is asked by itself."""
+def parts(model: Llama, manner: Manner, texts: Sequence[Sequence[int]], bare: bool,
+          outgrown: bool) -> Iterator[dict[str, Any]]:
+    """An answer as it comes: {"text"} behind the ids of each of `texts`, a line each, and {"note"},
+    at last {"end", "tokens", "seconds"}.
+
+    `bare`: no line begins with a space; `outgrown`: of a conversation not all is in `texts`.
+    """
     way, sampling, stops = manner
     begun, ends = time.monotonic(), []  # of each token, what stream says
     room = model.config.max_position_embeddings - sampling.max_new_tokens
-    if not isinstance(asked, str) and len(recent := way.recent(asked, room)) < len(asked):
-        asked = recent
+    if outgrown:
         yield {"note": OUTGROWN}
-    for i, one in enumerate(asked.split("\n") if way.direction else [asked]):
+    for i, ids in enumerate(texts):
         if i:
             yield {"text": "\n"}
-        if way.direction and not one.strip():
+        if not ids and way.direction:  # a blank line
             continue
-        ids = way.ids(one)
         if len(ids) > room:
             yield {"note": "this is longer than the context; its beginning was left out"}
         found = _noted(stream(model, [ids], sampling, stops, way.tokenizer.bos), ends)
-        blank = bool(way.direction) or not isinstance(one, str)
+        blank = bare
         for piece in pieces(way.tokenizer, ids, found, stops.strings):
             piece = piece.lstrip() if blank else piece  # no answer begins with a space
             blank = blank and not piece

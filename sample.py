@@ -289,10 +289,10 @@ def converse(model: Llama, way: Way, sampling: Sampling, stops: Stops,
             log.say(f"{word}: no such command; {COMMANDS}")
         elif line:
             said.append({"role": "user", "content": line})
-            before, said = len(said), way.recent(said, room)
+            before = len(said)
+            said, ids = way.recent(said, room)
             if len(said) < before:
                 log.say(OUTGROWN)
-            ids = way.ids(said)
             new = (token for _, token, _ in stream(model, [ids], sampling, stops))
             text = ""
             try:

@@ -323,12 +323,12 @@ class Door:
             if request.method != "POST":
                 raise Refused(405, "a question is a POST")
             question = await self.question(request, reader)
+        if len(self.asked) >= WAITING:
+            raise Refused(429, f"{WAITING} questions wait already; try again later")
         try:
             parts = self.reply(question)
         except UserError as e:
             raise Refused(400, str(e)) from None
-        if len(self.asked) >= WAITING:
-            raise Refused(429, f"{WAITING} questions wait already; try again later")
         await self.answer(parts, reader, writer)
 
     async def question(self, request: Request, reader: asyncio.StreamReader) -> Mapping[str, Any]:

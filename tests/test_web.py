@@ -327,6 +327,7 @@ def test_of_a_hundred_questions_at_once_four_are_taken(served):
     codes = [status(x) for x in found]
     assert set(codes) <= {200, 429} and codes.count(200) == 4
     assert all(lines(x)[-1]["end"] == "eos" for x in found if status(x) == 200)
+    assert len(served.asked.questions) == 4  # who finds the door full costs nothing
     assert lines(served.ask({"text": "a"}))[-1]["end"] == "eos"
 
 
@@ -494,6 +495,34 @@ def test_a_question_that_the_page_does_not_offer_is_refused(taught, question):
     manners = {k: ask.Manner(ways[k], Sampling(64, 0.8), NO_STOPS) for k in ("chat", "text")}
     with pytest.raises(UserError):
         ask.replies(tiny.ours(tiny.peer(seed=2)), manners)(question)
+
+
+def test_a_question_is_tokenised_once(taught, monkeypatch):
+    from sampling import NO_STOPS, Sampling
+
+    tokenizer, read = Tokenizer.open(taught), []
+    ways = ask.Way.taught(taught, tokenizer)
+    ids = ask.Way.ids
+    monkeypatch.setattr(ask.Way, "ids", lambda way, asked: read.append(asked) or ids(way, asked))
+    reply = ask.replies(tiny.ours(tiny.peer(seed=2)), {
+        k: ask.Manner(ways[k], Sampling(2, 0), NO_STOPS) for k in ("chat", "text", "eng-kin")})
+    said = [{"role": "user", "content": "Muraho"}]
+    for question, asked in (({"way": "text", "text": "a\nb"}, ["a\nb"]),
+                            ({"way": "chat", "messages": said}, [said]),
+                            ({"way": "eng-kin", "text": "a\n \nb"}, ["a", "b"])):
+        read.clear()
+        assert list(reply(question))[-1]["tokens"] == 2 * len(asked) and read == asked
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 9, 40])
+def test_a_conversation_forgets_as_little_as_must_be(taught, n):
+    way = ask.Way.of(taught, Tokenizer.open(taught))
+    said = [{"role": ("user", "assistant")[i % 2], "content": "a" * (i * 7 % 11 + 1)}
+            for i in range(n)]
+    rests = [said[i:] for i in range(0, n, 2)]
+    for room in (0, 10, 60, 200, 10_000):
+        wanted = next((x for x in rests if len(way.ids(x)) <= room), rests[-1])
+        assert way.recent(said, room) == (wanted, way.ids(wanted))
 
 
 @pytest.mark.skipif(not browser.CHROMIUM, reason="no chromium here to open the page")
