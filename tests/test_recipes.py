@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import tomllib
@@ -61,6 +62,21 @@ def test_all_recipes_are_there_and_say_where_they_come_from():
         assert told or ("As theirs:" in head and "Adapted:" in head), recipe.name
 
 
+def test_every_setting_of_a_recipe_is_one_that_the_code_reads():
+    """`s.NAME`, `run.s.NAME` or `self.s.NAME` somewhere in a module, behind the class itself."""
+    read = set()
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                of = node.value
+                name = of.id if isinstance(of, ast.Name) else getattr(of, "attr", "")
+                read |= {node.attr} if name == "s" else set()
+    for recipe in RECIPES:
+        unread = set(tomllib.loads(recipe.read_text())) - read
+        assert not unread, f"{recipe.name}: {unread}"
+    assert not {f.name for f in fields(train.Settings)} - read
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 def test_a_recipe_runs_by_its_own_file_with_only_model_data_and_sizes_replaced(
         recipe, place, tmp_path):
@@ -79,6 +95,8 @@ def test_a_recipe_runs_by_its_own_file_with_only_model_data_and_sizes_replaced(
     lines = [json.loads(x) for x in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [1, 2]
     assert all(np.isfinite(x["loss"]) for x in lines if "loss" in x)
+    if "best" in own:  # as ALMA chooses
+        assert own["best"] in names(recipe) and list((tmp_path / "out/best").glob("step-*"))
     adapter = (tmp_path / "out/model/adapter_config.json").exists()
     assert adapter == (own.get("tune", "full") != "full")
 
