@@ -174,7 +174,7 @@ def conversation(row: Row) -> tuple[str, list[dict[str, str]]]:
 
 def messages_of(row: Row, key: str) -> list[dict[str, str]]:
     """The messages under a name: role and content, or ShareGPT's from and value."""
-    found = row.cells[key]
+    found = row.cells.get(key)
     if not isinstance(found, list | tuple | np.ndarray) or not len(found):
         raise UserError(f"{row.where}: {key} is {str(found)[:40]!r}, expected a list of messages")
     said = []
@@ -229,10 +229,12 @@ def write(examples: Iterable[Example], out: Path, tokenizer: Tokenizer, kind: st
     """Examples into a bin; each row ends in the ledger, with the `changes` that cleaning counted.
 
     `max_tokens` is the row they must fit (0: any), both documents of a preference pair together.
-    Longer ones are left out, but above LONG_SHARE refused, unless `too_long` says drop, or cut.
+    Longer ones are left out, but above LONG_SHARE refused, unless `too_long` says drop, or cut; so
+    are those of which a cut would leave nothing that is trained. A refusal names the first place.
     """
     writer = BinWriter(out, tokenizer.fingerprint, tokenizer.vocab_size, kind)
     ledger, seen, longest = corpus.Ledger(), set(), 0
+    first: dict[str, str] = {}  # where the first row stands that ended so
     try:
         for x in examples:
             digest = hashlib.blake2b(x.key.encode("utf-8", "surrogatepass"), digest_size=16)
@@ -246,23 +248,30 @@ def write(examples: Iterable[Example], out: Path, tokenizer: Tokenizer, kind: st
                 what = "too long"
                 if too_long == "cut":
                     most = max_tokens // 2 if kind == "pairs" else max_tokens
-                    cut = [_cut(d, most) for d in x.documents]
-                    if all(any(d.mask or [True]) for d in cut):
-                        what, x.documents = "cut", cut
+                    x.documents = [_cut(d, most) for d in x.documents]
+                    what = "cut" if all(any(d.mask or [True]) for d in x.documents) else "masked"
             ledger.add(what, x.row.size)
+            first.setdefault(what, x.row.where)
             if what in ("kept", "cut"):
                 seen.add(digest.digest())
                 for document in x.documents:
                     writer.add(document)
         ledger.changes = changes
-        n, long = ledger.documents["read"], ledger.documents["too long"]
+        n, long, bare = (ledger.documents[x] for x in ("read", "too long", "masked"))
         if too_long == "stop" and long > LONG_SHARE * n:
             raise UserError(
-                f"{out}: {long:,} of {n:,} examples are longer than {max_tokens:,} tokens, the "
-                f"longest {longest:,}; leave them out with --too-long drop, shorten them with "
-                "--too-long cut, or raise --max-tokens")
+                f"{first['too long']}: the first of {long:,} of {n:,} examples that are longer "
+                f"than {max_tokens:,} tokens, the longest {longest:,}; leave them out with "
+                "--too-long drop, shorten them with --too-long cut, or raise --max-tokens")
+        if bare > LONG_SHARE * n:
+            raise UserError(
+                f"{first['masked']}: the first of {bare:,} of {n:,} examples that have no trained "
+                f"token among their first {max_tokens:,}: a cut leaves the question alone; raise "
+                "--max-tokens, or leave them out with --too-long drop")
         if not writer.starts[1:]:
-            raise UserError(f"{', '.join(map(str, sources))}: no example left of {n} read")
+            why = ", ".join(f"{ledger.documents[x]:,} {x}, the first {first[x]}" for x in first)
+            raise UserError(f"{', '.join(map(str, sources))}: no example left of {n} read"
+                            + (f" ({why})" if why else ""))
         described = [{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)}
                      for p in sources]
         return writer.close(ledger.to_json(), described, prompt), ledger

@@ -188,21 +188,33 @@ def preferences(paths: Sequence[Path], tokenizer: Tokenizer, template: Template,
     """
     for path in paths:
         for row in rows(path):
-            asked = row.cells.get("prompt")
             answers = [_answer(row, key) for key in ("chosen", "rejected")]
-            if answers[0] == answers[1]:
+            asked, other = (_question(row, key, as_chat) for key in ("chosen", "rejected"))
+            if asked != other:
+                raise UserError(f"{row.where}: chosen and rejected answer different questions; "
+                                "a pair has one, give it as prompt")
+            with placed(row):
+                documents = [
+                    answer(tokenizer, asked, x) if isinstance(asked, str)
+                    else template.document([*asked, {"role": "assistant", "content": x}])
+                    for x in answers]
+            if documents[0].ids == documents[1].ids:
                 raise UserError(f"{row.where}: chosen and rejected are equal; a pair teaches "
                                 "nothing then, take it out")
-            with placed(row):
-                if isinstance(asked, str) and not as_chat:
-                    documents = [answer(tokenizer, asked, x) for x in answers]
-                else:
-                    said = [{"role": "user", "content": asked}] if isinstance(asked, str) \
-                        else messages_of(row, "prompt") if asked is not None \
-                        else messages_of(row, "chosen")[:-1]
-                    documents = [template.document([*said, {"role": "assistant", "content": x}])
-                                 for x in answers]
             yield Example(row, documents, json.dumps([str(asked), *answers]))
+
+
+def _question(row: Row, key: str, as_chat: bool) -> str | list[dict[str, str]]:
+    """What an answer follows: a text, or messages: the prompt's, or those before its own."""
+    asked, alone = row.cells.get("prompt"), isinstance(row.cells[key], str)
+    before = [] if alone else messages_of(row, key)[:-1]
+    if isinstance(asked, str):
+        return asked if alone and not as_chat else before or [{"role": "user", "content": asked}]
+    said = messages_of(row, "prompt") if asked is not None or not before else before
+    if before and said != before:
+        raise UserError(f"{row.where}: {key} begins with other messages than prompt; leave one of "
+                        "the two out")
+    return said
 
 
 def _answer(row: Row, key: str) -> str:
@@ -219,17 +231,27 @@ def _answer(row: Row, key: str) -> str:
     return words
 
 
-def candidates(path: Path) -> dict[str, list[str]]:
-    """The continuations of each prompt in what `sample.py --json --samples N` printed, in order."""
-    found: dict[str, list[str]] = {}
+@dataclass
+class Candidates:
+    """A prompt, a text or the messages of a conversation, and what a model answered to it."""
+
+    prompt: str | list[dict[str, str]]
+    texts: list[str]
+
+
+def candidates(path: Path) -> list[Candidates]:
+    """What `sample.py --json --samples N` printed, by prompt, in order."""
+    found: dict[str, Candidates] = {}
     for row in rows(path):
-        found.setdefault(text_at(row, "prompt"), []).append(text_at(row, "text"))
+        asked, text = text_at(row, "prompt"), text_at(row, "text")
+        prompt = messages_of(row, "messages") if "messages" in row.cells else asked
+        found.setdefault(asked, Candidates(prompt, [])).texts.append(text)
     if not found:
         raise UserError(f"{path}: no samples in it")
-    return found
+    return list(found.values())
 
 
-def best_and_worst(found: Mapping[str, Sequence[str]], references: Sequence[str],
+def best_and_worst(found: Sequence[Candidates], references: Sequence[str],
                    score: Callable[[str, str], float], gap: float) -> Iterator[dict[str, Any]]:
     """A preference pair for each prompt: its samples of the highest and the lowest score.
 
@@ -239,26 +261,24 @@ def best_and_worst(found: Mapping[str, Sequence[str]], references: Sequence[str]
     if len(references) != len(found):
         raise UserError(f"--references: {len(references):,} lines for {len(found):,} prompts; "
                         "expected a line for each prompt, in order")
-    for (prompt, texts), reference in zip(found.items(), references, strict=True):
-        scored = sorted(((score(x.strip(), reference), x) for x in dict.fromkeys(texts)),
+    for one, reference in zip(found, references, strict=True):
+        scored = sorted(((score(x.strip(), reference), x) for x in dict.fromkeys(one.texts)),
                         key=lambda x: x[0])
         low, high = scored[0], scored[-1]
         if high[0] - low[0] > gap and high[1].strip() and low[1].strip():
-            yield {"prompt": prompt, "chosen": high[1], "rejected": low[1],
+            yield {"prompt": one.prompt, "chosen": high[1], "rejected": low[1],
                    "scores": [round(high[0], 2), round(low[0], 2)]}
 
 
-def by_votes(found: Mapping[str, Sequence[str]], votes: Path) -> Iterator[dict[str, Any]]:
+def by_votes(found: Sequence[Candidates], votes: Path) -> Iterator[dict[str, Any]]:
     """A preference pair for each vote, a row {"prompt", "best", "worst"} of numbers from 1."""
-    prompts = list(found)
     for row in rows(votes):
         try:
             p, best, worst = (int(row.cells[k]) for k in ("prompt", "best", "worst"))
-            texts = found[prompts[p - 1]]
+            prompt, texts = found[p - 1].prompt, found[p - 1].texts
             if min(p, best, worst) < 1 or texts[best - 1] == texts[worst - 1]:
                 raise IndexError
-            yield {"prompt": prompts[p - 1], "chosen": texts[best - 1],
-                   "rejected": texts[worst - 1]}
+            yield {"prompt": prompt, "chosen": texts[best - 1], "rejected": texts[worst - 1]}
         except (KeyError, ValueError, TypeError, IndexError):
             raise UserError(
                 f"{row.where}: {dict(row.cells)}; expected the numbers of a prompt and of two of "

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -236,12 +237,9 @@ def mt(s: Mt) -> None:
         raise UserError("--aligned: an odd number of files; name an English one and its "
                         "Kinyarwanda one in turn", FLAGS)
     keys = (s.eng_key, s.kin_key)
-    if s.aligned:
-        found = (row for one, other in zip(paths[::2], paths[1::2], strict=True)
-                 for row in examples.aligned(one, other, keys))
-    else:
-        found = (row for path in paths for row in examples.rows(path))
-    warn_if_swapped(head := list(islice(found, 10_000)), keys)
+    files = zip(paths[::2], paths[1::2], strict=True) if s.aligned else zip(paths)
+    found = (row for file in files for row in in_place(
+        examples.aligned(*file, keys) if s.aligned else examples.rows(*file), keys))
     maker = pairs.Translations(
         tokenizer, chosen, pairs.read_directions(s.directions), keys,
         counting(s.normalise, changes), s.max_ratio, max(1, s.join), max(0, s.shots), s.as_text,
@@ -249,7 +247,7 @@ def mt(s: Mt) -> None:
     prompt = {"translate": [{**p.to_json(), "as_chat": s.as_chat} for p, _ in chosen]} | (
         {"chat": template.source} if template else {})
     done(*examples.write(
-        maker.examples(chain(head, found)), Path(s.out), tokenizer,
+        maker.examples(found), Path(s.out), tokenizer,
         "text" if s.as_text else "mt", paths, {} if s.as_text else prompt, changes, s.max_tokens,
         s.too_long, s.keep_duplicates))
     print(", ".join(f"{name} {n:,} documents" for name, n in maker.made.items()))
@@ -316,14 +314,17 @@ def prompts_of(words: list[str]) -> list[tuple[pairs.Prompt, float]]:
     return found
 
 
-def warn_if_swapped(found: list[examples.Row], keys: tuple[str, str]) -> None:
-    """Say so where the English side reads as Kinyarwanda and the other as English."""
-    sides = ([x for row in found if isinstance(x := row.cells.get(key), str)] for key in keys)
+def in_place(found: Iterator[examples.Row], keys: tuple[str, str]) -> Iterator[examples.Row]:
+    """A file's rows; says so where its English side reads as Kinyarwanda and the other as English.
+    """
+    head = list(islice(found, 1000))
+    sides = ([x for row in head if isinstance(x := row.cells.get(key), str)] for key in keys)
     eng, kin = map(prompts.share, sides)
     if eng[0] > eng[1] and kin[1] > kin[0]:
-        log.say(f"the languages look swapped: {keys[0]!r} has {eng[0]:.0%} frequent Kinyarwanda "
-                f"words and {eng[1]:.0%} English ones, {keys[1]!r} {kin[0]:.0%} and {kin[1]:.0%}; "
-                "see --eng-key and --kin-key")
+        log.say(f"{head[0].where}: from here on the languages look swapped: {keys[0]!r} has "
+                f"{eng[0]:.0%} frequent Kinyarwanda words and {eng[1]:.0%} English ones, "
+                f"{keys[1]!r} {kin[0]:.0%} and {kin[1]:.0%}; see --eng-key and --kin-key")
+    yield from chain(head, found)
 
 
 def counting(steps: list[str], changes: Counter[str]) -> corpus.Normaliser | None:

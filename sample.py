@@ -261,7 +261,8 @@ def write_file(s: Settings, model: Llama, way: Way, asked: Sequence[Asked], samp
 def answer(way: Way, asked: Asked, new: Sequence[int], end: str, stops: Stops) -> dict[str, Any]:
     """An answer as a line of JSON holds it."""
     text = "".join(pieces(way.tokenizer, way.ids(asked), new, stops.strings))
-    source = {"source": asked} if way.direction else {}
+    source = {"source": asked} if way.direction else {} if isinstance(asked, str) else {
+        "messages": asked}
     text = text.strip() if way.direction else text
     return {"prompt": way.text(asked), **source, "text": text, "tokens": len(new), "end": end}
 

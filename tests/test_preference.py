@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +19,23 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import config
+import fork
 import goldens_trl
+import log
 import lora
 import optim
 import preference
+import prepare
+import sample
 import sources
 import tiny
 import train
+from chat import Template
 from data import IGNORE, Batch, Bin, BinWriter, Document, Loader, Source, Whole, hold_out
 from log import UserError
 from ranks import Ranks
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -407,6 +415,59 @@ def test_preference_runs_report_margins_and_keep_the_reference(place):
     run(place, "dpo-plan", "--mode", "dpo", "--data", f"{place}/dpo/bins/pairs", "--steps", "6",
         "--plan")
     assert not (place / "dpo-plan/metrics.jsonl").exists()
+
+
+def test_answers_in_conversations_become_preferences_that_dpo_trains(place, tmp_path):
+    """The way of docs/recipes.md: sft, sample.py, prepare.py prefer and pairs, dpo; each command
+    in a process, and the pairs are asked for with the very ids that the samples were."""
+    def command(main: Callable[[list[str]], object], *words: str) -> None:
+        (code,) = fork.ends([fork.child(lambda: log.run(lambda: main(list(words))),
+                                        tmp_path / "said")])
+        assert code == 0, (tmp_path / "said").read_text()
+
+    def prepares(words: list[str]) -> None:
+        sys.argv = ["prepare.py", *words]
+        prepare.main()
+
+    def trains(words: list[str]) -> int:
+        return train.main(*train.read_settings(words))
+
+    def samples(words: list[str]) -> None:
+        sample.main(config.read(sample.Settings, words, "sample.py")[0])
+
+    usual = ["--seq-len", "250", "--dtype", "fp32", "--device", "cpu", "--steps", "2"]
+    command(prepares, "chat", f"{place}/chat.jsonl", "--tokenizer", f"{place}/model", "--out",
+            f"{tmp_path}/chat", "--max-tokens", "250")
+    command(trains, "--mode", "sft", "--model", f"{place}/model", "--data", f"{tmp_path}/chat",
+            "--out", f"{tmp_path}/sft", *usual)
+    asked = [[{"role": "system", "content": "Subiza."}, {"role": "user", "content": f"{x} {i}"}]
+             for i, x in enumerate(tiny.SENTENCES[:6])]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n"
+                                                  for x in asked))
+    command(samples, "--model", f"{tmp_path}/sft/model", "--file", f"{tmp_path}/asked.jsonl",
+            "--samples", "4", "--max-new-tokens", "16", "--out", f"{tmp_path}/samples.jsonl")
+    found = [json.loads(x) for x in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [x["messages"] for x in found] == [x for x in asked for _ in range(4)]
+    (tmp_path / "right.txt").write_text("\n".join(tiny.SENTENCES[:6]) + "\n")
+    command(prepares, "prefer", f"{tmp_path}/samples.jsonl", "--references",
+            f"{tmp_path}/right.txt", "--gap", "0", "--out", f"{tmp_path}/preferences.jsonl")
+    made = [json.loads(x) for x in (tmp_path / "preferences.jsonl").read_text().splitlines()]
+    assert made and all(x["prompt"] in asked for x in made)
+    assert all({x["chosen"], x["rejected"]} <= {y["text"] for y in found
+                                                if y["messages"] == x["prompt"]} for x in made)
+    command(prepares, "pairs", f"{tmp_path}/preferences.jsonl", "--tokenizer",
+            f"{tmp_path}/sft/model", "--out", f"{tmp_path}/pairs", "--max-tokens", "250")
+    bin, tok = Bin(tmp_path / "pairs"), Tokenizer.open(tmp_path / "sft/model")
+    template = Template.of(tmp_path / "sft/model", tok)
+    for i, row in enumerate(made):
+        for j in (2 * i, 2 * i + 1):
+            ids = template.encode(row["prompt"], generation=True)
+            assert bin.document(j)[: len(ids)].tolist() == ids
+            assert not bin.trained(j)[: len(ids)].any() and bin.trained(j)[len(ids)]
+    command(trains, "--mode", "dpo", "--model", f"{tmp_path}/sft/model", "--data",
+            f"{tmp_path}/pairs", "--out", f"{tmp_path}/dpo", *usual)
+    losses = [x["loss"] for x in metrics(tmp_path, "dpo")]
+    assert len(losses) == 2 and losses[0] == pytest.approx(np.log(2), rel=1e-5)
 
 
 @pytest.mark.slow
