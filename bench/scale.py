@@ -1,11 +1,14 @@
 """One rank and two, by DDP and FSDP2, here and by transformers + accelerate; and what a checkpoint
 costs while training goes on.
 
-    python -m bench.scale [--quick] [--rounds 2] [--write]
+    python -m bench.scale [--quick] [--cases none ddp fsdp stall] [--rounds 2] [--write]
 
 Two CPU processes that talk by gloo share one machine's cores, so the second rank brings no speed:
-what is measured is what sharing costs beside the peer's, at equal threads a rank. Losses of the
-first and last step must agree between all sides that see the same tokens.
+what is measured is what sharing costs beside the peer's, at equal threads a rank and with the same
+allocator. Losses of the first and last step must agree between all sides.
+
+What a checkpoint costs is measured as the loop goes: turns of it without a save, then turns from
+the save on until the files have their names, again and again in one process.
 """
 
 from __future__ import annotations
@@ -27,11 +30,10 @@ from bench.train_step import MODELS, draw, tokens_of
 HERE = "bench.scale"
 LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 APART = 1e-4  # of the losses, at most; float32
-SIDES = [("ours", "none"), ("accelerate", "none"), ("ours", "ddp"), ("accelerate", "ddp"),
-         ("ours", "fsdp"), ("accelerate", "fsdp")]
+WAYS = {"none": "one rank", "ddp": "two ranks, ddp", "fsdp": "two ranks, fsdp"}
 
 
-def ours(how: str, folder: str) -> Callable[[Any, int], float]:
+def ours(how: str, folder: str) -> Callable[[Any], float]:
     """A step of train.py on this rank's rows."""
     import torch
 
@@ -59,15 +61,24 @@ def ours(how: str, folder: str) -> Callable[[Any, int], float]:
 
 
 def accelerate(how: str, folder: str) -> Callable[[Any], float]:
-    """A step as accelerate's documents write it."""
+    """A step as accelerate's documents write it; gradients are parts of DDP's buckets, which is its
+    fastest."""
     import torch
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate import (
+        Accelerator,
+        DistributedDataParallelKwargs,
+        FullyShardedDataParallelPlugin,
+    )
     from transformers import LlamaForCausalLM
 
+    from ranks import keep_freed
+
+    keep_freed()  # as our ranks do
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"]) if how == "fsdp" else None
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, kwargs_handlers=[views])
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY,
                                   eps=1e-8, fused=True)
@@ -121,8 +132,6 @@ def on_ranks(world: int, threads: int, action: Callable[[], Any]) -> list[Any]:
 def measure(side: str, how: str, model: str, folder: str, threads: int,
             steps: int) -> dict[str, Any]:
     """Seconds a step and losses, the slowest rank's."""
-    import torch  # before the ranks are forked
-
     world = 1 if how == "none" else 2
     tokens = tokens_of(model)
 
@@ -136,106 +145,128 @@ def measure(side: str, how: str, model: str, folder: str, threads: int,
             found.append([time.perf_counter() - begun, loss])
         return found
 
-    assert torch.get_num_threads() >= 1
     found = on_ranks(world, threads, rank)
-    seconds = [max(rank[i][0] for rank in found) for i in range(2, 2 + steps)]
-    return {"seconds": statistics.median(seconds), "first": found[0][0][1],
-            "last": found[0][-1][1]}
+    return {"seconds": [max(rank[i][0] for rank in found) for i in range(2, 2 + steps)],
+            "first": found[0][0][1], "last": found[0][-1][1]}
 
 
-def stall(how: str, model: str, folder: str, threads: int, steps: int) -> dict[str, float]:
-    """What one checkpoint costs: the copy, what the steps that go on beside it lose, and the whole
-    time it takes to be written; and the same where training waits for it."""
-    import torch  # noqa: F401
-
+def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[str, Any]:
+    """Seconds of the loop's turns without a save and beside one that is being written; of the copy;
+    until the files have their names; and of a save that training waits for."""
     world = 1 if how == "none" else 2
     tokens = tokens_of(model)
 
-    def rank() -> dict[str, float]:
+    def rank() -> dict[str, Any]:
         import checkpoint
 
         step: Any = ours(how, folder)
         rows = tokens.chunk(world)[int(os.environ.get("RANK", 0))]
+        saver = checkpoint.Saver(Path(folder) / f"checkpoints-{how}", 2, step.ranks)
 
-        def timed() -> float:
+        def turn() -> float:  # as train.py's loop goes
             begun = time.perf_counter()
             step(rows)
-            return time.perf_counter() - begun
-
-        plain = [timed() for _ in range(2 + steps)][2:]
-        saver = checkpoint.Saver(Path(folder) / f"checkpoints-{how}", 2, step.ranks)
-        begun = time.perf_counter()
-        saver.save(1, step.parts(), {})
-        copied = time.perf_counter() - begun
-        beside, asked = [], 0.0
-        while saver.work is not None:
-            beside.append(timed())
-            at = time.perf_counter()
             if not step.ranks.highest(saver.busy)[0]:
                 saver.advance()
-            asked += time.perf_counter() - at
-        written = time.perf_counter() - begun
+            return time.perf_counter() - begun
+
+        found: dict[str, Any] = {"plain": [], "beside": [], "copy": [], "written": []}
+        for _ in range(3):
+            turn()
+        for i in range(saves):
+            found["plain"] += [turn() for _ in range(4)]
+            begun = time.perf_counter()
+            saver.save(i, step.parts(), {})
+            found["copy"].append(time.perf_counter() - begun)
+            while saver.work is not None:
+                found["beside"].append(turn())
+            found["written"].append(time.perf_counter() - begun)
+        found["plain"] += [turn() for _ in range(4)]  # before and after: machines drift
         begun = time.perf_counter()
-        saver.save(2, step.parts(), {})
+        saver.save(saves, step.parts(), {})
         saver.finish()
-        usual = statistics.median(plain)
-        return {"step": usual, "copy": copied, "waited": time.perf_counter() - begun,
-                "lost": sum(beside) + asked - usual * len(beside), "written": written,
-                "steps": len(beside),
+        return {**found, "waited": [time.perf_counter() - begun],
                 "bytes": sum(x.numel() * x.element_size() for part in step.parts().values()
                              for x in part.values())}
 
-    found = on_ranks(world, threads, rank)
-    return {k: max(x[k] for x in found) for k in found[0]}
+    return on_ranks(world, threads, rank)[0]  # all ranks take each turn together
 
 
-def job(s: Settings) -> str:
-    """All sides in turn."""
-    model = {"full": "110M", "quick": "110M", "tiny": "tiny"}[s.size]
-    steps = {"full": 5, "quick": 2, "tiny": 2}[s.size]
+def speeds(s: Settings, ways: list[str]) -> str:
+    """Steps of both sides, in turn."""
+    model = {"full": "110M", "quick": "30M", "tiny": "tiny"}[s.size]
+    steps = {"full": 3, "quick": 3, "tiny": 2}[s.size]
     threads = max(1, (os.cpu_count() or 2) // 2)
     *_, B, T = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
-        child(HERE, "draw", model, folder, "float32")
-        sides = {f"{how}, {side}": ("measure", [side, how, model, folder, threads, steps])
-                 for side, how in SIDES if side == "ours" or installed("accelerate")}
-        found = in_turn(HERE, s.rounds, sides)
-        stalls = in_turn(HERE, s.rounds, {
-            how: ("stall", [how, model, folder, threads, steps])
-            for how in ("none", "ddp", "fsdp")})
+        numbers = child(HERE, "draw", model, folder, "float32")
+        found = in_turn(HERE, s.rounds, {
+            f"{how}, {side}": ("measure", [side, how, model, folder, threads, steps])
+            for how in ways for side in ("ours", "accelerate")
+            if side == "ours" or installed("accelerate")})
     rows = []
     for side, runs in found.items():
         how, who = side.split(", ")
-        spread = Spread.of([x["seconds"] for x in runs])
-        rows.append(["1 rank" if how == "none" else f"2 ranks, {how}", who,
-                     f"{spread.median:.3f}", f"{spread.least:.3f} to {spread.most:.3f}",
-                     f"{B * T / spread.median:.0f}", f"{runs[0]['first']:.5f}",
-                     f"{runs[0]['last']:.5f}"])
+        spread = Spread.of([x for run in runs for x in run["seconds"]])
+        rows.append([WAYS[how], who, f"{spread.median:.3f}",
+                     f"{spread.least:.3f} to {spread.most:.3f}", f"{B * T / spread.median:.0f}",
+                     f"{runs[0]['first']:.5f}", f"{runs[0]['last']:.5f}"])
     for at, which in (("first", 5), ("last", 6)):
         losses = [float(row[which]) for row in rows]
         if max(losses) - min(losses) > APART * max(losses):
             s.faults.append(f"the {at} losses are {min(losses)} to {max(losses)}")
-    lines = []
-    for how, runs in stalls.items():
-        x = {k: statistics.median(run[k] for run in runs) for k in runs[0]}
-        lines.append([
-            "1 rank" if how == "none" else f"2 ranks, {how}", f"{x['bytes'] / 2**30:.2f}",
-            f"{x['step']:.3f}", f"{x['copy']:.3f}", f"{x['lost']:.3f}",
-            f"{x['lost'] / x['step'] / max(1, x['steps']):.1%}", f"{x['written']:.2f}",
-            f"{x['waited']:.2f}"])
     return (
-        f"{model}, {B} x {T} tokens a step in float32, {threads} threads a rank, {os.cpu_count()} "
-        f"cores; {versions('torch', 'transformers', 'accelerate')}. The ranks of one machine share "
-        "its cores and memory: this shows what sharing costs, not what a second GPU brings.\n\n"
+        f"{numbers / 1e6:.1f}M parameters, {B} x {T} tokens a step in float32, threads a rank: "
+        f"{threads}. Median of {s.rounds} x {steps} steps after two. The ranks of one machine "
+        "share its cores and memory: this shows what sharing costs, not what a second GPU "
+        "brings.\n\n"
         + table(["", "side", "seconds a step", "range", "tokens/s", "first loss", "last loss"],
-                rows)
-        + "\n\nA checkpoint while training goes on: it waits for the copy to host memory; the "
-        "steps taken while the files are written lose what stands beside, in all and as a share of "
-        "those steps (here writing takes the cores that train).\n\n"
-        + table(["", "GB", "seconds a step", "copy", "lost beside it", "of those steps",
-                 "seconds until it has its name", "if training waits"], lines))
+                rows))
+
+
+def stalls(s: Settings, ways: list[str]) -> str:
+    """What a checkpoint costs each way."""
+    model = "tiny" if s.size == "tiny" else "30M"
+    saves = {"full": 3, "quick": 2, "tiny": 2}[s.size]
+    cores = os.cpu_count() or 2
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = child(HERE, "draw", model, folder, "float32")
+        found = in_turn(HERE, s.rounds, {
+            how: ("stall", [how, model, folder, cores if how == "none" else cores // 2, saves])
+            for how in ways})
+    rows = []
+    for how, runs in found.items():
+        x = {k: [v for run in runs for v in run[k]]
+             for k in ("plain", "beside", "copy", "written", "waited")}
+        plain, beside = Spread.of(x["plain"]), Spread.of(x["beside"])
+        rows.append([
+            WAYS[how], f"{runs[0]['bytes'] / 2**30:.2f}",
+            f"{plain.median:.3f} ({plain.least:.3f} to {plain.most:.3f})",
+            f"{beside.median:.3f} ({beside.least:.3f} to {beside.most:.3f})",
+            f"{beside.median / plain.median - 1:+.1%}",
+            f"{statistics.fmean(x['beside']) / statistics.fmean(x['plain']) - 1:+.1%}",
+            f"{beside.n} of {len(x['copy'])}",
+            *(f"{statistics.median(x[k]):.2f}" for k in ("copy", "written", "waited"))])
+    return (
+        f"A checkpoint while training goes on ({numbers / 1e6:.1f}M parameters, all train; all "
+        "cores train too). Training waits for the copy to host memory alone. Here the steps beside "
+        "the writing share their cores with it, which takes a twentieth of one; on a GPU they do "
+        "not.\n\n"
+        + table(["", "GB", "a step, no save (range), s", "a step beside a save (range), s",
+                 "medians", "means", "steps beside of saves", "copy, s", "until it has its name, s",
+                 "if training waits, s"], rows))
+
+
+def job(s: Settings) -> str:
+    """All sides in turn, and the checkpoints."""
+    cases = s.cases or [*WAYS, "stall"]
+    ways = [x for x in WAYS if x in cases]
+    parts = [speeds(s, ways)] if ways else []
+    parts += [stalls(s, list(WAYS))] if "stall" in cases else []
+    return "\n\n".join(
+        [*parts, f"{os.cpu_count()} cores; {versions('torch', 'transformers', 'accelerate')}."])
 
 
 if __name__ == "__main__":
     sys.exit(main(HERE, "One rank and two; a checkpoint while training goes on",
-                  {"draw": draw, "measure": measure, "stall": stall}, job))
+                  {"draw": draw, "measure": measure, "stall": stall}, job, cases=[*WAYS, "stall"]))

@@ -23,6 +23,7 @@ from bench import Settings, Spread, child, in_turn, limits, main, table
 HERE = "bench.train_step"
 MODELS = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary, rows, row length
     "110M": (768, 2048, 12, 12, 4, 32000, 4, 512),
+    "30M": (512, 1376, 8, 8, 4, 8000, 2, 512),
     "1.1B": (2048, 5632, 22, 32, 4, 32000, 1, 512),
     "tiny": (64, 128, 2, 4, 2, 512, 2, 32)}
 CASES = {  # what is trained, on which model, and by whom; "+" parts a side from its settings
