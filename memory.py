@@ -31,7 +31,7 @@ import optim
 from attention import flash
 from families import ModelConfig
 from log import FLAGS, UserError
-from loss import _TokenNLL
+from loss import _TokenNLL, cpo, document_logp, dpo
 from model import Layout, Llama
 from ranks import BUCKET, GiB, Ranks, stays_whole, way
 
@@ -184,6 +184,8 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
 
     model, device = shaped(config, s, dtype, adapter), torch.device("cpu")
     how = way(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
+    whole = bool(lora.trained_whole(model))
+    beside = s.mode == "dpo" and s.tune != "full" and not adapter and not (how == "fsdp" and whole)
     B, T = s.rows, s.seq_len
     doc = (torch.arange(T, device=device) >= T // 2).long().expand(B, T)  # (B,T)
     pos = torch.arange(T, device=device).expand(B, T)
@@ -209,7 +211,7 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
         held.most = dict(held.bytes)
         for i in range(min(passes, 2)):
             last = i == min(passes, 2) - 1
-            _step(model, held, doc, pos, cut, last, last and world > 1)
+            _step(model, s, held, doc, pos, cut, last, last and world > 1, beside)
         for p in model.parameters():
             p.grad = None
         del kept
@@ -280,10 +282,14 @@ def _place(model: nn.Module, device: torch.device) -> None:
                        for k, x in whole.items()}
 
 
-def _step(model: Llama, held: _Held, doc: Tensor, pos: Tensor, cut: Cut | None, last: bool,
-          meet: bool) -> None:
+def _step(model: Llama, s: Any, held: _Held, doc: Tensor, pos: Tensor, cut: Cut | None, last: bool,
+          meet: bool, beside: bool) -> None:
     """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`, in
-    messages that hold them a second time until they stand in for them."""
+    messages that hold them a second time until they stand in for them.
+
+    Every token is trained; in preference pairs a row is one pair. `beside`: DPO's reference is the
+    model with its adapter off, in the same step.
+    """
     moving = [p for p in model.parameters() if p.requires_grad]
     whole, size = len(moving), 0
 
@@ -299,12 +305,25 @@ def _step(model: Llama, held: _Held, doc: Tensor, pos: Tensor, cut: Cut | None, 
             torch.empty(size, dtype=torch.uint8)
             size = 0
 
+    def nll() -> Tensor:
+        h = model.model(doc, doc, pos).flatten(0, 1)  # (B T,C)
+        held.what = "logits"
+        found = _TokenNLL.apply(h, model.head, doc.flatten(), model.config.logit_cap)
+        held.what = "activations"
+        return found.view(doc.shape)  # (B,T)
+
     hooks = [p.register_post_accumulate_grad_hook(arrived) for p in moving]
-    h = model.model(doc, doc, pos).flatten(0, 1)  # (B T,C)
-    held.what = "logits"
-    nll = _TokenNLL.apply(h, model.head, doc.flatten(), model.config.logit_cap)
-    held.what = "activations"
-    del h
-    nll.sum().backward()
+    if s.mode in ("dpo", "cpo"):  # tokens have unlike factors, so the head's gradient is made anew
+        before = None
+        if beside:
+            with torch.no_grad(), lora.disabled(model):
+                before = nll()
+        logp = document_logp(nll(), doc, 2)  # (B,2)
+        losses, _ = cpo(logp, logp.detach(), s.beta, s.arpo) if s.mode == "cpo" else \
+            dpo(logp, logp.detach() if before is None else document_logp(before, doc, 2), s.beta)
+        loss = losses.sum() - (s.nll_weight * logp[:, 0].sum() if s.mode == "cpo" else 0)
+    else:
+        loss = nll().sum()
+    loss.backward()
     for hook in hooks:
         hook.remove()

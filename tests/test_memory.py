@@ -38,7 +38,12 @@ WAYS = {"all weights": {}, "recomputed": {"recompute": True}, "bf16": {"optimize
         "QLoRA": {"tune": "qlora", "double_quant": True},
         "DoRA and embeddings": {"tune": "lora", "dora": True, "train_embeddings": True,
                                 "lora_dropout": 0.1},
-        "one layer": {"train_layers": ["1"]}, "NEFTune": {"neftune": 5.0}}
+        "one layer": {"train_layers": ["1"]}, "NEFTune": {"neftune": 5.0},
+        "DPO": {"mode": "dpo"}, "CPO": {"mode": "cpo"},
+        "DPO, LoRA": {"mode": "dpo", "tune": "lora"},
+        "DPO, LoRA, recomputed": {"mode": "dpo", "tune": "lora", "recompute": True,
+                                  "train_embeddings": True},
+        "CPO, LoRA": {"mode": "cpo", "tune": "lora"}}
 
 
 def settings(**words) -> train.Settings:
@@ -50,7 +55,10 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
     model = tiny.ours(tiny.peer(shape, **WIDE), shape, **WIDE)
     ids = torch.randint(3, tiny.V, (s.rows, s.seq_len))
     doc = (torch.arange(s.seq_len) >= s.seq_len // 2).long().expand_as(ids)
-    pos = torch.arange(s.seq_len).expand_as(ids)
+    batch = Batch(ids, ids, doc, torch.arange(s.seq_len).expand_as(ids))
+    if s.mode == "dpo" and s.tune == "full":
+        batch.reference = torch.zeros(ids.shape)
+    objective = train.MODES[s.mode][1](s)
     with memory._Held() as held, torch.no_grad():
         kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
         kept = kept if s.tune == "full" and not s.train_layers else dtype
@@ -75,7 +83,8 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
                 held.most = dict(held.bytes)
             for _ in range(passes):
                 with torch.enable_grad():
-                    model(ids, doc, pos, ids).sum().backward()
+                    objective.total(model, batch).reshape(-1)[: 1 + (s.mode == "cpo")].sum() \
+                        .backward()
             optimizer.step()
             optimizer.zero_grad()
     return sum(held.most.values())
@@ -214,12 +223,13 @@ def of_a_rank(s: train.Settings, dtype: torch.dtype, passes: int, file: Path):
         batch = Batch(ids, ids, doc, torch.arange(s.seq_len).expand_as(ids))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                     profile_memory=True) as profile:
-            model = copy.deepcopy(model).to(torch.float32 if s.tune == "full" else dtype)
+            kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
+            model = copy.deepcopy(model).to(kept if s.tune == "full" else dtype)
             if s.tune == "lora":
                 lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
             model.model.compute_dtype, model.model.recompute = dtype, s.recompute
-            ranks.share(model.train(), s.shard, dtype)
-            optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
+            ranks.share(model.train(), s.shard, dtype, kept)
+            optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
             for _ in range(STEPS):
                 with torch.profiler.record_function("a step"):
                     train.train_step(model, train.NLL, [batch] * passes, optimizer, ranks, 1.0)
@@ -236,8 +246,9 @@ STEPS = 12  # on a busy machine one in which gloo was late is seen often
 @pytest.mark.parametrize("shard, words, passes, dtype", [
     x if x in (("ddp", {}, 1, NARROW), ("fsdp", {}, 2, NARROW))
     else pytest.param(*x, marks=pytest.mark.slow)
-    for x in itertools.product(("ddp", "fsdp"), ({}, {"recompute": True}, {"tune": "lora"}), (1, 2),
-                               (NARROW, torch.float32))], ids=str)
+    for x in itertools.product(("ddp", "fsdp"), ({}, {"recompute": True}, {"tune": "lora"},
+                               {"optimizer": "adamw-bf16"}), (1, 2), (NARROW, torch.float32))],
+    ids=str)
 def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, words, passes, dtype):
     """The least of some steps: gloo's threads let go of what they sent when they come to it."""
     s = train.Settings(rows=2, seq_len=128, lora_rank=8, shard=shard, **words)
