@@ -8,7 +8,8 @@ keeps it in eight bits, 256 of them to a float32 of their own, and comes to 4.13
 The one idea: a matrix is made from its codes for one product and let go; the backward pass makes it
 again, so nothing of 16 bits outlives a product. Codes and scales are plain buffers: no optimizer,
 gradient or sharding sees them, and as integers no `.to(dtype)` can round them. They equal
-bitsandbytes' bit for bit, whose kernel makes the matrix on a GPU; elsewhere a table does.
+bitsandbytes' bit for bit. They are made by torch's operations on every device; the matrix is made
+from them by bitsandbytes' kernel on a GPU, elsewhere by a table.
 """
 
 from __future__ import annotations

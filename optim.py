@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import logging
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import ranks
 from log import FLAGS, UserError
 
 CHUNK = 1 << 24  # numbers that stand in float32 at once while bf16 ones are moved
@@ -80,11 +82,12 @@ def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay:
     parts = groups(model, weight_decay, embeddings, lora_B)
     for part in parts:
         part["lr"] = lr * part["scale"]
+    if kind == "adamw-bf16":
+        return BF16AdamW(parts, {"lr": lr, "betas": betas})
+    for part in parts:
         del part["names"]
     if kind == "adamw8bit":
         return _adamw8bit(model, parts, lr, betas)
-    if kind == "adamw-bf16":
-        return BF16AdamW(parts, {"lr": lr, "betas": betas})
     return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=EPS, fused=True)
 
 
@@ -123,15 +126,16 @@ def _adamw8bit(model: nn.Module, parts: list[dict], lr: float,
 class BF16AdamW(torch.optim.Optimizer):
     """AdamW whose weights and moments are bf16, computed in float32 and rounded at random.
 
-    The random numbers follow from the step, so a resumed run and every rank round alike.
+    The random numbers are a function of the step, the tensor's name and a number's place in it: a
+    resumed run rounds alike, and so do ranks, each for the part that it holds. Gradients are bf16
+    too, as autograd adds them up over micro-batches.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         assert closure is None
-        draw = None
         for group in self.param_groups:
-            for p in group["params"]:
+            for name, p in zip(group["names"], group["params"], strict=True):
                 if p.grad is None:
                     continue
                 state = self.state[p]
@@ -139,16 +143,18 @@ class BF16AdamW(torch.optim.Optimizer):
                     state |= {"step": 0, "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
                 state["step"] += 1
-                draw = draw or torch.Generator(p.device).manual_seed(state["step"])
-                flat = [x.view(-1).split(CHUNK)
+                at = ranks.rows(p)[0] * math.prod(p.shape[1:])
+                flat = [ranks.rows(x)[1].view(-1).split(CHUNK)
                         for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
                 for part in zip(*flat, strict=True):
-                    _move(*part, group, state["step"], draw)
+                    _move(*part, group, state["step"], name, at)
+                    at += CHUNK
 
 
-def _move(w: Tensor, g: Tensor, m: Tensor, v: Tensor, group: dict, t: int,
-          draw: torch.Generator) -> None:
-    """Step t of AdamW on bf16 weights, gradient and moments, all (n,), in place (algorithm 2)."""
+def _move(w: Tensor, g: Tensor, m: Tensor, v: Tensor, group: dict, t: int, name: str,
+          at: int) -> None:
+    """Step t of AdamW on bf16 weights, gradient and moments, all (n,), in place (algorithm 2); they
+    are a tensor's numbers from place `at` on."""
     beta1, beta2 = group["betas"]
     g = g.float()
     m32 = m.float().lerp_(g, 1 - beta1)
@@ -156,17 +162,29 @@ def _move(w: Tensor, g: Tensor, m: Tensor, v: Tensor, group: dict, t: int,
     length = (v32 / (1 - beta2**t)).sqrt_().add_(EPS)
     w32 = w.float().mul_(1 - group["lr"] * group["weight_decay"])
     w32.addcdiv_(m32, length, value=-group["lr"] / (1 - beta1**t))
-    for kept, x in ((w, w32), (m, m32), (v, v32)):
-        kept.copy_(rounded(x, draw))
+    for what, kept, x in (("w", w, w32), ("m", m, m32), ("v", v, v32)):
+        start = zlib.crc32(f"{name} {what} {t}".encode()) + at
+        kept.copy_(rounded(x, hashed(start, len(x), x.device)))
 
 
-def rounded(x: Tensor, draw: torch.Generator) -> Tensor:
+def hashed(start: int, n: int, device: Any = "cpu") -> Tensor:
+    """16 bits of a hash of start, start + 1, ...: (n,) int32, as good as drawn.
+
+    The hash is C. Wellons' lowbias32 without its last line, which changes the lower bits only.
+    """
+    start = (start + 2**31) % 2**32 - 2**31  # as an int32 wraps
+    x = torch.arange(n, dtype=torch.int32, device=device).add_(start)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        x.bitwise_xor_((x >> shift) & (2 ** (32 - shift) - 1)).mul_(factor)
+    return (x >> 16) & 0xFFFF
+
+
+def rounded(x: Tensor, noise: Tensor) -> Tensor:
     """float32 -> a bf16 neighbour, up or down at random, so that the mean is x.
 
-    bf16 is the upper half of a float32's bits; what the lower half and a random number add up to
+    bf16 is the upper half of a float32's bits; what the lower half and 16 random bits add up to
     carries over, or is cut off.
     """
-    noise = torch.randint(1 << 16, x.shape, generator=draw, device=x.device, dtype=torch.int32)
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 

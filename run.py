@@ -122,6 +122,8 @@ class Run:
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
+        if model.lm_head is None and model.head.requires_grad:
+            log.say("the head is tied to the embeddings: one tensor, trained and saved once")
         model.model.compute_dtype, model.model.recompute = dtype, s.recompute
         model.model.neftune, model.smoothing = s.neftune, s.label_smoothing
         context, vocab = model.config.max_position_embeddings, model.config.vocab_size
@@ -166,9 +168,9 @@ class Run:
         loader = load(s.rows)
         first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
         steps = s.steps or max(1, round(first / per_step))
-        if ranks.how == "fsdp" and s.optimizer != "adamw":
-            raise UserError(f"--optimizer {s.optimizer}: not with --shard fsdp; take adamw, whose "
-                            "state is cut among the ranks, or --shard ddp", FLAGS)
+        if ranks.how == "fsdp" and s.optimizer == "adamw8bit":
+            raise UserError("--optimizer adamw8bit: not with --shard fsdp; take adamw or "
+                            "adamw-bf16, whose state is cut among the ranks, or --shard ddp", FLAGS)
         optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
                                 s.embedding_lr / s.lr or 1.0, s.lora_plus, s.optimizer)
         scale = optim.LossScale(65536.0 if dtype == torch.float16 else 1.0)

@@ -104,8 +104,8 @@ class Settings:
     beta1: float = 0.9
     beta2: float = 0.95
     optimizer: Literal["adamw", "adamw8bit", "adamw-bf16"] = "adamw"
-    """adamw8bit keeps moments in 8 bits (bitsandbytes); adamw-bf16 keeps weights, gradients and
-    moments in bf16, for all weights of a large model: 16, 10 and 8 bytes a trained number."""
+    """adamw8bit keeps moments in 8 bits (bitsandbytes); adamw-bf16 keeps weights, moments and (over
+    micro-batches too) gradients in bf16, for all weights: 16, 10 and 8 bytes a trained number."""
     clip: float = 1.0
     """The largest norm of a step's gradient."""
     neftune: float = 0.0

@@ -263,7 +263,7 @@ def test_shards_without_ranks_and_ranks_without_shards_are_refused(place):  # no
     assert "--rows 1 or 3 would do" in run(settings(place, "four", rows=4), world=2, codes={FLAGS})
     assert "multiples of 64 can" in run(settings(place, "few", tokens_per_step=32), world=2,
                                         codes={FLAGS})
-    said = run(settings(place, "optim", shard="fsdp", optimizer="adamw-bf16"), 2, {FLAGS})
+    said = run(settings(place, "optim", shard="fsdp", optimizer="adamw8bit"), 2, {FLAGS})
     assert "not with --shard fsdp" in said
 
 

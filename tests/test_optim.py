@@ -155,7 +155,7 @@ def test_a_machine_without_bitsandbytes_says_so_in_one_line(monkeypatch):
 @settings(deadline=None, max_examples=200)
 def test_a_number_is_rounded_to_one_of_its_two_neighbours(x, seed):
     x = torch.full((64,), x)
-    found = optim.rounded(x, torch.Generator().manual_seed(seed)).float()
+    found = optim.rounded(x, optim.hashed(seed, 64)).float()
     down = (x.view(torch.int32) & -65536).view(torch.float32)  # towards 0
     up = ((x.view(torch.int32) & -65536) + 65536).view(torch.float32)
     assert ((found == down) | (found == up)).all()
@@ -163,12 +163,13 @@ def test_a_number_is_rounded_to_one_of_its_two_neighbours(x, seed):
 
 
 def test_rounding_is_right_on_average_and_small_steps_arrive():
-    draw = torch.Generator().manual_seed(0)
     for value in (1.001, -3.14159, 1e-20):
-        mean = optim.rounded(torch.full((200_000,), value), draw).double().mean().item()
+        x = torch.full((200_000,), value)
+        mean = optim.rounded(x, optim.hashed(0, len(x))).double().mean().item()
         assert mean == pytest.approx(value, rel=1e-4)
     w = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
-    move = optim.BF16AdamW([w], {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.0})
+    move = optim.BF16AdamW([{"params": [w], "names": ["w"]}],
+                           {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.0})
     for _ in range(100):  # 1e-5 is a 400th of what bf16 can tell from 1
         w.grad = torch.ones_like(w)
         move.step()
@@ -179,14 +180,38 @@ def test_rounding_is_right_on_average_and_small_steps_arrive():
     assert (still == 1).all(), "to the nearest, nothing would have moved"
 
 
+def test_hashed_bits_are_even_and_unlike_their_neighbours():
+    """Every bit is set half of the time, whatever bit of the place, or whichever step, changes."""
+    n = 1 << 16
+    bits = (optim.hashed(7, n)[:, None] >> torch.arange(16)) & 1  # (n,16)
+    far = 5 * 0.5 / n**0.5  # five deviations of a mean of as many tosses
+    assert (bits.double().mean(0) - 0.5).abs().max() < far
+    for step in (1, 2, 64, 768, 4096, 2**20, 2**31):
+        other = (optim.hashed(7 + step, n)[:, None] >> torch.arange(16)) & 1
+        assert ((bits ^ other).double().mean(0) - 0.5).abs().max() < far, step
+    both = torch.stack((optim.hashed(7, n), optim.hashed(8, n))).double()
+    assert torch.corrcoef(both)[0, 1].abs() < 5 / n**0.5
+    assert len(optim.hashed(7, n).unique()) > 0.6 * n  # 1 - 1/e of all, as if drawn
+
+
+@given(st.integers(0, 2**33), st.integers(1, 500), st.integers(0, 499))
+@settings(deadline=None, max_examples=50)
+def test_a_part_of_a_tensor_is_rounded_as_in_the_whole(start, n, cut):
+    cut = min(cut, n)
+    assert torch.equal(optim.hashed(start, n), torch.cat((
+        optim.hashed(start, cut), optim.hashed(start + cut, n - cut))))
+    assert 0 <= optim.hashed(start, n).min() and optim.hashed(start, n).max() < 1 << 16
+
+
 def test_bf16_adamw_takes_adamws_steps():
     """From the same start, each number lands on a neighbour of where float32 AdamW puts it."""
     torch.manual_seed(0)
     start, g = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
     wide, narrow = (torch.nn.Parameter(start.to(d)) for d in (torch.float32, torch.bfloat16))
     words = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    parts = [{"params": [narrow], "names": ["narrow"]}]
     for p, optimizer in ((wide, torch.optim.AdamW([wide], **words)),
-                         (narrow, optim.BF16AdamW([narrow], words))):
+                         (narrow, optim.BF16AdamW(parts, words))):
         p.grad = g.to(p.dtype)
         optimizer.step()
     apart = (wide - narrow.float()).abs()
