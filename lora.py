@@ -169,6 +169,9 @@ def attach(model: nn.Module, rank: int, alpha: float, dropout: float, targets: S
     known = sorted({name.rsplit(".", 1)[-1] for name in linears})
     targets = known if list(targets) == ["all-linear"] else list(targets)
     for target in targets:
+        if target in EMBEDDINGS:
+            raise UserError(f"--lora-targets {target}: gets no adapter, DoRA's or another; it may "
+                            "train as it is, by --train-embeddings", FLAGS)
         if not any(_ends(name, target) for name in linears):
             raise UserError(f"--lora-targets: no layer is named {target!r}; there are "
                             f"{', '.join(known)}, and all-linear", FLAGS)
@@ -320,6 +323,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{where}: r {r!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}, "
                         f"target_modules {targets!r}, layers_to_transform {layers!r}, "
                         f"modules_to_save {whole!r} do not describe an adapter; fetch it again")
+    if odd := [x for x in targets if x in EMBEDDINGS]:
+        raise UserError(f"{where}: {odd[0]} has an adapter, which is not supported; the linear "
+                        "layers' are, and modules_to_save")
     if getattr(model, "lm_head", None) is None and "lm_head" in whole:
         if "embed_tokens" not in whole or not words.get("ensure_weight_tying"):
             raise UserError(f"{where}: modules_to_save has lm_head of its own, but the base's is "

@@ -50,10 +50,12 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
     base = weights.base_of(run.folder)
     said = memory.on(run.ranks, run.model.config, s, run.model.compute_dtype,
                      run.micro_batches, run.folder if run.folder != base else None)
+    tied = {optim.EMBEDDINGS[0]: " (the head too, tied)"} if run.model.lm_head is None else {}
     trained = "\n".join(
         f"             {len(x['params'])} tensors, {sum(p.numel() for p in x['params']):,} "
         f"numbers at {s.lr * x['scale']:.2e}, weight decay {x['weight_decay']}: "
-        f"{', '.join(sorted({re.sub(r'layers.[0-9]+.', 'layers.*.', k) for k in x['names']}))}"
+        + ", ".join(sorted({re.sub(r"layers.[0-9]+.", "layers.*.", k) + tied.get(k, "")
+                            for k in x["names"]}))
         for x in optim.groups(run.model, s.weight_decay, s.embedding_lr / s.lr or 1.0,
                               s.lora_plus))
     read = run.steps * run.tokens_per_step

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import checkpoint
 import config
 import corpus
 import lora
@@ -46,6 +47,10 @@ def place(tmp_path_factory) -> Path:
                  for i in range(n)]
         (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
         corpus.prepare([str(root / f"{name}.txt")], root / "model", root / name)
+    words = json.loads((shutil.copytree(root / "model", root / "quantised") / "config.json")
+                       .read_text())
+    words["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (root / "quantised/config.json").write_text(json.dumps(words))
     return root
 
 
@@ -189,6 +194,74 @@ def test_the_saved_model_opens_in_transformers_and_the_adapter_in_peft_with_equa
                 model.eval()(ids, doc, pos), peer.eval()(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
     moved = load_file(place / "open-lora/model/adapter_model.safetensors")
     assert all(x.abs().sum() > 0 for x in moved.values()), "every B has left zero"
+
+
+def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(place, tmp_path):
+    """In memory, in the resume point, in the adapter as peft opens it, and merged."""
+    import peft
+    import transformers
+
+    flags = ["--tune", "lora", "--lora-rank", "4", "--train-embeddings", "--steps", "3"]
+    said = call(command(place, "tied", *flags))
+    assert said.count("the head is tied to the embeddings") == 1
+    plan = subprocess.run(command(place, "tied-plan", *flags, "--plan"), capture_output=True,
+                          text=True, env=ENV, cwd=ROOT)
+    assert "model.embed_tokens.weight (the head too, tied)" in plan.stdout
+    name, out = "model.embed_tokens.weight", place / "tied"
+    moved = load_file(out / "model/adapter_model.safetensors")[lora.PREFIX + name]
+    assert not torch.equal(moved, load_file(place / "model/model.safetensors")[name])
+
+    model, _ = weights.load(out / "model")
+    assert model.lm_head is None and model.head is model.model.embed_tokens.weight
+    assert torch.equal(model.head, moved) and not any("head" in k for k in model.state_dict())
+    saved, _ = checkpoint.read(checkpoint.newest(out / "checkpoints"))
+    assert torch.equal(saved["model"][name], moved)
+    assert not any("lm_head" in k for part in saved.values() for k in part)
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    peer = peft.PeftModel.from_pretrained(base, out / "model").eval()
+    weight = {k: p for k, p in peer.named_parameters(remove_duplicate=False)
+              if k.endswith(("embed_tokens.modules_to_save.default.weight",
+                             "lm_head.modules_to_save.default.weight"))}
+    assert len(weight) == 2 and len({p.data_ptr() for p in weight.values()}) == 1
+    ids = tiny.tokens(2, 20)
+    with torch.no_grad():
+        wanted = tiny.logits(model, ids)
+        torch.testing.assert_close(peer(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+
+    call([sys.executable, str(ROOT / "export.py"), "merge", "--model", str(out / "model"), "--out",
+          str(tmp_path / "merged")])
+    assert "lm_head.weight" not in load_file(tmp_path / "merged/model.safetensors")
+    for opened in (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+                   peer.merge_and_unload()):
+        head, table = opened.get_output_embeddings().weight, opened.get_input_embeddings().weight
+        assert torch.equal(head, moved) and torch.equal(table, moved)
+    merged, _ = weights.load(tmp_path / "merged")
+    assert merged.lm_head is None
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.logits(merged, ids), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_fp16_that_overflows_at_every_step_ends_with_4_and_no_nan_is_saved(place):
+    """Weights of which a product is beyond fp16, as a process that trains them meets them."""
+    model = Path(shutil.copytree(place / "model", place / "loud"))
+    tensors = load_file(model / "model.safetensors")
+    save_file({k: 2000 * x if "up_proj" in k or "gate_proj" in k else x
+               for k, x in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    said = call(command(place, "overflow", "--steps", "20", "--dtype", "fp16", "--hold-out", "0",
+                        "--model", str(model)), code=4)
+    lines = [x for x in said.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1 and "three steps in a row were not finite, 3 in all" in lines[0]
+    assert "--dtype fp32" in lines[0]
+    out = place / "overflow"
+    steps = [x for x in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+             if "loss" in x]
+    assert [(x["loss"], x["skipped"]) for x in steps] == [(None, 1), (None, 2)]
+    odd = [json.loads(x) for x in (out / "odd_steps.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in odd] == [1, 2, 3]
+    saved, state = checkpoint.read(checkpoint.newest(out / "checkpoints"))
+    assert all(x.isfinite().all() for part in saved.values() for x in part.values())
+    assert state["skipped"] == state["step"] and not (out / "model").exists()
 
 
 def test_only_the_chosen_layers_and_embeddings_move(place):
@@ -367,6 +440,10 @@ BAD = {"an unknown flag": (["--stepps", "3"], 2, "did you mean steps"),
        "a rank too high": (["--tune", "lora", "--lora-rank", "999"], 2, "rank"),
        "no such layer": (["--tune", "lora", "--lora-layers", "0-7"], 2, "they are 0 to 1"),
        "layers that are no range": (["--train-layers", "3-1"], 2, "0-7 or 30"),
+       "DoRA on embeddings": (["--tune", "lora", "--dora", "--lora-targets", "embed_tokens"], 2,
+                              "--train-embeddings"),
+       "a base that is quantised": (["--tune", "full", "--model", "QUANTISED"], 3,
+                                    "quantization_config"),
        "a flag that says nothing": (["--dora"], 2, "--dora"),
        "four bits with all weights": (["--double-quant"], 2, "--double-quant"),
        "bf16 AdamW on an adapter": (["--tune", "lora", "--optimizer", "adamw-bf16"], 2,
@@ -379,6 +456,7 @@ BAD = {"an unknown flag": (["--stepps", "3"], 2, "did you mean steps"),
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line(place, name):
     flags, code, word = BAD[name]
+    flags = [str(place / "quantised") if x == "QUANTISED" else x for x in flags]
     said = call(command(place, "bad", "--steps", "2", *flags), code=code)
     lines = [x for x in said.splitlines() if x.startswith("error: ")]
     assert len(lines) == 1 and word in lines[0] and "Traceback" not in said
