@@ -4,10 +4,11 @@ One idea: the template is a stranger's program, and a message is a stranger's te
 runs in Jinja's sandbox, bounded in what it may write, and can only make a string. What becomes a
 control token is decided by the template alone: the same characters typed in a message stay text.
 
-A conversation becomes ids and loss mask in one go (`document`). What is trained begins exactly
-where the template's own generation prompt ends, so that a model is asked as it was taught, and ends
-with the token that ends the turn. A template whose generation prompt is not the beginning of what
-it writes later is refused.
+A conversation becomes ids and loss mask together (`document`): it is laid out as parts of text, of
+which it is known whether they train, and then the parts become ids, those of many conversations at
+once. What is trained begins exactly where the template's own generation prompt ends, so that a
+model is asked as it was taught, and ends with the token that ends the turn. A template whose
+generation prompt is not the beginning of what it writes later is refused.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from data import Document
 from log import UserError
-from tokenizer import Tokenizer, read_words
+from tokenizer import Part, Tokenizer, read_words
 
 # for a base without a template: Llammas' tags, plain text, each answer ended by EOS (TartuNLP)
 PLAIN = """\
@@ -113,7 +116,7 @@ class Template:
         text = self.render(GREETING)
         said = max(0, text.rfind(GREETING[1]["content"]))
         found = self.tokenizer.control_names.search(text, said)
-        return self.tokenizer.encode_piece(found.group(), True, True)[0] if found else None
+        return self.tokenizer.encode_parts([Part(found[0], True, True)])[0][0] if found else None
 
     def encode(self, messages: Sequence[Mapping[str, str]], generation: bool = False) -> list[int]:
         """Ids of a conversation; no BOS is added, for the template writes it where it wants one.
@@ -122,11 +125,18 @@ class Template:
         back as text where the template has left its mark.
         """
         hidden, taken = self._hide(messages)
-        return self._ids(self.render(hidden, generation), taken, True)
+        parts = self._parts(self.render(hidden, generation), taken, True)
+        return [i for ids in self.tokenizer.encode_parts(parts) for i in ids]
 
     def document(self, messages: Sequence[Mapping[str, str]], loss_on: str = "assistant",
                  ) -> Document:
-        """A conversation's ids and which of them train: the assistant's words and what ends them.
+        """A conversation's ids and which of them train, as lists; see `lay_out`."""
+        made = documents(self.tokenizer, [self.lay_out(messages, loss_on)])[0]
+        mask = None if made.mask is None else made.mask.tolist()
+        return Document(made.ids.tolist(), mask, made.n_bytes)
+
+    def lay_out(self, messages: Sequence[Mapping[str, str]], loss_on: str = "assistant") -> Layout:
+        """A conversation's parts and which train: the assistant's words and what ends them.
 
         `loss_on` "all" trains every token. UserError on a conversation that does not end with the
         assistant, and on a template whose generation prompt is not a beginning of its text, or
@@ -140,15 +150,7 @@ class Template:
             raise UserError("a turn of the assistant is empty; fill it, or take it out")
         hidden, taken = self._hide(messages)
         text = self.render(hidden)
-        ids: list[int] = []
-        mask: list[bool] = []
-
-        def add(part: str, trained: bool) -> None:
-            """What stands between answers begins with the token that ended the last one."""
-            new = self._ids(part, taken, not ids)
-            mask.extend(trained or (bool(ids) and i == 0) for i in range(len(new)))
-            ids.extend(new)
-
+        laid = Layout(sum(len(x["content"].encode()) for x in messages), whole=loss_on == "all")
         at, names = 0, self.tokenizer.control_names
         for i, message in enumerate(hidden):
             if message["role"] != "assistant":
@@ -165,16 +167,14 @@ class Template:
                 raise UserError(f"{self.where}: writes no control token behind an answer, so that "
                                 "a model would not learn to end one; put {{ eos_token }} there, or "
                                 "give another with --template")
-            add(text[at:begin], False)
-            add(text[begin : (at := closing.start())], True)
-        add(text[at:], False)
-        n_bytes = sum(len(x["content"].encode()) for x in messages)
-        return Document(ids, None if loss_on == "all" else mask, n_bytes)
+            laid.add(self._parts(text[at:begin], taken, not laid.parts), CLOSING)
+            laid.add(self._parts(text[begin : (at := closing.start())], taken, False), TRAINED)
+        laid.add(self._parts(text[at:], taken, False), CLOSING)
+        return laid
 
     def _hide(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[dict], list[str]]:
         """Messages with marks where control tokens were typed, and what the marks stand for."""
-        typed = self.tokenizer.control_names
-        both = re.compile(f"{typed.pattern}|[\ue000\ue001]")  # or a mark of ours that was typed
+        may, both = self._typed
         taken: list[str] = []
 
         def mark(m: re.Match[str]) -> str:
@@ -183,27 +183,73 @@ class Template:
 
         def hide(x: Any) -> Any:
             if isinstance(x, str):
-                return both.sub(mark, x)
+                return both.sub(mark, x) if may.search(x) else x
             if isinstance(x, Mapping):
                 return {k: hide(v) for k, v in x.items()}
             return list(map(hide, x)) if isinstance(x, list | tuple) else x
 
         return [{**hide(x), "role": x["role"]} for x in map(_checked, messages, count())], taken
 
-    def _ids(self, text: str, taken: Sequence[str], first: bool) -> list[int]:
-        """Ids of a part of what was rendered; `first`: nothing stands before it."""
-        ids: list[int] = []
-        parts = re.split("\ue000(\\d+)\ue001", text)
-        for i, part in enumerate(parts):  # text, number of what was taken, text, ...
-            begins = first and not ids
+    @functools.cached_property
+    def _typed(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """What a message holds that must be hidden, a control token's name or a mark of ours: its
+        first characters, by which most texts are seen to have none, and all of it."""
+        names = self.tokenizer.control_names.pattern
+        marks = {"\ue000", "\ue001"}
+        first = {x[0] for i in self.tokenizer.control if (x := self.tokenizer.pieces[i])} | marks
+        return (re.compile("|".join(map(re.escape, sorted(first)))),
+                re.compile(f"{names}|[\ue000\ue001]"))
+
+    def _parts(self, text: str, taken: Sequence[str], first: bool) -> list[Part]:
+        """A part of what was rendered, with what was taken out put back; `first`: nothing stands
+        before it."""
+        found: list[Part] = []
+        for i, part in enumerate(re.split("\ue000(\\d+)\ue001", text)):
+            begins = first and not found  # text, number of what was taken, text, ...
             if i % 2 and int(part) < len(taken):
-                ids += self.tokenizer.encode_piece(taken[int(part)], control=False, first=begins)
+                found.append(Part(taken[int(part)], False, begins))
             elif i % 2 or re.search("[\ue000\ue001]", part):
                 raise UserError(f"{self.where}: takes a message's text apart where it holds a "
                                 "control token's name; leave that name out of the message")
             elif part:
-                ids += self.tokenizer.encode_piece(part, control=True, first=begins)
-        return ids
+                found.append(Part(part, True, begins))
+        return found
+
+
+NOT, TRAINED, CLOSING = range(3)  # what of a part trains: nothing, all, its first id
+
+
+@dataclass
+class Layout:
+    """A document before its texts are ids: parts, and which train; `begin` and `end` are ids that
+    stand around them, `whole`: all of it trains."""
+
+    n_bytes: int
+    parts: list[Part] = field(default_factory=list)
+    trains: list[int] = field(default_factory=list)  # of each part
+    begin: Sequence[int] = ()  # not trained
+    end: Sequence[int] = ()  # trained
+    whole: bool = False
+
+    def add(self, parts: Sequence[Part], trains: int) -> None:
+        """More parts. CLOSING: the first id ends an answer, if anything stands before it."""
+        later = TRAINED if trains == TRAINED else NOT
+        self.trains += [later if i or not self.parts else trains for i in range(len(parts))]
+        self.parts += parts
+
+
+def documents(tokenizer: Tokenizer, layouts: Sequence[Layout]) -> list[Document]:
+    """Layouts as documents, ids and mask together, in arrays: small to keep and to send."""
+    found, encoded = [], iter(tokenizer.encode_parts([x for laid in layouts for x in laid.parts]))
+    for laid in layouts:
+        ids, mask = [*laid.begin], [False] * len(laid.begin)
+        for trains in laid.trains:
+            ids += (new := next(encoded))
+            mask += [trains != NOT] * len(new[:1]) + [trains == TRAINED] * len(new[1:])
+        mask += [True] * len(laid.end)
+        found.append(Document(np.array([*ids, *laid.end], np.uint32),
+                              None if laid.whole else np.array(mask, bool), laid.n_bytes))
+    return found
 
 
 @functools.cache

@@ -20,9 +20,11 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -36,6 +38,7 @@ KINDS = (".txt", ".jsonl", ".tsv", ".parquet")
 CHUNK = 1 << 20  # bytes of text given to a worker at once
 BAD_SHARE = 0.001  # of documents that may be undecodable before the run stops
 
+T, K, S, R = (TypeVar(x) for x in "TKSR")
 Normaliser = Callable[[str], tuple[str, dict[str, int]]]
 Contaminated = Callable[[str], bool]  # whether a document holds what is kept for a test
 
@@ -262,14 +265,56 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: not a parquet file that can be read ({e})") from None
 
 
-_tokenizer: Tokenizer  # a worker's own
-_normalise: Normaliser | None
-_contaminated: Contaminated | None
+_job: Callable[[Any], Any]  # a worker's own
 
 
-def _start(path: Path, normalise: Normaliser | None, contaminated: Contaminated | None) -> None:
-    global _tokenizer, _normalise, _contaminated
-    _tokenizer, _normalise, _contaminated = Tokenizer.open(path), normalise, contaminated
+def _start(job: Callable[[Any], Any]) -> None:
+    global _job
+    _job = job
+
+
+def _work(given: Any) -> Any:
+    return _job(given)
+
+
+def in_order(job: Callable[[S], R], chunks: Iterable[tuple[K, S]],
+             processes: int) -> Iterator[tuple[K, R]]:
+    """Chunks, each of what is kept here and what a worker is given: the first with what `job` makes
+    of the second, in order, by several processes; a single chunk is not worth one.
+
+    Workers get the job once, and are no further ahead than two chunks each, so that memory stays
+    bounded. A fault of the reading is raised behind all that was read before it.
+    """
+    found = _with_fault(chunks)
+    first = list(islice(found, 2))
+    alone = processes < 2 or len([x for x in first if not isinstance(x, UserError)]) < 2
+    context = multiprocessing.get_context("spawn")
+    with nullcontext() if alone else ProcessPoolExecutor(
+            processes, context, _start, (job,)) as pool:
+        waiting: deque[tuple[K, Future]] = deque()
+        for chunk in chain(first, found):
+            ahead = 0 if isinstance(chunk, UserError) else 2 * processes
+            while len(waiting) > ahead:
+                kept, work = waiting.popleft()
+                yield kept, work.result()
+            if isinstance(chunk, UserError):
+                raise chunk
+            kept, given = chunk
+            if alone:
+                yield kept, job(given)
+            else:
+                waiting.append((kept, pool.submit(_work, given)))
+        while waiting:
+            kept, work = waiting.popleft()
+            yield kept, work.result()
+
+
+def _with_fault(chunks: Iterable[T]) -> Iterator[T | UserError]:
+    """Chunks, and last the fault that ended their reading."""
+    try:
+        yield from chunks
+    except UserError as e:
+        yield e
 
 
 class _Clean(NamedTuple):
@@ -283,14 +328,23 @@ class _Clean(NamedTuple):
     changes: dict[str, int]  # places, by step
 
 
-def _work(chunk: list[str]) -> list[_Clean]:
-    cleaned = [_normalise(t) if _normalise else (t, {}) for t in chunk]
-    ends = [[] if x is None else [x] for x in (_tokenizer.bos, _tokenizer.eos)]
-    encoded = _tokenizer.encode_batch([text for text, _ in cleaned])
-    return [_Clean(hashlib.blake2b(text.encode(), digest_size=16).digest(),
-                   np.array([*ends[0], *ids, *ends[1]], np.uint32), len(text.encode()),
-                   len(text.strip()), bool(_contaminated and _contaminated(text)), changes)
-            for (text, changes), ids in zip(cleaned, encoded, strict=True)]
+@dataclass
+class _Cleaning:
+    """A worker's job: texts, cleaned and encoded."""
+
+    tokenizer: Tokenizer
+    normalise: Normaliser | None
+    contaminated: Contaminated | None
+
+    def __call__(self, texts: list[str]) -> list[_Clean]:
+        cleaned = [self.normalise(t) if self.normalise else (t, {}) for t in texts]
+        ends = [[] if x is None else [x] for x in (self.tokenizer.bos, self.tokenizer.eos)]
+        encoded = self.tokenizer.encode_batch([text for text, _ in cleaned])
+        return [_Clean(hashlib.blake2b(text.encode(), digest_size=16).digest(),
+                       np.array([*ends[0], *ids, *ends[1]], np.uint32), len(text.encode()),
+                       len(text.strip()), bool(self.contaminated and self.contaminated(text)),
+                       changes)
+                for (text, changes), ids in zip(cleaned, encoded, strict=True)]
 
 
 def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "auto",
@@ -302,41 +356,26 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
     tokenizer = Tokenizer.open(tokenizer_at)
     sources = files(specs)
     writer = BinWriter(out, tokenizer.fingerprint, tokenizer.vocab_size)
-    ledger, seen, given = Ledger(), set(), (tokenizer_at, normalise, contaminated)
-
-    def settle(pieces: list[Piece], done: Future | None) -> None:
-        """Enter one chunk into the ledger, and what is kept of it into the bin."""
-        results = iter(done.result() if done else _work([p.text for p in pieces if not p.fault]))
-        for piece in pieces:
-            if piece.fault:
-                ledger.add(piece.fault, piece.size)
-                continue
-            x = next(results)
-            ledger.changes.update(x.changes)
-            what = "empty" if not x.chars else "too short" if x.chars < min_chars else \
-                "contaminated" if x.contaminated else \
-                "duplicate" if x.digest in seen and not keep_duplicates else "kept"
-            ledger.add(what, piece.size)
-            if what == "kept":
-                seen.add(x.digest)
-                writer.add(Document(x.ids, None, x.n_bytes))
-
+    ledger, seen = Ledger(), set()
+    job = _Cleaning(tokenizer, normalise, contaminated)
     try:
-        if processes > 1:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(processes, context, _start, given) as pool:
-                waiting: deque[tuple[list[Piece], Future]] = deque()
-                for chunk in _chunks(sources, unit, key, max_doc_mb << 20):
-                    work = pool.submit(_work, [p.text for p in chunk if not p.fault])
-                    waiting.append((chunk, work))
-                    if len(waiting) > 2 * processes:  # no further ahead: memory stays bounded
-                        settle(*waiting.popleft())
-                while waiting:
-                    settle(*waiting.popleft())
-        else:
-            _start(*given)
-            for chunk in _chunks(sources, unit, key, max_doc_mb << 20):
-                settle(chunk, None)
+        with closing(in_order(job, _chunks(sources, unit, key, max_doc_mb << 20),
+                              processes)) as found:
+            for pieces, cleaned in found:
+                results = iter(cleaned)
+                for piece in pieces:
+                    if piece.fault:
+                        ledger.add(piece.fault, piece.size)
+                        continue
+                    x = next(results)
+                    ledger.changes.update(x.changes)
+                    what = "empty" if not x.chars else "too short" if x.chars < min_chars else \
+                        "contaminated" if x.contaminated else \
+                        "duplicate" if x.digest in seen and not keep_duplicates else "kept"
+                    ledger.add(what, piece.size)
+                    if what == "kept":
+                        seen.add(x.digest)
+                        writer.add(Document(x.ids, None, x.n_bytes))
         bad, read_in = ledger.documents["undecodable"], ledger.documents["read"]
         if on_bad == "stop" and bad > BAD_SHARE * read_in:
             raise UserError(f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more "
@@ -353,8 +392,10 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
         raise
 
 
-def _chunks(sources: list[Path], unit: str, key: str, max_bytes: int) -> Iterator[list[Piece]]:
-    """Documents of all files in order, about a megabyte at a time; says what a document is."""
+def _chunks(sources: list[Path], unit: str, key: str,
+            max_bytes: int) -> Iterator[tuple[list[Piece], list[str]]]:
+    """Documents of all files in order, about a megabyte at a time, and the texts of those without
+    a fault; says what a document is."""
     chunk: list[Piece] = []
     size = 0
     for path in sources:
@@ -366,7 +407,7 @@ def _chunks(sources: list[Path], unit: str, key: str, max_bytes: int) -> Iterato
             chunk.append(piece)
             size += piece.size
             if size >= CHUNK:
-                yield chunk
+                yield chunk, [p.text for p in chunk if not p.fault]
                 chunk, size = [], 0
     if chunk:
-        yield chunk
+        yield chunk, [p.text for p in chunk if not p.fault]

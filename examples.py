@@ -2,7 +2,9 @@
 
 One idea: an example is made or refused where its file and line are still known. Ids and loss mask
 come out of one function together, so that what is trained can be looked at (`prepare.py show`) and
-is never computed a second time.
+is never computed a second time. Rows are made into examples by several processes; what an example
+is depends on its row, its place among all rows and no more, so that a bin is the same bytes however
+many there were.
 
 A row is a JSON object of .jsonl or .json (a list), a line of .tsv under its header, or a line of
 .parquet; two aligned .txt files give rows too.
@@ -15,15 +17,16 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import corpus
-from chat import Template
+from chat import Template, documents
 from data import Bin, BinWriter, Document, sha256
 from log import UserError, say
 from tokenizer import Tokenizer
@@ -43,17 +46,19 @@ class Row:
     where: str
     cells: Mapping[str, Any]
     size: int  # bytes as read
+    number: int = 0  # among all rows of all files
 
 
 @dataclass
 class Example:
     """What one row became: documents that are kept or left out together, or a fault that says
-    why there is none. `key` tells duplicates."""
+    why there is none. `key` tells duplicates; `kinds` are the documents', where they have some."""
 
-    row: Row
     documents: list[Document]
-    key: str = ""
+    key: bytes = b""
     fault: str = ""
+    kinds: tuple[str, ...] = ()
+    changes: Mapping[str, int] = field(default_factory=dict)  # places cleaned, by step
 
 
 def rows(path: Path) -> Iterator[Row]:
@@ -191,21 +196,46 @@ def messages_of(row: Row, key: str) -> list[dict[str, str]]:
     return said
 
 
-def chats(paths: Sequence[Path], template: Template, loss_on: str,
-          clean: corpus.Normaliser | None = None) -> Iterator[Example]:
-    """The conversations of files; says in which form each file is."""
+def conversations(paths: Iterable[Path]) -> Iterator[Row]:
+    """The rows of files; says in which form each file's conversations are."""
     for path in paths:
-        told = ""
+        told = None
         for row in rows(path):
-            form, messages = conversation(row)
-            if form != told:
+            form = next((x for x in FORMS if x in row.cells), None)
+            if form and form != told:
                 say(f"{path}: conversations in the form of {FORMS[form]}")
                 told = form
-            if clean:
-                messages = [{**x, "content": clean(x["content"])[0]} for x in messages]
+            yield row
+
+
+@dataclass
+class Conversations:
+    """Rows to examples, a conversation each."""
+
+    template: Template
+    loss_on: str = "assistant"
+    clean: corpus.Normaliser | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> list[Example]:
+        laid, found = [], []
+        for row in rows:
+            _, messages = conversation(row)
+            changes: Counter[str] = Counter()
+            for message in messages if self.clean else ():
+                message["content"], places = self.clean(message["content"])
+                changes.update(places)
             with placed(row):
-                document = template.document(messages, loss_on)
-            yield Example(row, [document], json.dumps(messages))
+                laid.append(self.template.lay_out(messages, self.loss_on))
+            found.append(Example([], key(messages), changes=changes))
+        for x, document in zip(found, documents(self.template.tokenizer, laid), strict=True):
+            x.documents = [document]
+        return found
+
+
+def key(of: Any) -> bytes:
+    """What tells an example's duplicates."""
+    text = json.dumps(of).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 class placed:
@@ -222,41 +252,70 @@ class placed:
             raise UserError(f"{self.row.where}: {e}", e.code) from None
 
 
-def write(examples: Iterable[Example], out: Path, tokenizer: Tokenizer, kind: str,
-          sources: Sequence[Path], prompt: dict[str, Any], changes: Counter[str],
+def chunks(found: Iterable[Row]) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Rows, numbered, about a megabyte at a time; those before a fault come before it."""
+    held: list[Row] = []
+    size = 0
+    try:
+        for n, row in enumerate(found):
+            row.number = n
+            held.append(row)
+            if (size := size + row.size) >= corpus.CHUNK:
+                yield held, held
+                held, size = [], 0
+    except UserError:
+        if held:
+            yield held, held
+        raise
+    if held:
+        yield held, held
+
+
+def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: Path,
+          tokenizer: Tokenizer, kind: str, sources: Sequence[Path], prompt: dict[str, Any],
           max_tokens: int = 0, too_long: str = "stop", keep_duplicates: bool = False,
-          ) -> tuple[Bin, corpus.Ledger]:
-    """Examples into a bin; each row ends in the ledger, with the `changes` that cleaning counted.
+          processes: int = 1) -> tuple[Bin, corpus.Ledger, Counter[str]]:
+    """Rows into a bin, by a `job` that makes them into examples; each row ends in the ledger. Third
+    are the kinds of the documents, counted.
 
     `max_tokens` is the row they must fit (0: any), both documents of a preference pair together.
     Longer ones are left out, but above LONG_SHARE refused, unless `too_long` says drop, or cut; so
     are those of which a cut would leave nothing that is trained. A refusal names the first place.
     """
     writer = BinWriter(out, tokenizer.fingerprint, tokenizer.vocab_size, kind)
-    ledger, seen, longest = corpus.Ledger(), set(), 0
+    ledger, seen, kinds, longest = corpus.Ledger(), set(), Counter(), 0
     first: dict[str, str] = {}  # where the first row stands that ended so
+
+    def settle(row: Row, x: Example) -> None:
+        """Enter an example into the ledger and, if it is kept, the bin."""
+        nonlocal longest
+        sizes = [len(d.ids) - 1 for d in x.documents]
+        size = sum(sizes) if kind == "pairs" else max(sizes, default=0)
+        what = x.fault or "kept"
+        if what == "kept" and not keep_duplicates and x.key in seen:
+            what = "duplicate"
+        if what == "kept" and 0 < max_tokens < size and kind != "text":
+            longest = max(longest, size)
+            what = "too long"
+            if too_long == "cut":
+                most = max_tokens // 2 if kind == "pairs" else max_tokens
+                x.documents = [_cut(d, most) for d in x.documents]
+                bare = any(d.mask is not None and not any(d.mask) for d in x.documents)
+                what = "masked" if bare else "cut"
+        ledger.add(what, row.size)
+        ledger.changes.update(x.changes)
+        first.setdefault(what, row.where)
+        if what in ("kept", "cut"):
+            seen.add(x.key)
+            kinds.update(x.kinds)
+            for document in x.documents:
+                writer.add(document)
+
     try:
-        for x in examples:
-            digest = hashlib.blake2b(x.key.encode("utf-8", "surrogatepass"), digest_size=16)
-            sizes = [len(d.ids) - 1 for d in x.documents]
-            size = sum(sizes) if kind == "pairs" else max(sizes, default=0)
-            what = x.fault or "kept"
-            if what == "kept" and not keep_duplicates and digest.digest() in seen:
-                what = "duplicate"
-            if what == "kept" and 0 < max_tokens < size and kind != "text":
-                longest = max(longest, size)
-                what = "too long"
-                if too_long == "cut":
-                    most = max_tokens // 2 if kind == "pairs" else max_tokens
-                    x.documents = [_cut(d, most) for d in x.documents]
-                    what = "cut" if all(any(d.mask or [True]) for d in x.documents) else "masked"
-            ledger.add(what, x.row.size)
-            first.setdefault(what, x.row.where)
-            if what in ("kept", "cut"):
-                seen.add(digest.digest())
-                for document in x.documents:
-                    writer.add(document)
-        ledger.changes = changes
+        with closing(corpus.in_order(job, chunks(found), processes)) as made:
+            for rows, examples in made:
+                for row, x in zip(rows, examples, strict=True):
+                    settle(row, x)
         n, long, bare = (ledger.documents[x] for x in ("read", "too long", "masked"))
         if too_long == "stop" and long > LONG_SHARE * n:
             raise UserError(
@@ -274,7 +333,7 @@ def write(examples: Iterable[Example], out: Path, tokenizer: Tokenizer, kind: st
                             + (f" ({why})" if why else ""))
         described = [{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)}
                      for p in sources]
-        return writer.close(ledger.to_json(), described, prompt), ledger
+        return writer.close(ledger.to_json(), described, prompt), ledger, kinds
     except BaseException:
         writer.abandon()
         raise

@@ -11,7 +11,6 @@ was not: documents 2i and 2i + 1 of a bin.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import corpus
-from chat import Template
-from data import Document
-from examples import Example, Row, messages_of, placed, rows, text_at
-from log import FLAGS, UserError
-from tokenizer import Tokenizer
+from chat import NOT, TRAINED, Layout, Template, documents
+from examples import Example, Row, key, messages_of, placed, rows, text_at
+from log import FLAGS, UserError, say
+from tokenizer import Part, Tokenizer
 
 LANGUAGES = ("eng", "kin")
 DIRECTIONS = ("eng-kin", "kin-eng")
@@ -50,7 +50,7 @@ class Prompt:
         return {"name": self.name, "text": self.text, "languages": dict(self.languages)}
 
 
-def answer(tokenizer: Tokenizer, prompt: str, words: str) -> Document:
+def answer(tokenizer: Tokenizer, prompt: str, words: str) -> Layout:
     """BOS, a prompt, the words that follow it, EOS; only the words and EOS are trained.
 
     The words are encoded by themselves, so that the prompt's ids are those it has when it is asked.
@@ -58,11 +58,15 @@ def answer(tokenizer: Tokenizer, prompt: str, words: str) -> Document:
     if tokenizer.eos is None:
         raise UserError("the tokenizer names no eos_token, so no answer would end; name one in "
                         "tokenizer_config.json")
-    asked = [] if tokenizer.bos is None else [tokenizer.bos]
-    asked += tokenizer.encode(prompt)
-    said = [*tokenizer.encode_piece(words, control=False, first=False), tokenizer.eos]
-    n_bytes = len(prompt.encode()) + len(words.encode())
-    return Document(asked + said, [False] * len(asked) + [True] * len(said), n_bytes)
+    laid = Layout(len(prompt.encode()) + len(words.encode()), begin=_bos(tokenizer),
+                  end=[tokenizer.eos])
+    laid.add([Part(prompt, False, True)], NOT)
+    laid.add([Part(words, False, False)], TRAINED)
+    return laid
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.bos is None else [tokenizer.bos]
 
 
 def read_directions(words: Sequence[str]) -> dict[str, float]:
@@ -83,80 +87,106 @@ def read_directions(words: Sequence[str]) -> dict[str, float]:
 
 @dataclass
 class Translations:
-    """Pairs of sentences to examples; how they are filtered, asked for, and in which directions."""
+    """Pairs of sentences to examples; how they are filtered, asked for, and in which directions.
+
+    What is drawn for a pair is drawn by the seed and its number; solved examples are of the pairs
+    before it in its chunk.
+    """
 
     tokenizer: Tokenizer
     prompts: Sequence[tuple[Prompt, float]]  # and weights
     directions: Mapping[str, float]  # the share of all pairs that each is trained on
-    keys: tuple[str, str] = LANGUAGES  # what the columns are called
     clean: corpus.Normaliser | None = None
     max_ratio: float = 3.0
-    join: int = 1  # consecutive pairs that become one example
     shots: int = 0  # solved examples before the one that is asked
     as_text: bool = False
     template: Template | None = None  # as a conversation
     seed: int = 1
 
-    def __post_init__(self) -> None:
-        self.made: Counter[str] = Counter()  # documents by direction
-        self.draw = random.Random(self.seed)
-
-    def examples(self, found: Iterable[Row]) -> Iterator[Example]:
-        """Every row that is a pair, as one document for each direction."""
+    def __call__(self, rows: Sequence[Row]) -> list[Example]:
+        """Every row of `joined` as one document for each direction."""
         before: list[dict[str, str]] = []  # solved ones to show
-        for row, pair in self._pairs(found):
+        found, laid = [], []
+        for row in rows:
+            pair, changes = self._pair(row)
             eng, kin = pair["eng"], pair["kin"]
             fault = "empty" if not (eng and kin) else "identical" if eng == kin else ""
             long, short = max(len(eng), len(kin)) + 10, min(len(eng), len(kin)) + 10
             if not fault and self.max_ratio and long > self.max_ratio * short:
                 fault = "length ratio"
-            documents = [] if fault else [
-                self._document(row, pair, direction, before)
-                for direction, share in self.directions.items()
-                if share >= 1 or self.draw.random() < share]
-            yield Example(row, documents, json.dumps([eng, kin]), fault)
+            draw = random.Random(f"{self.seed} {row.number}")
+            kinds = () if fault else tuple(
+                direction for direction, share in self.directions.items()
+                if share >= 1 or draw.random() < share)
+            for direction in kinds:
+                with placed(row):
+                    laid.append(self._layout(pair, direction, before, draw))
+            found.append(Example([], key([eng, kin]), fault, kinds, changes))
             if not fault and self.shots:
                 before = [*before[-63:], pair]
+        made = iter(documents(self.tokenizer, laid))
+        for x in found:
+            x.documents = [next(made) for _ in x.kinds]
+        return found
 
-    def _pairs(self, found: Iterable[Row]) -> Iterator[tuple[Row, dict[str, str]]]:
-        """Rows as {"eng", "kin"}, each on one line; `join` of them at a time, of one file."""
-        held: list[tuple[Row, dict[str, str]]] = []
+    def _pair(self, row: Row) -> tuple[dict[str, str], Counter[str]]:
+        """A row's two sides, clean, each on one line; and the places that were cleaned."""
+        sides, changes = {}, Counter()
+        for name in LANGUAGES:
+            lines = []
+            for text in row.cells[name]:
+                if self.clean:
+                    text, places = self.clean(text)
+                    changes.update(places)
+                lines.append(" ".join(text.split()))  # a prompt has a line for a sentence
+            sides[name] = " ".join(lines)
+        return sides, changes
 
-        def joined() -> tuple[Row, dict[str, str]]:
-            row = Row(held[0][0].where, {}, sum(r.size for r, _ in held))
-            return row, {k: " ".join(p[k] for _, p in held) for k in LANGUAGES}
-
-        for row in _flat(found, self.keys):
-            sides = {}
-            for name, key in zip(LANGUAGES, self.keys, strict=True):
-                text = text_at(row, key)
-                text = self.clean(text)[0] if self.clean else text
-                sides[name] = " ".join(text.split())  # a prompt has a line for a sentence
-            if held and (len(held) == self.join or _file(row) != _file(held[0][0])):
-                yield joined()
-                held = []
-            held.append((row, sides))
-        if held:
-            yield joined()
-
-    def _document(self, row: Row, pair: Mapping[str, str], direction: str,
-                  before: Sequence[Mapping[str, str]]) -> Document:
+    def _layout(self, pair: Mapping[str, str], direction: str, before: Sequence[Mapping[str, str]],
+                draw: random.Random) -> Layout:
         source, target = direction.split("-")
-        self.made[direction] += 1
         if self.as_text:
             names = self.prompts[0][0].languages
             text = f"{names[source]}: {pair[source]}\n{names[target]}: {pair[target]}"
-            return Document(self.tokenizer.document(text), None, len(text.encode()))
+            end = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
+            laid = Layout(len(text.encode()), begin=_bos(self.tokenizer), end=end, whole=True)
+            laid.add([Part(text, False, True)], TRAINED)
+            return laid
         prompts, weights = zip(*self.prompts, strict=True)
-        prompt = self.draw.choices(prompts, weights)[0] if len(prompts) > 1 else prompts[0]
-        shown = self.draw.sample(before, min(self.shots, len(before))) if self.shots else []
+        prompt = draw.choices(prompts, weights)[0] if len(prompts) > 1 else prompts[0]
+        shown = draw.sample(before, min(self.shots, len(before))) if self.shots else []
         asked = "".join(prompt.fill(x[source], direction) + x[target] + "\n\n" for x in shown)
         asked += prompt.fill(pair[source], direction)
-        with placed(row):
-            if self.template:
-                return self.template.document([{"role": "user", "content": asked.rstrip()},
-                                               {"role": "assistant", "content": pair[target]}])
-            return answer(self.tokenizer, asked, pair[target])
+        if self.template:
+            return self.template.lay_out([{"role": "user", "content": asked.rstrip()},
+                                          {"role": "assistant", "content": pair[target]}])
+        return answer(self.tokenizer, asked, pair[target])
+
+
+def joined(found: Iterable[Row], keys: tuple[str, str], n: int = 1) -> Iterator[Row]:
+    """Rows whose cells "eng" and "kin" are the texts of `n` consecutive pairs of one file, fewer
+    where it ends."""
+    held: list[Row] = []
+
+    def one() -> Row:
+        cells = {name: [row.cells[key] for row in held]
+                 for name, key in zip(LANGUAGES, keys, strict=True)}
+        return Row(held[0].where, cells, sum(row.size for row in held))
+
+    try:
+        for row in _flat(found, keys):
+            for name in keys:
+                text_at(row, name)
+            if held and (len(held) == n or _file(row) != _file(held[0])):
+                yield one()
+                held = []
+            held.append(row)
+    except UserError:
+        if held:
+            yield one()
+        raise
+    if held:
+        yield one()
 
 
 def _flat(found: Iterable[Row], keys: Sequence[str]) -> Iterator[Row]:
@@ -179,29 +209,39 @@ def _file(row: Row) -> str:
     return row.where.rpartition(", ")[0]
 
 
-def preferences(paths: Sequence[Path], tokenizer: Tokenizer, template: Template,
-                as_chat: bool) -> Iterator[Example]:
-    """Rows {"prompt", "chosen", "rejected"} as two documents each, the chosen one first.
+@dataclass
+class Preferences:
+    """Rows {"prompt", "chosen", "rejected"} to examples of two documents, the chosen one first.
 
     A prompt is a text, which the answer follows directly (`as_chat`: which is a user's message), or
     messages; an answer is a text or messages, alone or behind those of the prompt.
     """
-    for path in paths:
-        for row in rows(path):
-            answers = [_answer(row, key) for key in ("chosen", "rejected")]
-            asked, other = (_question(row, key, as_chat) for key in ("chosen", "rejected"))
+
+    tokenizer: Tokenizer
+    template: Template
+    as_chat: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> list[Example]:
+        found, laid = [], []
+        for row in rows:
+            answers = [_answer(row, x) for x in ("chosen", "rejected")]
+            asked, other = (_question(row, x, self.as_chat) for x in ("chosen", "rejected"))
             if asked != other:
                 raise UserError(f"{row.where}: chosen and rejected answer different questions; "
                                 "a pair has one, give it as prompt")
             with placed(row):
-                documents = [
-                    answer(tokenizer, asked, x) if isinstance(asked, str)
-                    else template.document([*asked, {"role": "assistant", "content": x}])
+                laid += [
+                    answer(self.tokenizer, asked, x) if isinstance(asked, str)
+                    else self.template.lay_out([*asked, {"role": "assistant", "content": x}])
                     for x in answers]
-            if documents[0].ids == documents[1].ids:
+            found.append(Example([], key([str(asked), *answers])))
+        made = iter(documents(self.tokenizer, laid))
+        for row, x in zip(rows, found, strict=True):
+            x.documents = [next(made), next(made)]
+            if np.array_equal(*(d.ids for d in x.documents)):
                 raise UserError(f"{row.where}: chosen and rejected are equal; a pair teaches "
                                 "nothing then, take it out")
-            yield Example(row, documents, json.dumps([str(asked), *answers]))
+        return found
 
 
 def _question(row: Row, key: str, as_chat: bool) -> str | list[dict[str, str]]:
@@ -240,14 +280,23 @@ class Candidates:
 
 
 def candidates(path: Path) -> list[Candidates]:
-    """What `sample.py --json --samples N` printed, by prompt, in order."""
+    """What `sample.py --json --samples N` printed, by prompt, in order.
+
+    Says how many answers were cut: training would end them there.
+    """
     found: dict[str, Candidates] = {}
+    cut = 0
     for row in rows(path):
         asked, text = text_at(row, "prompt"), text_at(row, "text")
+        cut += row.cells.get("end") == "length"
         prompt = messages_of(row, "messages") if "messages" in row.cells else asked
         found.setdefault(asked, Candidates(prompt, [])).texts.append(text)
     if not found:
         raise UserError(f"{path}: no samples in it")
+    if cut:
+        n = sum(len(x.texts) for x in found.values())
+        say(f"{path}: {cut:,} of {n:,} answers were cut at --max-new-tokens, and a preference ends "
+            "them there; sample again with more")
     return list(found.values())
 
 

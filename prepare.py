@@ -85,6 +85,7 @@ class Chat:
     too_long: Literal["stop", "drop", "cut"] = "stop"
     """What is done with longer ones; stop leaves out up to one in a hundred."""
     keep_duplicates: bool = False
+    processes: int = os.cpu_count() or 1
 
 
 @dataclass
@@ -125,6 +126,7 @@ class Mt:
     too_long: Literal["stop", "drop", "cut"] = "stop"
     keep_duplicates: bool = False
     seed: int = 1
+    processes: int = os.cpu_count() or 1
 
 
 @dataclass
@@ -143,6 +145,7 @@ class Pairs:
     """The row that both documents of a pair must fit together, as --seq-len of the run; 0: any."""
     too_long: Literal["stop", "drop", "cut"] = "stop"
     keep_duplicates: bool = False
+    processes: int = os.cpu_count() or 1
 
 
 @dataclass
@@ -196,10 +199,9 @@ class Fertility:
 
 
 def text(s: Text) -> None:
-    steps = [] if s.normalise == ["none"] else s.normalise
     bin, ledger = corpus.prepare(
         s.files, Path(s.tokenizer), Path(s.out), unit=s.documents, key=s.text_key,
-        normalise=normalise.normaliser(steps) if steps else None, keep_duplicates=s.keep_duplicates,
+        normalise=cleaning(s.normalise), keep_duplicates=s.keep_duplicates,
         contaminated=overlap.signs(s.without) if s.without else None, min_chars=s.min_chars,
         max_doc_mb=s.max_doc_mb, on_bad=s.on_bad, processes=max(1, s.processes))
     ledger_lines(ledger.to_json())
@@ -217,19 +219,19 @@ def ledger_lines(ledger: dict, unit: str = "documents") -> None:
 
 
 def chat(s: Chat) -> None:
-    tokenizer, changes = Tokenizer.open(s.tokenizer), Counter()
+    tokenizer = Tokenizer.open(s.tokenizer)
     template = template_of(s.template, Path(s.tokenizer), tokenizer)
     paths = corpus.files(s.files, examples.KINDS)
-    found = examples.chats(paths, template, s.loss_on, counting(s.normalise, changes))
+    job = examples.Conversations(template, s.loss_on, cleaning(s.normalise))
     done(*examples.write(
-        found, Path(s.out), tokenizer, "chat", paths, {"chat": template.source}, changes,
-        s.max_tokens, s.too_long, s.keep_duplicates))
+        examples.conversations(paths), job, Path(s.out), tokenizer, "chat", paths,
+        {"chat": template.source}, s.max_tokens, s.too_long, s.keep_duplicates, s.processes))
 
 
 def mt(s: Mt) -> None:
     if s.as_chat and s.as_text:
         raise UserError("prepare.py mt: give one of --as-chat and --as-text", FLAGS)
-    tokenizer, changes = Tokenizer.open(s.tokenizer), Counter()
+    tokenizer = Tokenizer.open(s.tokenizer)
     template = template_of(s.template, Path(s.tokenizer), tokenizer) if s.as_chat else None
     chosen = prompts_of(s.prompts)
     paths = corpus.files(s.files, (".txt",) if s.aligned else examples.KINDS)
@@ -240,17 +242,15 @@ def mt(s: Mt) -> None:
     files = zip(paths[::2], paths[1::2], strict=True) if s.aligned else zip(paths)
     found = (row for file in files for row in in_place(
         examples.aligned(*file, keys) if s.aligned else examples.rows(*file), keys))
-    maker = pairs.Translations(
-        tokenizer, chosen, pairs.read_directions(s.directions), keys,
-        counting(s.normalise, changes), s.max_ratio, max(1, s.join), max(0, s.shots), s.as_text,
-        template, s.seed)
+    job = pairs.Translations(
+        tokenizer, chosen, pairs.read_directions(s.directions), cleaning(s.normalise), s.max_ratio,
+        max(0, s.shots), s.as_text, template, s.seed)
     prompt = {"translate": [{**p.to_json(), "as_chat": s.as_chat} for p, _ in chosen]} | (
         {"chat": template.source} if template else {})
     done(*examples.write(
-        maker.examples(found), Path(s.out), tokenizer,
-        "text" if s.as_text else "mt", paths, {} if s.as_text else prompt, changes, s.max_tokens,
-        s.too_long, s.keep_duplicates))
-    print(", ".join(f"{name} {n:,} documents" for name, n in maker.made.items()))
+        pairs.joined(found, keys, max(1, s.join)), job, Path(s.out), tokenizer,
+        "text" if s.as_text else "mt", paths, {} if s.as_text else prompt, s.max_tokens,
+        s.too_long, s.keep_duplicates, s.processes))
 
 
 def prefer(s: Prefer) -> None:
@@ -277,10 +277,10 @@ def preferences(s: Pairs) -> None:
     tokenizer = Tokenizer.open(s.tokenizer)
     template = template_of(s.template, Path(s.tokenizer), tokenizer)
     paths = corpus.files(s.files, examples.KINDS)
-    found = pairs.preferences(paths, tokenizer, template, s.as_chat)
+    found = (row for path in paths for row in examples.rows(path))
     done(*examples.write(
-        found, Path(s.out), tokenizer, "pairs", paths, {}, Counter(), s.max_tokens, s.too_long,
-        s.keep_duplicates))
+        found, pairs.Preferences(tokenizer, template, s.as_chat), Path(s.out), tokenizer, "pairs",
+        paths, {}, s.max_tokens, s.too_long, s.keep_duplicates, s.processes))
 
 
 def template_of(word: str, folder: Path, tokenizer: Tokenizer) -> Template:
@@ -327,25 +327,18 @@ def in_place(found: Iterator[examples.Row], keys: tuple[str, str]) -> Iterator[e
     yield from chain(head, found)
 
 
-def counting(steps: list[str], changes: Counter[str]) -> corpus.Normaliser | None:
-    """The steps of cleaning, which count into `changes`."""
-    if steps == ["none"]:
-        return None
-    clean = normalise.normaliser(steps)
-
-    def counted(text: str) -> tuple[str, dict[str, int]]:
-        text, found = clean(text)
-        changes.update(found)
-        return text, found
-
-    return counted
+def cleaning(steps: list[str]) -> corpus.Normaliser | None:
+    """The steps of cleaning that a flag names."""
+    return None if steps == ["none"] else normalise.normaliser(steps)
 
 
-def done(bin: Bin, ledger: corpus.Ledger) -> None:
+def done(bin: Bin, ledger: corpus.Ledger, kinds: Counter[str]) -> None:
     """What became of the rows, and what the bin holds."""
     ledger_lines(ledger.to_json(), "rows")
     print(f"{bin.folder}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
           f"{bin.meta['trained']:,} of them trained")
+    if kinds:
+        print(", ".join(f"{name} {n:,} documents" for name, n in kinds.items()))
 
 
 def show(s: Show) -> None:

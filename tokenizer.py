@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,15 @@ PROBES = ("", "a", " ", "é", "Amazi y'umugezi, n’inka 🦒\n\n 1. ")  # every
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
 BEGIN, END = (("<s>", "<|begin_of_text|>"),
               ("</s>", "<|end_of_text|>", "<|endoftext|>"))  # where no file says
+
+
+class Part(NamedTuple):
+    """A part of a text: `control`: control tokens in it are read as such; `first`: nothing stands
+    before it, else it gets no space of its own."""
+
+    text: str
+    control: bool
+    first: bool
 
 
 class Tokenizer:
@@ -64,7 +73,7 @@ class Tokenizer:
 
     def __init__(self, file: Path, pieces: list[str], control: set[int], content: bytes,
                  bytewise: bool, begins: bool | str):
-        folder = file.parent
+        folder, self.file = file.parent, file
         self.files = [folder / n for n in FILES if (folder / n).exists()] or [file]
         self.pieces, self.control, self.vocab_size = pieces, control, len(pieces)
         names = {pieces[i]: i for i in sorted(control)}
@@ -84,6 +93,10 @@ class Tokenizer:
         self.dummy_prefix = (
             int(self.byte_lengths[self.encode("a")].sum()) - 1)  # SentencePiece's space before all
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the file by itself."""
+        return Tokenizer.open, (self.file,)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or EOS."""
         return self.encode_batch([text])[0]
@@ -96,19 +109,31 @@ class Tokenizer:
         """The text of ids; control tokens are left out."""
         raise AssertionError("a kind of file says how")
 
-    def encode_piece(self, text: str, control: bool, first: bool) -> list[int]:
-        """Ids of a part of a text, its control tokens read as such if `control`; `first`: nothing
-        stands before it, else it gets no space of its own."""
-        if first or not self.dummy_prefix:
-            return self._ids(text, control)
-        for mark in "\x01\n":  # something stands before it, which must not merge with it
-            before, ids = self._ids(mark, False), self._ids(mark + text, control)
-            if ids[: len(before)] == before:
-                return ids[len(before):]
-        return self._ids(text, control)
+    def encode_parts(self, parts: Sequence[Part]) -> list[list[int]]:
+        """Ids of parts of texts, all at once."""
+        found: list[list[int]] = [[]] * len(parts)
+        left = range(len(parts))
+        for mark, before in (*self._marks, ("", [])):  # what stands before a part must not merge
+            behind = [not parts[i].first and self.dummy_prefix > 0 for i in left]
+            ids = self._wholes([(mark * x + parts[i].text, parts[i].control)
+                                for i, x in zip(left, behind, strict=True)])
+            merged = []
+            for i, x, whole in zip(left, behind, ids, strict=True):
+                n = len(before) * x
+                found[i] = whole[n:]
+                if whole[:n] != before[:n]:
+                    merged.append(i)
+            if not (left := merged):
+                break
+        return found
 
-    def _ids(self, text: str, control: bool) -> list[int]:
-        """Ids of a whole text, its control tokens read as such if `control`."""
+    @functools.cached_property
+    def _marks(self) -> list[tuple[str, list[int]]]:
+        """What is put before a part that gets no space of its own, and its ids."""
+        return [(x, self.encode(x)) for x in "\x01\n"]
+
+    def _wholes(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of whole texts, each with whether its control tokens are read as such."""
         raise AssertionError("a kind of file says how")
 
     @functools.cached_property
@@ -164,19 +189,24 @@ class _SentencePiece(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self.sp.encode(list(texts), num_threads=1)
 
-    def _ids(self, text: str, control: bool) -> list[int]:
-        if not control:
-            return self.sp.encode(text)
-        ids: list[int] = []
-        names, at = {self.pieces[i]: i for i in self.control}, 0
-        for m in self.control_names.finditer(text):
-            if part := text[at : m.start()]:
-                ids += self.encode_piece(part, control=False, first=self.legacy or not ids)
-            ids.append(names[m.group()])
-            at = m.end()
-        if part := text[at:]:
-            ids += self.encode_piece(part, control=False, first=self.legacy or not ids)
-        return ids
+    def _wholes(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        if not any(control for _, control in texts):
+            return self.encode_batch([text for text, _ in texts])
+        names, parts = {self.pieces[i]: i for i in self.control}, []
+        laid: list[list[int | None]] = []  # of each text: its control tokens, None for a part
+        for text, control in texts:
+            row, at = [], 0
+            ends = [*(self.control_names.finditer(text) if control else ()), None]
+            for m in ends:
+                if part := text[at : m.start() if m else None]:
+                    parts.append(Part(part, False, self.legacy or not row))
+                    row.append(None)
+                if m:
+                    row.append(names[m.group()])
+                    at = m.end()
+            laid.append(row)
+        ids = iter(self.encode_parts(parts))
+        return [[i for x in row for i in (next(ids) if x is None else (x,))] for row in laid]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.sp.decode(
@@ -227,13 +257,17 @@ class _Json(Tokenizer):
             batch = self.tok.encode_batch_fast(list(texts), add_special_tokens=False)
         return [e.ids for e in batch]
 
-    def _ids(self, text: str, control: bool) -> list[int]:
-        self.tok.encode_special_tokens = not control
+    def _wholes(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        found: list[list[int]] = [[]] * len(texts)
         try:
-            with _guarded(f"{self.file}: the tokenizer fails on a text"):
-                return self.tok.encode(text, add_special_tokens=False).ids
+            for control in {x for _, x in texts}:
+                self.tok.encode_special_tokens = not control
+                at = [i for i, (_, x) in enumerate(texts) if x == control]
+                for i, ids in zip(at, self.encode_batch([texts[i][0] for i in at]), strict=True):
+                    found[i] = ids
         finally:
             self.tok.encode_special_tokens = True
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tok.decode(

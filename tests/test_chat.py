@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import CHRF
 
+import corpus
 import fork
 import log
 import pairs
@@ -356,6 +357,72 @@ def test_best_and_worst_samples_are_those_of_sacrebleu(model, tmp_path):
         "prompt": "Q1:", "chosen": samples["Q1:"][2], "rejected": samples["Q1:"][0]}
     bin, _ = prepared(model, tmp_path, "pairs", str(made))
     assert len(bin) == 2
+
+
+# ------------------------------------------------------------------ in several processes
+
+def rows_of_all_kinds(folder: Path, n: int = 60) -> None:
+    """Files with every fate of a row in them."""
+    rows = [(f"{ENG[i % 5]} {i}", f"{KIN[i % 5]} {i}") for i in range(n)]
+    rows[7], rows[20], rows[31], rows[32] = ("", "x"), rows[3], ("Kigali", "Kigali"), ("a", KIN[0])
+    (folder / "mt.tsv").write_text("eng\tkin\n" + "".join(f"{e}\t{k}\n" for e, k in rows))
+    talks = [said(*[t for j in range(1 + i % 3) for t in (("u", f"{e} {j}"), ("a", f" {k}’n {j}"))])
+             for i, (e, k) in enumerate(rows) if e]
+    (folder / "chat.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in talks))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": x[:-1] if i % 2 else f"{i}:", "chosen": x[-1]["content"], "rejected": "Oya."})
+        + "\n" for i, x in enumerate(talks)))
+
+
+ALL = ["--prompts", "all", "--shots", "2", "--directions", "eng-kin:3", "kin-eng:1"]
+
+
+@pytest.mark.parametrize("words", [
+    ["chat", "chat.jsonl", "--max-tokens", "150", "--too-long", "cut"],
+    ["mt", "mt.tsv", *ALL, "--max-tokens", "400", "--too-long", "drop"],
+    ["mt", "mt.tsv", "--as-chat", "--join", "2"], ["pairs", "pairs.jsonl"]],
+    ids=["chat", "mt", "mt as chat", "pairs"])
+def test_a_bin_is_the_same_bytes_for_any_number_of_processes(model, tmp_path, monkeypatch, words):
+    rows_of_all_kinds(tmp_path)
+    monkeypatch.setattr(corpus, "CHUNK", 1000)
+    command, file, *more = words
+    made = []
+    for n in ("1", "2", "3") if ALL[0] in words else ("1", "2"):
+        bin, _ = prepared(model, tmp_path, command, f"{tmp_path}/{file}", *more, "--processes", n)
+        made.append({x.name: x.read_bytes() for x in bin.folder.iterdir()})
+    assert all(x == made[0] for x in made)
+    assert bin.meta["ledger"]["documents"]["kept"] > 20
+
+
+@settings(max_examples=15, deadline=None)
+@given(size=st.integers(1, 9000), words=st.sampled_from([
+    ["chat", "chat.jsonl"], ["mt", "mt.tsv", "--prompts", "all", "--directions", "eng-kin:3",
+                             "kin-eng:1", "--join", "3"], ["pairs", "pairs.jsonl"]]))
+def test_what_a_row_becomes_does_not_depend_on_how_rows_are_dealt_out(
+        model, tmp_path_factory, size, words):
+    folder = tmp_path_factory.mktemp("dealt")
+    rows_of_all_kinds(folder, 40)
+    command, file, *more = words
+    made, chunk = [], corpus.CHUNK
+    for corpus.CHUNK in (size, chunk):  # the last is as it was
+        bin, _ = prepared(model, folder, command, f"{folder}/{file}", *more, "--processes", "1")
+        made.append({x.name: x.read_bytes() for x in bin.folder.iterdir()})
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("n", ["1", "2"])
+def test_the_first_fault_is_said_whichever_process_met_it(model, tmp_path, monkeypatch, n):
+    """A line that is no JSON is met by the one that reads, long before a worker sees the others."""
+    monkeypatch.setattr(corpus, "CHUNK", 200)
+    rows_of_all_kinds(tmp_path)
+    lines = (tmp_path / "chat.jsonl").read_text().splitlines()
+    lines[30], lines[33], lines[40] = chat_line(("u", "a")), "{", chat_line(("u", "b"))
+    for place, wanted in ((30, "the conversation does not end"), (33, "not JSON")):
+        (tmp_path / "chat.jsonl").write_text("\n".join(lines) + "\n")
+        with pytest.raises(UserError, match=rf"chat\.jsonl, line {place + 1}: {wanted}") as e:
+            prepared(model, tmp_path, "chat", f"{tmp_path}/chat.jsonl", "--processes", n)
+        assert e.value.code == 3 and not list(tmp_path.glob(".tmp*"))
+        lines[30] = lines[29]
 
 
 # ------------------------------------------------------------------ bad input

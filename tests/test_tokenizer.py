@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import tiny
 from log import UserError
-from tokenizer import Tokenizer, learn
+from tokenizer import Part, Tokenizer, learn
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TOKENIZERS = DATA / "tokenizers"
@@ -282,7 +282,7 @@ def test_a_damaged_tokenizer_is_used_or_refused_and_nothing_else(kind, json_fold
                 ids = tok.document(text)
                 tok.decode(ids)
                 tok.count_bytes(ids)
-                tok.encode_piece(text, control=True, first=False)
+                tok.encode_parts([Part(text, control=True, first=False)])
             seen[True] += 1
         except UserError as e:
             assert "\n" not in str(e) and str(tmp_path) in str(e)
