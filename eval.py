@@ -12,6 +12,7 @@ Figures of one signature compare; with --baseline they are compared, item by ite
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -45,6 +46,9 @@ class Settings:
     """Only these prompts of each suite, such as 1 3; without any, all."""
     shots: int = 0
     """Examples before each item."""
+    chat_template: bool = False
+    """Ask the suites in conversation, as the model's chat template writes it (lm-eval's
+    --apply_chat_template): for models taught to converse."""
     beams: int = 1
     """Beams of answers and translations; 1: greedy, as published figures are."""
     max_new_tokens: int = 0
@@ -95,6 +99,8 @@ import sheet  # noqa: E402
 import suites  # noqa: E402
 import tasks  # noqa: E402
 import weights  # noqa: E402
+from ask import Way  # noqa: E402
+from chat import Template  # noqa: E402
 from data import sha256  # noqa: E402
 from judge import Record, Result  # noqa: E402
 from model import Llama  # noqa: E402
@@ -123,6 +129,7 @@ class Reader:
     length: int
     quant: str = "none"
     compat: bool = False
+    template: Template | None = None
 
     @property
     def kept(self) -> torch.dtype:
@@ -255,13 +262,15 @@ def measure_suite(e: Evaluation, suite: Suite, r: Reader) -> None:
         items = suite.items(prompt, s.shots, s.limit)
         name = " ".join(filter(None, (suite.name, prompt.part, prompt.name)))
         choices = {"shots": s.shots, **r.choices}
+        if r.template is not None:
+            choices |= {"chat": hashlib.sha256(r.template.source.encode()).hexdigest()[:8]}
         new = s.max_new_tokens or suite.new_tokens
         if suite.kind != "choose":
             choices |= {"new": new, "beams": s.beams}
         n = sum(len(x.choices) for x in items) if suite.kind == "choose" else len(items)
         with log.progress(name, n) as move:
             records = tasks.records(r.model, r.tokenizer, suite, prompt, items, r.length, new,
-                                    s.beams, move, r.kept)
+                                    s.beams, move, r.kept, r.template)
         if suite.kind == "choose":
             _finite(np.concatenate([x["logp"] for x in records]), name, r)
         signature = f"{suite.signature(prompt)}|" + "|".join(f"{k}:{v}" for k, v in choices.items())
@@ -420,7 +429,11 @@ def open_model(s: Settings) -> Reader:
     if not 0 <= s.max_length <= context:
         raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
                         "context, or 0 for all of it", FLAGS)
-    return Reader(model, tokenizer, s.max_length or context, s.quant, s.lm_eval_compat)
+    template = Way.of(weights.find(s.model), tokenizer).own_template if s.chat_template else None
+    if s.chat_template and template is None:
+        raise UserError(f"--chat-template: {s.model} has no chat template; leave it out, or take "
+                        "a model that was taught to converse", FLAGS)
+    return Reader(model, tokenizer, s.max_length or context, s.quant, s.lm_eval_compat, template)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from metrics import Measure
 
 Record = dict[str, Any]
 Result = dict[str, Any]
-ALIKE = ("suite", "prompt", "shots", "beams", "unit", "compat")  # of a signature: what must agree
+# of a signature: what must agree
+ALIKE = ("suite", "prompt", "shots", "beams", "unit", "compat", "chat")
 
 
 def measures(kind: str, records: Sequence[Record], wanted: Sequence[str],
@@ -202,7 +203,7 @@ class Baseline:
             say(f"{name}: not in the baseline {self.folder}, so not compared")
             return
         theirs, old = there
-        now, before = ({"compat": "none"} | dict(
+        now, before = ({"compat": "none", "chat": "none"} | dict(
             x.split(":", 1) for x in r["signature"].split("|") if ":" in x)
             for r in (ours[0], theirs))
         for key in ALIKE:

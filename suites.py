@@ -49,12 +49,16 @@ class Prompt:
 @dataclass(frozen=True)
 class Item:
     """One thing asked: its context, for a choice the continuations, and the right answer (an index
-    into the choices, or a text); `row` is where it came from."""
+    into the choices, or a text); `row` is where it came from.
+
+    `turns`: the same as a conversation says it, the user first and in turn with the assistant.
+    """
 
     context: str
     gold: int | str
     row: Row
     choices: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
 
 
 @dataclass
@@ -91,14 +95,15 @@ class Suite:
         draw, found = Random(SHOTS_SEED), []
         for i, row in enumerate(self.rows[: limit or None]):
             examples = self._examples(row, shots, draw) if shots else []
-            context = "".join(f"{_render(prompt.text, x)}{self.delimiter}"
-                              f"{self._answer(prompt, x)}\n\n" for x in examples)
+            pairs = [(_render(prompt.text, x), self._answer(prompt, x)) for x in examples]
+            context = "".join(f"{text}{self.delimiter}{said}\n\n" for text, said in pairs)
             try:
                 choices = _choices(prompt, row)
                 gold = self._gold(prompt, row, choices)
             except (ValueError, SyntaxError, TypeError) as e:
                 raise UserError(f"suite {self.name}, row {i + 1} of {self.files[0]}: {e}") from None
-            found.append(Item(context + _render(prompt.text, row), gold, row, choices))
+            text = _render(prompt.text, row)
+            found.append(Item(context + text, gold, row, choices, (*sum(pairs, ()), text)))
         return found
 
     def _examples(self, row: Row, n: int, draw: Random) -> list[Row]:

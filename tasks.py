@@ -14,7 +14,9 @@ be compared between tokenizers. Windows are packed into rows, which changes noth
 
 **Choices** by how likely each is behind the context, and **answers** by greedy decoding, as
 lm-evaluation-harness cuts text into ids: context and continuation are encoded together, blanks at a
-context's end belong to the continuation, and what is too long loses its beginning, BOS too.
+context's end belong to the continuation, and what is too long loses its beginning, BOS too. Asked
+in conversation (its `--apply_chat_template`), examples are turns, the model's chat template writes
+them, and a choice stands directly behind.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from log import FLAGS, UserError, say
 from sampling import Sampling
 
 if TYPE_CHECKING:
+    from chat import Template
     from model import Llama
     from suites import Item, Prompt, Suite
     from tokenizer import Tokenizer
@@ -125,9 +128,17 @@ def _row(pieces: Sequence[tuple[int, list[int], list[int]]], width: int) -> np.n
     return row
 
 
+class Written(str):
+    """A text that a chat template wrote: a control token's name in it is that token."""
+
+
 def begun(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A text's ids behind BOS, where the tokenizer begins a text so."""
-    return ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
+    """A text's ids behind BOS, where the tokenizer begins a text so, and no template has."""
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    if not isinstance(text, Written):
+        return start + tokenizer.encode(text)
+    ids = tokenizer.encode_piece(text, control=True, first=True)
+    return ids if ids[:1] == start else start + ids
 
 
 def split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -138,10 +149,21 @@ def split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[i
     """
     if not context:
         return [start_token(tokenizer)], tokenizer.encode(continuation)
-    kept = context.rstrip()
-    before = begun(tokenizer, kept)
-    whole = begun(tokenizer, context + continuation)
+    kind = type(context)
+    before = begun(tokenizer, kind(context.rstrip()))
+    whole = begun(tokenizer, kind(context + continuation))
     return before or [start_token(tokenizer)], whole[len(before) :]
+
+
+def contexts(items: Sequence[Item], template: Template | None) -> list[str]:
+    """What is read before each answer: a text, or the turns of a conversation as its template
+    writes them, up to where an answer begins."""
+    if template is None:
+        return [x.context for x in items]
+    roles = ("user", "assistant")
+    return [Written(template.render([{"role": roles[i % 2], "content": said}
+                                     for i, said in enumerate(x.turns)], generation=True))
+            for x in items]
 
 
 def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequence[str]]],
@@ -204,19 +226,22 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
 def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
             items: Sequence[Item], length: int = 0, new_tokens: int = 0, beams: int = 1,
             move: Callable[[int], object] = lambda done: None,
-            kept: torch.dtype = torch.float64) -> list[dict[str, Any]]:
+            kept: torch.dtype = torch.float64,
+            template: Template | None = None) -> list[dict[str, Any]]:
     """What the model chose or said of each item, as judge.py counts it.
 
-    `move` is told how many choices, or answers, are done.
+    `move` is told how many choices, or answers, are done; `template`: it is asked in conversation.
     """
+    asked = contexts(items, template)
     if suite.kind == "choose":
-        scores = choose(model, tokenizer, [(x.context, x.choices) for x in items], suite.delimiter,
-                        length, move, kept)
+        pairs = [(text, x.choices) for text, x in zip(asked, items, strict=True)]
+        scores = choose(model, tokenizer, pairs, "" if template else suite.delimiter, length, move,
+                        kept)
         return [{"gold": x.gold, "logp": logp, "choices": list(x.choices),
                  **{column: x.row[column] for column in suite.groups}}
                 for x, logp in zip(items, scores, strict=True)]
-    said = answer(model, tokenizer, [x.context for x in items], suite.stop,
-                  new_tokens or suite.new_tokens, length, beams, move)
+    said = answer(model, tokenizer, asked, suite.stop, new_tokens or suite.new_tokens, length,
+                  beams, move)
     if suite.kind == "match":
         return [{"gold": x.gold, "answer": text, "end": end}
                 for x, (text, end) in zip(items, said, strict=True)]

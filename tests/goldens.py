@@ -60,6 +60,8 @@ TASKS = {
 WITH_SHOTS = [key for key in TASKS if key[1] in ("1", "native") and key[0] in (
     "belebele", "sib200", "afrixnli", "afriqa", "flores", "ntrex", "mafand")]
 IN_BF16 = [("sib200", "1", ""), ("piqa-parallel", "cloze", "")]
+IN_CHAT = [("sib200", "1", ""), ("afrixnli", "native", ""), ("afrimgsm", "1", ""),
+           ("flores", "1", "eng-kin")]  # with --apply_chat_template
 SPLITS = {"belebele": ("test",), "ntrex": ("test",), "flores": ("devtest", "dev"),
           "afriqa": ("test", "train"), "afrisenti": ("test", "train")}  # else test, validation
 
@@ -124,6 +126,10 @@ def model(folder: Path, kind: str) -> Path:
     peer.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2)
     peer.save_pretrained(folder)
     (_bytewise if kind == "bytes" else _pieces)(folder)
+    begins = "{{ bos_token }}" * (kind == "bytes")  # else the harness adds BOS itself
+    (folder / "chat_template.jinja").write_text(
+        begins + "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
     return folder
 
 
@@ -188,7 +194,8 @@ def make() -> dict[str, Any]:
 
     assert lm_eval.__version__ == VERSION, f"made with {VERSION}, this is {lm_eval.__version__}"
     shipped = Path(lm_eval.__file__).parent / "tasks"
-    found: dict[str, Any] = {"lm_eval": VERSION, "texts": {}, "tasks": {}}
+    found: dict[str, Any] = {"lm_eval": VERSION, "texts": {}, "tasks": {},
+                             "chat": {}}
     with tempfile.TemporaryDirectory() as tmp:
         home = Path(tmp)
         configs = home / "tasks"
@@ -220,20 +227,25 @@ def make() -> dict[str, Any]:
             "metric_list": [{"metric": "bits_per_byte"}]}))
         manager = TaskManager(include_path=str(configs))
 
-        def run(lm: Any, tasks: list[str], shots: int) -> dict[str, Any]:
-            return lm_eval.simple_evaluate(model=lm, tasks=tasks, num_fewshot=shots or None,
-                                           task_manager=manager, bootstrap_iters=0, batch_size=1)
+        def run(lm: Any, tasks: list[str], shots: int, chat: bool = False) -> dict[str, Any]:
+            return lm_eval.simple_evaluate(
+                model=lm, tasks=tasks, num_fewshot=shots or None, task_manager=manager,
+                bootstrap_iters=0, batch_size=1, apply_chat_template=chat,
+                fewshot_as_multiturn=chat)  # as its command line does, if told the first only
 
         for kind in KINDS:
             folder = model(home / kind, kind)
             settings = {"pretrained": str(folder), "dtype": "float32", "batch_size": 1,
                         "device": "cpu"}
             lm = HFLM(**settings)
-            for shots, keys in ((0, list(TASKS)), (SHOTS, WITH_SHOTS)):
-                chosen = [t for t, key in ours.items() if key in keys]
-                out = run(lm, chosen, shots)
-                for task in chosen:
-                    _keep(found["tasks"].setdefault(name(ours[task], shots), {}), kind, lm,
+            for part, shots, keys in (("tasks", 0, list(TASKS)), ("tasks", SHOTS, WITH_SHOTS),
+                                      ("chat", 0, IN_CHAT), ("chat", SHOTS, IN_CHAT)):
+                shown = [key for key in keys if not shots or key in WITH_SHOTS]
+                chosen = [t for t, key in ours.items() if key in shown]
+                out = run(lm, chosen, shots, part == "chat")
+                for task in chosen:  # a text is another for each kind: so are their templates
+                    into = found[part] if part == "tasks" else found[part].setdefault(kind, {})
+                    _keep(into.setdefault(name(ours[task], shots), {}), kind, lm,
                           out["samples"][task], out["results"][task])
             for key, more in (("texts", {"add_bos_token": False}), ("texts_as_it_comes", {}),
                               ("texts_bf16", {"dtype": "bfloat16"})):

@@ -4,7 +4,6 @@ it again where lm_eval is installed. Seven mistakes, put in on purpose, are each
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import chat
 import eval as evaluating
 import goldens
 import judge
@@ -65,16 +65,18 @@ def data(tmp_path_factory) -> Path:
     return home
 
 
-@functools.cache
-def reader(kind: str, folder: Path):
-    return weights.load(str(goldens.model(folder / kind, kind)), torch.device("cpu"), torch.float32)
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory) -> dict[str, Path]:
+    """The models' folders, by kind of tokenizer."""
+    home = tmp_path_factory.mktemp("models")
+    return {kind: goldens.model(home / kind, kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="session")
-def readers(tmp_path_factory):
+def readers(homes):
     """The models, by kind of tokenizer."""
-    home = tmp_path_factory.mktemp("models")
-    return {kind: reader(kind, home) for kind in KINDS}
+    return {kind: weights.load(str(folder), torch.device("cpu"), torch.float32)
+            for kind, folder in homes.items()}
 
 
 def items_of(key, shots, data):
@@ -93,27 +95,29 @@ def test_texts_are_those_of_the_harness(key, shots, data):
             [x["continuations"] for x in golden]
 
 
-def compare(key, shots, kind, data, readers) -> None:
+def compare(key, shots, kind, data, readers, template=None) -> None:
     """Ids, likelihoods to 1e-5 with the same best choice, answers, and metrics of one task."""
     model, tokenizer = readers[kind]
     suite, prompt, items = items_of(key, shots, data)
-    golden = GOLDEN["tasks"][goldens.name(key, shots)][kind]
+    golden = (GOLDEN["chat"][kind] if template else GOLDEN["tasks"])[goldens.name(key, shots)]
+    contexts, delimiter = tasks.contexts(items, template), "" if template else suite.delimiter
+    assert contexts == [x["context"] for x in golden["texts"]]
+    golden = golden[kind]
     if suite.kind == "choose":
-        pairs = [[tasks.split(tokenizer, x.context, suite.delimiter + c) for c in x.choices]
-                 for x in items]
+        pairs = [[tasks.split(tokenizer, text, delimiter + c) for c in x.choices]
+                 for text, x in zip(contexts, items, strict=True)]
         assert [[goldens.digest([a, b]) for a, b in x] for x in pairs] == golden["ids"]
-        found = tasks.choose(model, tokenizer, [(x.context, x.choices) for x in items],
-                             suite.delimiter, goldens.CONTEXT)
+        found = tasks.choose(model, tokenizer, [(text, x.choices) for text, x in zip(
+            contexts, items, strict=True)], delimiter, goldens.CONTEXT)
         for ours, theirs in zip(found, golden["resps"], strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5)
             assert np.argmax(ours) == np.argmax(theirs)
         records = [{"gold": x.gold, "logp": y, "choices": x.choices}
                    for x, y in zip(items, found, strict=True)]
     else:
-        ids = [goldens.digest(tasks.begun(tokenizer, x.context)) for x in items]
+        ids = [goldens.digest(tasks.begun(tokenizer, x)) for x in contexts]
         assert ids == golden["ids"]
-        said = tasks.answer(model, tokenizer, [x.context for x in items], suite.stop, goldens.NEW,
-                            goldens.CONTEXT)
+        said = tasks.answer(model, tokenizer, contexts, suite.stop, goldens.NEW, goldens.CONTEXT)
         assert [text for text, _ in said] == golden["resps"]
         records = [{"gold": x.gold, "answer": t, "source": "", "reference": x.gold,
                     "hypothesis": t, "end": ""} for x, (t, _) in zip(items, said, strict=True)]
@@ -131,6 +135,16 @@ def compare(key, shots, kind, data, readers) -> None:
 def test_ids_likelihoods_answers_and_metrics_are_those_of_the_harness(key, shots, kind, data,
                                                                       readers):
     compare(key, shots, kind, data, readers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("key", "shots"), [(key, shots) for shots in (0, goldens.SHOTS) for key in
+                                            goldens.IN_CHAT if not shots or
+                                            key in goldens.WITH_SHOTS], ids=lambda x: str(x))
+def test_a_conversation_is_that_of_the_harness_with_apply_chat_template(key, shots, kind, data,
+                                                                        readers, homes):
+    template = chat.Template.of(homes[kind], readers[kind][1])
+    compare(key, shots, kind, data, readers, template)
 
 
 def bits(kind, readers) -> tuple[np.ndarray, float]:
@@ -300,10 +314,12 @@ def test_the_goldens_are_what_the_harness_gives():
         for kind in KINDS:
             np.testing.assert_allclose(again[key][kind]["nats"], GOLDEN[key][kind]["nats"],
                                        rtol=1e-5)
-    for name, task in again["tasks"].items():
-        golden = GOLDEN["tasks"][name]
+    pairs = [(task, GOLDEN["tasks"][name], KINDS) for name, task in again["tasks"].items()]
+    pairs += [(task, GOLDEN["chat"][kind][name], (kind,)) for kind in KINDS
+              for name, task in again["chat"][kind].items()]
+    for task, golden, kinds in pairs:
         assert task["texts"] == golden["texts"]
-        for kind in KINDS:
+        for kind in kinds:
             assert task[kind]["ids"] == golden[kind]["ids"]
             assert task[kind]["metrics"] == pytest.approx(golden[kind]["metrics"])
             if isinstance(golden[kind]["resps"][0], str):

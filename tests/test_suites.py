@@ -194,6 +194,29 @@ def suite_file(home: Path, **changes) -> str:
     return str(file)
 
 
+def test_in_conversation_figures_are_others_and_a_base_without_a_template_is_refused(home):
+    (home / "mine.jsonl").write_text("".join(
+        json.dumps({"text": f"Inka {x}", "label": 0}) + "\n" for x in "abc"))
+    folder = shutil.copytree(home / "model", home / "taught")
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}")
+    asked = {"suites": [suite_file(home)], "suite_data": str(home)}
+    plain = evaluated(home, model=str(folder), **asked, out=str(home / "plain"))
+    chat = evaluated(home, model=str(folder), **asked, chat_template=True)
+    assert "|chat:" in chat["results"][0]["signature"] and chat["settings"]["chat_template"]
+    assert "|chat:" not in plain["results"][0]["signature"]
+    logp = [[json.loads(x)["logp"] for x in (home / out / "items/mine.1.jsonl").read_text()
+             .splitlines()] for out in ("plain", "out")]
+    assert logp[0] != logp[1]
+    with pytest.raises(UserError, match=r"mine\.1 has chat none there and "):
+        evaluated(home, model=str(folder), **asked, chat_template=True,
+                  baseline=str(home / "plain"))
+    with pytest.raises(UserError, match="model has no chat template; leave it out") as e:
+        evaluated(home, model=str(home / "model"), **asked, chat_template=True)
+    assert e.value.code == 2
+
+
 @pytest.mark.parametrize(("rows", "words"), [
     ([{"text": "Inka"}], "has no column label; it has text"),
     ([{"text": "Inka", "label": "sinzi"}], "the right answer is 'sinzi', which is none of"),
