@@ -33,10 +33,11 @@ from families import ModelConfig
 from log import FLAGS, UserError
 from loss import _TokenNLL, cpo, document_logp, dpo
 from model import Layout, Llama
-from ranks import BUCKET, GiB, Ranks, stays_whole, way
+from ranks import BUCKET, GiB, Ranks, meets_often, stays_whole, way
 
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits")
 APART = "apart"  # what is not counted
+SMALL = 1e9  # parameters that a CPU trains without being asked to
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,13 @@ class Cut:
     Of each matrix a part; of blocks two at a time whole, in the dtype of products: one in use and
     one on its way; embeddings and head whole as they are kept, from the first product to the last.
     A block's gradients are summed in float32, a buffer that stands until the next block's.
-    Micro-batches that do not meet leave whole gradients in float32. `copied`: gloo, between CPUs,
-    sends copies.
+    Micro-batches that do not meet leave whole gradients in float32, unless they are too much to
+    keep (`often`). `copied`: gloo, between CPUs, sends copies.
     """
 
-    def __init__(self, model: nn.Module, world: int, dtype: torch.dtype, held: _Held, copied: bool):
-        self.held, self.summed, self.copies = held, None, 2 if copied else 1
+    def __init__(self, model: nn.Module, world: int, dtype: torch.dtype, held: _Held, copied: bool,
+                 often: bool):
+        self.held, self.summed, self.copies, self.often = held, None, 2 if copied else 1, often
         self.parts: dict[nn.Parameter, Tensor] = {}
         self.groups: dict[int, list[nn.Parameter]] = {}  # by layer; -1: embeddings and head
         for name, p in model.named_parameters():
@@ -153,10 +155,10 @@ class Cut:
         self.gradients: dict[nn.Parameter, Tensor] = {}
 
     def arrived(self, p: nn.Parameter, last: bool) -> None:
-        """A gradient is there, whole; in the last micro-batch a block's are summed and cut."""
+        """A gradient is there, whole; where they meet, a block's are summed and cut."""
         before, self.held.what = self.held.what, "gradients"
         group = self.group[p]
-        if not last:
+        if not (last or self.often):
             if p not in self.whole:
                 self.whole[p] = torch.empty_like(p, dtype=torch.float32)
             p.grad = None
@@ -198,7 +200,8 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
         _place(model, device)
         for x in lora.trained_whole(model).values():
             held.see(x, "weights")
-        cut = Cut(model, world, dtype, held, path == "blocks") if how == "fsdp" else None
+        cut = Cut(model, world, dtype, held, path == "blocks", meets_often(model, gb)) \
+            if how == "fsdp" else None
         held.what = "optimizer"
         parts = cut.parts if cut else {}
         moving = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -237,14 +240,18 @@ def path_of(device: torch.device, dtype: torch.dtype, D: int) -> str:
 
 def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes: int,
           adapter: Path | None = None) -> None:
-    """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory; before a weight is
-    read. A bound that is never too low lets most models pass at once. Rows that are to be found
-    are not refused."""
+    """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory, or if nobody asked
+    for the CPU that is to train a large model; before a weight is read. A bound that is never too
+    low lets most models pass at once. Rows that are to be found are not refused."""
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in Llama(config).parameters())
+    if s.device == "auto" and ranks.device.type == "cpu" and numbers > SMALL and not s.plan:
+        raise UserError(f"--device auto: no GPU that this torch can use, and {numbers / 1e9:.1f}B "
+                        "parameters are slow on a CPU; take --device cpu if that is meant, or "
+                        "install a CUDA build of torch", FLAGS)
     if s.ignore_memory or s.rows == "auto":
         return
     B, T, L = s.rows, s.seq_len, config.num_hidden_layers
-    with torch.device("meta"):
-        numbers = sum(p.numel() for p in Llama(config).parameters())
     wide = config.hidden_size + config.intermediate_size
     room = ranks.memory_limit_gb()
     if 32 * numbers + 64 * B * T * L * wide + 8192 * config.vocab_size < room * GiB:

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from log import FLAGS, UserError
+from log import FLAGS, UserError, say
 
 # bf16 (T4: fp16) tensor-core peaks without sparsity, FLOP/s, from the makers' data sheets: the
 # limit of an MFU
@@ -79,6 +79,7 @@ class Ranks:
     how: str = "none"  # the ranks share the work by: none (one rank), ddp, fsdp
     buckets: list[Bucket] = field(default_factory=list)  # in the order in which they are sent
     shards: list[nn.Module] = field(default_factory=list)  # modules that fully_shard has cut
+    often: bool = False  # fsdp: gradients meet after every micro-batch
     sent: int = 0  # buckets of this step that are under way
     meeting: bool = False  # whether this backward pass is the step's last
 
@@ -133,9 +134,9 @@ class Ranks:
         `how`: auto, none, ddp, fsdp; `dtype` that of products, `trained` that of what trains.
         """
         self.trained = trained
+        gb = self.memory_limit_gb() if self.device.type == "cuda" else math.inf
         if how == "auto":
-            gpu = self.device.type == "cuda"
-            how = way(model, self.world, self.memory_limit_gb() if gpu else math.inf)
+            how = way(model, self.world, gb)
         if how == "none" and self.world > 1:
             raise UserError(f"--shard none: {self.world} ranks that do not share their gradients "
                             "are different runs; take ddp or fsdp", FLAGS)
@@ -144,6 +145,7 @@ class Ranks:
                             "--nproc-per-node, or leave the flag out", FLAGS)
         self.how = how
         if how == "fsdp":
+            self.often = meets_often(model, gb)
             self._cut(model, dtype)
         self._place(model)
         if self.world > 1:
@@ -218,7 +220,7 @@ class Ranks:
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
         for m in self.shards:
-            m.set_requires_gradient_sync(last, recurse=False)
+            m.set_requires_gradient_sync(last or self.often, recurse=False)
 
     def _arrived(self, bucket: Bucket) -> None:
         """A gradient is there. Buckets leave in one order, or ranks would sum what does not
@@ -311,10 +313,16 @@ class Ranks:
         """The dtype of products: as asked, or `auto`: bf16 where the machine multiplies it
         natively.
 
-        A GPU without bf16 (before Ampere) takes fp16, a CPU without it fp32.
+        A GPU without bf16 (before Ampere) takes fp16, a CPU without it fp32; that a GPU has none is
+        said.
         """
+        narrow = self.device.type == "cuda" \
+            and torch.cuda.get_device_capability(self.device) < (8, 0)
+        if narrow and name in ("auto", "bf16"):
+            say("this GPU has no bf16: " + ("products are in fp16, with a scaled loss" if name ==
+                "auto" else "--dtype bf16 is slow on it; --dtype fp16 would not be"))
         if name == "auto" and self.device.type == "cuda":
-            name = "bf16" if torch.cuda.get_device_capability(self.device) >= (8, 0) else "fp16"
+            name = "fp16" if narrow else "bf16"
         elif name == "auto":
             name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
@@ -383,6 +391,14 @@ def way(model: nn.Module, world: int, gb: float) -> str:
     need = sum(p.numel() * (16 if p.requires_grad else p.element_size())
                for p in model.parameters())
     return "none" if world == 1 else "fsdp" if need > gb * GiB / 2 else "ddp"
+
+
+def meets_often(model: nn.Module, gb: float) -> bool:
+    """Whether fsdp sums gradients after every micro-batch and not after the last alone: where whole
+    ones, in float32, would fill a tenth of a GPU of so many GB between them."""
+    numbers = sum(p.numel() for name, p in model.named_parameters()
+                  if p.requires_grad and not stays_whole(name, p))
+    return 4 * numbers > gb * GiB / 10
 
 
 def stays_whole(name: str, p: nn.Parameter) -> bool:

@@ -20,6 +20,7 @@ import lora
 import memory
 import nf4
 import optim
+import ranks as shares
 import tiny
 import train
 from data import Batch
@@ -259,6 +260,23 @@ def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, wor
     assert ends == [0, 0], (tmp_path / "said-0").read_text()[-2000:]
     found = min(json.loads((tmp_path / "found").read_text()))
     assert said == pytest.approx(found, rel=0.01 if shard == "ddp" else 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [NARROW, torch.float32], ids=str)
+def test_a_ranks_prediction_holds_where_gradients_meet_after_every_micro_batch(
+        tmp_path, monkeypatch, dtype):
+    s = train.Settings(rows=2, seq_len=128, shard="fsdp")
+    config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
+    seldom = memory.need(config, s, dtype, 3, world=2)
+    for module in (memory, shares):
+        monkeypatch.setattr(module, "meets_often", lambda *_: True)
+    often = memory.need(config, s, dtype, 3, world=2)
+    assert often.gradients < 0.75 * seldom.gradients and often.total < seldom.total
+    ends = fork.ends(fork.together(2, of_a_rank(s, dtype, 3, tmp_path / "found"),
+                                   tmp_path / "said"))
+    assert ends == [0, 0], (tmp_path / "said-0").read_text()[-2000:]
+    assert often.total == pytest.approx(min(json.loads((tmp_path / "found").read_text())), rel=0.1)
 
 
 def test_of_a_model_that_is_cut_a_rank_holds_its_part_and_what_is_whole():
