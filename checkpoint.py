@@ -16,7 +16,6 @@ train, writing takes a twentieth of one, until somebody waits for it.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor
 
 import ranks as shares
-from log import FLAGS, STORAGE, UserError, say
+from log import FLAGS, REFUSALS, STORAGE, UserError, say
 from ranks import Ranks
 
 FORMAT = 2  # 1: one file a part, whole tensors under their names
@@ -44,7 +43,6 @@ ASIDE = re.compile(r"\.(?:tmp|del)-(.+)-(\d+)")  # with the process that made it
 MANIFEST = "manifest.json"
 CHUNK = 4 << 20  # bytes written and hashed at a time
 RESTS = 19  # on a CPU: seconds that a second's writing is followed by
-REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
           torch.uint8: "U8", torch.bool: "BOOL"}
@@ -81,6 +79,9 @@ class Saver:
     def save(self, step: int, parts: Parts, state: dict[str, Any]) -> None:
         """Begin to write root/step-NNNNNN; the tensors may change as soon as this returns."""
         self.finish()
+        if self.root.is_symlink():
+            raise UserError(f"{self.root}: is a link, and a run writes nowhere but in its folder",
+                            STORAGE)
         self.folder = self.root / f"step-{step:06}"
         self.aside = self.root / f".tmp-{self.folder.name}-{self.owner}"
         self.step = step
@@ -303,14 +304,28 @@ def read(folder: Path) -> tuple[Parts, dict[str, Any]]:
                  for part, tensors in saved.pieces.items()}, saved.state)
 
 
+def claim(out: Path) -> Path:
+    """A run's folder, made where there is none; links on the way to it are followed here and then
+    no more. UserError (FLAGS) if it cannot be written, or holds a link."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in out.iterdir():
+            if path.is_symlink():
+                raise UserError(f"{path}: is a link, and a run writes nowhere but in its folder; "
+                                "put the real thing there, or name another folder", FLAGS)
+        (out / ".lock").touch()
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be written ({e.strerror}); name another folder",
+                        FLAGS) from None
+    real = out.resolve()
+    return out if real == out.absolute() else real
+
+
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
     """Hold OUT/.lock: one run at a time writes a folder. The system lets go of it however the
     process ends. UserError (FLAGS) if another holds it."""
-    path = out / ".lock"
-    if path.is_symlink():
-        raise UserError(f"{path}: is a link, and a run writes nowhere but in its folder", FLAGS)
-    with open(path, "a", encoding="utf-8") as file:
+    with open(out / ".lock", "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -336,7 +351,10 @@ def _step(folder: Path) -> int:
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if every file is what the manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        written = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(written)
+        if written != json.dumps(manifest, indent=1).encode():  # nor is another blank its own
+            return f"{MANIFEST} is not as it was written"
         for name, (size, digest) in manifest.items():
             path = folder / name
             if path.parent != folder or path.is_symlink() or not path.is_file():

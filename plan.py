@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 import time
 from typing import Any
 
@@ -46,8 +47,9 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
     minutes = (time.perf_counter() - begun) * run.micro_batches * run.steps / 60
     moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     moments = sum(optim.bytes_held(name, p, s.optimizer, s.ema) for name, p in moving) / GiB
-    result = sum(p.nbytes for _, p in moving) / GiB
-    base = weights.base_of(run.folder)
+    base = weights.base_of(run.folder)  # all weights are written as its files hold them
+    result = sum(x.stat().st_size for x in base.glob("*.safetensors")) if s.tune == "full" else \
+        sum(p.nbytes for _, p in moving)
     said = memory.on(run.ranks, run.model.config, s, run.model.compute_dtype,
                      run.micro_batches, run.folder if run.folder != base else None)
     tied = {optim.EMBEDDINGS[0]: " (the head too, tied)"} if run.model.lm_head is None else {}
@@ -76,8 +78,8 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
         f"{moments:.2f} for the optimizer\n"
         f"time         {minutes:.1f} minutes of steps, from that micro-batch (the first is "
         "the slowest)\n"
-        f"disk         {s.keep * (result + moments) + result:.2f} GB for {s.keep} checkpoints "
-        "and the result\n"
+        f"disk         {(s.keep * run.resume_point + result) / GiB:.2f} GB for {s.keep} "
+        f"checkpoints and the result, of {shutil.disk_usage(run.out).free / GiB:.1f} GB free here\n"
         "\nthe first row; what is trained is in colour:")
     tokens, targets, pos = (batch.tokens[0].tolist(), batch.targets[0].tolist(),
                             batch.pos[0].tolist())

@@ -73,6 +73,7 @@ class Run:
     saver: checkpoint.Saver
     steps: int
     micro_batches: int
+    may_change: set[str]  # settings that a run which goes on need not share with its resume point
     past: watch.Past = field(default_factory=watch.Past)
     step: int = 0
     tokens: int = 0  # trained so far
@@ -80,7 +81,7 @@ class Run:
     best: float = math.inf  # the lowest bits per byte of --best so far
 
     @classmethod
-    def start(cls, s: Any, kind: str, objective: Any) -> Run:
+    def start(cls, s: Any, kind: str, objective: Any, may_change: set[str]) -> Run:
         """Load, wrap, open and check everything; `kind` is that of the bins, `objective` what is
         minimised. UserError on what is wrong."""
         out, ranks = Path(s.out), Ranks.start(s.device, s.rank_timeout)
@@ -180,7 +181,7 @@ class Run:
             preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
                                       ranks)
         return cls(s, out, ranks, model, folder, tokenizer, loader, held, guards, optimizer,
-                   optim.Average(model, s.ema), scale, saver, steps, per_step // micro)
+                   optim.Average(model, s.ema), scale, saver, steps, per_step // micro, may_change)
 
     @property
     def tokens_per_step(self) -> int:
@@ -272,17 +273,22 @@ class Run:
         parts = {"model": self.trained, "optimizer": optim.state(self.model, self.optimizer)}
         parts |= {"average": self.average.tensors} if self.average.tensors else {}
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
+                 "settings": dataclasses.asdict(self.s),
                  "served": self.loader.served, "data": self.data, "model": self.mark,
                  "ranks": self.ranks.world, "scale": dataclasses.astuple(self.scale),
                  "losses": list(self.past.losses), "failures": self.past.failures}
         self.saver.save(self.step, parts, state)
 
+    @property
+    def resume_point(self) -> int:
+        """Bytes of a resume point, all ranks' parts: what trains, its moments, its average."""
+        return sum(x.nbytes + optim.bytes_held(name, x, self.s.optimizer, self.s.ema)
+                   for name, x in self.trained.items())
+
     def room(self) -> None:
         """UserError (STORAGE) if the disk has no room for the resume points to come."""
-        numbers = self.parameters["trained"]  # with two moments, and perhaps an average
-        need = (16 if self.s.ema else 12) * numbers
-        need *= 1 if (self.out / "checkpoints").exists() else 2
-        need += 8 * numbers if self.s.best else 0
+        need = self.resume_point * (1 if (self.out / "checkpoints").exists() else 2)
+        need += 2 * sum(x.nbytes for x in self.trained.values()) if self.s.best else 0
         free = shutil.disk_usage(self.out).free
         if free < need:
             raise UserError(f"--out {self.out}: {free:,} bytes are free, resume points of this run "
@@ -319,6 +325,13 @@ class Run:
                                 f"goes on from (their mark was {state['model'][:12]}, now "
                                 f"{self.mark[:12]}); put those back, or start anew with another "
                                 "--out")
+            was, now = state.get("settings", {}), dataclasses.asdict(self.s)
+            changed = [f"{k.replace('_', '-')} was {was[k]!r}, now {x!r}" for k, x in now.items()
+                       if k not in self.may_change | {"model"} and was.get(k, x) != x]
+            if changed:
+                raise UserError(f"{self.out / 'settings.toml'}: not as {newest} was written with "
+                                f"({'; '.join(changed)}); that is another run: put it back, or "
+                                "start anew with another --out", FLAGS)
             named = self.trained
             for part, tensors in (("model", named), ("average", self.average.tensors)):
                 for name, x in tensors.items():
@@ -416,7 +429,7 @@ class Run:
         self.describe({**about, "finished": time.strftime("%Y-%m-%d %H:%M:%S")})
         seen = evaluations(self.out / "metrics.jsonl")
         for name in self.held:
-            before, after = seen[min(seen)][name], seen[step][name]
+            before, after = (seen.get(k, {}).get(name) for k in (min(seen, default=0), step))
             if before and after:
                 log.say(f"{name}: {before:.4f} -> {after:.4f} bits per byte "
                         f"({after / before - 1:+.1%})")

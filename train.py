@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -360,7 +360,6 @@ def loop(run: Run) -> int:
 
 def train(s: Settings, origins: dict[str, str]) -> int:
     """One run, from settings to the saved result; 0 done, 130 or 143 interrupted and saved."""
-    out = Path(s.out)
     fit = {"seq-len": s.seq_len >= 2, "keep": s.keep >= 2, "hold-out": 0 <= s.hold_out < 1,
            "rows": s.rows == "auto" or s.rows >= 1, "rank-timeout": s.rank_timeout > 0,
            "steps": s.steps >= 0, "tokens-per-step": s.tokens_per_step >= 0,
@@ -397,12 +396,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     if s.plan_for:
         plan.foretell(s)
         return 0
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".lock").touch()
-    except OSError as e:
-        raise UserError(f"--out {out}: cannot be written ({e.strerror}); name another folder",
-                        FLAGS) from None
+    out = checkpoint.claim(Path(s.out))
+    s = replace(s, out=str(out))
     if log.speaking() and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
         raise UserError(f"--out {out}: holds a run; go on with --resume, or name another folder",
                         FLAGS)
@@ -410,7 +405,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     with checkpoint.lock(out) if log.speaking() else nullcontext(), \
          explained(f"--rows {s.rows} x --seq-len {s.seq_len}", lambda: run.step + 1 if run else 0):
         kind, objective = MODES[s.mode]
-        run = Run.start(s, kind, objective(s))
+        run = Run.start(s, kind, objective(s), FREE | WARNED)
         if s.plan:
             plan.show(run, origins, objective(s))
             return 0

@@ -24,7 +24,7 @@ from torch import nn
 import log
 import ranks as shares
 from data import Batch, Loader, Stream, Whole
-from log import FLAGS, UserError
+from log import FLAGS, REFUSALS, STORAGE, UserError
 from ranks import Ranks
 
 LOSSES, SPIKE = 50, 6.0  # a loss that many deviations above the mean of the last so many is a spike
@@ -111,13 +111,20 @@ def documents_of(stream: Stream | Whole, i: int) -> list[int]:
 
 @contextmanager
 def explained(cost: str, step: Callable[[], int]) -> Iterator[None]:
-    """Within it memory that ends and ranks that are lost are a person's one line, not a traceback.
+    """Within it memory that ends, ranks that are lost and disks that refuse are a person's one
+    line, not a traceback.
 
     `cost` says what a micro-batch is, in the words of the flags; `step` which one is being taken.
     """
     rank = os.environ.get("RANK", "0")
     try:
         yield
+    except OSError as e:
+        if e.errno not in REFUSALS:
+            raise
+        raise UserError(f"step {step()}: {e.filename or 'a file of the run'} cannot be written "
+                        f"({e.strerror}); what is saved stands; make room and --resume",
+                        STORAGE) from None
     except (MemoryError, RuntimeError) as e:
         why = " ".join(str(e).split())
         if out_of_memory(e):

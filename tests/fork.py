@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -38,6 +39,16 @@ def child(action: Callable[[], object], said: Path, **env: str) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def command(*words: str, name: str = "train.py") -> Callable[[], object]:
+    """What a child does that is this command, from its first line."""
+
+    def act() -> None:
+        sys.argv = [name, *words]
+        runpy.run_path(str(HERE.parent / name), run_name="__main__")
+
+    return act
 
 
 def together(world: int, action: Callable[[], object], said: Path, **env: str) -> list[int]:

@@ -6,13 +6,16 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,9 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import config
 import fork
+import looks
+import memory
+import plan
 import train
 import watch
 from log import BAD_INPUT, FLAGS, STORAGE, UserError
@@ -115,6 +121,42 @@ def test_a_signal_finishes_the_step_and_saves_it(place, number, code):  # noqa: 
     assert checkpoint.newest(place / name / "checkpoints").name == "step-000007"
 
 
+@pytest.mark.parametrize("signals", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_signal_at_any_moment_loses_no_step(place, signals):  # noqa: F811
+    """One that comes before training just ends the process."""
+    changes = {"steps": 30, "save_every": 7, "eval_every": 10, "tokens_per_step": 64}
+    begun = time.monotonic()
+    run(settings(place, f"unasked-{signals}", **changes))
+    while_calm, draw = time.monotonic() - begun, random.Random(signals)
+    asked = rounds = in_steps = 0
+    while asked < signals:
+        out = place / f"asked-{signals}-{rounds}"
+        going = (out / "settings.toml").exists()
+        stepping = place / f"asked-stepping-{signals}"
+        stepping.unlink(missing_ok=True)
+        (pid,) = fork.together(1, action(settings(place, out.name, resume=going, **changes),
+                                         lambda run, file=stepping: file.touch()),
+                               place / f"said-asked-{signals}")
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while asked % 4 and not stepping.exists() and not os.waitid(os.P_PID, pid, look):
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.2 * while_calm))
+        number = draw.choice([signal.SIGTERM, signal.SIGHUP])
+        os.kill(pid, number)
+        (code,) = fork.ends([pid])
+        asked += 1
+        said = (place / f"said-asked-{signals}-0").read_text()
+        assert code in (0, 128 + number, -number) and "Traceback" not in said, (code, said[-2000:])
+        if code == 128 + number and stepping.exists():
+            kept = checkpoint.read(checkpoint.newest(out / "checkpoints"))[1]["step"]
+            assert kept == max(losses(out)), "every step that was taken"
+            in_steps += 1
+        if code == 0:
+            assert_the_same(out, place / f"unasked-{signals}")
+            rounds += 1
+    assert in_steps > signals / 4
+
+
 def test_sigusr1_to_any_rank_saves_and_the_run_goes_on(place):  # noqa: F811
     run(settings(place, "usr1", save_every=100, keep=9), world=2,
         during=stop_at(6, 1, signal.SIGUSR1))
@@ -152,9 +194,12 @@ def test_a_signal_while_a_checkpoint_is_written_lets_it_be_written(place):  # no
     assert found == ["step-000009", "step-000010"]
 
 
-def no_file_above(size: int, first: int, last: int = 10**9):
-    """A full disk, from one step to another: no file may grow beyond so many bytes."""
+def no_file_above(size: int, first: int, last: int = 10**9, rank: int | None = None):
+    """A full disk, from one step to another, for one rank or all: no file may grow beyond so many
+    bytes."""
     def during(run):
+        if rank not in (None, run.ranks.rank):
+            return
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         if run.step + 1 in (first, last):
             while run.saver.busy:
@@ -170,10 +215,13 @@ def test_a_full_disk_is_found_at_step_1(place):  # noqa: F811
     assert len(losses(place / "full-1")) < 20 and os.listdir(place / "full-1/checkpoints") == []
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_disk_that_is_full_for_a_while_is_said_and_tried_again(place, world):  # noqa: F811
-    name = f"full-while-{world}"
-    said = run(settings(place, name, save_every=4), world=world, during=no_file_above(30_000, 3, 9))
+@pytest.mark.parametrize("world,rank", [(1, 0), (2, None), (2, 1)])
+def test_a_disk_that_is_full_for_a_while_is_said_and_tried_again(place, world, rank):  # noqa: F811
+    """Also where one of two ranks alone cannot write: both know, and nobody waits."""
+    name = f"full-while-{world}-{rank}"
+    said = run(settings(place, name, save_every=4), world=world,
+               during=no_file_above(30_000, 3, 9, rank))
+    assert rank != 1 or "(rank 1: " in said
     assert said.count("going on, the next save tries again") in (1, 2)
     assert "step-000004: cannot be written" in said and len(losses(place / name)) == 20
     assert checkpoint.newest(place / name / "checkpoints").name == "step-000020"
@@ -186,10 +234,43 @@ def test_a_disk_that_stays_full_ends_the_run_with_5_and_the_earlier_checkpoint(p
     assert os.listdir(place / "full-3/checkpoints") == ["step-000001"]
 
 
+def test_a_disk_that_refuses_a_line_of_metrics_is_one_line_and_the_run_goes_on_later(
+        place):  # noqa: F811
+    def full(run):
+        if run.step == 7:
+            size = (run.out / "metrics.jsonl").stat().st_size + 40
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    said = run(settings(place, "full-log", save_every=3), codes={STORAGE}, during=full)
+    assert "error: step 9: a file of the run cannot be written (File too large)" in said
+    assert "Traceback" not in said
+    run(settings(place, "full-log", resume=True))
+    assert len(losses(place / "full-log")) == 20
+
+
 def test_a_disk_with_too_little_room_is_refused_before_step_1(place, monkeypatch):  # noqa: F811
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000})())
     assert "resume points of this run need" in run(settings(place, "little"), codes={STORAGE})
     assert not (place / "little/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("tune", [
+    {}, *(pytest.param(x, marks=pytest.mark.slow) for x in (
+        {"tune": "lora", "train_embeddings": True}, {"ema": 0.9, "shard": "fsdp"},
+        {"optimizer": "adamw-bf16"}, {"optimizer": "adamw8bit"}))], ids=str)
+def test_the_disk_that_a_plan_names_is_what_the_run_then_takes(
+        place, tune, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(plan, "GiB", 1)  # so that it is said in bytes
+    world, name = 2 if "shard" in tune else 1, f"disk-{len(str(tune))}"
+    said = run(settings(place, name, steps=3, plan=True, **tune), world)
+    monkeypatch.undo()
+    run(settings(place, name, steps=3, save_every=1, **tune), world)
+    taken = [sum(x.stat().st_size for x in folder.iterdir()) for folder in
+             (place / name / "checkpoints").iterdir()]
+    (file,) = (place / name / "model").glob("*.safetensors")
+    words = re.search(r"disk +(\d+).* GB for 2 checkpoints and the result, of (\d+)", said)
+    assert int(words[1]) == pytest.approx(sum(taken) + file.stat().st_size, rel=0.1)
+    assert len(taken) == 2 and int(words[2]) > 10**6
 
 
 CHANGED = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 0.5,
@@ -257,6 +338,41 @@ def test_a_port_in_use_is_one_line(monkeypatch):
         assert e.value.code == FLAGS
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR":
+                        "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"LOCAL_RANK 1: this machine has 1 GPUs; .*--nproc") as e:
+        Ranks.start("auto")
+    assert e.value.code == FLAGS
+
+
+@pytest.mark.parametrize("asked,found,line", [
+    ("auto", torch.float16, "this GPU has no bf16: products are in fp16"),
+    ("bf16", torch.bfloat16, "--dtype bf16 is slow on it"), ("fp16", torch.float16, ""),
+    ("fp32", torch.float32, "")])
+def test_a_gpu_without_bf16_is_said_once_and_changes_no_dtype_that_was_asked_for(
+        monkeypatch, capsys, asked, found, line):
+    """A run that goes on asks for the dtype that it was begun with."""
+    gpu = Ranks(0, 1, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert gpu.compute_dtype(asked) == found
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == bool(line)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert gpu.compute_dtype("auto") == torch.bfloat16 and not capsys.readouterr().err
+
+
+def test_a_cpu_trains_a_large_model_only_where_it_was_asked_to(place, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(memory, "SMALL", 1000)
+    said = run(settings(place, "unasked", device="auto"), codes={FLAGS}, CUDA_VISIBLE_DEVICES="")
+    assert "no GPU that this torch can use" in said and "--device cpu if that is meant" in said
+    assert not (place / "unasked/metrics.jsonl").exists()
+    run(settings(place, "asked-for", device="cpu", steps=2))
+
+
 def test_shards_without_ranks_and_ranks_without_shards_are_refused(place):  # noqa: F811
     assert "there is one rank" in run(settings(place, "alone", shard="fsdp"), codes={FLAGS})
     assert "different runs" in run(settings(place, "apart", shard="none"), world=2, codes={FLAGS})
@@ -285,33 +401,207 @@ def test_a_run_does_not_go_on_with_other_weights_beneath_its_adapter(place):  # 
     assert len(losses(place / "swap")) == 6
 
 
-def test_ranks_started_differently_are_refused_by_name(place, monkeypatch):  # noqa: F811
+def said_by(place, name: str, *words: str, world: int = 1, code: int,  # noqa: F811
+            other: Sequence[str] = (), **env: str) -> str:
+    """What the command says to these flags (rank 1 is given `other` ones too), which ends so; any
+    error is one line."""
+    said = place / f"said-{name}"
+
+    def command() -> object:
+        return fork.command(*words, *(other if os.environ.get("RANK") == "1" else ()))()
+
+    assert fork.ends(fork.together(world, command, said, **env)) == [code] * world, \
+        said.with_name(f"{said.name}-0").read_text()[-3000:]
+    text = said.with_name(f"{said.name}-0").read_text()
+    assert text.count("error: ") == (code != 0) and "Traceback" not in text
+    return text
+
+
+def test_ranks_that_do_not_fit_together_are_one_line_of_the_command(place):  # noqa: F811
+    flags = [str(recipe(settings(place, "command")))]
+    assert "rank 1 was started with another --lr: 0.5, rank 0 with 0.001" in said_by(
+        place, "other", *flags, other=["--lr", "0.5"], world=2, code=FLAGS)
+    assert "multiples of 64 can be divided among the ranks" in said_by(
+        place, "few", *flags, "--tokens-per-step", "32", world=2, code=FLAGS)
+    assert "--tokens-per-step 100: no multiple of 32" in said_by(
+        place, "parts", *flags, "--tokens-per-step", "100", code=FLAGS)
+    assert "WORLD_SIZE=2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set" in said_by(
+        place, "alone", *flags, WORLD_SIZE="2", code=FLAGS)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        assert "--standalone finds a free port" in said_by(
+            place, "port", *flags, "--rank-timeout", "5", code=FLAGS, RANK="0", WORLD_SIZE="2",
+            LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    (place / "command").mkdir(exist_ok=True)
+    with checkpoint.lock(place / "command"):
+        assert "another run is writing there" in said_by(place, "two", *flags, code=FLAGS)
+    assert not (place / "command/metrics.jsonl").exists()
+
+
+def described(folder: Path) -> None:
+    """Give a checkpoint's folder the manifest of the files that it holds."""
+    names = [p for p in folder.iterdir() if p.name != "manifest.json"]
+    (folder / "manifest.json").write_text(json.dumps(
+        {p.name: [p.stat().st_size, checkpoint._sha256(p)] for p in names}, indent=1))
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_copied_folder_goes_on_by_itself_and_what_was_edited_in_it_is_seen(place):  # noqa: F811
+    s = settings(place, "original", save_every=5)
+    run(s, codes={143}, during=stop_at(8))
+    before = snapshot(place / "original")
+
+    def copy(name: str) -> Path:
+        """As `cp -al` copies: its files are those of the original, until they are replaced."""
+        return Path(shutil.copytree(place / "original", place / name, copy_function=os.link))
+
+    out = copy("copied")
+    said_by(place, "copied", "--resume", "--out", str(out), code=0)
+    assert "nothing to do" in said_by(place, "again", "--resume", "--out", str(out), code=0)
+
+    out = copy("edited")
+    state = out / "checkpoints/step-000008/state.json"
+    text = state.read_text()
+    state.unlink()
+    state.write_text(text.replace('"step": 8', '"step": 7'))
+    said = said_by(place, "edited", "--resume", "--out", str(out), code=0)
+    assert "step-000008: state.json is damaged (sha256); looking for an earlier one" in said
+    assert f"resumed from {out}/checkpoints/step-000005" in said
+    assert_the_same(out, place / "copied")
+
+    out = copy("resettled")
+    text = (out / "settings.toml").read_text()
+    (out / "settings.toml").unlink()
+    (out / "settings.toml").write_text(text.replace("lr = 0.001", "lr = 0.01"))
+    said = said_by(place, "resettled", "--resume", "--out", str(out), code=FLAGS)
+    assert "settings.toml: not as" in said and "(lr was 0.001, now 0.01)" in said
+
+    out = copy("newer")
+    state = out / "checkpoints/step-000008/state.json"
+    text = state.read_text()
+    for path in (state, state.with_name("manifest.json")):
+        path.unlink()
+    state.write_text(text.replace('"format": 2', '"format": 3'))
+    described(state.parent)
+    said = said_by(place, "newer", "--resume", "--out", str(out), code=BAD_INPUT)
+    assert "written by a newer version of this program (format 3, this one reads up to 2)" in said
+    assert snapshot(place / "original") == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", "settings.toml", "checkpoints",
+                                  "model", "bins", ".lock"])
+def test_a_run_does_not_begin_in_a_folder_that_holds_a_link(place, tmp_path, name):  # noqa: F811
+    outside, out = tmp_path / "outside", place / f"linked-{name}"
+    outside.mkdir()
+    (outside / "canary").write_text("as it was")
+    out.mkdir(exist_ok=True)
+    (out / name).symlink_to(outside if name in ("checkpoints", "model", "bins")
+                            else outside / "canary")
+    said = run(settings(place, out.name), codes={FLAGS})
+    assert f"{out / name}: is a link, and a run writes nowhere but in its folder" in said
+    assert snapshot(outside) == {outside / "canary": b"as it was"}
+
+
+def test_a_link_to_the_folder_is_followed_once_and_one_that_comes_into_it_never(
+        place, tmp_path):  # noqa: F811
+    for name in ("first", "other"):
+        (tmp_path / name).mkdir()
+    (place / "followed").symlink_to(tmp_path / "first")
+
+    def swapped(run):
+        if run.step == 5:
+            (place / "followed").unlink()
+            (place / "followed").symlink_to(tmp_path / "other")
+
+    run(settings(place, "followed", save_every=3), during=swapped)
+    assert len(losses(tmp_path / "first")) == 20 and (tmp_path / "first/model").is_dir()
+    assert not snapshot(tmp_path / "other")
+
+    def put(run):
+        if run.step == 5:
+            run.saver.finish()
+            (run.out / "checkpoints").rename(run.out / "aside")
+            (run.out / "checkpoints").symlink_to(tmp_path / "other")
+
+    said = run(settings(place, "swapped", save_every=3), codes={STORAGE}, during=put)
+    assert "checkpoints: is a link, and a run writes nowhere but in its folder" in said
+    assert not snapshot(tmp_path / "other")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="drops to Linux's nobody")
+@pytest.mark.parametrize("name", ["", "out", "out/deep"])
+def test_a_folder_that_may_not_be_written_is_refused_before_the_model_is_looked_for(
+        place, name):  # noqa: F811
+    root = Path(tempfile.mkdtemp())  # that anybody may pass, unlike pytest's
+    root.chmod(0o555)
+    s = dataclasses.replace(settings(place, "x"), out=str(root / name), model="nowhere")
+
+    def as_nobody() -> object:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        return action(s)()
+
+    try:
+        assert fork.ends(fork.together(1, as_nobody, place / "said-nobody")) == [FLAGS]
+        said = (place / "said-nobody-0").read_text()
+        assert f"error: --out {root / name}: cannot be written (Permission denied)" in said
+        assert "nowhere" not in said and list(root.iterdir()) == []
+    finally:
+        root.chmod(0o755)
+        shutil.rmtree(root)
+
+
+def test_metrics_that_are_rotated_away_and_a_clock_that_jumps_end_no_run(place):  # noqa: F811
+    def odd(run):
+        if run.step == 10:
+            (run.out / "metrics.jsonl").rename(run.out / "metrics.jsonl.1")
+        now = time.time()
+        time.time = lambda: now + (-1e9 if run.step % 2 else 1e9)
+
+    run(settings(place, "rotated"), during=odd)
+    run(settings(place, "not-rotated"))
+    a, b = result(place / "rotated"), result(place / "not-rotated")
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_ranks_with_other_code_or_other_data_are_refused_by_name(place, monkeypatch):  # noqa: F811
+    """With other settings too, by the command: above."""
     import run as life
+    from data import Source
 
-    def started(**changes):
-        def start(cls, s, *rest):
-            mine = changes if os.environ["RANK"] == "1" else {}
-            return real(dataclasses.replace(s, **mine), *rest)
-        return classmethod(start)
-
-    real = train.Run.start
-    monkeypatch.setattr(train.Run, "start", started(lr=0.5))
-    said = run(settings(place, "other-lr"), world=2, codes={FLAGS})
-    assert "rank 1 was started with another --lr: 0.5, rank 0 with 0.001" in said
-    monkeypatch.setattr(train.Run, "start", real)
+    with monkeypatch.context() as m:
+        m.setattr(Source, "sha", property(lambda self: f"{os.environ['RANK']}" * 64))
+        said = run(settings(place, "other-data"), world=2, codes={FLAGS})
+        assert "rank 1 was started with another sha256 of kin: 1111" in said
     monkeypatch.setattr(life, "code_sha", lambda: os.environ["RANK"])
     assert "another code" in run(settings(place, "other-code"), world=2, codes={FLAGS})
 
 
-def test_a_rank_that_dies_ends_the_others_with_the_reason(place):  # noqa: F811
-    begun = time.monotonic()
-    said = run(settings(place, "dies", save_every=3), world=2, codes={FLAGS, -signal.SIGKILL},
-               during=stop_at(5, 1, signal.SIGKILL))
-    assert "step 5, rank 0: another rank does not answer" in said and "Traceback" not in said
+@pytest.mark.parametrize("rank,when", [
+    (1, "a step"), *(pytest.param(rank, when, marks=pytest.mark.slow) for rank in (0, 1)
+                     for when in ("an evaluation", "a save"))])
+def test_a_rank_that_dies_ends_the_others_with_the_reason(place, rank, when):  # noqa: F811
+    def dies(run):
+        if run.step != 4 or run.ranks.rank != rank:
+            return
+        owner, touch = {"a step": (train, "train_step"), "a save": (checkpoint, "write_tensors"),
+                        "an evaluation": (looks, "bits")}[when]
+        setattr(owner, touch, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+    begun, name = time.monotonic(), f"dies-{rank}-{when}"
+    said = run(settings(place, name, save_every=3, eval_every=5), world=2,
+               codes={FLAGS, -signal.SIGKILL}, during=dies)
+    assert f"rank {1 - rank}: another rank does not answer" in said and "Traceback" not in said
     assert time.monotonic() - begun < 60
-    assert checkpoint.newest(place / "dies/checkpoints") is not None
-    run(settings(place, "dies", resume=True), world=2)
-    assert len(losses(place / "dies")) == 20
+    assert checkpoint.newest(place / name / "checkpoints") is not None
+    run(settings(place, name, resume=True), world=2)
+    assert len(losses(place / name)) == 20
 
 
 def test_a_rank_that_hangs_is_given_up(place):  # noqa: F811
@@ -386,11 +676,6 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_one_of_the_first_is_read(
     folder = checkpoint.save(root, 3, {"model": {"w": torch.ones(2)}}, {"step": 3}, 2)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "format": checkpoint.FORMAT + 1}))
-
-    def described(folder: Path) -> None:
-        names = [p for p in folder.iterdir() if p.name != "manifest.json"]
-        (folder / "manifest.json").write_text(json.dumps(
-            {p.name: [p.stat().st_size, checkpoint._sha256(p)] for p in names}))
 
     described(folder)
     with pytest.raises(UserError, match=r"newer version .*\(format 3, this one reads up to 2\)"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -100,6 +101,16 @@ def result(out: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def assert_equal(one: Path, two: Path, steps: int = 20) -> None:
+    """That two runs have the same losses at every step and end with the same weights, to 1e-5."""
+    a, b = losses(one), losses(two)
+    assert all(b[k] == pytest.approx(a[k], rel=1e-5) for k in a) and len(a) == len(b) == steps
+    a, b = result(one), result(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
+
+
 TUNES = {
     "full, tied": {},
     "full, untied, biases": {"model": "untied"},
@@ -129,12 +140,7 @@ def test_twenty_steps_are_the_same_on_one_rank_and_on_two_by_ddp_and_fsdp(place,
     one = losses(place / out["none"])
     assert len(one) == 20 and one[20] < one[1]
     for how in ("ddp", "fsdp"):
-        two = losses(place / out[how])
-        assert all(two[k] == pytest.approx(one[k], rel=1e-5) for k in one), how
-        a, b = result(place / out["none"]), result(place / out[how])
-        assert a.keys() == b.keys()
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
+        assert_equal(place / out["none"], place / out[how])
         bpb = [[json.loads(x)["bits_per_byte"] for x in
                 (place / name / "metrics.jsonl").read_text().splitlines() if "bits_per" in x]
                for name in (out["none"], out[how])]
@@ -142,45 +148,64 @@ def test_twenty_steps_are_the_same_on_one_rank_and_on_two_by_ddp_and_fsdp(place,
             assert x == pytest.approx(y, rel=1e-4)
 
 
-MODES = {"sft": ("chat", {}), "mt": ("mt", {}), "dpo": ("pairs", {"tune": "lora"}),
-         "dpo against a kept reference": ("pairs", {}),
-         "dpo with embeddings": ("pairs", {"tune": "lora", "train_embeddings": True}),
-         "cpo": ("pairs", {})}
+KINDS = {"sft": "chat", "mt": "mt", "dpo": "pairs", "cpo": "pairs"}  # cpt is above
+WHAT = {"full": {}, "LoRA": {"tune": "lora", "lora_rank": 4},
+        "DoRA": {"tune": "lora", "lora_rank": 4, "dora": True},
+        "QLoRA": {"tune": "qlora", "lora_rank": 4},
+        "LoRA with embeddings": {"tune": "lora", "lora_rank": 4, "train_embeddings": True}}
+BOTH = [("sft", "full"), ("dpo", "LoRA with embeddings")]  # dpo, full: with a kept reference
 
 
 @pytest.fixture(scope="module")
-def answers(place) -> dict[str, Path]:
-    """A bin of each kind whose documents are asked and answered: short ones of uneven masks."""
+def answers(place) -> dict[str, list[str]]:
+    """Two bins of each kind whose documents are asked and answered: short ones of uneven masks."""
     tokenizer = Tokenizer.open(place / "tied")
     draw, found = random.Random(2), {}
-    for kind in ("chat", "mt", "pairs"):
-        found[kind] = place / f"bin-{kind}"
-        writer = BinWriter(found[kind], tokenizer.fingerprint, tokenizer.vocab_size, kind)
-        for _ in range(80):
-            asked, told = ([draw.randrange(3, tiny.V) for _ in range(draw.randint(2, 7))]
-                           for _ in range(2))
-            writer.add(Document([1, *asked, *told, 2],
-                                [False] * (1 + len(asked)) + [True] * (1 + len(told)), len(told)))
-        writer.close({}, [])
+    for kind in set(KINDS.values()):
+        found[kind] = [f"{place}/bin-{kind}-a:3", f"{place}/bin-{kind}-b:1"]
+        for name, n in (("a", 80), ("b", 40)):
+            writer = BinWriter(place / f"bin-{kind}-{name}", tokenizer.fingerprint,
+                               tokenizer.vocab_size, kind)
+            for _ in range(n):
+                asked, told = ([draw.randrange(3, tiny.V) for _ in range(draw.randint(2, 7))]
+                               for _ in range(2))
+                writer.add(Document([1, *asked, *told, 2], [False] * (1 + len(asked))
+                                    + [True] * (1 + len(told)), len(told)))
+            writer.close({}, [])
     return found
 
 
-@pytest.mark.parametrize("mode", [
-    x if x in ("dpo with embeddings", "sft") else pytest.param(x, marks=pytest.mark.slow)
-    for x in MODES])
-def test_every_mode_is_the_same_on_one_rank_and_on_two(place, answers, mode):
-    kind, changes = MODES[mode]
-    changes = {**changes, "mode": mode.split()[0], "data": [str(answers[kind])], "hold_out": 0.0,
-               "steps": 6}
+@pytest.mark.parametrize("mode,tune", [
+    x if x in BOTH else pytest.param(*x, marks=pytest.mark.slow)
+    for x in itertools.product(KINDS, WHAT)])
+def test_every_mode_is_the_same_on_one_rank_and_on_two(place, answers, mode, tune):
+    changes = {**WHAT[tune], "mode": mode, "data": answers[KINDS[mode]], "hold_out": 0.0}
     one, *others = ("none", "ddp", "fsdp")
     for how in (one, *others):
-        run(settings(place, f"{mode}-{how}", shard=how, **changes), 1 if how == one else 2)
+        run(settings(place, f"{mode}-{tune}-{how}", shard=how, **changes), 1 if how == one else 2)
     for how in others:
-        a, b = losses(place / f"{mode}-{one}"), losses(place / f"{mode}-{how}")
-        assert all(b[k] == pytest.approx(a[k], rel=1e-5) for k in a) and len(a) == len(b) == 6
-        a, b = result(place / f"{mode}-{one}"), result(place / f"{mode}-{how}")
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
+        assert_equal(place / f"{mode}-{tune}-{one}", place / f"{mode}-{tune}-{how}")
+
+
+@pytest.mark.parametrize("tune", ["full", pytest.param("LoRA with embeddings",
+                                                       marks=pytest.mark.slow)])
+def test_gradients_that_meet_after_every_micro_batch_are_the_same(place, tune, monkeypatch):
+    """As they do by fsdp where whole ones would be too much to keep."""
+    run(settings(place, f"seldom-{tune}", **WHAT[tune]))
+    monkeypatch.setattr(life.shares, "meets_often", lambda *_: True)
+
+    def whole_ones(run: train.Run) -> None:
+        assert run.ranks.often and run.micro_batches == 3
+
+    run(settings(place, f"often-{tune}", shard="fsdp", **WHAT[tune]), 2, during=whole_ones)
+    assert_equal(place / f"seldom-{tune}", place / f"often-{tune}")
+
+
+def test_gradients_meet_often_where_whole_ones_would_fill_a_tenth_of_a_gpu(place):
+    model = tiny.ours(tiny.peer("biases"), "biases")
+    cut = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
+    assert not life.shares.meets_often(model, 40.1 * cut / 2**30)
+    assert life.shares.meets_often(model, 39.9 * cut / 2**30)
 
 
 def stop_at(step: int, rank: int = 0, number: int = signal.SIGTERM) -> Callable[[train.Run], None]:
@@ -236,30 +261,32 @@ def test_bf16_weights_are_rounded_alike_by_one_rank_and_by_two(place, how):
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_thirty_steps_are_ten_on_one_rank_ten_on_two_and_ten_on_one(place):
+@pytest.mark.parametrize("how,worlds", [
+    ("fsdp", (1, 2, 1)), ("fsdp", (2, 4, 2)), *(pytest.param(*x, marks=pytest.mark.slow) for x in (
+        ("ddp", (1, 2, 1)), ("ddp", (2, 4, 2)), ("fsdp", (3, 1, 4)), ("ddp", (4, 3, 2))))])
+def test_thirty_steps_are_ten_on_some_ranks_ten_on_others_and_ten_on_some(place, how, worlds):
+    """The same rows by hash, the same losses and weights as one rank undisturbed."""
     def rows(name: str) -> list[str]:
         return sorted((place / f"rows-{name}").read_text().splitlines())
 
     def both(a, b):
         return lambda run: (a(run), b(run))
 
-    changes = {"steps": 30, "tune": "lora", "dora": True, "lora_rank": 4, "train_embeddings": True}
-    run(settings(place, "thirty", **changes), during=noting(place, "thirty"))
-    for how in ("ddp", "fsdp"):
-        out = f"ten-ten-ten-{how}"
-        run(settings(place, out, **changes), codes={143},
-            during=both(noting(place, out), stop_at(10)))
-        assert "resumed from" in run(settings(place, out, resume=True, shard=how), 2, {143},
-                                     during=both(noting(place, out), stop_at(20, rank=1)))
-        assert max(losses(place / out)) == 20
-        run(settings(place, out, resume=True, shard="none"), during=noting(place, out))
-        assert rows(out) == rows("thirty")
+    changes = {"steps": 30, "tune": "lora", "dora": True, "lora_rank": 4, "train_embeddings": True,
+               "seq_len": 16}  # twelve rows a step
+    if not (place / "thirty").exists():
+        run(settings(place, "thirty", **changes), during=noting(place, "thirty"))
+    out = f"thirty-{how}-{worlds}"
+    for i, world in enumerate(worlds):
+        s = settings(place, out, **changes, resume=i > 0, shard=how if world > 1 else "none")
+        cut = [stop_at(10), stop_at(20, rank=min(1, world - 1)), id][i]
+        said = run(s, world, {143 if i < 2 else 0}, during=both(noting(place, out), cut))
+        assert i == 0 or f"resumed from {place}/{out}/checkpoints/step-0000{i}0" in said
+    assert rows(out) == rows("thirty")
+    assert_equal(place / "thirty", place / out, steps=30)
+    if worlds[0] == 1:
         one, cut = losses(place / "thirty"), losses(place / out)
         assert [cut[k] for k in range(1, 11)] == [one[k] for k in range(1, 11)], "bit for bit"
-        assert all(cut[k] == pytest.approx(one[k], rel=1e-5) for k in one) and len(cut) == 30
-        a, b = result(place / "thirty"), result(place / out)
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
@@ -301,17 +328,53 @@ def poison(step: int, rank: int, value: float = float("nan"),
     return during
 
 
-@pytest.mark.parametrize("how,value", [("ddp", float("nan")), ("fsdp", float("inf"))])
-def test_a_loss_that_is_not_finite_on_one_rank_moves_no_rank(place, how, value):
-    name = f"bad-{how}"
-    run(settings(place, name, steps=5, shard=how), world=2, during=poison(3, rank=1, value=value))
+def poison_gradient(step: int, rank: int) -> Callable[[train.Run], None]:
+    """Spoil one number of one gradient on one rank, in one step; every loss is as it should be."""
+
+    def spoiled(gradient):
+        gradient = gradient.clone()
+        gradient[3] = float("inf")
+        return gradient
+
+    def during(run: train.Run) -> None:
+        if run.step == step - 1 and run.ranks.rank == rank:
+            run.hook = run.model.model.norm.weight.register_hook(spoiled)
+        elif hasattr(run, "hook"):
+            run.hook.remove()
+
+    return during
+
+
+def unmoved(step: int, poison: Callable[[train.Run], None]) -> Callable[[train.Run], None]:
+    """Besides, assert on every rank that this step changes no bit of the weights."""
+
+    def during(run: train.Run) -> None:
+        poison(run)
+        held = [life.shares.rows(p.detach())[1].clone() for p in run.model.parameters()]
+        if run.step == step - 1:
+            run.as_they_were = held
+        elif run.step == step:
+            assert all(map(torch.equal, held, run.as_they_were))
+        elif run.step == step + 1:
+            assert not all(map(torch.equal, held, run.as_they_were))
+
+    return during
+
+
+@pytest.mark.parametrize("how,what", [
+    ("ddp", float("nan")), ("fsdp", float("inf")), ("fsdp", "a gradient"),
+    pytest.param("ddp", "a gradient", marks=pytest.mark.slow)])
+def test_a_step_that_is_not_finite_on_one_rank_moves_no_rank(place, how, what):
+    name, loss = f"bad-{how}-{what}", what != "a gradient"
+    spoil = poison(3, rank=1, value=what) if loss else poison_gradient(3, rank=1)
+    run(settings(place, name, steps=5, shard=how), world=2, during=unmoved(3, spoil))
     lines = [json.loads(x) for x in (place / name / "metrics.jsonl").read_text().splitlines()]
-    skipped = {x["step"] for x in lines if "loss" in x and x["loss"] is None}
-    assert skipped == {3}
+    skipped = {x["step"]: x["skipped"] for x in lines if "loss" in x and x["loss"] is None}
+    assert skipped == {3: 1}
     odd = [json.loads(x) for x in (place / name / "odd_steps.jsonl").read_text().splitlines()]
     assert [(x["step"], x["what"]) for x in odd] == [(3, "not finite")]
     named = sum(map(len, odd[0]["documents"].values()))
-    assert 0 < named < 30, "those of one rank's rows"
+    assert 0 < named < (30 if loss else 60), "those of one rank's rows, or of the step's"
 
 
 def test_three_bad_steps_in_a_row_end_all_ranks_with_4_and_what_was_saved_stands(place):
