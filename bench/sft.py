@@ -36,7 +36,7 @@ TEXT, TOKENIZER = SHARED / "sft/eng_instructions_rasbt.json", SHARED / "tokenize
 SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads
     "110M": (768, 2048, 12, 12, 4), "25M": (256, 1024, 8, 8, 4), "tiny": (32, 64, 2, 4, 2)}
 SIZES = {  # model, conversations, rows, row length
-    "full": ("110M", 1100, 4, 512), "quick": ("25M", 300, 4, 512), "tiny": ("tiny", 16, 2, 256)}
+    "full": ("110M", 300, 4, 512), "quick": ("25M", 300, 4, 512), "tiny": ("tiny", 16, 2, 256)}
 CASES = {"lora": "LoRA r 16, bf16", "full": "all weights, bf16 products"}
 PEERS = {  # what is changed in SFTConfig; it recomputes activations unless told not to
     "TRL padded, as it comes": {},
