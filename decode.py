@@ -4,7 +4,8 @@ Nothing is padded: prompts are read packed, as training reads documents, and a r
 stands at position 0, whoever its neighbours are. Rows that are done leave the cache and others take
 their place, so it only ever holds rows that are being continued.
 
-One stream is bound by reading the weights: `hasten` lets it read them as fast as memory does.
+On a CPU a step of few rows is bound by reading the weights. `pack` lays them out for that; `hasten`
+leaves them as they are and compiles, for one row, a loop that reads them as fast as memory does.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from log import FLAGS, UserError
+from lora import LoRALinear
 from model import KVCache, Linear, Llama
 
 AHEAD = 4  # times as many prompts as there are places are put in order of length
@@ -128,6 +130,58 @@ def keep_rows(cache: KVCache, keep: Sequence[int]) -> tuple[KVCache, list[int]]:
     return rearrange(cache, cache, order), order
 
 
+class Packed(nn.Module):
+    """y = W x + b where W is only read: in memory as oneDNN's product takes it.
+
+    A matrix as its file holds it is brought into that order anew for every product, which of few
+    rows costs more than the product itself.
+    """
+
+    def __init__(self, layer: Linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def packs(model: Llama) -> bool:
+    """Whether there are such products for the model's device and dtype."""
+    ops, dtype = torch.ops.mkldnn, model.compute_dtype
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16
+                                      else ops._is_mkldnn_fp16_supported())
+
+
+def matrices(model: Llama) -> list[str]:
+    """Names of the linear layers that a step reads in the dtype of products; a tied head becomes
+    one of them."""
+    if model.lm_head is None:
+        model.lm_head = Linear(*model.head.shape[::-1], bias=False, device="meta")
+        model.lm_head.weight = model.model.embed_tokens.weight
+    dora = {m.base_layer for m in model.modules()  # whose matrix is asked for otherwise too
+            if isinstance(m, LoRALinear) and m.lora_magnitude_vector is not None}
+    return [name for name, m in model.named_modules() if type(m) is Linear
+            and m.weight.dtype == model.compute_dtype and m not in dora]
+
+
+@torch.no_grad()
+def pack(model: Llama, losses: bool = False) -> None:
+    """Lay a model's matrices out for products of few rows, where there is a way to. It can answer
+    then, and no longer train or be saved; `losses`: the head stays there for them as well."""
+    if not packs(model):
+        return
+    for name in matrices(model):
+        layer = model.get_submodule(name)
+        model.set_submodule(name, Packed(layer))
+        if losses and name == "lm_head":
+            model.lm_head.weight = layer.weight
+    for p in model.parameters():  # the rest is small: copied, so that the files' pages can go
+        p.data = p.data.clone()
+
+
 def dot(W: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b in float32, rounded to x's dtype: (out,in), (in,), (out,) -> (out,).
 
@@ -160,10 +214,7 @@ def hasten(model: Llama) -> None:
     """
     if model.device.type != "cpu" or model.compute_dtype not in (torch.bfloat16, torch.float16):
         raise UserError("--compile: it pays on a CPU in bf16 or fp16; leave it out here", FLAGS)
-    if model.lm_head is None:
-        model.lm_head = Linear(*model.head.shape[::-1], bias=False, device="meta")
-        model.lm_head.weight = model.model.embed_tokens.weight
-    found = [m for m in model.modules() if type(m) is Linear and m.weight.dtype == model.head.dtype]
+    found = [model.get_submodule(name) for name in matrices(model)]
     for layer in found:
         layer.__class__ = Hasty
     try:

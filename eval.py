@@ -102,6 +102,7 @@ import weights  # noqa: E402
 from ask import Way  # noqa: E402
 from chat import Template  # noqa: E402
 from data import sha256  # noqa: E402
+from decode import pack  # noqa: E402
 from judge import Record, Result  # noqa: E402
 from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
@@ -425,6 +426,7 @@ def open_model(s: Settings) -> Reader:
     dtype = ranks.compute_dtype(s.dtype)
     model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
+    pack(model, losses=True)
     context = model.config.max_position_embeddings
     if not 0 <= s.max_length <= context:
         raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "

@@ -3,7 +3,8 @@ pass.
 
 Autograd keeps what each small operation read, float32 copies among it; for a norm in bf16 that is
 several times its input. The pieces here know their own gradient and keep inputs, which the graph
-holds anyway, and numbers per token. Tests hold each beside autograd's.
+holds anyway, and numbers per token. Tests hold each beside autograd's. Where no gradient is asked
+for, none of this is: a step of decoding is so short that telling autograd would be felt.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.float() + self.offset if self.offset else self.weight.float()
+        if not torch.is_grad_enabled():
+            return _normed(x, weight, self.eps)[0]
         return _Norm.apply(x, weight, self.eps)
 
 
@@ -83,10 +86,9 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        r = torch.rsqrt(size.square() / x.shape[-1] + eps)  # (B,T,1)
+        y, r = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (x.float() * r).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -96,6 +98,13 @@ class _Norm(torch.autograd.Function):
         dunit = g32 * weight
         along = (dunit * unit).mean(-1, keepdim=True)  # what would only change the length
         return dunit.addcmul_(unit, along, value=-1).mul_(r).to(x.dtype), dweight, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x (B,T,C), and r (B,T,1)."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    r = torch.rsqrt(size.square() / x.shape[-1] + eps)
+    return (x.float() * r).mul_(weight).to(x.dtype), r
 
 
 def rotary_frequencies(rope: Rope, D: int, device: Any, length: Tensor | None = None) -> Tensor:
@@ -138,7 +147,7 @@ def turns(rope: Rope, D: int, doc: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + D/2) of x (B,T,H,D) by its angle; cos, sin (B,T,1,D/2). The half-split
     kind."""
-    return _Turn.apply(x, cos, sin)
+    return _Turn.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
 
 
 class _Turn(torch.autograd.Function):
@@ -163,6 +172,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, for an MLP's two inner products (B,T,M)."""
+    if not torch.is_grad_enabled():
+        return ACTIVATIONS[activation][0](gate).mul_(up)
     return _Gate.apply(gate, up, activation)
 
 

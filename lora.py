@@ -114,7 +114,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base_layer(x)
-        if self.lora_magnitude_vector is None and not (self.dropout and self.training):
+        if self.lora_magnitude_vector is None and torch.is_grad_enabled() \
+                and not (self.dropout and self.training):
             base = self.base_layer
             kept = base.parts if isinstance(base, NF4Linear) else (None, base.weight)
             return _Adapted.apply(x, self.lora_A.weight, self.lora_B.weight, base.bias, self.scale,

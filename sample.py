@@ -109,7 +109,7 @@ from ask import (  # noqa: E402
     pieces,
     replies,
 )
-from decode import hasten  # noqa: E402
+from decode import hasten, pack  # noqa: E402
 from generate import answers, stream  # noqa: E402
 from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
@@ -351,8 +351,7 @@ def main(s: Settings) -> None:
     dtype = ranks.compute_dtype(s.dtype)
     model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
-    if s.compile:
-        hasten(model)
+    hasten(model) if s.compile else pack(model)
     folder = weights.find(s.model)
     way = Way.of(folder, tokenizer, s.translate)
     ends = weights.stop_ids(folder, tokenizer)

@@ -90,13 +90,14 @@ def questions() -> list[dict[str, str]]:
 
 
 def ours(name: str, size: str, folder: str) -> dict[str, Any]:
-    """Seconds, and each item's log-likelihoods."""
+    """Seconds, and each item's log-likelihoods, as eval.py finds them."""
     import tasks
     import weights
+    from decode import pack
 
     suite = suite_of(name, size)
     model, tokenizer = weights.load(folder)
-    model.eval()
+    pack(model.eval(), losses=True)
     items = suite.items(suite.prompts[0])
     tasks.records(model, tokenizer, suite, suite.prompts[0], items[:1])  # every thread has begun
     begun = time.perf_counter()

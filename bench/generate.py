@@ -90,19 +90,18 @@ def asked_of(case: Case) -> tuple[list[list[int]], list[int]]:
 
 
 def ours(case: Case, folder: str, ends: list[int], compiled: bool = False) -> Any:
-    """A function that answers prompts with up to so many ids."""
+    """A function that answers prompts with up to so many ids, as sample.py does."""
     import torch
 
     import weights
-    from decode import hasten
+    from decode import hasten, pack
     from generate import answers
     from sampling import Sampling, Stops
 
     dtype = getattr(torch, case.dtype)
     model, _ = weights.load(folder, dtype=dtype, tokenizer=False)
     model.eval().model.compute_dtype = dtype
-    if compiled:
-        hasten(model)
+    hasten(model) if compiled else pack(model)
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
         sampling = Sampling(new, case.temperature, beams=case.beams)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import decode
 import generate as g
+import lora
 import sampling as chosen
 import tiny
 from generate import generate, score
@@ -502,6 +503,56 @@ def test_gradients_are_off_inside_and_on_between_two_tokens(monkeypatch):
     for _ in generate(ours(), [[1, 2]], Sampling(3)):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert inside == [True] * 3
+
+
+def read(model: Llama, rows: int) -> torch.Tensor:
+    """Logits behind some prompts and one more id each."""
+    prompts = [tiny.tokens(1, 9 + i, seed=i)[0].tolist() for i in range(rows)]
+    with torch.inference_mode():
+        cache = KVCache(model.config, rows, 40, "cpu", model.compute_dtype)
+        decode.prefill(model, prompts, cache)
+        return decode.step(model, torch.arange(5, 5 + rows), cache)
+
+
+def adapted(model: Llama, how: str) -> Llama:
+    """The same with an adapter that is not nothing."""
+    if how:
+        torch.manual_seed(1)
+        lora.attach(model, 4, 8, 0.0, ["all-linear"], dora=how == "dora")
+        for m in lora.adapters(model).values():
+            torch.nn.init.normal_(m.lora_B.weight, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("how", ["", "lora", "dora"])
+@pytest.mark.parametrize("shape", ["llama32", "biases", "gemma2"])
+def test_a_packed_model_computes_what_a_plain_one_does(shape, how):
+    """In float32 as well, and in bf16 as near to float32."""
+    peer, found = tiny.peer(shape).bfloat16().float(), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for packed in (False, True):
+            model = adapted(tiny.ours(peer, shape), how)
+            for m in model.modules():  # an adapter stays in float32
+                if type(m) is not torch.nn.Linear:
+                    for p in m.parameters(recurse=False):
+                        p.data = p.data.to(dtype)
+            model.model.compute_dtype = dtype
+            if packed:
+                decode.pack(model, packed)
+                assert isinstance(model.lm_head, decode.Packed) == decode.packs(model)
+            found[dtype, packed] = [read(model, rows) for rows in (1, 3, 20)]
+    for i, exact in enumerate(found[torch.float32, False]):
+        torch.testing.assert_close(found[torch.float32, True][i], exact, atol=2e-4, rtol=1e-4)
+        plainly, packed = ((found[torch.bfloat16, x][i] - exact).abs().mean() for x in (0, 1))
+        assert 0 < packed < 1.3 * plainly
+
+
+def test_where_there_is_no_such_product_a_model_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = tiny.ours(tiny.peer("llama3"), "llama3").bfloat16()
+    model.model.compute_dtype = torch.bfloat16
+    decode.pack(model)
+    assert not any(isinstance(m, decode.Packed) for m in model.modules())
 
 
 @pytest.mark.parametrize("width", [1, 64, 4096, 5632, 8200, 8209])
