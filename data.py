@@ -191,9 +191,8 @@ class Bin:
                 "prepare the text again with this model's tokenizer")
         if self.meta["trained"] == 0:
             raise UserError(
-                f"{self.folder}: no token to train on in {len(self)} documents; a document needs "
-                f"at "
-                "least two tokens")
+                f"{self.folder}: no token to train on in {len(self)} documents: the mask trains "
+                "none, or no document has two; prepare it again")
 
 
 def hold_out(bin: Bin, share: float) -> np.ndarray:
