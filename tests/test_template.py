@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import chat
 import tiny
 from chat import Template
 from log import UserError
-from tokenizer import Tokenizer
+from tokenizer import Part, Tokenizer
 
 TEMPLATES = {
     "llama2": """\
@@ -407,6 +408,29 @@ def parts(ids: list[int], control: set[int]) -> list[list[int]]:
         else:
             found[-1].append(i)
     return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_texts_are_encoded_together_as_each_alone(folders, kind):
+    tok = Tokenizer.open(folders[kind])
+    names = [tok.pieces[i] for i in sorted(tok.control) if tok.pieces[i]]
+    words = st.lists(st.sampled_from(["Amazi", " ", "\n", "\x01", "é", "🦒", "a", *names])).map(
+        "".join)
+
+    @settings(max_examples=30, deadline=None)
+    @given(found=st.lists(st.builds(Part, words, st.booleans(), st.booleans()), max_size=9))
+    def check(found):
+        together = tok.encode_parts(found)
+        assert together == [tok.encode_parts([x])[0] for x in found]
+        for part, ids in zip(found, together, strict=True):
+            if not part.control:  # text stays text
+                assert not tok.control.intersection(ids) or "<unk>" in map(tok.piece, ids)
+                if part.first:
+                    assert ids == tok.encode(part.text)
+
+    check()
+    again = pickle.loads(pickle.dumps(tok))  # as a worker gets it: opened anew, by its file
+    assert again.fingerprint == tok.fingerprint and again.pieces == tok.pieces
 
 
 @pytest.mark.parametrize("kind", KINDS)
