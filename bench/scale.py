@@ -62,27 +62,33 @@ def ours(how: str, folder: str) -> Callable[[Any], float]:
 
 def accelerate(how: str, folder: str) -> Callable[[Any], float]:
     """A step as accelerate's documents write it; gradients are parts of DDP's buckets, which is its
-    fastest."""
+    fastest. On CPUs it takes DDP whatever it is told: that FSDP is meant is set in its state, and
+    that its own preparation then cuts the model is checked."""
     import torch
     from accelerate import (
         Accelerator,
         DistributedDataParallelKwargs,
+        DistributedType,
         FullyShardedDataParallelPlugin,
     )
+    from torch.distributed.tensor import DTensor
     from transformers import LlamaForCausalLM
 
     from ranks import keep_freed
 
     keep_freed()  # as our ranks do
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"]) if how == "fsdp" else None
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, kwargs_handlers=[views])
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[views])
+    if how == "fsdp":
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"])
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY,
                                   eps=1e-8, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
+    assert all(isinstance(p, DTensor) for p in model.parameters()) == (how == "fsdp")
 
     def step(tokens: Any) -> float:
         loss = model(input_ids=tokens, labels=tokens).loss
