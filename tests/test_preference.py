@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -441,6 +442,26 @@ def test_preference_runs_report_margins_and_keep_the_reference(place):
     assert not (place / "dpo-plan/metrics.jsonl").exists()
 
 
+def command(said: Path, main: Callable[[list[str]], object], *words: str, code: int = 0) -> str:
+    """What a command says in a process of its own, which ends with this exit code."""
+    ended = fork.ends([fork.child(lambda: log.run(lambda: main(list(words))), said)])
+    assert ended == [code], said.read_text()
+    return said.read_text()
+
+
+def prepares(words: list[str]) -> None:
+    sys.argv = ["prepare.py", *words]
+    prepare.main()
+
+
+def trains(words: list[str]) -> int:
+    return train.main(*train.read_settings(words))
+
+
+def samples(words: list[str]) -> None:
+    sample.main(config.read(sample.Settings, words, "sample.py")[0])
+
+
 def test_a_bin_that_trains_no_token_is_refused_by_the_run(place, tmp_path):
     tok = Tokenizer.open(place / "model")
     writer = BinWriter(tmp_path / "bin", tok.fingerprint, tok.vocab_size, "chat")
@@ -448,58 +469,65 @@ def test_a_bin_that_trains_no_token_is_refused_by_the_run(place, tmp_path):
         writer.add(Document([1, 5, 6, 7, 2], [False] * 5, 3))
     writer.close({"documents": {}}, [])
 
-    def action() -> int:
-        return log.run(lambda: train.main(*train.read_settings([
-            "--mode", "sft", "--model", f"{place}/model", "--data", f"{tmp_path}/bin", "--out",
-            f"{tmp_path}/out", "--steps", "2", "--seq-len", "48", "--device", "cpu"])))
-
-    assert fork.ends([fork.child(action, tmp_path / "said")]) == [3]
-    assert (tmp_path / "said").read_text().splitlines()[-1] == (
+    told = command(tmp_path / "said", trains, "--mode", "sft", "--model", f"{place}/model",
+                   "--data", f"{tmp_path}/bin", "--out", f"{tmp_path}/out", "--steps", "2",
+                   "--seq-len", "48", "--device", "cpu", code=3)
+    assert told.splitlines()[-1] == (
         f"error: {tmp_path}/bin: no token to train on in 9 documents: the mask trains none, or no "
         "document has two; prepare it again")
+
+
+def test_text_conversations_and_translations_mix_under_a_cap_as_the_plan_says(place, tmp_path):
+    said = tmp_path / "said"
+    for kind, file in (("chat", "chat.jsonl"), ("mt", "mt.tsv"), ("text", "text.txt")):
+        command(said, prepares, kind, f"{place}/{file}", "--tokenizer", f"{place}/model", "--out",
+                f"{tmp_path}/{kind}", *(["--documents", "line"] if kind == "text" else []))
+    words = ["--mode", "sft", "--model", f"{place}/model", "--data", f"{tmp_path}/chat:1",
+             f"{tmp_path}/mt:1", f"{tmp_path}/text:1", "--max-epochs-per-source", "1.5", "--rows",
+             "4", "--seq-len", "250", "--hold-out", "0", "--device", "cpu", "--dtype", "fp32"]
+    told = command(said, trains, *words, "--steps", "9", "--out", f"{tmp_path}/plan", "--plan")
+    found = re.findall(r"(\w+) ([\d.]+)% \(([\d,]+) tokens an epoch; ([\d,]+) in this run, "
+                       r"([\d.]+) times\)", told)
+    planned = {x[0]: float(x[1]) / 100 for x in found}
+    times = {x[0]: float(x[4]) for x in found}
+    assert list(planned) == ["chat", "mt", "text"]
+    assert times["text"] == 1.5 and max(times.values()) == 1.5, "the smallest gives what it may"
+    assert times["mt"] < 1.5 and planned["mt"] > planned["text"]
+    assert sum(int(x[3].replace(",", "")) for x in found) == pytest.approx(9 * 1000, abs=3)
+    command(said, trains, *words, "--steps", "9", "--out", f"{tmp_path}/run")
+    share = metrics(tmp_path, "run")[-1]["share"]
+    assert share == pytest.approx(planned, abs=0.04)  # to a row of each
+    told = command(said, trains, *words, "--steps", "999", "--out", f"{tmp_path}/no", code=2)
+    assert "error: --max-epochs-per-source 1.5: the sources hold" in told
 
 
 def test_answers_in_conversations_become_preferences_that_dpo_trains(place, tmp_path):
     """The way of docs/recipes.md: sft, sample.py, prepare.py prefer and pairs, dpo; each command
     in a process, and the pairs are asked for with the very ids that the samples were."""
-    def command(main: Callable[[list[str]], object], *words: str) -> None:
-        (code,) = fork.ends([fork.child(lambda: log.run(lambda: main(list(words))),
-                                        tmp_path / "said")])
-        assert code == 0, (tmp_path / "said").read_text()
-
-    def prepares(words: list[str]) -> None:
-        sys.argv = ["prepare.py", *words]
-        prepare.main()
-
-    def trains(words: list[str]) -> int:
-        return train.main(*train.read_settings(words))
-
-    def samples(words: list[str]) -> None:
-        sample.main(config.read(sample.Settings, words, "sample.py")[0])
-
+    said = tmp_path / "said"
     usual = ["--seq-len", "250", "--dtype", "fp32", "--device", "cpu", "--steps", "2"]
-    command(prepares, "chat", f"{place}/chat.jsonl", "--tokenizer", f"{place}/model", "--out",
+    command(said, prepares, "chat", f"{place}/chat.jsonl", "--tokenizer", f"{place}/model", "--out",
             f"{tmp_path}/chat", "--max-tokens", "250")
-    command(trains, "--mode", "sft", "--model", f"{place}/model", "--data", f"{tmp_path}/chat",
-            "--out", f"{tmp_path}/sft", *usual)
+    command(said, trains, "--mode", "sft", "--model", f"{place}/model", "--data",
+            f"{tmp_path}/chat", "--out", f"{tmp_path}/sft", *usual)
     asked = [[{"role": "system", "content": "Subiza."}, {"role": "user", "content": f"{x} {i}"}]
              for i, x in enumerate(tiny.SENTENCES[:6])]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n"
                                                   for x in asked))
-    command(samples, "--model", f"{tmp_path}/sft/model", "--file", f"{tmp_path}/asked.jsonl",
+    command(said, samples, "--model", f"{tmp_path}/sft/model", "--file", f"{tmp_path}/asked.jsonl",
             "--samples", "4", "--max-new-tokens", "16", "--out", f"{tmp_path}/samples.jsonl")
     found = [json.loads(x) for x in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [x["messages"] for x in found] == [x for x in asked for _ in range(4)]
     (tmp_path / "right.txt").write_text("\n".join(tiny.SENTENCES[:6]) + "\n")
-    command(prepares, "prefer", f"{tmp_path}/samples.jsonl", "--references",
+    told = command(said, prepares, "prefer", f"{tmp_path}/samples.jsonl", "--references",
             f"{tmp_path}/right.txt", "--gap", "0", "--out", f"{tmp_path}/preferences.jsonl")
     cut = sum(x["end"] == "length" for x in found)
-    assert f"{cut} of 24 answers were cut" in (tmp_path / "said").read_text() and cut
+    assert cut and f"{cut} of 24 answers were cut" in told
     made = [json.loads(x) for x in (tmp_path / "preferences.jsonl").read_text().splitlines()]
     assert made and all(x["prompt"] in asked for x in made)
     assert all({x["chosen"], x["rejected"]} <= {y["text"] for y in found
                                                 if y["messages"] == x["prompt"]} for x in made)
-    command(prepares, "pairs", f"{tmp_path}/preferences.jsonl", "--tokenizer",
+    command(said, prepares, "pairs", f"{tmp_path}/preferences.jsonl", "--tokenizer",
             f"{tmp_path}/sft/model", "--out", f"{tmp_path}/pairs", "--max-tokens", "250")
     bin, tok = Bin(tmp_path / "pairs"), Tokenizer.open(tmp_path / "sft/model")
     template = Template.of(tmp_path / "sft/model", tok)
@@ -508,7 +536,7 @@ def test_answers_in_conversations_become_preferences_that_dpo_trains(place, tmp_
             ids = template.encode(row["prompt"], generation=True)
             assert bin.document(j)[: len(ids)].tolist() == ids
             assert not bin.trained(j)[: len(ids)].any() and bin.trained(j)[len(ids)]
-    command(trains, "--mode", "dpo", "--model", f"{tmp_path}/sft/model", "--data",
+    command(said, trains, "--mode", "dpo", "--model", f"{tmp_path}/sft/model", "--data",
             f"{tmp_path}/pairs", "--out", f"{tmp_path}/dpo", *usual)
     losses = [x["loss"] for x in metrics(tmp_path, "dpo")]
     assert len(losses) == 2 and losses[0] == pytest.approx(np.log(2), rel=1e-5)
