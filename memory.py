@@ -8,8 +8,9 @@ formula of it has to be kept true.
 Of a model that is cut among ranks (`Cut`) the blocks compute as ever, and what fully_shard holds
 for them is counted beside it.
 
-Not seen: what a kernel uses within itself, an allocator's fragments, what the process or a CUDA
-context holds before; compiled blocks, which hold less.
+Not seen: what a kernel uses within itself, an allocator's holes (on a CPU glibc's heap keeps a
+third beside what it gives out), what the process or a CUDA context holds before; compiled blocks,
+which hold less.
 """
 
 from __future__ import annotations

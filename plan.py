@@ -72,7 +72,7 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
         f"parameters   {n['total']:,}, trained {n['trained']:,}\n{trained}\n"
         f"data         {shares}\n"
         f"steps        {run.steps} of {run.tokens_per_step:,} tokens\n"
-        f"memory       {said.total / GiB:.2f} GB predicted at the most ({said}), of "
+        f"memory       {said.total / GiB:.2f} GB of tensors predicted at the most ({said}), of "
         f"{run.ranks.memory_limit_gb():.1f} GB here\n"
         f"             {held + moments:.2f} GB measured on one micro-batch, of the {whole}, with "
         f"{moments:.2f} for the optimizer\n"

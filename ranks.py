@@ -354,8 +354,9 @@ def keep_freed() -> None:
     """Let glibc keep what a step frees for the next one, unless the environment says otherwise.
 
     A block that goes back to the system comes again as pages to be zeroed, a twentieth of a LoRA
-    step's time. Blocks above 32 MB, the most that every glibc takes, still go back. Elsewhere than
-    on Linux with glibc nothing is done.
+    step's time. Blocks above 32 MB, the most that every glibc takes, still go back; if those above
+    1 MB did, a LoRA step would hold a fifth less, the holes between them, and take 1.7 times as
+    long. Elsewhere than on Linux with glibc nothing is done.
     """
     said = any(x.startswith("MALLOC_") or x == "GLIBC_TUNABLES" for x in os.environ)
     if said or platform.libc_ver()[0] != "glibc":

@@ -3,17 +3,21 @@
     python -m bench.memory [--quick] [--cases full lora qlora] [--write]
 
 Each side is a process of its own that loads the same random LLaMA and takes three steps on the same
-tokens. What a process holds once its libraries are imported is told apart from what the model and
-its steps add to that; the prediction, of config.json alone, is of what is added. On all sides glibc
-gives blocks above 1 MB back at once: what its heap keeps for later is half a GB here, and noise.
+tokens. What a process holds once a model of one layer has come and gone, libraries and their
+kernels, is told apart from what the model and its steps add to that; the prediction, of config.json
+alone, is of what is added: of tensors. On all sides glibc gives blocks above 1 MB back at once,
+unless MALLOC_MMAP_THRESHOLD_ says otherwise: as it comes its heap keeps holes between them, a third
+of a GB here.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +63,32 @@ def predict(case: str, name: str, folder: str) -> dict[str, float]:
     import memory
     import weights
 
-    need = memory.need(weights.read_config(Path(folder)), settings(case, name), torch.bfloat16)
+    need = memory.need(weights.read_config(Path(folder, name)), settings(case, name),
+                       torch.bfloat16)
     return {part: getattr(need, part) / 2**30 for part in (*memory.PARTS, "total")}
 
 
+def measured(take: Callable[[str], float], name: str) -> dict[str, float]:
+    """GB of this process before a model's steps, and at most; the last loss.
+
+    A model of one layer of the same widths comes first and goes: what libraries load, start and
+    compile for their first products of a shape, and keep, is not the model's.
+    """
+    take(f"{name}, one layer")
+    gc.collect()
+    before = held_gb()
+    loss = take(name)
+    return {"before": before, "peak": peak_gb(), "loss": loss}
+
+
+def held_gb() -> float:
+    """The memory of this process now, in GB of 2^30 bytes; on Linux."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
 def ours(case: str, name: str, folder: str) -> dict[str, float]:
-    """Three steps of train.py: GB once all is imported, and at most; the last loss."""
+    """Three steps of train.py."""
     import torch
 
     import lora
@@ -74,23 +98,27 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
     from data import IGNORE, Batch
     from ranks import Ranks
 
-    s, cpu = settings(case, name), Ranks.start("cpu")
-    before = peak_gb()
-    narrow = s.optimizer == "adamw-bf16" or s.tune != "full"
-    model, _ = weights.load(folder, dtype=torch.bfloat16 if narrow else torch.float32,
-                            tokenizer=False, quant="nf4" if s.tune == "qlora" else "none")
-    model.model.compute_dtype, model.model.recompute = torch.bfloat16, s.recompute
-    if s.tune != "full":
-        lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
-    same_start(model)
-    optimizer = optim.adamw(model.train(), LR, BETAS, DECAY, kind=s.optimizer)
-    tokens = tokens_of(name)
-    targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE)
-    doc, pos = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
-    batch = Batch(tokens, targets, doc, pos)
-    losses = [train.train_step(model, train.NLL, [batch], optimizer, cpu, CLIP)[0]
-              for _ in range(3)]
-    return {"before": before, "peak": peak_gb(), "loss": losses[-1]}
+    cpu = Ranks.start("cpu")
+
+    def take(name: str) -> float:
+        s = settings(case, name)
+        narrow = s.optimizer == "adamw-bf16" or s.tune != "full"
+        model, _ = weights.load(Path(folder, name), tokenizer=False,
+                                dtype=torch.bfloat16 if narrow else torch.float32,
+                                quant="nf4" if s.tune == "qlora" else "none")
+        model.model.compute_dtype, model.model.recompute = torch.bfloat16, s.recompute
+        if s.tune != "full":
+            lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
+        same_start(model)
+        optimizer = optim.adamw(model.train(), LR, BETAS, DECAY, kind=s.optimizer)
+        tokens = tokens_of(name)
+        targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE)
+        doc, pos = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
+        batch = Batch(tokens, targets, doc, pos)
+        return [train.train_step(model, train.NLL, [batch], optimizer, cpu, CLIP)[0]
+                for _ in range(3)][-1]
+
+    return measured(take, name)
 
 
 def peer(side: str, case: str, name: str, folder: str) -> dict[str, float]:
@@ -100,37 +128,38 @@ def peer(side: str, case: str, name: str, folder: str) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     words = CASES[case][1]
-    narrow = words["tune"] != "full"
+    narrow, recompute = words["tune"] != "full", words.get("recompute", False)
+    quantised = words["tune"] == "qlora"
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    if words["tune"] == "qlora":
-        import bitsandbytes  # noqa: F401
-    before = peak_gb()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16 if narrow else torch.float32,
-        quantization_config=config if words["tune"] == "qlora" else None)
-    recompute = words.get("recompute", False)
-    if words["tune"] == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute)
-    elif recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if narrow:
-        model = get_peft_model(
-            model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
-                              task_type="CAUSAL_LM"),
-            autocast_adapter_dtype=side != "peft + bf16 adapter")
-    same_start(model)
-    trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, LR, BETAS, weight_decay=DECAY, fused=True)
-    tokens = tokens_of(name)
-    for _ in range(3):
-        with torch.autocast("cpu", torch.bfloat16, enabled=not narrow or words["tune"] == "qlora"):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"before": before, "peak": peak_gb(), "loss": loss.item()}
+
+    def take(name: str) -> float:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(folder, name), dtype=torch.bfloat16 if narrow else torch.float32,
+            quantization_config=config if quantised else None)
+        if quantised:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recompute)
+        elif recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if narrow:
+            model = get_peft_model(
+                model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
+                                  task_type="CAUSAL_LM"),
+                autocast_adapter_dtype=side != "peft + bf16 adapter")
+        same_start(model)
+        trained = [p for p in model.train().parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, LR, BETAS, weight_decay=DECAY, fused=True)
+        tokens = tokens_of(name)
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not narrow or quantised):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    return measured(take, name)
 
 
 def compare(case: str, s: Settings, name: str, folder: str) -> tuple[list[list[str]], str]:
@@ -157,17 +186,19 @@ def compare(case: str, s: Settings, name: str, folder: str) -> tuple[list[list[s
 
 
 def job(s: Settings) -> str:
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # of the children
+    back = os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # of the children
     name = "tiny" if s.size == "tiny" else "110M"
     cases = s.cases or (["full", "lora", "qlora"] if s.size == "quick" else list(CASES))
     *_, B, T = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
-        n = child(HERE, "draw", name, folder, "float32")
+        n = [child(HERE, "draw", x, f"{folder}/{x}", "float32")
+             for x in (f"{name}, one layer", name)][-1]
         found = [compare(case, s, name, folder) for case in cases]
     head = ["", "", "peak GB", "added GB", "predicted", "last loss"]
     return (f"{n / 1e6:.0f}M parameters, {B} x {T} tokens, products in bf16, LoRA r {RANK} on all "
             f"linear layers, three steps a process. Peak: the whole process; added: above what it "
-            f"held once its libraries were imported.\n\n"
+            f"holds once a model of one layer of the same widths has come and gone. "
+            f"MALLOC_MMAP_THRESHOLD_={back} on all sides.\n\n"
             f"{table(head, [row for rows, _ in found for row in rows])}\n\n"
             + "\n".join(line for _, line in found)
             + f"\n\n{versions('torch', 'transformers', 'peft', 'bitsandbytes')}.")

@@ -25,7 +25,9 @@ MODELS = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabular
     "110M": (768, 2048, 12, 12, 4, 32000, 4, 512),
     "30M": (512, 1376, 8, 8, 4, 8000, 2, 512),
     "1.1B": (2048, 5632, 22, 32, 4, 32000, 1, 512),
-    "tiny": (64, 128, 2, 4, 2, 512, 2, 32)}
+    "tiny": (64, 128, 2, 4, 2, 512, 2, 32),
+    "110M, one layer": (768, 2048, 1, 12, 4, 32000, 4, 512),
+    "tiny, one layer": (64, 128, 1, 4, 2, 512, 2, 32)}
 CASES = {  # what is trained, on which model, and by whom; "+" parts a side from its settings
     "full": ("all weights, bf16 products", "110M",
              ["ours", "transformers", "ours + compile", "transformers + compile"]),

@@ -184,8 +184,9 @@ def test_what_cannot_fit_a_rank_is_refused_too(monkeypatch):
 @pytest.mark.parametrize("case", ["full", "full-recompute", "bf16", "lora", "lora-recompute",
                                   "qlora", "qlora-recompute"])
 def test_the_prediction_is_within_a_tenth_of_what_the_system_counts(tmp_path_factory, case):
-    """110M parameters in processes of their own; glibc's heap keeps nothing back."""
-    folder = str(tmp_path_factory.getbasetemp() / "110M")
+    """110M parameters in processes of their own, in which glibc gives blocks above 1 MB back at
+    once; as it comes its heap keeps holes between them, and the system counts those too."""
+    folder = str(tmp_path_factory.getbasetemp() / "models")
 
     def child(name, *args):
         done = subprocess.run(
@@ -195,7 +196,8 @@ def test_the_prediction_is_within_a_tenth_of_what_the_system_counts(tmp_path_fac
         return json.loads(done.stdout.splitlines()[-1])
 
     if not Path(folder).exists():
-        child("draw", "110M", folder, "float32")
+        for name in ("110M, one layer", "110M"):
+            child("draw", name, f"{folder}/{name}", "float32")
     said, found = child("predict", case, "110M", folder), child("ours", case, "110M", folder)
     assert said["total"] == pytest.approx(found["peak"] - found["before"], rel=0.1)
 
