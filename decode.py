@@ -21,6 +21,7 @@ from model import KVCache, Linear, Llama
 
 AHEAD = 4  # times as many prompts as there are places are put in order of length
 BUDGET = 4096  # tokens read at once: their activations are in memory together
+FEW = 8  # rows that a packed matrix is laid out for; any number may come
 
 
 def ragged(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,7 @@ class Packed(nn.Module):
 
     def __init__(self, layer: Linear):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), FEW)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:

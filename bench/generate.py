@@ -161,13 +161,14 @@ def measure(side: str, name: str, size: str, folder: str) -> dict[str, Any]:
 
 def agree(case: Case, runs: dict[str, list[dict]]) -> bool:
     """Whether the sides gave the same answers, as far as they can: nine in ten, for of two equal
-    logits either side may take either."""
+    logits either side may take either. In bf16 three in four: its two likeliest logits are often
+    one rounding apart."""
     if case.temperature:
         return True
-    n = 1 if case.dtype == "bfloat16" else case.new
+    n, share = (1, 0.75) if case.dtype == "bfloat16" else (case.new, 0.9)
     first = runs["ours"][0]["ids"]
     return all(sum(a[:n] == b[:n] for a, b in zip(first, run["ids"], strict=True))
-               >= 0.9 * len(first) for done in runs.values() for run in done)
+               >= share * len(first) for done in runs.values() for run in done)
 
 
 def job(s: Settings) -> str:
