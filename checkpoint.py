@@ -11,7 +11,7 @@ and a torn write leaves a file of the right length, so the manifest holds each f
 No rank ever holds the whole: each writes what it has, tensors that are cut as their rows from
 `NAME@ROW` on, whole ones dealt out among the ranks; and each reads the rows it needs, whoever wrote
 them. Training waits only for the copy to host memory. Where the cores that write are the cores that
-train, writing takes a twentieth of one, until somebody waits for it.
+train, writing takes a fortieth of one, until somebody waits for it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAME = re.compile(r"step-(\d{6,})")
 ASIDE = re.compile(r"\.(?:tmp|del)-(.+)-(\d+)")  # with the process that made it
 MANIFEST = "manifest.json"
 CHUNK = 4 << 20  # bytes written and hashed at a time
-RESTS = 19  # on a CPU: seconds that a second's writing is followed by
+RESTS = 39  # on a CPU: seconds that a second's writing is followed by
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
           torch.uint8: "U8", torch.bool: "BOOL"}
