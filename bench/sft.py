@@ -28,7 +28,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench import ROOT, Settings, Spread, child, in_turn, installed, limits, main, peak_gb, table
+from bench import (
+    KEPT,
+    ROOT,
+    Settings,
+    Spread,
+    child,
+    in_turn,
+    installed,
+    limits,
+    main,
+    peak_gb,
+    table,
+)
 
 HERE = "bench.sft"
 SHARED = ROOT.parent / "shared/data"
@@ -44,7 +56,6 @@ PEERS = {  # what is changed in SFTConfig; it recomputes activations unless told
     "TRL padded, by length": {"gradient_checkpointing": False,
                               "train_sampling_strategy": "group_by_length"},
     "TRL packing": {"gradient_checkpointing": False, "packing": True}}
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 1e-6, (0.9, 0.95), 0.1, 1.0
 APART = 2e-3  # of the mean loss, at most
 

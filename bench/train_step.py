@@ -3,14 +3,16 @@
     python -m bench.train_step [--quick] [--cases full lora large fp32] [--rounds 2] [--write]
 
 The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
-tokens, dtype, start of LoRA, fused AdamW and clipping. Peers are measured as they come and
-compiled, all sides with the system's own allocator. The losses of the first and of the last step
-must agree, or not the same was measured: that is an error. Of a peer that keeps its adapter in bf16
-only the first is held to it: each of its updates is rounded to 8 bits, which is other arithmetic.
+tokens, dtype, start of LoRA, fused AdamW and clipping, and the allocator's settings that train.py
+takes for itself (`KEPT`). Peers are measured as they come and compiled. The losses of the first and
+of the last step must agree, or not the same was measured: that is an error. Of a peer that keeps
+its adapter in bf16 only the first is held to it: each of its updates is rounded to 8 bits, which is
+other arithmetic.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
@@ -18,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench import Settings, Spread, child, in_turn, limits, main, table
+from bench import KEPT, Settings, Spread, child, in_turn, limits, main, table
 
 HERE = "bench.train_step"
 MODELS = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary, rows, row length
@@ -207,6 +209,7 @@ def ratios(found: dict[str, tuple[float, float]]) -> str:
 
 
 def job(s: Settings) -> str:
+    os.environ.update(KEPT)  # of the children
     cases = s.cases or (["full", "lora"] if s.size == "quick" else list(CASES))
     peaks, rows, said = limits.measured(s.size), [], []
     for case in cases:
@@ -218,7 +221,8 @@ def job(s: Settings) -> str:
             "first loss", "last loss"]
     return (f"All sides start from the same weights and take the same tokens; losses of the first "
             f"and of the last step agree. peft keeps its adapter in float32, as we do; with \"bf16 "
-            f"adapter\" in bf16, which rounds its updates: of it only the first loss is compared."
+            f"adapter\" in bf16, which rounds its updates: of it only the first loss is compared. "
+            f"One allocator's settings for all."
             f"\n\n{table(head, rows)}\n\n"
             + "\n".join(said) + f"\n\n{limits.words(peaks, 'transformers', 'peft')}")
 
