@@ -16,6 +16,8 @@ import gzip
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -271,6 +273,13 @@ _job: Callable[[Any], Any]  # a worker's own
 def _start(job: Callable[[Any], Any]) -> None:
     global _job
     _job = job
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker that waits for work does not see that nobody is left to give it any."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(given: Any) -> Any:
@@ -285,7 +294,7 @@ def in_order(job: Callable[[S], R], chunks: Iterable[tuple[K, S]],
     Workers get the job once, and are no further ahead than two chunks each, so that memory stays
     bounded. A fault of the reading is raised behind all that was read before it.
     """
-    found = _with_fault(chunks)
+    processes, found = max(1, processes), _with_fault(chunks)
     first = list(islice(found, 2))
     alone = processes < 2 or len([x for x in first if not isinstance(x, UserError)]) < 2
     context = multiprocessing.get_context("spawn")

@@ -131,6 +131,7 @@ class Reader:
     quant: str = "none"
     compat: bool = False
     template: Template | None = None
+    ends: frozenset[int] = frozenset()  # of an answer
 
     @property
     def kept(self) -> torch.dtype:
@@ -271,7 +272,7 @@ def measure_suite(e: Evaluation, suite: Suite, r: Reader) -> None:
         n = sum(len(x.choices) for x in items) if suite.kind == "choose" else len(items)
         with log.progress(name, n) as move:
             records = tasks.records(r.model, r.tokenizer, suite, prompt, items, r.length, new,
-                                    s.beams, move, r.kept, r.template)
+                                    s.beams, move, r.kept, r.template, r.ends)
         if suite.kind == "choose":
             _finite(np.concatenate([x["logp"] for x in records]), name, r)
         signature = f"{suite.signature(prompt)}|" + "|".join(f"{k}:{v}" for k, v in choices.items())
@@ -431,11 +432,13 @@ def open_model(s: Settings) -> Reader:
     if not 0 <= s.max_length <= context:
         raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
                         "context, or 0 for all of it", FLAGS)
-    template = Way.of(weights.find(s.model), tokenizer).own_template if s.chat_template else None
+    folder = weights.find(s.model)
+    template = Way.of(folder, tokenizer).own_template if s.chat_template else None
     if s.chat_template and template is None:
         raise UserError(f"--chat-template: {s.model} has no chat template; leave it out, or take "
                         "a model that was taught to converse", FLAGS)
-    return Reader(model, tokenizer, s.max_length or context, s.quant, s.lm_eval_compat, template)
+    return Reader(model, tokenizer, s.max_length or context, s.quant, s.lm_eval_compat, template,
+                  frozenset(weights.stop_ids(folder, tokenizer)))
 
 
 if __name__ == "__main__":

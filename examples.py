@@ -3,8 +3,8 @@
 One idea: an example is made or refused where its file and line are still known. Ids and loss mask
 come out of one function together, so that what is trained can be looked at (`prepare.py show`) and
 is never computed a second time. Rows are made into examples by several processes; what an example
-is depends on its row, its place among all rows and no more, so that a bin is the same bytes however
-many there were.
+is depends on its row and its place among all rows (with --shots, also on the pairs before it in the
+same megabyte) and no more, so that a bin is the same bytes however many there were.
 
 A row is a JSON object of .jsonl or .json (a list), a line of .tsv under its header, or a line of
 .parquet; two aligned .txt files give rows too.
@@ -155,7 +155,17 @@ def text_at(row: Row, key: str) -> str:
     if not isinstance(found := row.cells.get(key), str):
         known = ", ".join(map(str, row.cells))
         raise UserError(f"{row.where}: no text under {key!r}; it has {known or 'nothing'}")
-    return found
+    return _whole(row, found)
+
+
+def _whole(row: Row, text: str) -> str:
+    """A text, if it is one: JSON can write half of a character, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{row.where}: half a character at {text[max(0, e.start - 20):e.start]!r} "
+                        "...; whatever wrote the file cut a text there") from None
+    return text
 
 
 def conversation(row: Row) -> tuple[str, list[dict[str, str]]]:
@@ -192,7 +202,7 @@ def messages_of(row: Row, key: str) -> list[dict[str, str]]:
             raise UserError(
                 f"{row.where}, message {i}: {wrong}; expected system, user, assistant or tool "
                 "(ShareGPT: human, gpt), and a text")
-        said.append({"role": role, "content": content})
+        said.append({"role": role, "content": _whole(row, content)})
     return said
 
 

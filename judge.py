@@ -203,9 +203,11 @@ class Baseline:
             say(f"{name}: not in the baseline {self.folder}, so not compared")
             return
         theirs, old = there
-        now, before = ({"compat": "none", "chat": "none"} | dict(
-            x.split(":", 1) for x in r["signature"].split("|") if ":" in x)
-            for r in (ours[0], theirs))
+        now, before = (dict(x.split(":", 1) for x in r["signature"].split("|") if ":" in x)
+                       for r in (ours[0], theirs))
+        for of_a_model in (x for x in (now, before) if "shots" in x):
+            of_a_model.setdefault("compat", "none")
+            of_a_model.setdefault("chat", "none")
         for key in ALIKE:
             if key in now and key in before and now[key] != before[key]:
                 raise UserError(f"--baseline {self.folder}: {name} has {key} {before[key]} there "

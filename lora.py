@@ -125,7 +125,10 @@ class LoRALinear(nn.Module):
         down = F.linear(dropped, A) * self.scale  # (B,T,R): scaled where it is small
         y = self.base_layer(x)
         if self.lora_magnitude_vector is None:
-            return y + F.linear(down, B)
+            if torch.is_grad_enabled():
+                return y + F.linear(down, B)
+            y.view(-1, y.shape[-1]).addmm_(down.flatten(0, -2), B.T)  # as _Adapted, to the bit
+            return y
         # what m / |row| - 1 multiplies has no bias, and sees the dropout, as in PEFT
         share = (self.lora_magnitude_vector / self.lengths(x.dtype)).to(x.dtype)  # (out,)
         plain = self.base_layer(dropped) if self.dropout and self.training else y

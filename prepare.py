@@ -203,7 +203,7 @@ def text(s: Text) -> None:
         s.files, Path(s.tokenizer), Path(s.out), unit=s.documents, key=s.text_key,
         normalise=cleaning(s.normalise), keep_duplicates=s.keep_duplicates,
         contaminated=overlap.signs(s.without) if s.without else None, min_chars=s.min_chars,
-        max_doc_mb=s.max_doc_mb, on_bad=s.on_bad, processes=max(1, s.processes))
+        max_doc_mb=s.max_doc_mb, on_bad=s.on_bad, processes=s.processes)
     ledger_lines(ledger.to_json())
     print(f"{bin.folder}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens, "
           f"{bin.meta['bytes'] / max(1, bin.meta['tokens']):.2f} bytes per token")

@@ -134,7 +134,9 @@ class Ranks:
         `how`: auto, none, ddp, fsdp; `dtype` that of products, `trained` that of what trains.
         """
         self.trained = trained
-        gb = self.memory_limit_gb() if self.device.type == "cuda" else math.inf
+        gb = math.inf
+        if self.device.type == "cuda":  # of the smallest, for all must choose alike
+            gb = -self.highest(-int(self.memory_limit_gb() * GiB))[0] / GiB
         if how == "auto":
             how = way(model, self.world, gb)
         if how == "none" and self.world > 1:

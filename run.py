@@ -88,7 +88,7 @@ class Run:
         for folder in (out, out / "bins") if ranks.rank == 0 else ():
             checkpoint.sweep(folder)
         ranks.agree({f"--{f.name.replace('_', '-')}": str(getattr(s, f.name))
-                     for f in dataclasses.fields(s)}
+                     for f in dataclasses.fields(s) if f.name != "out"}  # links, by machine
                     | {"code": code_sha(), "torch": torch.__version__})
         if ranks.world > 1:  # several machines must see one folder
             if ranks.rank == 0:

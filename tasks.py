@@ -22,7 +22,7 @@ them, and a choice stands directly behind.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ import generate
 from data import IGNORE, Batch
 from log import FLAGS, UserError, say
 from sampling import Sampling
+from tokenizer import Part
 
 if TYPE_CHECKING:
     from chat import Template
@@ -137,7 +138,7 @@ def begun(tokenizer: Tokenizer, text: str) -> list[int]:
     start = [] if tokenizer.bos is None else [tokenizer.bos]
     if not isinstance(text, Written):
         return start + tokenizer.encode(text)
-    ids = tokenizer.encode_piece(text, control=True, first=True)
+    [ids] = tokenizer.encode_parts([Part(text, control=True, first=True)])
     return ids if ids[:1] == start else start + ids
 
 
@@ -196,10 +197,12 @@ def _say_cut(n: int, N: int, room: int) -> None:
 
 def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Sequence[str],
            new_tokens: int, length: int = 0, beams: int = 1,
-           move: Callable[[int], object] = lambda done: None) -> list[tuple[str, str]]:
+           move: Callable[[int], object] = lambda done: None,
+           ends: Collection[int] = ()) -> list[tuple[str, str]]:
     """What the model says behind each context, greedily, and why it ended: eos, stop or length.
 
-    A context keeps its last `length - new_tokens` ids. The answer is cut at the first stop string.
+    A context keeps its last `length - new_tokens` ids. The answer is cut at the first stop string;
+    `ends`: ids besides EOS that end one, as those of weights.stop_ids.
     """
     length = length or model.config.max_position_embeddings
     if new_tokens >= length:
@@ -209,7 +212,8 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
         say("the tokenizer has no EOS: an answer ends at a stop string, or after "
             f"{new_tokens} tokens")
     eos = [] if tokenizer.eos is None else [tokenizer.pieces[tokenizer.eos]]
-    stops = generate.Stops({tokenizer.eos}, [*stop, *eos], tokenizer.decode)
+    ends = {tokenizer.eos, *ends}
+    stops = generate.Stops(ends, [*stop, *eos], tokenizer.decode)
     prompts = [begun(tokenizer, x) for x in contexts]
     room = length - new_tokens
     _say_cut(sum(len(ids) > room for ids in prompts), len(prompts), room)
@@ -217,7 +221,7 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
     sampling = Sampling(new_tokens, temperature=0.0, beams=beams)
     said = []
     for ids, end in generate.answers(model, prompts, sampling, stops, start_token(tokenizer)):
-        text = tokenizer.decode([x for x in ids if x != tokenizer.eos])
+        text = tokenizer.decode([x for x in ids if x not in ends])
         said.append((stops.cut(text), end))
         move(1)
     return said
@@ -227,10 +231,12 @@ def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
             items: Sequence[Item], length: int = 0, new_tokens: int = 0, beams: int = 1,
             move: Callable[[int], object] = lambda done: None,
             kept: torch.dtype = torch.float64,
-            template: Template | None = None) -> list[dict[str, Any]]:
+            template: Template | None = None,
+            ends: Collection[int] = ()) -> list[dict[str, Any]]:
     """What the model chose or said of each item, as judge.py counts it.
 
-    `move` is told how many choices, or answers, are done; `template`: it is asked in conversation.
+    `move` is told how many choices, or answers, are done; `template`: it is asked in conversation;
+    `ends`: ids besides EOS that end an answer.
     """
     asked = contexts(items, template)
     if suite.kind == "choose":
@@ -241,7 +247,7 @@ def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
                  **{column: x.row[column] for column in suite.groups}}
                 for x, logp in zip(items, scores, strict=True)]
     said = answer(model, tokenizer, asked, suite.stop, new_tokens or suite.new_tokens, length,
-                  beams, move)
+                  beams, move, ends)
     if suite.kind == "match":
         return [{"gold": x.gold, "answer": text, "end": end}
                 for x, (text, end) in zip(items, said, strict=True)]

@@ -403,7 +403,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
                         FLAGS)
     run = None
     with checkpoint.lock(out) if log.speaking() else nullcontext(), \
-         explained(f"--rows {s.rows} x --seq-len {s.seq_len}", lambda: run.step + 1 if run else 0):
+         explained(f"--rows {s.rows} x --seq-len {s.seq_len}", lambda: run.step + 1 if run else 0,
+                   out):
         kind, objective = MODES[s.mode]
         run = Run.start(s, kind, objective(s), FREE | WARNED)
         if s.plan:
@@ -421,7 +422,10 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         log.say(f"{run.ranks}, products in {str(run.model.compute_dtype)[6:]}; {n['total']:,} "
                 f"parameters, {n['trained']:,} trained; {run.steps} steps of "
                 f"{run.tokens_per_step:,} tokens")
-        stop = loop(run)
+        try:
+            stop = loop(run)
+        finally:
+            run.saver.awaited.set()  # what is under way is written now, not at its leisure
         if stop:
             log.say(f"stopped and saved at step {run.step}; go on with: "
                     f"python train.py --resume --out {out}")

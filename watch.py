@@ -8,6 +8,7 @@ of a step until it turns out odd; then its documents are looked up and named in 
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import statistics
 from collections import deque
@@ -24,7 +25,7 @@ from torch import nn
 import log
 import ranks as shares
 from data import Batch, Loader, Stream, Whole
-from log import FLAGS, REFUSALS, STORAGE, UserError
+from log import BAD_INPUT, FLAGS, REFUSALS, STORAGE, UserError
 from ranks import Ranks
 
 LOSSES, SPIKE = 50, 6.0  # a loss that many deviations above the mean of the last so many is a spike
@@ -110,11 +111,12 @@ def documents_of(stream: Stream | Whole, i: int) -> list[int]:
 
 
 @contextmanager
-def explained(cost: str, step: Callable[[], int]) -> Iterator[None]:
+def explained(cost: str, step: Callable[[], int], out: Path) -> Iterator[None]:
     """Within it memory that ends, ranks that are lost and disks that refuse are a person's one
     line, not a traceback.
 
-    `cost` says what a micro-batch is, in the words of the flags; `step` which one is being taken.
+    `cost` says what a micro-batch is, in the words of the flags; `step` which one is being taken;
+    `out` is the run's folder, where all is written.
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -122,6 +124,9 @@ def explained(cost: str, step: Callable[[], int]) -> Iterator[None]:
     except OSError as e:
         if e.errno not in REFUSALS:
             raise
+        if e.errno in (errno.EACCES, errno.EIO) and e.filename \
+                and not Path(e.filename).is_relative_to(out):
+            raise UserError(f"{e.filename}: cannot be used ({e.strerror})", BAD_INPUT) from None
         raise UserError(f"step {step()}: {e.filename or 'a file of the run'} cannot be written "
                         f"({e.strerror}); what is saved stands; make room and --resume",
                         STORAGE) from None

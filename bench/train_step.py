@@ -176,13 +176,13 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
         took = Spread.of([x for run in done for x in run["seconds"]])
         gb = statistics.median(run["gb"] for run in done)
         first, last = done[0]["losses"][0], done[0]["losses"][-1]
-        losses.append([first] if "bf16 adapter" in side else [first, last])
+        losses.append([first, losses[0][1] if "bf16 adapter" in side else last])
         found[side] = (took.median, gb)
         rows.append([f"{what}, {n / 1e6:,.0f}M, {B} x {T}", side, f"{took.median:.3f}",
                      f"{took.least:.3f} to {took.most:.3f}", f"{B * T / took.median:,.0f}",
                      f"{flops / took.median / peak:.0%}", f"{gb:.2f}", f"{first:.5f}",
                      f"{last:.5f}"])
-    apart = max(abs(a / b - 1) for x in losses for a, b in zip(losses[0], x, strict=False))
+    apart = max(abs(a / b - 1) for x in losses for a, b in zip(losses[0], x, strict=True))
     if apart > APART[case] or len({x[0]["trained"] for x in runs.values()}) > 1:
         s.faults.append(f"{case}: losses {apart:.1e} apart, so not the same was measured")
     return rows, f"- {what}, {n / 1e6:,.0f}M: {ratios(found)}. Losses at most {apart:.0e} apart."

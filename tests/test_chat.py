@@ -443,6 +443,12 @@ FAULTS = {  # command, file, what is in it, more flags; what is said, behind the
     "empty turn among others": ("chat", "x.jsonl", ANSWER + "\n" + chat_line(
         ("u", "a"), ("a", ""), ("u", "c"), ("a", "d")), [],
         "x.jsonl, line 2: a turn of the assistant is empty"),
+    "half a character": (
+        "chat", "x.jsonl", ANSWER + "\n" + chat_line(("u", "a \ud83d b"), ("a", "c")), [],
+        "x.jsonl, line 2: half a character at 'a ' ..."),
+    "half a character in a pair": (
+        "mt", "x.jsonl", json.dumps({"eng": "a", "kin": "b \ud83d"}), [],
+        "x.jsonl, line 1: half a character at 'b ' ..."),
     "nothing but unseen characters": (
         "chat", "x.jsonl", chat_line(("u", "a"), ("a", "\u200b\ufeff")),
         ["--normalise", "spaces"], "x.jsonl, line 1: a turn of the assistant is empty"),

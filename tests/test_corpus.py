@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -121,6 +124,36 @@ def test_one_process_and_two_write_the_same_bytes(tok, tmp_path):
     for name in names:
         assert (tmp_path / "bin1" / name).read_bytes() == (tmp_path / "bin2" / name).read_bytes()
     adds_up(made[1][1], made[1][0])
+
+
+def test_workers_end_with_the_process_that_gave_them_work(tmp_path):
+    (tmp_path / "go.py").write_text(
+        "import os, signal, time\n"
+        "import corpus\n"
+        "def job(x):\n"
+        "    open(f'{x}.pid', 'w').write(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    list(corpus.in_order(job, ((i, i) for i in range(4)), 2))\n")
+    with subprocess.Popen([sys.executable, "go.py"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(Path(corpus.__file__).parent)},
+                          start_new_session=True) as process:
+        try:
+            def pids() -> list[int]:
+                return [int(x.read_text() or 0) for x in tmp_path.glob("*.pid")]
+
+            assert settled(lambda: len(pids()) == 2 and all(pids()))
+            process.kill()
+            process.wait()
+            assert settled(lambda: not any(Path(f"/proc/{x}").exists() for x in pids()))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def settled(holds) -> bool:
+    """Whether something comes true within a minute."""
+    return any(holds() or time.sleep(0.1) for _ in range(600))
 
 
 def write(path: Path, raw: bytes) -> Path:

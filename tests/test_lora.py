@@ -201,6 +201,18 @@ def test_saved_loaded_merged_saved_and_loaded_it_computes_the_same(tmp_path, sha
     assert (merged.lm_head is None) == (shape == "llama32")
 
 
+def test_without_a_gradient_a_layer_computes_the_same_bits():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(64, 96, dtype=torch.bfloat16)
+    layer = lora.LoRALinear(base, 8, 16.0, 0.0, False, False)
+    torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
+    x = torch.randn(2, 5, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        read = layer(x)
+    assert torch.equal(read, layer(x).detach())
+    assert not torch.equal(read, base(x))
+
+
 def test_dropout_is_drawn_in_training_only():
     ours, _ = pair()
     for m in lora.adapters(ours).values():

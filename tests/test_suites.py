@@ -21,6 +21,7 @@ import suites
 import tiny
 from browser import CHROMIUM, browser
 from log import UserError
+from tokenizer import Tokenizer
 
 KIN = [x for x in tiny.SENTENCES if x.split()[0] in ("Umugore", "Abana", "Ejo", "Inka", "Amazi")]
 ENG = tiny.SENTENCES[5:]
@@ -215,6 +216,26 @@ def test_in_conversation_figures_are_others_and_a_base_without_a_template_is_ref
     with pytest.raises(UserError, match="model has no chat template; leave it out") as e:
         evaluated(home, model=str(home / "model"), **asked, chat_template=True)
     assert e.value.code == 2
+
+
+def test_an_answer_ends_where_the_models_files_say_so_and_conversation_compares_with_a_file(home):
+    folder = shutil.copytree(home / "model", home / "ends")
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    said = {"model": str(folder), "out": str(home / "conversed"), "chat_template": True,
+            "max_new_tokens": 4}
+    evaluated(home, **said)
+    rows = [json.loads(x) for x in (home / "conversed/items/pairs.eng-kin.1.jsonl").read_text()
+            .splitlines()]
+    assert any(r["hypothesis"] for r in rows)
+    found = judged(home, "good", baseline=str(home / "conversed"))["results"]
+    assert any("baseline" in r for r in found)
+    n = Tokenizer.open(folder).vocab_size
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(n))}))
+    evaluated(home, **said)
+    rows = [json.loads(x) for x in (home / "conversed/items/pairs.eng-kin.1.jsonl").read_text()
+            .splitlines()]
+    assert {(r["hypothesis"], r["end"]) for r in rows} == {("", "eos")}
 
 
 @pytest.mark.parametrize(("rows", "words"), [
