@@ -4,11 +4,11 @@ One idea: the template is a stranger's program, and a message is a stranger's te
 runs in Jinja's sandbox, bounded in what it may write, and can only make a string. What becomes a
 control token is decided by the template alone: the same characters typed in a message stay text.
 
-A conversation becomes ids and loss mask together (`document`): it is laid out as parts of text, of
-which it is known whether they train, and then the parts become ids, those of many conversations at
-once. What is trained begins exactly where the template's own generation prompt ends, so that a
-model is asked as it was taught, and ends with the token that ends the turn. A template whose
-generation prompt is not the beginning of what it writes later is refused.
+A conversation becomes ids and loss mask together (`Template.lay_out`, `documents`): it is laid out
+as parts of text, of which it is known whether they train, and then the parts become ids, those of
+many conversations at once. What is trained begins exactly where the template's own generation
+prompt ends, so that a model is asked as it was taught, and ends with the token that ends the turn.
+A template whose generation prompt is not the beginning of what it writes later is refused.
 """
 
 from __future__ import annotations
@@ -127,13 +127,6 @@ class Template:
         hidden, taken = self._hide(messages)
         parts = self._parts(self.render(hidden, generation), taken, True)
         return [i for ids in self.tokenizer.encode_parts(parts) for i in ids]
-
-    def document(self, messages: Sequence[Mapping[str, str]], loss_on: str = "assistant",
-                 ) -> Document:
-        """A conversation's ids and which of them train, as lists; see `lay_out`."""
-        made = documents(self.tokenizer, [self.lay_out(messages, loss_on)])[0]
-        mask = None if made.mask is None else made.mask.tolist()
-        return Document(made.ids.tolist(), mask, made.n_bytes)
 
     def lay_out(self, messages: Sequence[Mapping[str, str]], loss_on: str = "assistant") -> Layout:
         """A conversation's parts and which train: the assistant's words and what ends them.

@@ -54,6 +54,12 @@ def read(cls: type[T], argv: list[str], prog: str) -> tuple[T, dict[str, str]]:
     return _parse(cls, argv, prog, settings, f"{prog}: "), origins
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names of the settings that are others now, each with words that say so."""
+    return [(k, f"{k.replace('_', '-')} was {before[k]!r}, now {x!r}") for k, x in now.items()
+            if before.get(k, x) != x]
+
+
 def go_on(cls: type[T], argv: list[str], prog: str, kept: Path, free: Iterable[str],
           warned: Iterable[str]) -> tuple[T, dict[str, str]]:
     """The settings in `kept` with those flags over them that may change in a run that goes on.
@@ -62,9 +68,7 @@ def go_on(cls: type[T], argv: list[str], prog: str, kept: Path, free: Iterable[s
     """
     before, _ = read(cls, [str(kept)], prog)
     settings, origins = read(cls, [str(kept), *argv], prog)
-    changed = [(f.name, f"{f.name.replace('_', '-')} was {old!r}, now {new!r}")
-               for f in dataclasses.fields(cls)
-               if (old := getattr(before, f.name)) != (new := getattr(settings, f.name))]
+    changed = changes(dataclasses.asdict(before), dataclasses.asdict(settings))
     if refused := [said for name, said in changed if name not in {*free, *warned}]:
         raise UserError(f"--resume: {'; '.join(refused)}; that is another run: leave it out, or "
                         "start anew with another --out", FLAGS)

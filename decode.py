@@ -144,6 +144,7 @@ class Packed(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (...,in) -> (...,out)."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -179,7 +180,7 @@ def pack(model: Llama, losses: bool = False) -> None:
         model.set_submodule(name, Packed(layer))
         if losses and name == "lm_head":
             model.lm_head.weight = layer.weight
-    for p in model.parameters():  # the rest is small: copied, so that the files' pages can go
+    for p in model.parameters():  # the rest is copied, so that the files' pages can go
         p.data = p.data.clone()
 
 

@@ -27,7 +27,7 @@ import config
 import log
 from log import FLAGS, STORAGE, UserError
 
-VERSION = 1  # of how a figure is computed: one more whenever it would come out otherwise
+VERSION = 2  # of how a figure is computed: one more whenever it would come out otherwise
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -356,6 +356,9 @@ def main(s: Settings) -> None:
                             "more", FLAGS)
     if not s.model and (s.text or not s.hypotheses):
         raise UserError("name a model: --model FOLDER or a hub id", FLAGS)
+    if s.chat_template and not (s.model and s.suites):
+        raise UserError("--chat-template: goes with --model and --suites; a text is measured as it "
+                        "is", FLAGS)
     e = Evaluation(s)
     texts, asked = read_texts(s), read_suites(s) if s.model else []
     file = e.out / "results.json"

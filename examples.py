@@ -168,23 +168,25 @@ def _whole(row: Row, text: str) -> str:
     return text
 
 
-def conversation(row: Row) -> tuple[str, list[dict[str, str]]]:
-    """A row's messages {"role", "content"}, and which of FORMS it was written in.
+def form_of(row: Row) -> str | None:
+    """Which of FORMS a row is written in, if any."""
+    return next((x for x in FORMS if x in row.cells), None)
 
-    UserError on a form or a role that is not known.
-    """
+
+def conversation(row: Row) -> list[dict[str, str]]:
+    """A row's messages {"role", "content"}; UserError on a form or a role that is not known."""
     cells = row.cells
-    form = next((x for x in FORMS if x in cells), None)
+    form = form_of(row)
     if form is None:
         raise UserError(f"{row.where}: no conversation; expected one of {', '.join(FORMS)}, found "
                         f"{', '.join(map(str, cells)) or 'nothing'}")
     if form == "instruction":
         asked = text_at(row, "instruction")
-        more = cells.get("input") or ""
-        asked = f"{asked}\n\n{more}" if isinstance(more, str) and more.strip() else asked
-        return form, [{"role": "user", "content": asked},
-                      {"role": "assistant", "content": text_at(row, "output")}]
-    return form, messages_of(row, form)
+        more = text_at(row, "input") if isinstance(cells.get("input"), str) else ""
+        asked = f"{asked}\n\n{more}" if more.strip() else asked
+        return [{"role": "user", "content": asked},
+                {"role": "assistant", "content": text_at(row, "output")}]
+    return messages_of(row, form)
 
 
 def messages_of(row: Row, key: str) -> list[dict[str, str]]:
@@ -211,7 +213,7 @@ def conversations(paths: Iterable[Path]) -> Iterator[Row]:
     for path in paths:
         told = None
         for row in rows(path):
-            form = next((x for x in FORMS if x in row.cells), None)
+            form = form_of(row)
             if form and form != told:
                 say(f"{path}: conversations in the form of {FORMS[form]}")
                 told = form
@@ -229,7 +231,7 @@ class Conversations:
     def __call__(self, rows: Sequence[Row]) -> list[Example]:
         laid, found = [], []
         for row in rows:
-            _, messages = conversation(row)
+            messages = conversation(row)
             changes: Counter[str] = Counter()
             for message in messages if self.clean else ():
                 message["content"], places = self.clean(message["content"])
@@ -244,8 +246,7 @@ class Conversations:
 
 def key(of: Any) -> bytes:
     """What tells an example's duplicates."""
-    text = json.dumps(of).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=16).digest()
+    return hashlib.blake2b(json.dumps(of).encode(), digest_size=16).digest()
 
 
 class placed:
@@ -296,6 +297,8 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
     ledger, seen, kinds, longest = corpus.Ledger(), set(), Counter(), 0
     first: dict[str, str] = {}  # where the first row stands that ended so
 
+    most = max_tokens // 2 if kind == "pairs" else max_tokens  # of a document that is cut
+
     def settle(row: Row, x: Example) -> None:
         """Enter an example into the ledger and, if it is kept, the bin."""
         nonlocal longest
@@ -308,7 +311,6 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
             longest = max(longest, size)
             what = "too long"
             if too_long == "cut":
-                most = max_tokens // 2 if kind == "pairs" else max_tokens
                 x.documents = [_cut(d, most) for d in x.documents]
                 bare = any(d.mask is not None and not any(d.mask) for d in x.documents)
                 what = "masked" if bare else "cut"
@@ -323,8 +325,8 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
 
     try:
         with closing(corpus.in_order(job, chunks(found), processes)) as made:
-            for rows, examples in made:
-                for row, x in zip(rows, examples, strict=True):
+            for some, examples in made:
+                for row, x in zip(some, examples, strict=True):
                     settle(row, x)
         n, long, bare = (ledger.documents[x] for x in ("read", "too long", "masked"))
         if too_long == "stop" and long > LONG_SHARE * n:
@@ -335,7 +337,7 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
         if bare > LONG_SHARE * n:
             raise UserError(
                 f"{first['masked']}: the first of {bare:,} of {n:,} examples that have no trained "
-                f"token among their first {max_tokens:,}: a cut leaves the question alone; raise "
+                f"token among their first {most:,}: a cut leaves the question alone; raise "
                 "--max-tokens, or leave them out with --too-long drop")
         if not writer.starts[1:]:
             why = ", ".join(f"{ledger.documents[x]:,} {x}, the first {first[x]}" for x in first)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,16 @@ class Guards:
                                 f"{there}", FLAGS)
             self.guards[i] = Guard(guard.text, main[0], guard.above, guard.limit, guard.percent)
 
-    def measure(self, model: Llama, tokenizer: Tokenizer) -> dict[str, float]:
-        """The suites' figures, by name: one prompt, greedy, answers of half a context at most."""
+    def measure(self, model: Llama, tokenizer: Tokenizer, ends: Collection[int] = (),
+                ) -> dict[str, float]:
+        """The suites' figures, by name: one prompt, greedy, answers of half a context at most that
+        end at EOS, or one of `ends`."""
         context, found = model.config.max_position_embeddings, {}
         for suite in self.suites:
             for prompt in suite.prompts:
                 records = tasks.records(model, tokenizer, suite, prompt, suite.items(prompt),
-                                        new_tokens=min(suite.new_tokens, context // 2))
+                                        new_tokens=min(suite.new_tokens, context // 2),
+                                        ends=ends)
                 measures = judge.measures(suite.kind, records, suite.metrics, suite.answers,
                                           prompt.part)
                 names = _named(suite, prompt, [m.name for m in measures])

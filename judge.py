@@ -205,7 +205,7 @@ class Baseline:
         theirs, old = there
         now, before = (dict(x.split(":", 1) for x in r["signature"].split("|") if ":" in x)
                        for r in (ours[0], theirs))
-        for of_a_model in (x for x in (now, before) if "shots" in x):
+        for of_a_model in (x for x in (now, before) if "dtype" in x):
             of_a_model.setdefault("compat", "none")
             of_a_model.setdefault("chat", "none")
         for key in ALIKE:

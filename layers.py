@@ -101,7 +101,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of x (B,T,C), and r (B,T,1)."""
+    """x (B,T,C) times r, its reciprocal length (B,T,1), and weight (C,); and r."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     r = torch.rsqrt(size.square() / x.shape[-1] + eps)
     return (x.float() * r).mul_(weight).to(x.dtype), r

@@ -58,15 +58,11 @@ def answer(tokenizer: Tokenizer, prompt: str, words: str) -> Layout:
     if tokenizer.eos is None:
         raise UserError("the tokenizer names no eos_token, so no answer would end; name one in "
                         "tokenizer_config.json")
-    laid = Layout(len(prompt.encode()) + len(words.encode()), begin=_bos(tokenizer),
+    laid = Layout(len(prompt.encode()) + len(words.encode()), begin=tokenizer.ends[0],
                   end=[tokenizer.eos])
     laid.add([Part(prompt, False, True)], NOT)
     laid.add([Part(words, False, False)], TRAINED)
     return laid
-
-
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos is None else [tokenizer.bos]
 
 
 def read_directions(words: Sequence[str]) -> dict[str, float]:
@@ -148,8 +144,8 @@ class Translations:
         if self.as_text:
             names = self.prompts[0][0].languages
             text = f"{names[source]}: {pair[source]}\n{names[target]}: {pair[target]}"
-            end = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
-            laid = Layout(len(text.encode()), begin=_bos(self.tokenizer), end=end, whole=True)
+            begin, end = self.tokenizer.ends
+            laid = Layout(len(text.encode()), begin=begin, end=end, whole=True)
             laid.add([Part(text, False, True)], TRAINED)
             return laid
         prompts, weights = zip(*self.prompts, strict=True)
@@ -249,6 +245,7 @@ def _question(row: Row, key: str, as_chat: bool) -> str | list[dict[str, str]]:
     asked, alone = row.cells.get("prompt"), isinstance(row.cells[key], str)
     before = [] if alone else messages_of(row, key)[:-1]
     if isinstance(asked, str):
+        asked = text_at(row, "prompt")
         return asked if alone and not as_chat else before or [{"role": "user", "content": asked}]
     said = messages_of(row, "prompt") if asked is not None or not before else before
     if before and said != before:

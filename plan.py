@@ -48,8 +48,8 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
     moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     moments = sum(optim.bytes_held(name, p, s.optimizer, s.ema) for name, p in moving) / GiB
     base = weights.base_of(run.folder)  # all weights are written as its files hold them
-    result = sum(x.stat().st_size for x in base.glob("*.safetensors")) if s.tune == "full" else \
-        sum(p.nbytes for _, p in moving)
+    result = sum(x.stat().st_size for x in {slot.file for slot in weights.tensors(base).values()}) \
+        if s.tune == "full" else sum(p.nbytes for _, p in moving)
     said = memory.on(run.ranks, run.model.config, s, run.model.compute_dtype,
                      run.micro_batches, run.folder if run.folder != base else None)
     tied = {optim.EMBEDDINGS[0]: " (the head too, tied)"} if run.model.lm_head is None else {}

@@ -321,7 +321,7 @@ class Ranks:
         narrow = self.device.type == "cuda" \
             and torch.cuda.get_device_capability(self.device) < (8, 0)
         if narrow and name in ("auto", "bf16"):
-            say("this GPU has no bf16: " + ("products are in fp16, with a scaled loss" if name ==
+            say("this GPU has no bf16: " + ("products are in fp16" if name ==
                 "auto" else "--dtype bf16 is slow on it; --dtype fp16 would not be"))
         if name == "auto" and self.device.type == "cuda":
             name = "fp16" if narrow else "bf16"

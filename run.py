@@ -73,7 +73,6 @@ class Run:
     saver: checkpoint.Saver
     steps: int
     micro_batches: int
-    may_change: set[str]  # settings that a run which goes on need not share with its resume point
     past: watch.Past = field(default_factory=watch.Past)
     step: int = 0
     tokens: int = 0  # trained so far
@@ -81,7 +80,7 @@ class Run:
     best: float = math.inf  # the lowest bits per byte of --best so far
 
     @classmethod
-    def start(cls, s: Any, kind: str, objective: Any, may_change: set[str]) -> Run:
+    def start(cls, s: Any, kind: str, objective: Any) -> Run:
         """Load, wrap, open and check everything; `kind` is that of the bins, `objective` what is
         minimised. UserError on what is wrong."""
         out, ranks = Path(s.out), Ranks.start(s.device, s.rank_timeout)
@@ -181,7 +180,7 @@ class Run:
             preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
                                       ranks)
         return cls(s, out, ranks, model, folder, tokenizer, loader, held, guards, optimizer,
-                   optim.Average(model, s.ema), scale, saver, steps, per_step // micro, may_change)
+                   optim.Average(model, s.ema), scale, saver, steps, per_step // micro)
 
     @property
     def tokens_per_step(self) -> int:
@@ -211,7 +210,8 @@ class Run:
             found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
             if self.guards.suites:
                 self.model.eval()
-                found["suites"] = finite(self.guards.measure(self.model, self.tokenizer))
+                found["suites"] = finite(self.guards.measure(
+                    self.model, self.tokenizer, weights.stop_ids(self.folder, self.tokenizer)))
                 self.model.train()
             found = json.loads(self.ranks.gather(json.dumps(found))[0])
             block = looks.samples(self.model, self.held, self.tokenizer, self.s.prompts)
@@ -304,8 +304,11 @@ class Run:
         newest = self.ranks.gather(str(newest or ""))[0]
         return Path(newest) if newest else None
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint that verifies; each rank reads what it needs."""
+    def resume(self, may_change: set[str]) -> None:
+        """Go on from the newest checkpoint that verifies; each rank reads what it needs.
+
+        UserError where the settings are not those it was written with, `may_change` apart.
+        """
         if self.s.best and (kept := self.newest("best")):
             with checkpoint.Saved(kept) as saved:
                 self.best = saved.state["best"]
@@ -315,6 +318,13 @@ class Run:
             return
         with checkpoint.Saved(newest) as saved:
             state = saved.state
+            changed = [said for name, said in config.changes(state.get("settings", {}),
+                                                             dataclasses.asdict(self.s))
+                       if name not in may_change | {"model"}]
+            if changed:
+                raise UserError(f"{self.out / 'settings.toml'}: not as {newest} was written with "
+                                f"({'; '.join(changed)}); that is another run: put it back, or "
+                                "start anew with another --out", FLAGS)
             if state["data"] != self.data:
                 was, now = (", ".join(f"{k} {v[:12]}" for k, v in x.items())
                             for x in (state["data"], self.data))
@@ -325,13 +335,6 @@ class Run:
                                 f"goes on from (their mark was {state['model'][:12]}, now "
                                 f"{self.mark[:12]}); put those back, or start anew with another "
                                 "--out")
-            was, now = state.get("settings", {}), dataclasses.asdict(self.s)
-            changed = [f"{k.replace('_', '-')} was {was[k]!r}, now {x!r}" for k, x in now.items()
-                       if k not in self.may_change | {"model"} and was.get(k, x) != x]
-            if changed:
-                raise UserError(f"{self.out / 'settings.toml'}: not as {newest} was written with "
-                                f"({'; '.join(changed)}); that is another run: put it back, or "
-                                "start anew with another --out", FLAGS)
             named = self.trained
             for part, tensors in (("model", named), ("average", self.average.tensors)):
                 for name, x in tensors.items():

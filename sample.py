@@ -351,7 +351,7 @@ def main(s: Settings) -> None:
     dtype = ranks.compute_dtype(s.dtype)
     model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
-    hasten(model) if s.compile else pack(model)
+    (hasten if s.compile else pack)(model)
     folder = weights.find(s.model)
     way = Way.of(folder, tokenizer, s.translate)
     ends = weights.stop_ids(folder, tokenizer)

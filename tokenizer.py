@@ -144,8 +144,13 @@ class Tokenizer:
 
     def document(self, text: str) -> list[int]:
         """BOS, the text's ids, EOS; each exactly once, left out where the tokenizer has none."""
-        ends = [[] if x is None else [x] for x in (self.bos, self.eos)]
-        return [*ends[0], *self.encode(text), *ends[1]]
+        begin, end = self.ends
+        return [*begin, *self.encode(text), *end]
+
+    @property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """What stands before a document and behind it: BOS and EOS, each if there is one."""
+        return [self.bos] * (self.bos is not None), [self.eos] * (self.eos is not None)
 
     def piece(self, i: int) -> str:
         """An id as a person reads it: its piece, with a space for the mark that stands for one."""
@@ -220,7 +225,6 @@ class _Json(Tokenizer):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
         import tokenizers
 
-        self.file = file
         with _guarded(f"{file}: not a tokenizer.json that can be used", quiet=True):
             raw = json.loads(file.read_bytes())
             kind = raw["model"].get("type", "BPE")

@@ -406,12 +406,12 @@ def train(s: Settings, origins: dict[str, str]) -> int:
          explained(f"--rows {s.rows} x --seq-len {s.seq_len}", lambda: run.step + 1 if run else 0,
                    out):
         kind, objective = MODES[s.mode]
-        run = Run.start(s, kind, objective(s), FREE | WARNED)
+        run = Run.start(s, kind, objective(s))
         if s.plan:
             plan.show(run, origins, objective(s))
             return 0
         if s.resume:
-            run.resume()
+            run.resume(FREE | WARNED)
             if (run.step >= run.steps or run.guards.stopped) and run.finished:
                 log.say(f"{out} {run.end}: nothing to do")
                 return 0

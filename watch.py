@@ -126,9 +126,10 @@ def explained(cost: str, step: Callable[[], int], out: Path) -> Iterator[None]:
             raise
         if e.errno in (errno.EACCES, errno.EIO) and e.filename \
                 and not Path(e.filename).is_relative_to(out):
-            raise UserError(f"{e.filename}: cannot be used ({e.strerror})", BAD_INPUT) from None
+            raise UserError(f"{e.filename}: cannot be used ({e.strerror}); "
+                            "mend that, or name another", BAD_INPUT) from None
         raise UserError(f"step {step()}: {e.filename or 'a file of the run'} cannot be written "
-                        f"({e.strerror}); what is saved stands; make room and --resume",
+                        f"({e.strerror}); what is saved stands; mend that and --resume",
                         STORAGE) from None
     except (MemoryError, RuntimeError) as e:
         why = " ".join(str(e).split())

@@ -29,8 +29,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/benchmarks.md"
-KEPT = {  # of glibc's heap, what train.py takes for itself on a CPU (ranks.keep_freed)
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 UNIT = 2**30 if sys.platform == "darwin" else 2**20  # of the system's peak of memory, in a GB
 
 

@@ -25,14 +25,14 @@ from bench import Settings, child, in_turn, installed, main, peak_gb, table, ver
 from bench.train_step import (
     ALPHA,
     BETAS,
-    CLIP,
     DECAY,
     LR,
     MODELS,
     RANK,
     draw,
+    our_step,
+    plain_step,
     same_start,
-    tokens_of,
 )
 
 HERE = "bench.memory"
@@ -93,9 +93,7 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
 
     import lora
     import optim
-    import train
     import weights
-    from data import IGNORE, Batch
     from ranks import Ranks
 
     cpu = Ranks.start("cpu")
@@ -111,12 +109,8 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
             lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
         same_start(model)
         optimizer = optim.adamw(model.train(), LR, BETAS, DECAY, kind=s.optimizer)
-        tokens = tokens_of(name)
-        targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE)
-        doc, pos = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
-        batch = Batch(tokens, targets, doc, pos)
-        return [train.train_step(model, train.NLL, [batch], optimizer, cpu, CLIP)[0]
-                for _ in range(3)][-1]
+        step = our_step(model, name, optimizer, cpu)
+        return [step() for _ in range(3)][-1]
 
     return measured(take, name)
 
@@ -147,17 +141,8 @@ def peer(side: str, case: str, name: str, folder: str) -> dict[str, float]:
                                   task_type="CAUSAL_LM"),
                 autocast_adapter_dtype=side != "peft + bf16 adapter")
         same_start(model)
-        trained = [p for p in model.train().parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, LR, BETAS, weight_decay=DECAY, fused=True)
-        tokens = tokens_of(name)
-        for _ in range(3):
-            with torch.autocast("cpu", torch.bfloat16, enabled=not narrow or quantised):
-                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.item()
+        step = plain_step(model, name, autocast=not narrow or quantised)
+        return [step() for _ in range(3)][-1]
 
     return measured(take, name)
 

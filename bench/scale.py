@@ -268,7 +268,7 @@ def job(s: Settings) -> str:
     cases = s.cases or [*WAYS, "stall"]
     ways = [x for x in WAYS if x in cases]
     parts = [speeds(s, ways)] if ways else []
-    parts += [stalls(s, list(WAYS))] if "stall" in cases else []
+    parts += [stalls(s, ways or list(WAYS))] if "stall" in cases else []
     return "\n\n".join(
         [*parts, f"{os.cpu_count()} cores; {versions('torch', 'transformers', 'accelerate')}."])
 

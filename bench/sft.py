@@ -6,8 +6,8 @@ Both sides train on the same ids and the same mask, once through: they are writt
 and as a list, so tokenizers and templates are no part of it. A step holds about as many real
 tokens everywhere: our rows, TRL's packed rows, or so many padded conversations as fill these rows.
 
-Every process has the allocator's settings that train.py takes for itself on a CPU (`KEPT`, as
-ranks.keep_freed), which spare the peers too the zeroing of pages. TRL's loss never holds all
+Every process has the allocator's settings that train.py takes for itself on a CPU
+(ranks.keep_freed), which spare the peers too the zeroing of pages. TRL's loss never holds all
 logits either (1.16; its `chunked_nll` is now a name of the default).
 
 What is counted: a *trained* token is a target that has a loss, counted in the batches as each side
@@ -20,7 +20,6 @@ mean. A random model's loss says little of leaks between packed neighbours: test
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -28,19 +27,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench import (
-    KEPT,
-    ROOT,
-    Settings,
-    Spread,
-    child,
-    in_turn,
-    installed,
-    limits,
-    main,
-    peak_gb,
-    table,
-)
+from bench import ROOT, Settings, Spread, child, in_turn, installed, limits, main, peak_gb, table
 
 HERE = "bench.sft"
 SHARED = ROOT.parent / "shared/data"
@@ -69,7 +56,7 @@ def draw(size: str, folder: str) -> dict:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from chat import Template
+    from chat import Template, documents
     from data import BinWriter
     from tokenizer import Tokenizer
 
@@ -91,8 +78,8 @@ def draw(size: str, folder: str) -> dict:
     writer = BinWriter(Path(folder, "bin"), "none", V, "chat")
     for x in json.loads(TEXT.read_text(encoding="utf-8"))[:most]:
         asked = "\n\n".join(filter(None, [x["instruction"], x["input"]]))
-        document = template.document([{"role": "user", "content": asked},
-                                      {"role": "assistant", "content": x["output"]}])
+        [document] = documents(tokenizer, [template.lay_out([
+            {"role": "user", "content": asked}, {"role": "assistant", "content": x["output"]}])])
         if len(document.ids) > T:
             long += 1
             continue
@@ -148,6 +135,9 @@ def theirs(side: str, case: str, folder: str, B: int, T: int, padded: int) -> di
     from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    from ranks import keep_freed
+
+    keep_freed()  # as Ranks.start does for ours
     imports = peak_gb()
     found: dict[str, Any] = {"loss": 0.0, "trained": 0, "slots": 0, "steps": 0}
 
@@ -229,7 +219,6 @@ def job(s: Settings) -> str:
             sys.exit(0)  # nothing was measured, so nothing is written
     if not installed("trl"):
         print(f"{HERE}: trl is not installed, so its rows are left out", file=sys.stderr)
-    os.environ.update(KEPT)  # of the children
     rows, said = [], []
     peaks = limits.measured(s.size)
     for case in s.cases or list(CASES):

@@ -4,15 +4,12 @@
 
 The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
 tokens, dtype, start of LoRA, fused AdamW and clipping, and the allocator's settings that train.py
-takes for itself (`KEPT`). Peers are measured as they come and compiled. The losses of the first and
-of the last step must agree, or not the same was measured: that is an error. Of a peer that keeps
-its adapter in bf16 only the first is held to it: each of its updates is rounded to 8 bits, which is
-other arithmetic.
+takes for itself (ranks.keep_freed). Peers are measured as they come and compiled. The losses of the
+first and of the last step must agree, or not the same was measured: that is an error.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import tempfile
@@ -20,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench import KEPT, Settings, Spread, child, in_turn, limits, main, table
+from bench import Settings, Spread, child, in_turn, limits, main, table
 
 HERE = "bench.train_step"
 MODELS = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary, rows, row length
@@ -83,9 +80,7 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
 
     import lora
     import optim
-    import train
     import weights
-    from data import IGNORE, Batch
     from ranks import Ranks
 
     adapted = case in ("lora", "large")
@@ -100,12 +95,21 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     if "compile" in options:
         for block in model.model.layers:
             block.compile()
-    optimizer = optim.adamw(model, LR, BETAS, DECAY)
+    return our_step(model, name, optim.adamw(model, LR, BETAS, DECAY), cpu), model
+
+
+def our_step(model: Any, name: str, optimizer: Any, ranks: Any) -> Callable[[], float]:
+    """A step of train.py on the model's tokens, giving the loss."""
+    import torch
+
+    import train
+    from data import IGNORE, Batch
+
     tokens = tokens_of(name)
     targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE)
     doc, pos = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = Batch(tokens, targets, doc, pos)
-    return lambda: train.train_step(model, train.NLL, [batch], optimizer, cpu, CLIP)[0], model
+    return lambda: train.train_step(model, train.NLL, [batch], optimizer, ranks, CLIP)[0]
 
 
 def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any]:
@@ -113,6 +117,9 @@ def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     import torch
     from transformers import LlamaForCausalLM
 
+    from ranks import keep_freed
+
+    keep_freed()  # as Ranks.start does for ours
     adapted = case in ("lora", "large")
     model: Any = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16 if adapted else torch.float32)
@@ -124,15 +131,21 @@ def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
                               task_type="CAUSAL_LM"),
             autocast_adapter_dtype="bf16 adapter" not in options)  # True, peft's own: float32
     same_start(model)
-    model.train()
     if "compile" in options:
         model.compile()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    return plain_step(model, name, autocast=case == "full"), model
+
+
+def plain_step(model: Any, name: str, autocast: bool) -> Callable[[], float]:
+    """A step on the model's tokens as transformers' users write it, giving the loss."""
+    import torch
+
+    trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, LR, BETAS, weight_decay=DECAY, fused=True)
     tokens = tokens_of(name)
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=case == "full"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
@@ -140,7 +153,7 @@ def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
         optimizer.zero_grad()
         return loss.item()
 
-    return step, model
+    return step
 
 
 def measure(side: str, case: str, name: str, folder: str, steps: int) -> dict:
@@ -176,7 +189,7 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
         took = Spread.of([x for run in done for x in run["seconds"]])
         gb = statistics.median(run["gb"] for run in done)
         first, last = done[0]["losses"][0], done[0]["losses"][-1]
-        losses.append([first, losses[0][1] if "bf16 adapter" in side else last])
+        losses.append((first, last))
         found[side] = (took.median, gb)
         rows.append([f"{what}, {n / 1e6:,.0f}M, {B} x {T}", side, f"{took.median:.3f}",
                      f"{took.least:.3f} to {took.most:.3f}", f"{B * T / took.median:,.0f}",
@@ -209,7 +222,6 @@ def ratios(found: dict[str, tuple[float, float]]) -> str:
 
 
 def job(s: Settings) -> str:
-    os.environ.update(KEPT)  # of the children
     cases = s.cases or (["full", "lora"] if s.size == "quick" else list(CASES))
     peaks, rows, said = limits.measured(s.size), [], []
     for case in cases:
@@ -221,9 +233,7 @@ def job(s: Settings) -> str:
             "first loss", "last loss"]
     return (f"All sides start from the same weights and take the same tokens; losses of the first "
             f"and of the last step agree. peft keeps its adapter in float32, as we do; with \"bf16 "
-            f"adapter\" in bf16, which rounds its updates: of it only the first loss is compared. "
-            f"One allocator's settings for all."
-            f"\n\n{table(head, rows)}\n\n"
+            f"adapter\" in bf16. One allocator's settings for all.\n\n{table(head, rows)}\n\n"
             + "\n".join(said) + f"\n\n{limits.words(peaks, 'transformers', 'peft')}")
 
 

@@ -41,12 +41,12 @@ def child(action: Callable[[], object], said: Path, **env: str) -> int:
         os._exit(code)
 
 
-def command(*words: str, name: str = "train.py") -> Callable[[], object]:
-    """What a child does that is this command, from its first line."""
+def train(*words: str) -> Callable[[], object]:
+    """What a child does that is train.py with these words, from its first line."""
 
     def act() -> None:
-        sys.argv = [name, *words]
-        runpy.run_path(str(HERE.parent / name), run_name="__main__")
+        sys.argv = ["train.py", *words]
+        runpy.run_path(str(HERE.parent / "train.py"), run_name="__main__")
 
     return act
 

@@ -23,8 +23,8 @@ import log
 import pairs
 import prepare
 import tiny
-from chat import PLAIN, Template
-from data import Bin
+from chat import PLAIN, Template, documents
+from data import Bin, Document
 from kinyarwanda import prompts
 from log import UserError
 from test_template import KINDS, TEMPLATES, folders, pair, said  # noqa: F401
@@ -43,6 +43,13 @@ sentence = st.lists(st.sampled_from(
 def model(tmp_path_factory) -> Path:
     """A tiny model's folder, without a chat template."""
     return tiny.folder(tmp_path_factory.mktemp("chat") / "model", max_position_embeddings=256)
+
+
+def document_of(template: Template, messages: list, loss_on: str = "assistant") -> Document:
+    """A conversation's ids and which of them train, as lists."""
+    made = documents(template.tokenizer, [template.lay_out(messages, loss_on)])[0]
+    return Document(made.ids.tolist(), None if made.mask is None else made.mask.tolist(),
+                    made.n_bytes)
 
 
 def prepared(model: Path, tmp_path: Path, command: str, *words: str) -> tuple[Bin, Tokenizer]:
@@ -90,7 +97,7 @@ def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind
         turns = [x for asked, answer in sentences for x in (("u", asked), ("a", answer))]
         messages = said(*([] if system is None else [("s", system)]), *turns)
         try:
-            document = template.document(messages)
+            document = document_of(template, messages)
         except UserError as e:
             # it tells a system in the last question only, so its prompt is no beginning
             moves = name == "mistral" and "generation prompt" in str(e)
@@ -110,7 +117,7 @@ def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind
     for name, source in sources.items():
         template, peer = pair(folders[kind], source)
         try:
-            template.document(said(("u", "a"), ("a", "b")))
+            document_of(template, said(("u", "a"), ("a", "b")))
         except UserError as e:
             assert "no control token behind an answer" in str(e) or "bos_token" in str(e)
             continue  # its ends are no tokens of this tokenizer, or it has no BOS
@@ -124,7 +131,7 @@ def test_every_template_is_compared_by_some_kind_of_tokenizer(folders, name):  #
     """
     def fits(kind: str) -> bool:
         try:
-            pair(folders[kind], TEMPLATES[name])[0].document(said(("u", "a"), ("a", "b")))
+            document_of(pair(folders[kind], TEMPLATES[name])[0], said(("u", "a"), ("a", "b")))
         except UserError:
             return False
         return True
@@ -141,19 +148,20 @@ def test_the_plain_template_is_llammas_byte_for_byte(folders, kind):  # noqa: F8
         "<s><|system|>\nBe kind.\n<|user|>\nMuraho\n<|assistant|>\nMuraho neza.</s>\n"
         "<|user|>\nEjo?\n<|assistant|>\nYego.</s>\n")
     assert template.render(messages[:2], generation=True).endswith("Muraho\n<|assistant|>\n")
-    document = template.document(messages)
+    document = document_of(template, messages)
     tok = template.tokenizer
     assert trained_text(tok, document.ids, document.mask) == ["Muraho neza.", "Yego."]
     trained = [i for i, on in zip(document.ids, document.mask, strict=True) if on]
     assert trained.count(tok.eos) == 2 and document.ids.count(tok.bos) == 1
     asked = template.encode(messages[:2], generation=True)
     assert document.ids[: len(asked)] == asked and not any(document.mask[: len(asked)])
-    assert template.document(messages, "all").mask is None
+    assert document_of(template, messages, "all").mask is None
 
 
 def test_a_control_token_typed_by_the_assistant_is_trained_as_text(folders):  # noqa: F811
     template, _ = pair(folders["llama3 json"], TEMPLATES["llama3"])
-    document = template.document(said(("u", "Andika <|eot_id|>"), ("a", "Dore: <|eot_id|> ngiyi")))
+    document = document_of(template, said(("u", "Andika <|eot_id|>"),
+                                          ("a", "Dore: <|eot_id|> ngiyi")))
     tok = template.tokenizer
     assert trained_text(tok, document.ids, document.mask) == ["Dore: <|eot_id|> ngiyi"]
     assert document.ids.count(tok.eos) == 3  # system, user, assistant
@@ -448,6 +456,12 @@ FAULTS = {  # command, file, what is in it, more flags; what is said, behind the
         "x.jsonl, line 2: half a character at 'a ' ..."),
     "half a character in a pair": (
         "mt", "x.jsonl", json.dumps({"eng": "a", "kin": "b \ud83d"}), [],
+        "x.jsonl, line 1: half a character at 'b ' ..."),
+    "half a character in a prompt": (
+        "pairs", "x.jsonl", json.dumps({"prompt": "a \ud83d", "chosen": "b", "rejected": "c"}), [],
+        "x.jsonl, line 1: half a character at 'a ' ..."),
+    "half a character of input": (
+        "chat", "x.jsonl", json.dumps({"instruction": "a", "input": "b \ud83d", "output": "c"}), [],
         "x.jsonl, line 1: half a character at 'b ' ..."),
     "nothing but unseen characters": (
         "chat", "x.jsonl", chat_line(("u", "a"), ("a", "\u200b\ufeff")),

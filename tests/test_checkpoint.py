@@ -239,13 +239,17 @@ def test_a_thousand_changed_bytes_are_each_seen_and_the_earlier_one_taken(two, c
     spots = [(files[-1], i, 9) for i, c in enumerate(whole[files[-1]]) if c in b" \n"]  # a tab
     spots += [(file, draw.randrange(len(whole[file])), draw.randrange(256))
               for _ in range(2000) for file in [draw.choice(files)]]
-    for file, at, byte in [x for x in spots if whole[x[0]][x[1]] != x[2]][:1000]:
-        file.write_bytes(whole[file][:at] + bytes([byte]) + whole[file][at + 1:])
-        assert assert_whole(checkpoint.newest(two)) == 1, (file.name, at, byte)
-        file.write_bytes(whole[file])
-        seen += 1
-        said = capsys.readouterr().err
-        assert said.startswith(f"{two}/step-000002: ") and "looking for an earlier one" in said
+    try:
+        for file, at, byte in [x for x in spots if whole[x[0]][x[1]] != x[2]][:1000]:
+            file.write_bytes(whole[file][:at] + bytes([byte]) + whole[file][at + 1:])
+            assert assert_whole(checkpoint.newest(two)) == 1, (file.name, at, byte)
+            file.write_bytes(whole[file])
+            seen += 1
+            said = capsys.readouterr().err
+            assert said.startswith(f"{two}/step-000002: ") and "looking for an earlier one" in said
+    finally:
+        for file, was in whole.items():
+            file.write_bytes(was)
     assert seen == 1000 and assert_whole(checkpoint.newest(two)) == 2
 
 

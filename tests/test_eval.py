@@ -213,7 +213,7 @@ def test_eval_prints_and_writes_the_bits_per_byte_of_transformers(home):
         "sha256": hashlib.sha256((home / "eng.txt").read_bytes()).hexdigest()}]
     assert found["results"][0]["signature"] == (
         "unit:record.text|start:bos|window:128|dtype:fp32|sum:fp64|ci:documents,1000,12345|"
-        "version:1")
+        "version:2")
     assert found["results"][1]["signature"].startswith("unit:line|")
 
 

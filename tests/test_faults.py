@@ -151,6 +151,8 @@ def test_a_signal_at_any_moment_loses_no_step(place, signals):  # noqa: F811
             kept = checkpoint.read(checkpoint.newest(out / "checkpoints"))[1]["step"]
             assert kept == max(losses(out)), "every step that was taken"
             in_steps += 1
+        if code == -number:  # before the first step, or behind the last
+            assert not stepping.exists() or max(losses(out)) == 30
         if code == 0:
             assert_the_same(out, place / f"unasked-{signals}")
             rounds += 1
@@ -246,6 +248,27 @@ def test_a_disk_that_refuses_a_line_of_metrics_is_one_line_and_the_run_goes_on_l
     assert "Traceback" not in said
     run(settings(place, "full-log", resume=True))
     assert len(losses(place / "full-log")) == 20
+
+
+def test_an_error_does_not_wait_for_a_writer_that_rests(place):  # noqa: F811
+    """A program that ends as programs do, waiting for its threads, while one rests for days."""
+    program = """
+import sys, checkpoint, log, train
+checkpoint.RESTS, real, steps = 1e9, train.train_step, []
+def full(*given):
+    steps.append(given)
+    if len(steps) == 4:
+        raise OSError(28, "No space left on device")
+    return real(*given)
+train.train_step = full
+log.run(lambda: train.train(*train.read_settings(sys.argv[1:])))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(recipe(settings(place, "resting", save_every=100)))],
+        env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == STORAGE, done.stderr
+    assert "error: step 4: a file of the run cannot be written (No space left" in done.stderr
+    assert checkpoint.newest(place / "resting/checkpoints") is None  # nobody gave it its name
 
 
 def test_a_disk_with_too_little_room_is_refused_before_step_1(place, monkeypatch):  # noqa: F811
@@ -408,7 +431,7 @@ def said_by(place, name: str, *words: str, world: int = 1, code: int,  # noqa: F
     said = place / f"said-{name}"
 
     def command() -> object:
-        return fork.command(*words, *(other if os.environ.get("RANK") == "1" else ()))()
+        return fork.train(*words, *(other if os.environ.get("RANK") == "1" else ()))()
 
     assert fork.ends(fork.together(world, command, said, **env)) == [code] * world, \
         said.with_name(f"{said.name}-0").read_text()[-3000:]

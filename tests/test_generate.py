@@ -538,13 +538,24 @@ def test_a_packed_model_computes_what_a_plain_one_does(shape, how):
                         p.data = p.data.to(dtype)
             model.model.compute_dtype = dtype
             if packed:
-                decode.pack(model, packed)
+                decode.pack(model)
                 assert isinstance(model.lm_head, decode.Packed) == decode.packs(model)
             found[dtype, packed] = [read(model, rows) for rows in (1, 3, 20)]
     for i, exact in enumerate(found[torch.float32, False]):
         torch.testing.assert_close(found[torch.float32, True][i], exact, atol=2e-4, rtol=1e-4)
         plainly, packed = ((found[torch.bfloat16, x][i] - exact).abs().mean() for x in (0, 1))
         assert 0 < packed < 1.3 * plainly
+
+
+@pytest.mark.parametrize("shape", ["llama32", "biases"])
+def test_a_packed_model_that_keeps_its_head_gives_the_same_losses(shape):
+    peer = tiny.peer(shape)
+    plain, packed = tiny.ours(peer, shape), tiny.ours(peer, shape)
+    decode.pack(packed, losses=True)
+    ids = torch.randint(0, tiny.V, (2, 24), generator=torch.Generator().manual_seed(0))
+    at = ids, torch.zeros_like(ids), torch.arange(24).expand(2, 24), ids.roll(-1, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(*at), plain(*at), atol=1e-5, rtol=1e-5)
 
 
 def test_where_there_is_no_such_product_a_model_stays_as_it_is(monkeypatch):

@@ -57,11 +57,6 @@ def pair(shape: str = "llama3", targets=("all-linear",), **words):
     return ours, peer
 
 
-def apart(x: torch.Tensor, y: torch.Tensor) -> float:
-    """The length of a difference, as a share of what it is from."""
-    return ((x - y).norm() / y.norm()).item()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "v_proj"), ("down_proj",)])
 @pytest.mark.parametrize("shape", ["llama3", "llama32", "biases", "gemma3"])
@@ -82,7 +77,7 @@ def test_logits_loss_and_gradients_equal_pefts(shape, targets, kind):
     mine = {f"{lora.PREFIX}{n}": p.grad for n, p in ours.named_parameters() if p.grad is not None}
     assert mine.keys() == grads.keys(), "the same tensors train, under the same names"
     for name in mine:  # in float32, in which both compute: a difference by its length
-        assert apart(mine[name], grads[name]) < 1e-5, name
+        assert tiny.apart(mine[name], grads[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,12 +187,12 @@ def test_saved_loaded_merged_saved_and_loaded_it_computes_the_same(tmp_path, sha
         again, _ = weights.load(tmp_path / "adapter")
         assert torch.equal(tiny.logits(again, IDS), wanted)
         lora.merge(again)
-        assert apart(tiny.logits(again, IDS), wanted) < 1e-5
+        assert tiny.apart(tiny.logits(again, IDS), wanted) < 1e-5
         weights.save(again, tmp_path / "merged", like=base)
         merged, _ = weights.load(tmp_path / "merged")
         assert torch.equal(tiny.logits(merged, IDS), tiny.logits(again, IDS))
         peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-        assert apart(peer(IDS).logits, wanted) < 1e-5
+        assert tiny.apart(peer(IDS).logits, wanted) < 1e-5
     assert (merged.lm_head is None) == (shape == "llama32")
 
 

@@ -194,14 +194,14 @@ def test_gradients_that_meet_after_every_micro_batch_are_the_same(place, tune, m
     run(settings(place, f"seldom-{tune}", **WHAT[tune]))
     monkeypatch.setattr(life.shares, "meets_often", lambda *_: True)
 
-    def whole_ones(run: train.Run) -> None:
+    def often(run: train.Run) -> None:
         assert run.ranks.often and run.micro_batches == 3
 
-    run(settings(place, f"often-{tune}", shard="fsdp", **WHAT[tune]), 2, during=whole_ones)
+    run(settings(place, f"often-{tune}", shard="fsdp", **WHAT[tune]), 2, during=often)
     assert_equal(place / f"seldom-{tune}", place / f"often-{tune}")
 
 
-def test_gradients_meet_often_where_whole_ones_would_fill_a_tenth_of_a_gpu(place):
+def test_gradients_meet_often_where_often_would_fill_a_tenth_of_a_gpu(place):
     model = tiny.ours(tiny.peer("biases"), "biases")
     cut = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
     assert not life.shares.meets_often(model, 40.1 * cut / 2**30)

@@ -218,6 +218,16 @@ def test_in_conversation_figures_are_others_and_a_base_without_a_template_is_ref
     assert e.value.code == 2
 
 
+def test_a_text_scored_as_the_harness_does_is_not_compared_with_one_that_was_not(home):
+    (home / "text.txt").write_text("Inka zacu.\n\nAbana baraje.\n")
+    said = {"model": str(home / "model"), "suites": [], "text": [f"mine={home}/text.txt"]}
+    evaluated(home, **said, out=str(home / "as-it-is"))
+    with pytest.raises(UserError, match="mine has compat none there and lm-eval"):
+        evaluated(home, **said, lm_eval_compat=True, baseline=str(home / "as-it-is"))
+    with pytest.raises(UserError, match="--chat-template: goes with --model and --suites"):
+        evaluated(home, **said, chat_template=True)
+
+
 def test_an_answer_ends_where_the_models_files_say_so_and_conversation_compares_with_a_file(home):
     folder = shutil.copytree(home / "model", home / "ends")
     (folder / "chat_template.jinja").write_text(

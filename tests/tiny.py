@@ -173,3 +173,8 @@ def logits(model: Llama, ids: Tensor, doc: Tensor | None = None,
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     """Normal numbers, the same for a seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def apart(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The length of x - y over that of y; where y is nothing, that of x."""
+    return ((x - y).norm() / y.norm() if y.any() else x.norm()).item()
