@@ -291,7 +291,8 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
 
     `max_tokens` is the row they must fit (0: any), both documents of a preference pair together.
     Longer ones are left out, but above LONG_SHARE refused, unless `too_long` says drop, or cut; so
-    are those of which a cut would leave nothing that is trained. A refusal names the first place.
+    are those of which a cut would leave nothing that is trained, or two equal answers. A refusal
+    names the first place.
     """
     writer = BinWriter(out, tokenizer.fingerprint, tokenizer.vocab_size, kind)
     ledger, seen, kinds, longest = corpus.Ledger(), set(), Counter(), 0
@@ -313,7 +314,8 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
             if too_long == "cut":
                 x.documents = [_cut(d, most) for d in x.documents]
                 bare = any(d.mask is not None and not any(d.mask) for d in x.documents)
-                what = "masked" if bare else "cut"
+                same = kind == "pairs" and equal(x.documents)  # where they differ was cut away
+                what = "masked" if bare else "equal" if same else "cut"
         ledger.add(what, row.size)
         ledger.changes.update(x.changes)
         first.setdefault(what, row.where)
@@ -328,17 +330,21 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
             for some, examples in made:
                 for row, x in zip(some, examples, strict=True):
                     settle(row, x)
-        n, long, bare = (ledger.documents[x] for x in ("read", "too long", "masked"))
+        n, long = ledger.documents["read"], ledger.documents["too long"]
         if too_long == "stop" and long > LONG_SHARE * n:
             raise UserError(
                 f"{first['too long']}: the first of {long:,} of {n:,} examples that are longer "
                 f"than {max_tokens:,} tokens, the longest {longest:,}; leave them out with "
                 "--too-long drop, shorten them with --too-long cut, or raise --max-tokens")
-        if bare > LONG_SHARE * n:
-            raise UserError(
-                f"{first['masked']}: the first of {bare:,} of {n:,} examples that have no trained "
-                f"token among their first {most:,}: a cut leaves the question alone; raise "
-                "--max-tokens, or leave them out with --too-long drop")
+        for what, why in (("masked", "have no trained token among their first {}: a cut leaves the "
+                                     "question alone"),
+                          ("equal", "are two equal answers in their first {}: a cut leaves nothing "
+                                    "to prefer")):
+            if ledger.documents[what] > LONG_SHARE * n:
+                raise UserError(
+                    f"{first[what]}: the first of {ledger.documents[what]:,} of {n:,} examples "
+                    f"that {why.format(f'{most:,}')}; raise --max-tokens, or leave them out with "
+                    "--too-long drop")
         if not writer.starts[1:]:
             why = ", ".join(f"{ledger.documents[x]:,} {x}, the first {first[x]}" for x in first)
             raise UserError(f"{', '.join(map(str, sources))}: no example left of {n} read"
@@ -349,6 +355,11 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
     except BaseException:
         writer.abandon()
         raise
+
+
+def equal(pair: Sequence[Document]) -> bool:
+    """Whether two documents are the same ids."""
+    return np.array_equal(*(x.ids for x in pair))
 
 
 def _cut(document: Document, most: int) -> Document:

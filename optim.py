@@ -75,15 +75,15 @@ def groups(model: nn.Module, weight_decay: float, embeddings: float = 1.0,
 
 
 def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float,
-          embeddings: float = 1.0, lora_B: float = 1.0,
-          kind: str = "adamw") -> torch.optim.Optimizer:
+          embeddings: float = 1.0, lora_B: float = 1.0, kind: str = "adamw",
+          seed: int = 0) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over what trains; `kind` is adamw, one fused kernel for all
-    tensors, or adamw8bit, or adamw-bf16."""
+    tensors, or adamw8bit, or adamw-bf16, which rounds by `seed`."""
     parts = groups(model, weight_decay, embeddings, lora_B)
     for part in parts:
         part["lr"] = lr * part["scale"]
     if kind == "adamw-bf16":
-        return BF16AdamW(parts, {"lr": lr, "betas": betas})
+        return BF16AdamW(parts, {"lr": lr, "betas": betas, "seed": seed})
     for part in parts:
         del part["names"]
     if kind == "adamw8bit":
@@ -126,9 +126,9 @@ def _adamw8bit(model: nn.Module, parts: list[dict], lr: float,
 class BF16AdamW(torch.optim.Optimizer):
     """AdamW whose weights and moments are bf16, computed in float32 and rounded at random.
 
-    The random numbers are a function of the step, the tensor's name and a number's place in it: a
-    resumed run rounds alike, and so do ranks, each for the part that it holds. Gradients are bf16
-    too, as autograd adds them up over micro-batches.
+    The random numbers are a function of the seed, the step, the tensor's name and a number's place
+    in it: a resumed run rounds alike, and so do ranks, each for the part that it holds. Gradients
+    are bf16 too, as autograd adds them up over micro-batches.
     """
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ def _move(w: Tensor, g: Tensor, m: Tensor, v: Tensor, group: dict, t: int, name:
     w32 = w.float().mul_(1 - group["lr"] * group["weight_decay"])
     w32.addcdiv_(m32, length, value=-group["lr"] / (1 - beta1**t))
     for what, kept, x in (("w", w, w32), ("m", m, m32), ("v", v, v32)):
-        start = zlib.crc32(f"{name} {what} {t}".encode()) + at
+        start = zlib.crc32(f"{group['seed']} {name} {what} {t}".encode()) + at
         kept.copy_(rounded(x, hashed(start, len(x), x.device)))
 
 

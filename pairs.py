@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import corpus
 from chat import NOT, TRAINED, Layout, Template, documents
-from examples import Example, Row, key, messages_of, placed, rows, text_at
+from examples import Example, Row, equal, key, messages_of, placed, rows, text_at
 from log import FLAGS, UserError, say
 from tokenizer import Part, Tokenizer
 
@@ -218,26 +216,37 @@ class Preferences:
     as_chat: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> list[Example]:
-        found, laid = [], []
+        found, laid, fault = [], [], None
         for row in rows:
-            answers = [_answer(row, x) for x in ("chosen", "rejected")]
-            asked, other = (_question(row, x, self.as_chat) for x in ("chosen", "rejected"))
-            if asked != other:
-                raise UserError(f"{row.where}: chosen and rejected answer different questions; "
-                                "a pair has one, give it as prompt")
-            with placed(row):
-                laid += [
-                    answer(self.tokenizer, asked, x) if isinstance(asked, str)
-                    else self.template.lay_out([*asked, {"role": "assistant", "content": x}])
-                    for x in answers]
+            try:
+                asked, *answers = self._read(row)
+                with placed(row):
+                    laid += [
+                        answer(self.tokenizer, asked, x) if isinstance(asked, str)
+                        else self.template.lay_out([*asked, {"role": "assistant", "content": x}])
+                        for x in answers]
+            except UserError as e:  # said if none before it is equal, which its ids tell
+                fault = e
+                break
             found.append(Example([], key([str(asked), *answers])))
         made = iter(documents(self.tokenizer, laid))
-        for row, x in zip(rows, found, strict=True):
+        for row, x in zip(rows, found, strict=False):
             x.documents = [next(made), next(made)]
-            if np.array_equal(*(d.ids for d in x.documents)):
+            if equal(x.documents):
                 raise UserError(f"{row.where}: chosen and rejected are equal; a pair teaches "
                                 "nothing then, take it out")
+        if fault:
+            raise fault
         return found
+
+    def _read(self, row: Row) -> tuple[str | list[dict[str, str]], str, str]:
+        """What a row asks, and the two answers."""
+        answers = [_answer(row, x) for x in ("chosen", "rejected")]
+        asked, other = (_question(row, x, self.as_chat) for x in ("chosen", "rejected"))
+        if asked != other:
+            raise UserError(f"{row.where}: chosen and rejected answer different questions; "
+                            "a pair has one, give it as prompt")
+        return asked, *answers
 
 
 def _question(row: Row, key: str, as_chat: bool) -> str | list[dict[str, str]]:
@@ -246,12 +255,15 @@ def _question(row: Row, key: str, as_chat: bool) -> str | list[dict[str, str]]:
     before = [] if alone else messages_of(row, key)[:-1]
     if isinstance(asked, str):
         asked = text_at(row, "prompt")
-        return asked if alone and not as_chat else before or [{"role": "user", "content": asked}]
-    said = messages_of(row, "prompt") if asked is not None or not before else before
-    if before and said != before:
+        said = before or [{"role": "user", "content": asked}]
+        other = asked.strip() not in [x["content"].strip() for x in said]
+    else:
+        said = messages_of(row, "prompt") if asked is not None or not before else before
+        other = bool(before) and said != before
+    if other:
         raise UserError(f"{row.where}: {key} begins with other messages than prompt; leave one of "
                         "the two out")
-    return said
+    return asked if isinstance(asked, str) and alone and not as_chat else said
 
 
 def _answer(row: Row, key: str) -> str:

@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -317,14 +317,21 @@ def prompts_of(words: list[str]) -> list[tuple[pairs.Prompt, float]]:
 def in_place(found: Iterator[examples.Row], keys: tuple[str, str]) -> Iterator[examples.Row]:
     """A file's rows; says so where its English side reads as Kinyarwanda and the other as English.
     """
-    head = list(islice(found, 1000))
+    head, fault = [], None
+    try:
+        head.extend(islice(found, 1000))
+    except UserError as e:  # rows before it may have faults of another kind, which come first
+        fault = e
     sides = ([x for row in head if isinstance(x := row.cells.get(key), str)] for key in keys)
     eng, kin = map(prompts.share, sides)
     if eng[0] > eng[1] and kin[1] > kin[0]:
         log.say(f"{head[0].where}: from here on the languages look swapped: {keys[0]!r} has "
                 f"{eng[0]:.0%} frequent Kinyarwanda words and {eng[1]:.0%} English ones, "
                 f"{keys[1]!r} {kin[0]:.0%} and {kin[1]:.0%}; see --eng-key and --kin-key")
-    yield from chain(head, found)
+    yield from head
+    if fault:
+        raise fault
+    yield from found
 
 
 def cleaning(steps: list[str]) -> corpus.Normaliser | None:

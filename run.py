@@ -172,7 +172,7 @@ class Run:
             raise UserError("--optimizer adamw8bit: not with --shard fsdp; take adamw or "
                             "adamw-bf16, whose state is cut among the ranks, or --shard ddp", FLAGS)
         optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
-                                s.embedding_lr / s.lr or 1.0, s.lora_plus, s.optimizer)
+                                s.embedding_lr / s.lr or 1.0, s.lora_plus, s.optimizer, s.seed)
         scale = optim.LossScale(65536.0 if dtype == torch.float16 else 1.0)
         saver = checkpoint.Saver(out / "checkpoints", s.keep, ranks)
         # what trains as it is and is cut cannot be changed for its frozen values in a forward pass

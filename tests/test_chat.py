@@ -32,6 +32,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 KIN, ENG = tiny.SENTENCES[:5], tiny.SENTENCES[5:]
+LONG_PAIR = json.dumps({"prompt": "a", "chosen": KIN[0] * 5 + "a", "rejected": KIN[0] * 5 + "b"})
 ANSWER = json.dumps({"messages": said(("u", "Amakuru?"), ("a", "Ni meza."))})
 
 sentence = st.lists(st.sampled_from(
@@ -524,6 +525,19 @@ FAULTS = {  # command, file, what is in it, more flags; what is said, behind the
     "another prompt": ("pairs", "x.jsonl", json.dumps({
         "prompt": said(("s", "x"), ("u", "a")), "chosen": said(("u", "a"), ("a", "b")),
         "rejected": "c"}), [], "x.jsonl, line 1: chosen begins with other messages than prompt"),
+    "a text that asks something else": ("pairs", "x.jsonl", json.dumps({
+        "prompt": "x", "chosen": said(("u", "a"), ("a", "b")), "rejected": said(
+            ("u", "a"), ("a", "c"))}), [],
+        "x.jsonl, line 1: chosen begins with other messages than prompt"),
+    "two answers, one by a cut": ("pairs", "x.jsonl", LONG_PAIR, ["--max-tokens", "60",
+                                                                  "--too-long", "cut"],
+        "x.jsonl, line 1: the first of 1 of 1 examples that are two equal answers in their first "
+        "30: a cut leaves nothing to prefer"),
+    "the first of two faults, mt": (
+        "mt", "x.jsonl", '{"eng": "a"}\n{', [], "x.jsonl, line 1: no text under 'kin'"),
+    "the first of two faults, pairs": (
+        "pairs", "x.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"})
+        + '\n{"prompt": "a"}', [], "x.jsonl, line 1: chosen and rejected are equal"),
     "no prompt": ("pairs", "x.jsonl", json.dumps({"chosen": "b", "rejected": "c"}), [],
                   "x.jsonl, line 1: prompt is 'None', expected a list of messages"),
     "no rejected": ("pairs", "x.jsonl", json.dumps({"prompt": "a", "chosen": "b"}), [],
@@ -555,6 +569,26 @@ def test_a_mistake_is_said_by_the_program_as_one_line(model, tmp_path):
          str(model), "--out", f"{tmp_path}/bin"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 3 and done.stderr.splitlines()[-1].startswith("error: ")
     assert "x.jsonl, line 1: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_pair_of_which_a_cut_leaves_one_answer_is_left_out_and_counted(model, tmp_path):
+    pairs = [json.dumps({"prompt": str(i), "chosen": "a", "rejected": "b"}) for i in range(99)]
+    (tmp_path / "x.jsonl").write_text("\n".join([*pairs, LONG_PAIR]) + "\n")
+    code, lines = command(model, tmp_path, "pairs", f"{tmp_path}/x.jsonl", "--max-tokens", "60",
+                          "--too-long", "cut")
+    assert code == 0 and any(re.fullmatch(r"equal +1 +\d+", x) for x in lines)
+    assert len(Bin(tmp_path / "bin")) == 2 * 99
+
+
+def test_a_text_beside_messages_that_ask_it_is_no_other_question(model, tmp_path):
+    """As UltraFeedback's files have both."""
+    row = {"prompt": "a ", "chosen": said(("s", "x"), ("u", "a"), ("a", "b")),
+           "rejected": said(("s", "x"), ("u", "a"), ("a", "c"))}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    bin, tok = prepared(model, tmp_path, "pairs", f"{tmp_path}/x.jsonl")
+    template = Template.plain(tok)
+    assert [bin.document(i).tolist() for i in (0, 1)] == [
+        document_of(template, row[x]).ids for x in ("chosen", "rejected")]
 
 
 def test_up_to_one_long_example_in_a_hundred_is_left_out_and_counted(model, tmp_path):

@@ -68,12 +68,13 @@ IDS = tiny.tokens(2, 24)
 DOC, POS = torch.zeros_like(IDS), torch.arange(24).repeat(2, 1)
 
 
-def trained(kind: str, steps: int, seed: int = 0, between=None) -> tuple[Llama, list[float]]:
+def trained(kind: str, steps: int, seed: int = 0, between=None,
+            drawn_by: int = 1) -> tuple[Llama, list[float]]:
     """A tiny model after some steps on random rows, and its losses; `between` gives a new model and
     optimizer at half of them."""
     model = tiny.ours(tiny.peer("llama3", seed, **WIDE), "llama3", **WIDE)
     model.to(torch.bfloat16 if kind == "adamw-bf16" else torch.float32)
-    optimizer, losses = optim.adamw(model, 3e-3, (0.9, 0.95), 0.1, kind=kind), []
+    optimizer, losses = optim.adamw(model, 3e-3, (0.9, 0.95), 0.1, kind=kind, seed=drawn_by), []
     for step in range(steps):
         if between and step == steps // 2:
             model, optimizer = between(model, optimizer)
@@ -101,7 +102,7 @@ def test_a_state_that_was_written_and_read_goes_on_bit_for_bit(kind, tmp_path):
         tensors = {k: x.contiguous() for k, x in optim.state(model, optimizer).items()}
         save_file(tensors, tmp_path / "optimizer.safetensors")
         fresh = copy.deepcopy(model)
-        again = optim.adamw(fresh, 3e-3, (0.9, 0.95), 0.1, kind=kind)
+        again = optim.adamw(fresh, 3e-3, (0.9, 0.95), 0.1, kind=kind, seed=1)
         optim.load_state(fresh, again, load_file(tmp_path / "optimizer.safetensors"))
         return fresh, again
 
@@ -109,6 +110,15 @@ def test_a_state_that_was_written_and_read_goes_on_bit_for_bit(kind, tmp_path):
     assert losses == again
     for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_another_seed_rounds_otherwise_and_the_same_one_alike():
+    """Of two seeds' numbers as many differ as must: those that lie between two of bf16's."""
+    (one, _), (same, _), (other, _) = (trained("adamw-bf16", 1, drawn_by=x) for x in (1, 1, 2))
+    weights = [torch.cat([p.flatten() for p in x.parameters()]) for x in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    apart = (weights[0] != weights[2]).double().mean().item()
+    assert 0.2 < apart < 0.5  # of numbers anywhere between two neighbours, a third
 
 
 def test_eight_bits_hold_the_moments_of_matrices_and_not_of_embeddings():
@@ -169,7 +179,7 @@ def test_rounding_is_right_on_average_and_small_steps_arrive():
         assert mean == pytest.approx(value, rel=1e-4)
     w = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
     move = optim.BF16AdamW([{"params": [w], "names": ["w"]}],
-                           {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.0})
+                           {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.0, "seed": 1})
     for _ in range(100):  # 1e-5 is a 400th of what bf16 can tell from 1
         w.grad = torch.ones_like(w)
         move.step()
@@ -211,7 +221,7 @@ def test_bf16_adamw_takes_adamws_steps():
     words = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
     parts = [{"params": [narrow], "names": ["narrow"]}]
     for p, optimizer in ((wide, torch.optim.AdamW([wide], **words)),
-                         (narrow, optim.BF16AdamW(parts, words))):
+                         (narrow, optim.BF16AdamW(parts, {**words, "seed": 1}))):
         p.grad = g.to(p.dtype)
         optimizer.step()
     apart = (wide - narrow.float()).abs()
