@@ -11,7 +11,7 @@ and a torn write leaves a file of the right length, so the manifest holds each f
 No rank ever holds the whole: each writes what it has, tensors that are cut as their rows from
 `NAME@ROW` on, whole ones dealt out among the ranks; and each reads the rows it needs, whoever wrote
 them. Training waits only for the copy to host memory. Where the cores that write are the cores that
-train, writing takes a fortieth of one, until somebody waits for it.
+train, writing takes what is left of them, a fortieth of one at most, until somebody waits for it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ import json
 import os
 import re
 import shutil
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +68,9 @@ class Saver:
         self.ranks = ranks or Ranks(0, 1, torch.device("cpu"))
         self.owner = int(self.ranks.gather(str(os.getpid()))[0])  # one aside for all, rank 0's
         self.pool = ThreadPoolExecutor(1, "saver")
-        self.awaited = threading.Event()  # somebody waits for what is written: no more rests
+        # does the pool's work at its leisure: most people may not raise a thread they have lowered
+        self.idle = ThreadPoolExecutor(1, "saver-idle", _lower)
+        self.awaited = threading.Event()  # somebody waits for what is written: no more leisure
         self.work: Future | None = None  # this rank's part of what is under way
         self.naming = False  # all is written; rank 0 gives the name
         self.saved = self.failures = 0  # whole ones so far; refusals in a row
@@ -108,13 +113,15 @@ class Saver:
         """This rank's files, flushed: {name: [bytes, sha256]}."""
         self.aside.mkdir(exist_ok=True)
         return {(name := f"{part}-{self.ranks.rank}.safetensors"):
-                write_tensors(self.aside / name, tensors, self._rest)
+                write_tensors(self.aside / name, tensors, self._at_leisure)
                 for part, tensors in pieces.items()}
 
-    def _rest(self, worked: float) -> None:
-        """Leave a CPU to those who train on it, after so many seconds of work."""
-        if self.ranks.device.type == "cpu":
-            self.awaited.wait(RESTS * worked)
+    def _at_leisure(self, work: Callable[[], object]) -> None:
+        """Do a piece of work; beside training on a CPU, in what that leaves of it, then rest."""
+        if self.ranks.device.type != "cpu" or self.awaited.is_set():
+            work()
+        else:
+            self.awaited.wait(RESTS * self.idle.submit(_timed, work).result())
 
     def advance(self) -> None:
         """One stage further, now that no rank is at work; UserError (STORAGE) where a disk refuses:
@@ -201,12 +208,12 @@ def save(root: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) 
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor],
-                  rest: Callable[[float], object] = lambda worked: None) -> list:
+                  do: Callable[[Callable[[], object]], object] = lambda work: work()) -> list:
     """Write CPU tensors as a new safetensors file, flushed: [its bytes, its sha256].
 
     The format is a length, a JSON header and the bytes; written here so that the hash is taken on
-    the way, and so that Python's lock is free meanwhile: training goes on. `rest` is told the
-    seconds that each chunk took of a core.
+    the way, and so that Python's lock is free meanwhile: training goes on. `do` does a piece of the
+    work, as it is called.
     """
     header, at = {}, 0
     tensors = dict(sorted(tensors.items(), key=lambda x: -x[1].element_size()))  # keeps alignment
@@ -217,17 +224,36 @@ def write_tensors(path: Path, tensors: dict[str, Tensor],
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with open(path, "xb") as file:
-        for block in (len(text).to_bytes(8, "little"), text,
-                      *(x.reshape(-1).view(torch.uint8).numpy().data for x in tensors.values())):
-            for start in range(0, len(block), CHUNK):
-                begun = time.thread_time()
-                file.write(block[start : start + CHUNK])
-                digest.update(block[start : start + CHUNK])
-                rest(time.thread_time() - begun)
-        file.flush()
-        os.fsync(file.fileno())
+
+    def put(chunk: bytes | memoryview) -> None:
+        file.write(chunk)
+        digest.update(chunk)
+
+    try:
+        with open(path, "xb") as file:
+            for block in (len(text).to_bytes(8, "little"), text, *(
+                    x.reshape(-1).view(torch.uint8).numpy().data for x in tensors.values())):
+                for start in range(0, len(block), CHUNK):
+                    do(partial(put, block[start : start + CHUNK]))
+            file.flush()
+            do(partial(os.fsync, file.fileno()))  # the system's work for all that was written
+    except OSError:
+        path.unlink(missing_ok=True)  # the room it took is needed for a line of metrics.jsonl
+        raise
     return [8 + len(text) + at, digest.hexdigest()]
+
+
+def _lower() -> None:
+    """Let a thread have of the cores what others leave."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Seconds that a piece of work took of a core."""
+    begun = time.thread_time()
+    work()
+    return time.thread_time() - begun
 
 
 def newest(root: Path) -> Path | None:
@@ -305,8 +331,9 @@ def read(folder: Path) -> tuple[Parts, dict[str, Any]]:
 
 
 def claim(out: Path) -> Path:
-    """A run's folder, made where there is none; links on the way to it are followed here and then
-    no more. UserError (FLAGS) if it cannot be written, or holds a link."""
+    """A run's folder, made where there is none; links to it are followed here and then no more.
+    UserError (FLAGS) if it, or resume points in it, cannot be written, or it holds a link."""
+    written = out
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in out.iterdir():
@@ -314,8 +341,11 @@ def claim(out: Path) -> Path:
                 raise UserError(f"{path}: is a link, and a run writes nowhere but in its folder; "
                                 "put the real thing there, or name another folder", FLAGS)
         (out / ".lock").touch()
+        for written in (out / "checkpoints", out / "best"):  # perhaps on disks of their own
+            if written.exists():
+                tempfile.TemporaryFile(dir=written).close()
     except OSError as e:
-        raise UserError(f"--out {out}: cannot be written ({e.strerror}); name another folder",
+        raise UserError(f"--out {written}: cannot be written ({e.strerror}); name another folder",
                         FLAGS) from None
     real = out.resolve()
     return out if real == out.absolute() else real
@@ -329,18 +359,15 @@ def lock(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"--out {out}: another run is writing there; wait, or name another folder", FLAGS
-            ) from None
+            raise UserError(f"--out {out}: another run is writing there; wait, or name another "
+                            "folder", FLAGS) from None
         yield
 
 
 def _steps(root: Path) -> list[Path]:
     """Checkpoints by step, oldest first; links are not ours."""
-    found = (
-        [p for p in root.iterdir() if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-        if root.is_dir()
-        else [])
+    found = [Path(x.path) for x in os.scandir(root) if NAME.fullmatch(x.name)
+             and x.is_dir(follow_symlinks=False)] if root.is_dir() else []
     return sorted(found, key=_step)
 
 
@@ -386,8 +413,7 @@ def sweep(root: Path) -> None:
     """Remove what killed processes left behind in a folder, if there is one."""
     for path in root.iterdir() if root.is_dir() else ():
         left = ASIDE.fullmatch(path.name)
-        if (left and not path.is_symlink()
-            and not (int(left[2]) != os.getpid() and _alive(int(left[2])))):
+        if left and not path.is_symlink() and not _others(int(left[2])):
             _remove(path)
 
 
@@ -401,14 +427,13 @@ def write_text(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
-def _alive(pid: int) -> bool:
+def _others(pid: int) -> bool:
+    """Whether another process lives by this id."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    except OSError as e:
+        return isinstance(e, PermissionError)  # another user's
+    return pid != os.getpid()
 
 
 def _flush(path: Path) -> None:

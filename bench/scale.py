@@ -256,8 +256,8 @@ def stalls(s: Settings, ways: list[str]) -> str:
     return (
         f"A checkpoint while training goes on ({numbers / 1e6:.1f}M parameters, all train; all "
         "cores train too). Training waits for the copy to host memory alone. Here the steps beside "
-        "the writing share their cores with it, which takes a fortieth of one; on a GPU they do "
-        "not.\n\n"
+        "the writing share their cores with it, which takes what they leave, a fortieth of one at "
+        "most; on a GPU they do not.\n\n"
         + table(["", "GB", "a step, no save (range), s", "a step beside a save (range), s",
                  "medians", "means", "steps beside of saves", "copy, s", "until it has its name, s",
                  "if training waits, s"], rows))

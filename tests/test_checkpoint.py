@@ -4,6 +4,7 @@ disks and damaged bytes, all on real files."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import checkpoint
@@ -115,6 +118,45 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert modes == {0o666 & ~umask}
+
+
+def test_at_leisure_the_bytes_are_the_same_and_whoever_waits_gets_the_rest_at_once(
+        tmp_path, monkeypatch):
+    """Pieces are written by a thread that takes what others leave of the cores, rests between them,
+    until somebody waits."""
+    monkeypatch.setattr(checkpoint, "CHUNK", 100)
+    monkeypatch.setattr(checkpoint, "RESTS", 0.0)
+    tensors = {"w": torch.arange(400.0), "n": torch.arange(7)}
+    alone = checkpoint.write_tensors(tmp_path / "alone", tensors)
+    found, state = load_file(tmp_path / "alone"), {"step": 1}
+    assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in found)
+    digest = hashlib.sha256((tmp_path / "alone").read_bytes()).hexdigest()
+    assert alone == [(tmp_path / "alone").stat().st_size, digest]
+
+    saver, real, by = checkpoint.Saver(tmp_path / "root", 2), checkpoint._timed, []
+
+    def timed(work: Callable[[], object]) -> float:
+        by.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        real(work)
+        if len(by) == 2:  # of the next piece
+            monkeypatch.setattr(checkpoint, "RESTS", 1e9)  # a rest of years
+        return 1.0
+
+    monkeypatch.setattr(checkpoint, "_timed", timed)
+    saver.save(1, {"model": tensors}, state)
+    deadline = time.monotonic() + 30
+    while len(by) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert saver.busy, "it rests"
+    saver.finish()
+    assert len(by) == 3 and (not sys.platform.startswith("linux") or by == [19] * 3)
+    folder = checkpoint.newest(tmp_path / "root")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (size, digest) = manifest["model-0.safetensors"]
+    whole = checkpoint.write_tensors(tmp_path / "whole", {f"{k}@0": x for k, x in tensors.items()})
+    assert [size, digest] == whole
+    assert (folder / "model-0.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_a_transposed_and_a_shared_tensor_are_saved_as_they_look(tmp_path):
@@ -433,6 +475,32 @@ def test_what_was_saved_is_what_json_and_safetensors_alone_can_read(tmp_path):
     assert set(manifest) == set(FILES) - {"manifest.json"}
     assert json.loads((folder / "state.json").read_text()) == {
         "format": 2, "step": 7, "why": "é"}
+
+
+@pytest.mark.parametrize("n", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_hundred_thousand_checkpoints_are_looked_through_and_all_but_the_kept_go(
+        tmp_path, n, monkeypatch):
+    """Whole ones, linked. Only the newest is read, and nothing takes longer for each than a few
+    touches of the disk."""
+    root, source = tmp_path / "root", tmp_path / "source"
+    for i in range(n):
+        if i % 30_000 == 0:  # ext4 links a file 65,000 times at most
+            source = checkpoint.save(tmp_path / f"source-{i}", 1, {}, {"step": 1}, 2)
+        folder = root / f"step-{i + 1:06}"
+        folder.mkdir(parents=True)
+        for name in ("state.json", "manifest.json"):
+            os.link(source / name, folder / name)
+    for pid in (DEAD, os.getpid()):
+        (root / f".del-step-000000-{pid}").mkdir()
+    read, fault = [], checkpoint._fault
+    monkeypatch.setattr(checkpoint, "_fault", lambda x: (read.append(x.name), fault(x))[1])
+    begun = time.monotonic()
+    assert checkpoint.newest(root).name == f"step-{n:06}" and read == [f"step-{n:06}"]
+    checkpoint.sweep(root)
+    assert len(os.listdir(root)) == n and time.monotonic() - begun < 5 + n / 10_000
+    assert assert_whole(save(root, n + 1, keep=3)) == n + 1
+    assert names(root) == [f"step-{x:06}" for x in (n - 1, n, n + 1)]
+    assert time.monotonic() - begun < 10 + n / 1000
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -578,6 +579,106 @@ def test_a_folder_that_may_not_be_written_is_refused_before_the_model_is_looked_
     finally:
         root.chmod(0o755)
         shutil.rmtree(root)
+
+
+def mount(*words: str | Path) -> None:
+    subprocess.run(["mount", *map(str, words)], check=True)
+
+
+def apart(action, *mounts: Sequence[str | Path], keep: tuple[Path, Path] | None = None):
+    """What a child does where these are mounted, which nobody else sees; what it leaves there goes
+    when it ends, but `keep`: from where, to where."""
+    def act() -> object:
+        assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
+        for words in (("--make-rprivate", "/"), *mounts):
+            mount(*words)
+        try:
+            return action()
+        finally:
+            if keep:
+                shutil.copytree(*keep)
+
+    return act
+
+
+def read_only(folder: Path) -> list[tuple[str | Path, ...]]:
+    return [("--bind", folder, folder), ("-o", "remount,ro,bind", folder)]
+
+
+MOUNTS = shutil.which("unshare") and not subprocess.run(
+    ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode
+mounts = pytest.mark.skipif(not MOUNTS, reason="this system lets this process mount nothing, as "
+                            "root may where a container does not forbid it")
+
+
+@mounts
+@pytest.mark.parametrize("name,where", [("", ""), ("new", ""), ("", "checkpoints"), ("", "best")])
+def test_a_place_that_nobody_can_write_is_refused_before_the_model_is_looked_for(
+        place, tmp_path, name, where):  # noqa: F811
+    """Not even root: the whole, the place where it would be, or that of the resume points alone."""
+    root = tmp_path / "root"
+    (root / where).mkdir(parents=True)
+    s = dataclasses.replace(settings(place, "x"), out=str(root / name), model="nowhere")
+    act = apart(action(s), *read_only(root / where))
+    begun = time.monotonic()
+    assert fork.ends(fork.together(1, act, place / "said-ro")) == [FLAGS]
+    said = (place / "said-ro-0").read_text()
+    assert f"error: --out {root / name / where}: cannot be written (Read-only file" in said
+    assert said.count("\n") == 1 and "nowhere" not in said and time.monotonic() - begun < 5
+    assert {x.name for x in root.rglob("*")} <= {where, ".lock"}
+
+
+def filled(first: int, last: int = 10**9, room: int = 64 << 10):
+    """A disk that somebody else fills before one step, up to so many bytes, and empties before
+    another."""
+    def during(run):
+        if run.step + 1 in (first, last):
+            run.saver.finish()
+            filler = run.out / "filler"
+            filler.unlink(missing_ok=True)
+            if run.step + 1 == first:
+                free = shutil.disk_usage(run.out).free - room
+                filler.write_bytes(bytes(free))
+    return during
+
+
+@mounts
+def test_a_disk_that_is_really_full_is_found_by_the_trial_save_or_before_it(
+        place, tmp_path):  # noqa: F811
+    """8 MB of memory as a disk, filled by somebody else; and a disk that is too small."""
+    out, kept = place / "really-full", tmp_path / "kept"
+    out.mkdir()
+    s = settings(place, "really-full")
+    for size, during, words in (
+            ("8m", filled(1), f"error: {out}/checkpoints/step-000001: cannot be written: needs "),
+            ("512k", id, f"error: --out {out}: ")):
+        act = apart(action(s, during), ("-t", "tmpfs", "-o", f"size={size}", "none", out),
+                    keep=(out, kept / size))
+        assert fork.ends(fork.together(1, act, place / "said-full")) == [STORAGE]
+        said = (place / "said-full-0").read_text()
+        assert words in said and ("No space left on device" in said) == (size == "8m")
+        assert "Traceback" not in said and said.count("error: ") == 1
+        found = [x.name for x in (kept / size).rglob("*") if "step-" in x.name]
+        assert not found and not strays(kept / size)
+
+
+@mounts
+@pytest.mark.parametrize("last,code", [(10, 0), (10**9, STORAGE)])
+def test_a_disk_that_fills_up_in_the_middle_of_a_run_is_tried_again_or_ends_it(
+        place, tmp_path, last, code):  # noqa: F811
+    name = f"fills-{code}"
+    out, kept = place / name, tmp_path / "kept"
+    out.mkdir()
+    act = apart(action(settings(place, name, save_every=4), filled(6, last)),
+                ("-t", "tmpfs", "-o", "size=8m", "none", out), keep=(out, kept))
+    assert fork.ends(fork.together(1, act, place / "said-fills")) == [code]
+    said = (place / "said-fills-0").read_text()
+    assert "step-000008: cannot be written: needs " in said and "No space left on device" in said
+    assert "earlier checkpoints are whole" in said and "Traceback" not in said
+    steps = (16, 20) if code == 0 else (1, 4)
+    assert sorted(os.listdir(kept / "checkpoints")) == [f"step-{x:06}" for x in steps]
+    assert checkpoint.newest(kept / "checkpoints").name == f"step-{steps[-1]:06}"
+    assert len(losses(kept)) >= (20 if code == 0 else 16) and not strays(kept)
 
 
 def test_metrics_that_are_rotated_away_and_a_clock_that_jumps_end_no_run(place):  # noqa: F811
