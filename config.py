@@ -16,11 +16,11 @@ import itertools
 import json
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from log import FLAGS, UserError, say
+from log import FLAGS, UserError
 
 T = TypeVar("T")
 
@@ -60,21 +60,16 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str]
             if before.get(k, x) != x]
 
 
-def go_on(cls: type[T], argv: list[str], prog: str, kept: Path, free: Iterable[str],
-          warned: Iterable[str]) -> tuple[T, dict[str, str]]:
-    """The settings in `kept` with those flags over them that may change in a run that goes on.
-
-    `free` change nothing in the result, `warned` may and are said; any other is refused (FLAGS).
-    """
+def go_on(cls: type[T], argv: list[str], prog: str, kept: Path,
+          may_change: Collection[str]) -> tuple[T, dict[str, str]]:
+    """The settings in `kept` with those flags over them that may change in a run that goes on; any
+    other is refused (FLAGS)."""
     before, _ = read(cls, [str(kept)], prog)
     settings, origins = read(cls, [str(kept), *argv], prog)
     changed = changes(dataclasses.asdict(before), dataclasses.asdict(settings))
-    if refused := [said for name, said in changed if name not in {*free, *warned}]:
+    if refused := [said for name, said in changed if name not in may_change]:
         raise UserError(f"--resume: {'; '.join(refused)}; that is another run: leave it out, or "
                         "start anew with another --out", FLAGS)
-    for name, said in changed:
-        if name in warned:
-            say(f"--resume: {said}; from here on the numbers may differ from the run as it began")
     return settings, origins
 
 

@@ -239,23 +239,31 @@ def path_of(device: torch.device, dtype: torch.dtype, D: int) -> str:
     return "offsets" if flash(device, dtype, D) else "mask"
 
 
-def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes: int,
-          adapter: Path | None = None) -> None:
-    """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory, or if nobody asked
-    for the CPU that is to train a large model; before a weight is read. A bound that is never too
-    low lets most models pass at once. Rows that are to be found are not refused."""
+def numbers(config: ModelConfig) -> int:
+    """How many numbers a model has."""
     with torch.device("meta"):
-        numbers = sum(p.numel() for p in Llama(config).parameters())
-    if s.device == "auto" and ranks.device.type == "cpu" and numbers > SMALL and not s.plan:
-        raise UserError(f"--device auto: no GPU that this torch can use, and {numbers / 1e9:.1f}B "
+        return sum(p.numel() for p in Llama(config).parameters())
+
+
+def willing(config: ModelConfig, s: Any, ranks: Ranks) -> None:
+    """UserError (FLAGS) if nobody asked for the CPU that is to train a large model."""
+    if s.device == "auto" and ranks.device.type == "cpu" and (n := numbers(config)) > SMALL:
+        raise UserError(f"--device auto: no GPU that this torch can use, and {n / 1e9:.1f}B "
                         "parameters are slow on a CPU; take --device cpu if that is meant, or "
                         "install a CUDA build of torch", FLAGS)
+
+
+def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes: int,
+          adapter: Path | None = None) -> None:
+    """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory; before a weight is
+    read. A bound that is never too low lets most models pass at once. Rows that are to be found
+    are not refused."""
     if s.ignore_memory or s.rows == "auto":
         return
     B, T, L = s.rows, s.seq_len, config.num_hidden_layers
     wide = config.hidden_size + config.intermediate_size
     room = ranks.memory_limit_gb()
-    if 32 * numbers + 64 * B * T * L * wide + 8192 * config.vocab_size < room * GiB:
+    if 32 * numbers(config) + 64 * B * T * L * wide + 8192 * config.vocab_size < room * GiB:
         return
     found = on(ranks, config, s, dtype, passes, adapter)
     if found.total > room * GiB:

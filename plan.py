@@ -23,7 +23,7 @@ import watch
 import weights
 from data import IGNORE
 from layers import Linear
-from log import FLAGS, UserError
+from log import FLAGS, STORAGE, UserError
 from model import Llama
 from ranks import PEAKS, GiB
 from run import Run
@@ -34,6 +34,38 @@ CARDS = {  # as --plan-for has them: the name in PEAKS, and GB as sold
 
 
 def show(run: Run, origins: dict[str, str], objective: Any) -> None:
+    """Print what would be done and what it takes; UserError if the run would be refused."""
+    _show(run, origins, objective)
+    memory.willing(run.model.config, run.s, run.ranks)
+    room(run)
+
+
+def disk(run: Run) -> int:
+    """Bytes that a run comes to at the most: its resume points and --best's with one more of each
+    that is being written, or in the end without those and with the result."""
+    s = run.s
+    trained = sum(x.nbytes for x in run.trained.values())
+    point = trained + sum(optim.bytes_held(name, x, s.optimizer, s.ema)
+                          for name, x in run.trained.items())
+    saves, best = 2 + run.steps // run.save_every, trained if s.best else 0
+    result = weights.size(run.model, run.folder) if s.tune == "full" else trained
+    return max(min(s.keep + 1, saves) * point + 3 * best,
+               min(s.keep, saves) * point + 2 * best + result)
+
+
+def room(run: Run) -> None:
+    """UserError (STORAGE) if the disk has no room for what a run will write, beside what it wrote
+    before."""
+    there = sum(x.stat().st_size for name in ("checkpoints", "best", "model")
+                for x in (run.out / name).rglob("*") if x.is_file())
+    need, free = disk(run) - there, shutil.disk_usage(run.out).free
+    if free < need:
+        raise UserError(f"--out {run.out}: {free:,} bytes are free, resume points of this run need "
+                        f"{need:,}, its result among them; make room, lower --keep, or name "
+                        "another disk", STORAGE)
+
+
+def _show(run: Run, origins: dict[str, str], objective: Any) -> None:
     """What would be done and what it takes, measured on one micro-batch that changes nothing."""
     s, n = run.s, run.parameters
     for f in dataclasses.fields(s) if log.speaking() else ():
@@ -47,9 +79,7 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
     minutes = (time.perf_counter() - begun) * run.micro_batches * run.steps / 60
     moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     moments = sum(optim.bytes_held(name, p, s.optimizer, s.ema) for name, p in moving) / GiB
-    base = weights.base_of(run.folder)  # all weights are written as its files hold them
-    result = sum(x.stat().st_size for x in {slot.file for slot in weights.tensors(base).values()}) \
-        if s.tune == "full" else sum(p.nbytes for _, p in moving)
+    base = weights.base_of(run.folder)
     said = memory.on(run.ranks, run.model.config, s, run.model.compute_dtype,
                      run.micro_batches, run.folder if run.folder != base else None)
     tied = {optim.EMBEDDINGS[0]: " (the head too, tied)"} if run.model.lm_head is None else {}
@@ -78,8 +108,9 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
         f"{moments:.2f} for the optimizer\n"
         f"time         {minutes:.1f} minutes of steps, from that micro-batch (the first is "
         "the slowest)\n"
-        f"disk         {(s.keep * run.resume_point + result) / GiB:.2f} GB for {s.keep} "
-        f"checkpoints and the result, of {shutil.disk_usage(run.out).free / GiB:.1f} GB free here\n"
+        f"disk         {disk(run) / GiB:.2f} GB at the most for {s.keep} checkpoints, one that is "
+        f"being written{', --best' * bool(s.best)} and the result, of "
+        f"{shutil.disk_usage(run.out).free / GiB:.1f} GB free here\n"
         "\nthe first row; what is trained is in colour:")
     tokens, targets, pos = (batch.tokens[0].tolist(), batch.targets[0].tolist(),
                             batch.pos[0].tolist())
@@ -91,7 +122,7 @@ def show(run: Run, origins: dict[str, str], objective: Any) -> None:
             target if target != IGNORE else tokens[i + 1] if pos[i + 1 : i + 2] > [0] else None)
         if following is not None:
             print(log.coloured(run.tokenizer.piece(following), target != IGNORE), end="")
-    print()
+    print(flush=True)  # before what is said of it
 
 
 def usable(gb: float) -> float:

@@ -14,7 +14,6 @@ import json
 import math
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -46,7 +45,7 @@ import weights
 from chat import Template
 from data import Loader
 from guards import Guards, evaluations, finite
-from log import FLAGS, STORAGE, UserError
+from log import FLAGS, UserError
 from model import Llama
 from ranks import Ranks
 from tokenizer import Tokenizer
@@ -101,8 +100,10 @@ class Run:
         guards = Guards.start(s)
         folder = weights.find(s.model)
         base = weights.base_of(folder)
-        memory.check(weights.read_config(base), s, dtype, ranks,
-                     passes=2 if s.tokens_per_step else 1,
+        shape = weights.read_config(base)
+        if not s.plan:  # which says so at its end
+            memory.willing(shape, s, ranks)
+        memory.check(shape, s, dtype, ranks, passes=2 if s.tokens_per_step else 1,
                      adapter=folder if base != folder else None)
         # what trains is float32; frozen weights are kept as products need them
         trained = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
@@ -185,6 +186,11 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         return self.s.rows * self.s.seq_len * self.ranks.world * self.micro_batches
+
+    @property
+    def save_every(self) -> int:
+        """Steps between resume points; the first and the last have one too."""
+        return self.s.save_every or max(1, self.steps // 5)
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -279,21 +285,6 @@ class Run:
                  "losses": list(self.past.losses), "failures": self.past.failures}
         self.saver.save(self.step, parts, state)
 
-    @property
-    def resume_point(self) -> int:
-        """Bytes of a resume point, all ranks' parts: what trains, its moments, its average."""
-        return sum(x.nbytes + optim.bytes_held(name, x, self.s.optimizer, self.s.ema)
-                   for name, x in self.trained.items())
-
-    def room(self) -> None:
-        """UserError (STORAGE) if the disk has no room for the resume points to come."""
-        need = self.resume_point * (1 if (self.out / "checkpoints").exists() else 2)
-        need += 2 * sum(x.nbytes for x in self.trained.values()) if self.s.best else 0
-        free = shutil.disk_usage(self.out).free
-        if free < need:
-            raise UserError(f"--out {self.out}: {free:,} bytes are free, resume points of this run "
-                            f"need {need:,}; make room, or name another disk", STORAGE)
-
     def newest(self, name: str) -> Path | None:
         """The newest checkpoint under OUT/name that verifies; rank 0 looks, clears up what a kill
         left there, and all are told."""
@@ -304,10 +295,11 @@ class Run:
         newest = self.ranks.gather(str(newest or ""))[0]
         return Path(newest) if newest else None
 
-    def resume(self, may_change: set[str]) -> None:
+    def resume(self, free: set[str], warned: set[str]) -> None:
         """Go on from the newest checkpoint that verifies; each rank reads what it needs.
 
-        UserError where the settings are not those it was written with, `may_change` apart.
+        UserError where the settings are not those it was written with, but for `free` ones and
+        `warned`, which are said, whether a flag changed them or a hand.
         """
         if self.s.best and (kept := self.newest("best")):
             with checkpoint.Saved(kept) as saved:
@@ -318,12 +310,10 @@ class Run:
             return
         with checkpoint.Saved(newest) as saved:
             state = saved.state
-            changed = [said for name, said in config.changes(state.get("settings", {}),
-                                                             dataclasses.asdict(self.s))
-                       if name not in may_change | {"model"}]
-            if changed:
+            changed = config.changes(state.get("settings", {}), dataclasses.asdict(self.s))
+            if refused := [x for name, x in changed if name not in free | warned | {"model"}]:
                 raise UserError(f"{self.out / 'settings.toml'}: not as {newest} was written with "
-                                f"({'; '.join(changed)}); that is another run: put it back, or "
+                                f"({'; '.join(refused)}); that is another run: put it back, or "
                                 "start anew with another --out", FLAGS)
             if state["data"] != self.data:
                 was, now = (", ".join(f"{k} {v[:12]}" for k, v in x.items())
@@ -349,6 +339,8 @@ class Run:
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
         self.guards.resume(self.out / "metrics.jsonl", self.step)
         log.say(f"resumed from {newest}")
+        for x in (x for name, x in changed if name in warned):
+            log.say(f"--resume: {x}; from here on the numbers may differ from the run as it began")
 
     def begin(self, origins: dict[str, str]) -> None:
         """Write down what is run: settings.toml feeds back into train.py, run.json says with

@@ -191,7 +191,7 @@ def read_settings(argv: list[str]) -> tuple[Settings, dict[str, str]]:
     if settings.resume and not kept.exists():
         raise UserError(f"--resume: {kept} is not there, so {settings.out} holds no run; "
                         "check --out", BAD_INPUT)
-    return config.go_on(Settings, argv, "train.py", kept, FREE, WARNED) if settings.resume \
+    return config.go_on(Settings, argv, "train.py", kept, FREE | WARNED) if settings.resume \
         else (settings, origins)
 
 
@@ -293,7 +293,6 @@ def loop(run: Run) -> int:
     objective = MODES[s.mode][1](s)
     metrics = log.Metrics(run.out / "metrics.jsonl", run.step, s.track)
     eval_every = s.eval_every or max(1, run.steps // 10)
-    save_every = s.save_every or max(1, run.steps // 5)
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
     peak, flops = ranks.peak_flops(), run.model.flops_per_token(s.seq_len)
     watch = Watch(run.out, run.loader, ranks, run.step, run.past)
@@ -350,7 +349,7 @@ def loop(run: Run) -> int:
                 last |= bool(run.guards.stopped)
             if not busy:
                 run.saver.advance()
-            if run.step % save_every == 0 or run.step == 1 or save or last or stop:
+            if run.step % run.save_every == 0 or run.step == 1 or save or last or stop:
                 asked.save = 0  # the first only tries the disk
                 metrics.flush()
                 run.save()
@@ -411,11 +410,11 @@ def train(s: Settings, origins: dict[str, str]) -> int:
             plan.show(run, origins, objective(s))
             return 0
         if s.resume:
-            run.resume(FREE | WARNED)
+            run.resume(FREE, WARNED)
             if (run.step >= run.steps or run.guards.stopped) and run.finished:
                 log.say(f"{out} {run.end}: nothing to do")
                 return 0
-        run.room()
+        plan.room(run)
         if run.ranks.rank == 0:
             run.begin(origins)
         n = run.parameters

@@ -249,10 +249,9 @@ def save(model: Llama, folder: Path | str, like: Path | str,
         raise UserError(f"{folder}: the model is in NF4, less than its files hold; not written")
     like = base_of(find(like))
     index = read_json(inside(like, INDEX)) if (like / INDEX).exists() else None
-    before = tensors(like) if index or (like / SINGLE).exists() else {}
+    before = _laid_out(like)
     state = {k: p.detach() for k, p in model.named_parameters()}
-    kept = {k: DTYPES[slot.dtype] for k, slot in before.items() if slot.dtype in DTYPES}
-    kinds = {k: dtype or kept.get(k, model.head.dtype) for k in state}
+    kinds = _kinds(model, before, dtype)
     shards: dict[str, list[str]] = {slot.file.name: [] for slot in before.values()} or {SINGLE: []}
     for k in state:  # what `like` does not have goes to the last shard
         shards[before[k].file.name if k in before else list(shards)[-1]].append(k)
@@ -273,6 +272,24 @@ def save(model: Llama, folder: Path | str, like: Path | str,
             index["metadata"] = {**index.get("metadata", {}), "total_size": size}
             index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
             (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def size(model: Llama, like: Path) -> int:
+    """Bytes of the weights that `save` writes."""
+    kinds = _kinds(model, _laid_out(base_of(like)))
+    return sum(p.numel() * kinds[k].itemsize for k, p in model.named_parameters())
+
+
+def _laid_out(like: Path) -> dict[str, Slot]:
+    """Where a folder has its tensors; of one that is only a shape, nowhere."""
+    return tensors(like) if (like / INDEX).exists() or (like / SINGLE).exists() else {}
+
+
+def _kinds(model: Llama, before: dict[str, Slot],
+           dtype: torch.dtype | None = None) -> dict[str, torch.dtype]:
+    """The dtype in which each tensor is written: `dtype`, or that of its file, or the model's."""
+    kept = {k: DTYPES[slot.dtype] for k, slot in before.items() if slot.dtype in DTYPES}
+    return {k: dtype or kept.get(k, model.head.dtype) for k, _ in model.named_parameters()}
 
 
 def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: int) -> None:

@@ -196,6 +196,8 @@ def test_the_text_part_of_a_model_that_sees_pictures_is_read_alone(tmp_path, sty
         wanted = peer(ids).logits
         torch.testing.assert_close(tiny.logits(model, ids), wanted, rtol=1e-5, atol=1e-5)
     weights.save(model, tmp_path / "text", like=tmp_path / "both")
+    written = st.load_file(tmp_path / "text" / "model.safetensors").values()
+    assert weights.size(model, tmp_path / "both") == sum(x.nbytes for x in written)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
     assert type(again).__name__ == "Gemma3ForCausalLM"
     with torch.no_grad():
