@@ -11,6 +11,7 @@ the second.
 
 from __future__ import annotations
 
+import functools
 import glob
 import gzip
 import hashlib
@@ -31,9 +32,10 @@ from typing import IO, Any, NamedTuple, TypeVar
 import numpy as np
 
 import hub
-from data import Bin, BinWriter, Document, sha256
+from data import Bin, BinWriter, sha256
 from log import UserError, say
 from tokenizer import Tokenizer
+from words import Words
 
 UNITS = ("auto", "file", "line", "block")
 KINDS = (".txt", ".jsonl", ".tsv", ".parquet")
@@ -327,10 +329,9 @@ def _with_fault(chunks: Iterable[T]) -> Iterator[T | UserError]:
 
 
 class _Clean(NamedTuple):
-    """What a worker made of a document."""
+    """What a worker made of a document's text."""
 
     digest: bytes  # of the clean text
-    ids: np.ndarray
     n_bytes: int
     chars: int
     contaminated: bool
@@ -339,21 +340,24 @@ class _Clean(NamedTuple):
 
 @dataclass
 class _Cleaning:
-    """A worker's job: texts, cleaned and encoded."""
+    """A worker's job: D texts, cleaned and encoded: what each became, all ids end to end, and how
+    many each has (D,)."""
 
     tokenizer: Tokenizer
     normalise: Normaliser | None
     contaminated: Contaminated | None
 
-    def __call__(self, texts: list[str]) -> list[_Clean]:
+    def __call__(self, texts: list[str]) -> tuple[list[_Clean], np.ndarray, np.ndarray]:
         cleaned = [self.normalise(t) if self.normalise else (t, {}) for t in texts]
-        ends = [[] if x is None else [x] for x in (self.tokenizer.bos, self.tokenizer.eos)]
-        encoded = self.tokenizer.encode_batch([text for text, _ in cleaned])
-        return [_Clean(hashlib.blake2b(text.encode(), digest_size=16).digest(),
-                       np.array([*ends[0], *ids, *ends[1]], np.uint32), len(text.encode()),
+        return [_Clean(hashlib.blake2b(raw := text.encode(), digest_size=16).digest(), len(raw),
                        len(text.strip()), bool(self.contaminated and self.contaminated(text)),
                        changes)
-                for (text, changes), ids in zip(cleaned, encoded, strict=True)]
+                for text, changes in cleaned], *self.words.documents([x for x, _ in cleaned])
+
+    @functools.cached_property
+    def words(self) -> Words:
+        """The worker's own memory for words."""
+        return Words(self.tokenizer)
 
 
 def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "auto",
@@ -370,21 +374,25 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
     try:
         with closing(in_order(job, _chunks(sources, unit, key, max_doc_mb << 20),
                               processes)) as found:
-            for pieces, cleaned in found:
-                results = iter(cleaned)
+            for pieces, (cleaned, ids, sizes) in found:
+                results, kept = iter(cleaned), []
                 for piece in pieces:
                     if piece.fault:
                         ledger.add(piece.fault, piece.size)
                         continue
                     x = next(results)
-                    ledger.changes.update(x.changes)
+                    if x.changes:
+                        ledger.changes.update(x.changes)
                     what = "empty" if not x.chars else "too short" if x.chars < min_chars else \
                         "contaminated" if x.contaminated else \
                         "duplicate" if x.digest in seen and not keep_duplicates else "kept"
                     ledger.add(what, piece.size)
+                    kept.append(what == "kept")
                     if what == "kept":
                         seen.add(x.digest)
-                        writer.add(Document(x.ids, None, x.n_bytes))
+                n_bytes = sum(x.n_bytes for x, keep in zip(cleaned, kept, strict=True) if keep)
+                held = np.array(kept, bool)
+                writer.extend(ids[np.repeat(held, sizes)], sizes[held], n_bytes)
         bad, read_in = ledger.documents["undecodable"], ledger.documents["read"]
         if on_bad == "stop" and bad > BAD_SHARE * read_in:
             raise UserError(f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more "

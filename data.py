@@ -73,19 +73,25 @@ class BinWriter:
 
     def add(self, document: Document) -> None:
         """Append one document."""
-        ids = np.asarray(document.ids, dtype=np.int64)
+        mask = None if document.mask is None else np.asarray(document.mask, np.uint8)
+        assert mask is None or len(mask) == len(document.ids)
+        self.extend(np.asarray(document.ids), np.array([len(document.ids)]), document.n_bytes, mask)
+
+    def extend(self, ids: np.ndarray, sizes: np.ndarray, n_bytes: int,
+               mask: np.ndarray | None = None) -> None:
+        """Append D documents end to end: ids (N,), how many each has (D,), the bytes of all; mask
+        (N,) as a document's."""
         # numpy would wrap 128256 into 62720 without a word
-        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < self.vocab_size), (
+        assert not ids.size or (ids.min() >= 0 and ids.max() < self.vocab_size), (
             "id out of vocabulary")
-        mask = (np.ones(len(ids), np.uint8)
-                if document.mask is None
-                else np.asarray(document.mask, np.uint8))
-        assert len(mask) == len(ids)
         self.tokens.write(ids.astype(self.dtype).tobytes())
-        self.mask.write(mask.tobytes())
-        self.starts.append(self.starts[-1] + len(ids))
-        self.n_bytes += document.n_bytes
-        self.trained += int(mask[1:].sum())
+        self.mask.write(b"\1" * len(ids) if mask is None else mask.tobytes())
+        ends = np.cumsum(sizes)
+        self.starts.extend((self.starts[-1] + ends).tolist())
+        self.n_bytes += n_bytes
+        first = (ends - sizes)[sizes > 0]  # nothing predicts a document's first token
+        self.trained += len(ids) - len(first) if mask is None else \
+            int(mask.sum() - mask[first].sum())
 
     def close(self, ledger: dict[str, Any], sources: list[dict[str, Any]],
               prompt: dict[str, Any] | None = None) -> Bin:

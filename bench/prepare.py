@@ -1,10 +1,13 @@
 """Text to token bins here against datasets.map with the same tokenizer; and the loader behind it.
 
-    python -m bench.prepare [--quick] [--cases encode gigabyte loader] [--write]
+    python -m bench.prepare [--quick] [--cases documents lines llama3 gigabyte loader] [--write]
 
-encode: the same file, by one process and two, into a bin, and by datasets.map twice (tokenise,
-group into rows) into its cache; both must give the same number of tokens. gigabyte: a corpus of
-1 GB, and the most memory any one process held. loader: packed rows a second out of the bin.
+By one process and two, into a bin, and by datasets.map twice (tokenise, group into rows) into its
+cache; both must give the same number of tokens. Every text stands in a file once, for a tokenizer
+with a memory for words is the faster the more is said again. documents: news and laws, some
+kilobytes each; lines: all there is, mostly single sentences; llama3: the documents with LLaMA 3's
+tokenizer.json in place of a SentencePiece BPE learned from them. gigabyte: the texts over and over
+to 1 GB, and the most memory any one process held. loader: packed rows a second out of the bin.
 
 The text is ../shared/data/cpt where it is there, else sentences of the demo's grammar.
 """
@@ -22,32 +25,44 @@ from typing import Any
 from bench import ROOT, Settings, Spread, child, in_turn, installed, limits, main, table
 
 HERE = "bench.prepare"
-SIZES = {"full": 50, "quick": 10, "tiny": 1}  # MB of text
+CASES = ["documents", "lines", "llama3", "gigabyte", "loader"]
 GIGABYTE = {"full": 1000, "quick": 100, "tiny": 2}  # MB
-REAL = ROOT.parent / "shared/data/cpt"
+DATA = ROOT.parent / "shared/data"
+LLAMA3 = DATA / "tokenizers/llama3/tokenizer.json"
+LONG = ["kin_news.jsonl", "kin_gov.jsonl"]
 
 
-def write_text(file: str, mb: int, folder: str) -> str:
-    """A .jsonl of `mb` MB, every document different, and a tokenizer of 8,000 pieces beside it;
-    what the text is."""
+def texts(kind: str, folder: str) -> list[str]:
+    """Texts, each once: `documents`, `lines`, or, `tiny`, a few."""
     import corpus
-    from tokenizer import learn
 
-    if REAL.is_dir():
-        real = [t for x in ("news", "gov") for t in corpus.texts(REAL / f"kin_{x}.jsonl")]
-        what = "news and laws of ../shared/data/cpt"
-    else:
+    if not (DATA / "cpt").is_dir():
         from kinyarwanda import demo
 
-        made = demo.texts(Path(folder), 1)["kin"]
-        real, what = corpus.texts(made, "line"), "sentences of the demo's grammar"
-    learn(real[:20000], 8000 if REAL.is_dir() else 600, Path(folder))
+        return list(dict.fromkeys(corpus.texts(demo.texts(Path(folder), 1)["kin"], "line")))
+    files = [DATA / "cpt" / x for x in LONG] if kind != "lines" else \
+        [x for x in sorted((DATA / "cpt").iterdir()) if x.suffix in (".txt", ".jsonl")]
+    pieces = [x.text for file in files for x in corpus.read(
+        file, key="content" if "folklore" in file.name else "text")]
+    return list(dict.fromkeys(x for x in pieces if x.strip()))[: 200 if kind == "tiny" else None]
+
+
+def write_text(file: str, kind: str, mb: int, folder: str) -> str:
+    """A .jsonl of texts, each once, or over and over with a number before each to `mb` MB, and a
+    tokenizer learned from them beside it; what the text is."""
+    from tokenizer import learn
+
+    found = texts(kind, folder)
+    real = (DATA / "cpt").is_dir()
+    learn(found[:20000], 8000 if real else 600, Path(folder))
     size = n = 0
-    with open(file, "w", encoding="utf-8") as f:
-        while size < mb * 10**6:
-            line = json.dumps({"text": f"{n}. {real[n % len(real)]}"}, ensure_ascii=False) + "\n"
-            size, n = size + f.write(line), n + 1  # characters: nearly bytes
-    return f"{what}, over and over with a number before each: {n:,} documents"
+    with open(file, "wb") as f:
+        while size < mb * 10**6 if mb else n < len(found):
+            text = f"{n}. {found[n % len(found)]}" if mb else found[n]
+            size += f.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+            n += 1
+    what = "../shared/data/cpt" if real else "sentences of the demo's grammar"
+    return f"{size / 1e6:.1f} MB, {n:,} texts of {what}"
 
 
 def ours(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
@@ -64,20 +79,31 @@ def ours(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
 
 def theirs(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
     """The usual two maps: tokenise with BOS and EOS, group into rows of 1,024."""
+    begun = time.perf_counter()
     import datasets
-    import sentencepiece
 
-    sp = sentencepiece.SentencePieceProcessor(model_file=f"{tokenizer}/tokenizer.model")
+    if tokenizer.endswith(".json"):
+        import tokenizers
+
+        tok = tokenizers.Tokenizer.from_file(tokenizer)
+        begin, end = (tok.token_to_id(f"<|{x}_of_text|>") for x in ("begin", "end"))
+
+        def encoded(texts: list[str]) -> list[list[int]]:
+            return [x.ids for x in tok.encode_batch_fast(texts, add_special_tokens=False)]
+    else:
+        import sentencepiece
+
+        begin, end = 1, 2
+        encoded = sentencepiece.SentencePieceProcessor(f"{tokenizer}/tokenizer.model").encode
 
     def encode(batch: dict) -> dict:
-        return {"input_ids": [[1, *ids, 2] for ids in sp.encode(batch["text"])]}
+        return {"input_ids": [[begin, *ids, end] for ids in encoded(batch["text"])]}
 
     def group(batch: dict) -> dict:
         flat = [i for ids in batch["input_ids"] for i in ids]
         return {"input_ids": [flat[i : i + 1024] for i in range(0, len(flat), 1024)]}
 
     with tempfile.TemporaryDirectory() as cache:
-        begun = time.perf_counter()
         read = datasets.load_dataset("json", data_files=file, cache_dir=cache, split="train")
         n = processes if processes > 1 else None
         ids = read.map(encode, batched=True, num_proc=n, remove_columns=["text"])
@@ -110,42 +136,53 @@ def weight(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
+def beside(s: Settings, case: str, folder: str) -> str:
+    """Both sides on one text, by one process and two."""
+    file = f"{folder}/{case}.jsonl"
+    kind = "tiny" if s.size == "tiny" else "lines" if case == "lines" else "documents"
+    what = child(HERE, "write_text", file, kind, 0, folder)
+    tokenizer = str(LLAMA3) if case == "llama3" else folder
+    mb = Path(file).stat().st_size / 1e6
+    sides = {f"{side}, {n} process{'es' if n > 1 else ''}": (name, [file, tokenizer, n])
+             for n in (1, 2) for side, name in (("ours", "ours"), ("datasets.map", "theirs"))
+             if side == "ours" or installed("datasets")}
+    runs, rows = in_turn(HERE, s.rounds, sides), []
+    for side, done in runs.items():
+        took = Spread.of([x["seconds"] for x in done])
+        other = runs.get(side.replace("ours", "datasets.map"), done)
+        times = Spread.of([x["seconds"] for x in other]).median / took.median
+        rows.append([side, f"{mb / took.median:.1f}", f"{took.least:.1f} to {took.most:.1f}",
+                     f"{times:.2f}", f"{max(x['gb'] for x in done):.2f}",
+                     f"{done[0]['disk'] / 1e6:.0f}", f"{done[0]['tokens']:,}"])
+    if len({x["tokens"] for done in runs.values() for x in done}) > 1:
+        s.faults.append(f"{case}: the sides give different numbers of tokens")
+    return f"{case}: {what}.\n\n" + table(
+        ["", "MB/s", "seconds", "times datasets.map", "peak GB of a process", "MB on disk",
+         "tokens"], rows)
+
+
 def job(s: Settings) -> str:
-    cases, parts = s.cases or ["encode", "gigabyte", "loader"], []
+    cases, parts = s.cases or CASES, []
+    if not LLAMA3.exists() or s.size == "tiny":
+        cases = [x for x in cases if x != "llama3"]
     with tempfile.TemporaryDirectory() as folder:
-        file, tokenizer = f"{folder}/text.jsonl", f"{folder}/tokenizer"
-        mb = SIZES[s.size]
-        what = child(HERE, "write_text", file, mb, tokenizer)
-        parts.append(f"{mb} MB: {what}; a SentencePiece BPE learned from it.")
-        if "encode" in cases:
-            sides = {f"{side}, {n} process{'es' if n > 1 else ''}": (name, [file, tokenizer, n])
-                     for n in (1, 2)
-                     for side, name in (("ours", "ours"), ("datasets.map", "theirs"))
-                     if side == "ours" or installed("datasets")}
-            runs = in_turn(HERE, s.rounds, sides)
-            rows = []
-            for side, done in runs.items():
-                took = Spread.of([x["seconds"] for x in done])
-                rows.append([side, f"{mb / took.median:.1f}", f"{took.least:.1f} to "
-                             f"{took.most:.1f}", f"{max(x['gb'] for x in done):.2f}",
-                             f"{done[0]['disk'] / 1e6:.0f}", f"{done[0]['tokens']:,}"])
-            if len({x["tokens"] for done in runs.values() for x in done}) > 1:
-                s.faults.append("the sides give different numbers of tokens")
-            parts.append(table(["", "MB/s", "seconds", "peak GB of a process", "MB on disk",
-                                "tokens"], rows))
+        parts += [beside(s, case, folder) for case in cases if case in CASES[:3]]
+        file, kind = f"{folder}/text.jsonl", "tiny" if s.size == "tiny" else "documents"
         if "loader" in cases:
-            found = child(HERE, "load", f"{folder}/bin", file, tokenizer)
+            child(HERE, "write_text", file, kind, 0, folder)
+            found = child(HERE, "load", f"{folder}/bin", file, folder)
             parts.append(f"The loader gives {found['rows']:,.0f} packed rows of 1,024 tokens a "
                          "second; a training step asks for a few.")
         if "gigabyte" in cases:
             mb = GIGABYTE[s.size]
-            child(HERE, "write_text", file, mb, tokenizer)
-            done = child(HERE, "ours", file, tokenizer, 2)
+            child(HERE, "write_text", file, kind, mb, folder)
+            done = child(HERE, "ours", file, folder, 2)
             parts.append(f"{mb:,} MB by two processes: {mb / done['seconds']:.1f} MB/s, no process "
                          f"above {done['gb']:.2f} GB.")
-    return "\n\n".join([*parts, limits.words(limits.measured(s.size), "datasets", "sentencepiece")])
+    return "\n\n".join([*parts, limits.words(limits.measured(s.size), "datasets", "sentencepiece",
+                                             "tokenizers")])
 
 
 if __name__ == "__main__":
     sys.exit(main(HERE, "Preparing text", {"write_text": write_text, "ours": ours, "theirs": theirs,
-                                           "load": load}, job, ["encode", "gigabyte", "loader"], 2))
+                                           "load": load}, job, CASES, 2))

@@ -1,0 +1,151 @@
+"""Words encoded once: a text's ids from those of its words.
+
+A text is cut before each single space between two words. Where no token reaches over such a cut,
+which is read off the tokenizer itself, a text's ids are those of its words end to end, and a word
+met before costs a look-up: text is encoded several times as fast as by the tokenizer alone. Where
+that cannot be read off, whole texts are encoded, as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+
+from tokenizer import Tokenizer
+
+MOST = 1 << 19  # words kept: some 100 MB
+FIRST, RUN = "\1", "\0"  # marks a text's first word; a space that is at no cut
+ODD = re.compile("[\0\1▁]")  # a text that holds a mark, or what is a space to some: not cut
+SPACES = re.compile(r"^ +| {2,}| +\Z")
+ACROSS = re.compile(r"[^▁ ][▁ ]")  # a token that holds one reaches over a cut
+
+# What cuts a text into pieces that are encoded alone, and never has a space behind another
+# character in one piece: GPT-2's expression, Llama 3's, Qwen 2's.
+GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+EXPRESSIONS = {*GPT2, LLAMA3, LLAMA3.replace("{1,3}", "")}
+
+
+class Words:
+    """A tokenizer with a memory for words; `apart` says whether it can be used."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.apart = _sentencepiece(tokenizer) if hasattr(tokenizer, "sp") else _json(tokenizer)
+        # a tokenizer that puts a space before a text gives a first word the ids of any other
+        self.begin, self.space = ("", "") if tokenizer.dummy_prefix > 0 else (FIRST, " ")
+        self._forget()
+
+    def documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """`Tokenizer.document` of D texts end to end: ids (N,) uint32, and how many each has,
+        (D,)."""
+        if len(self.known) > MOST:
+            self._forget()
+        odd = [i for i, text in enumerate(texts) if not self.apart or ODD.search(text)]
+        evened = list(texts)
+        for i in odd:
+            evened[i] = ""
+        cut = pyarrow.compute.split_pattern(pyarrow.array(
+            [self.begin + _evened(text) for text in evened], pyarrow.large_string()), " ")
+        found = cut.flatten().dictionary_encode()
+        here = self._learn(found.dictionary.to_pylist())[found.indices.to_numpy()]  # (W,)
+        ends = cut.offsets.to_numpy()
+        # a document's words stand between BOS and EOS: entries of the table like any other
+        D, n = len(texts), np.diff(ends)  # (D,)
+        laid = np.full(len(here) + 2 * D, 1)  # (W + 2D,) EOS
+        first = ends[:-1] + 2 * np.arange(D)  # where each document begins
+        laid[first] = 0  # BOS
+        laid[np.arange(len(here)) + 1 + 2 * np.repeat(np.arange(D), n)] = here
+        if odd:
+            laid[first[odd] + 1] = self._add(self.tokenizer.encode_batch([texts[i] for i in odd]))
+        starts, sizes = self.starts[laid], self.sizes[laid]
+        shift = starts - np.cumsum(sizes) + sizes  # from a place among the ids to one in the table
+        ids = self.ids[np.arange(sizes.sum()) + np.repeat(shift, sizes)]
+        return ids, np.add.reduceat(sizes, first) if D else n
+
+    def _forget(self) -> None:
+        self.known: dict[str, int] = {}  # a word behind a space: its place in the table
+        self.ids = np.zeros(0, np.uint32)  # of the table's entries, end to end
+        self.starts = self.sizes = np.zeros(0, np.int64)  # of each entry in them
+        self._add(self.tokenizer.ends)
+
+    def _learn(self, words: list[str]) -> np.ndarray:
+        """Words' places in the table, (U,), where those new to it are put."""
+        if new := [word for word in words if word not in self.known]:
+            plain = [word.replace(RUN, " ") for word in new]
+            places = self._add(self.tokenizer.encode_batch(
+                [x[1:] if x[:1] == FIRST else self.space + x for x in plain]))
+            self.known.update(zip(new, places.tolist(), strict=True))
+        return np.fromiter(map(self.known.__getitem__, words), np.int64, len(words))
+
+    def _add(self, encoded: Sequence[Sequence[int]]) -> np.ndarray:
+        """Put ids into the table: their places, (U,)."""
+        sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        self.starts = np.append(self.starts, len(self.ids) + np.cumsum(sizes) - sizes)
+        self.ids = np.append(self.ids, np.fromiter(chain.from_iterable(encoded), np.uint32))
+        self.sizes = np.append(self.sizes, sizes)
+        return np.arange(len(self.sizes) - len(sizes), len(self.sizes))
+
+
+def _evened(text: str) -> str:
+    """A text whose only spaces are those at cuts."""
+    even = "  " not in text and text[:1] != " " and text[-1:] != " "
+    return text if even else SPACES.sub(lambda m: RUN * len(m[0]), text)
+
+
+def _sentencepiece(tokenizer: Any) -> bool:
+    """Of a `.model`: BPE (a piece's score is its rank), no piece across a cut, and no character
+    changed before."""
+    sp, n = tokenizer.sp, tokenizer.sp.vocab_size()
+    ranks = all(sp.get_score(i).is_integer() for i in range(n))
+    plain = "x" + "x  x".join(map(chr, [*range(33, 0xD800), *range(0xE000, 0x10000)])) + "x"
+    shown = sp.normalize(plain).removeprefix("▁")
+    return ranks and shown == plain.replace(" ", "▁") and not any(map(ACROSS.search, sp.id_to_piece(
+        list(range(n)))))
+
+
+def _json(tokenizer: Any) -> bool:
+    """Of a tokenizer.json: its normaliser and pre-tokenizer are known ones, and no token, or no
+    piece that they leave, is across a cut."""
+    raw = json.loads(tokenizer.tok.to_str())
+    model, added = raw["model"], raw["added_tokens"]
+    if model.get("dropout") or model.get("continuing_subword_prefix") \
+            or model.get("end_of_word_suffix"):
+        return False
+    if any(ACROSS.search(x["content"]) or x["lstrip"] or x["rstrip"] or x["single_word"]
+           or (tokenizer.dummy_prefix > 0 and not x["special"]) for x in added):
+        return False  # behind one, text begins anew, with a space where texts get one
+    normal = _steps(raw["normalizer"], "normalizers")
+    before = _steps(raw["pre_tokenizer"], "pretokenizers")
+    spelled = [x for x in normal if x["type"] != "NFC"]
+    if all(x["type"] in ("Prepend", "Replace") and {"▁"} == {x.get("prepend", x.get("content"))}
+           and x.get("pattern", {"String": " "}) == {"String": " "} for x in spelled):
+        if spelled or any(x["type"] == "Metaspace" for x in before):
+            return all(x["type"] == "Metaspace" or x.get("pattern") == {"String": " "}
+                       for x in before) and not any(map(ACROSS.search, model["vocab"]))
+        return any(map(_cuts, before)) and all(_cuts(x) or x["type"] in ("Digits", "ByteLevel")
+                                               for x in before)
+    return False
+
+
+def _steps(step: Any, inside: str) -> list[dict[str, Any]]:
+    if step is None:
+        return []
+    return step[inside] if step["type"] == "Sequence" else [step]
+
+
+def _cuts(step: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer parts a text at every cut."""
+    if step["type"] == "ByteLevel":
+        return step["use_regex"] and not step["add_prefix_space"]
+    return (step["type"] == "Split" and step["pattern"].get("Regex") in EXPRESSIONS
+            and step["behavior"] == "Isolated" and not step["invert"])
