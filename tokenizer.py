@@ -226,7 +226,8 @@ class _Json(Tokenizer):
         import tokenizers
 
         with _guarded(f"{file}: not a tokenizer.json that can be used", quiet=True):
-            raw = json.loads(file.read_bytes())
+            content = file.read_bytes()
+            raw = json.loads(content)
             kind = raw["model"].get("type", "BPE")
             if kind != "BPE":
                 raise UserError(f"{file}: its model is {kind!r}, expected BPE, as of all the "
@@ -235,7 +236,7 @@ class _Json(Tokenizer):
             n = max([*raw["model"]["vocab"].values(), *added]) + 1
             if n > MOST:
                 raise ValueError(f"id {n - 1}, no tokenizer has above {MOST:,}")
-            self.tok = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            self.tok = tokenizers.Tokenizer.from_buffer(content)
             if odd := [x for i, x in added.items() if self.tok.token_to_id(x["content"]) != i]:
                 raise ValueError(f"id {odd[0]['id']} of {odd[0]['content']!r} is another's, or far")
             self.tok.no_padding()

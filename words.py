@@ -21,7 +21,9 @@ import pyarrow.compute
 from tokenizer import Tokenizer
 
 MOST = 1 << 19  # words kept: some 100 MB
+GROUP = 64  # new words encoded as one text: a call costs more than a word
 FIRST, RUN = "\1", "\0"  # marks a text's first word; a space that is at no cut
+ALONE = ("", FIRST, RUN)  # what begins so begins a text
 ODD = re.compile("[\0\1▁]")  # a text that holds a mark, or what is a space to some: not cut
 SPACES = re.compile(r"^ +| {2,}| +\Z")
 ACROSS = re.compile(r"[^▁ ][▁ ]")  # a token that holds one reaches over a cut
@@ -80,20 +82,46 @@ class Words:
 
     def _learn(self, words: list[str]) -> np.ndarray:
         """Words' places in the table, (U,), where those new to it are put."""
-        if new := [word for word in words if word not in self.known]:
-            plain = [word.replace(RUN, " ") for word in new]
-            places = self._add(self.tokenizer.encode_batch(
-                [x[1:] if x[:1] == FIRST else self.space + x for x in plain]))
-            self.known.update(zip(new, places.tolist(), strict=True))
+        new = [word for word in words if word not in self.known]
+        alone = [x for x in new if x[:1] in ALONE]
+        behind = [x for x in new if x[:1] not in ALONE]
+        places = [self._add(self.tokenizer.encode_batch(
+            [_plain(x.removeprefix(FIRST)) for x in alone]))]
+        groups = [behind[i : i + GROUP] for i in range(0, len(behind), GROUP)]
+        texts = [self.space + _plain(" ".join(group)) for group in groups]
+        encoded = self.tokenizer.encode_batch(texts)
+        sizes = np.concatenate([np.zeros(0, np.int64), *map(self._sizes, groups, encoded)])
+        if (sizes > 0).all():
+            places.append(self._add(encoded, sizes))
+        else:  # a normaliser made other bytes of some
+            places.append(self._add(self.tokenizer.encode_batch(
+                [self.space + _plain(x) for x in behind])))
+        self.known.update(zip(alone + behind, np.concatenate(places).tolist(), strict=True))
         return np.fromiter(map(self.known.__getitem__, words), np.int64, len(words))
 
-    def _add(self, encoded: Sequence[Sequence[int]]) -> np.ndarray:
-        """Put ids into the table: their places, (U,)."""
-        sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    def _sizes(self, words: list[str], ids: list[int]) -> np.ndarray:
+        """How many ids each word has of those of all in one text, (U,), by the bytes that each id
+        stands for; 0 where those do not come out."""
+        reached = np.cumsum(self.tokenizer.byte_lengths[ids])
+        ends = np.cumsum([len(word.encode()) + 1 for word in words])  # each with its space
+        last = np.searchsorted(reached, ends)  # of each word
+        if last[-1] + 1 != len(ids) or (reached[last] != ends).any():
+            return np.zeros(len(words), np.int64)
+        return np.diff(last, prepend=-1)
+
+    def _add(self, encoded: Sequence[Sequence[int]], sizes: np.ndarray | None = None) -> np.ndarray:
+        """Put ids into the table: the places, (U,), of entries of so many ids each, or of each
+        list."""
+        if sizes is None:
+            sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
         self.starts = np.append(self.starts, len(self.ids) + np.cumsum(sizes) - sizes)
         self.ids = np.append(self.ids, np.fromiter(chain.from_iterable(encoded), np.uint32))
         self.sizes = np.append(self.sizes, sizes)
         return np.arange(len(self.sizes) - len(sizes), len(self.sizes))
+
+
+def _plain(word: str) -> str:
+    return word.replace(RUN, " ")
 
 
 def _evened(text: str) -> str:
@@ -116,31 +144,31 @@ def _sentencepiece(tokenizer: Any) -> bool:
 def _json(tokenizer: Any) -> bool:
     """Of a tokenizer.json: its normaliser and pre-tokenizer are known ones, and no token, or no
     piece that they leave, is across a cut."""
-    raw = json.loads(tokenizer.tok.to_str())
-    model, added = raw["model"], raw["added_tokens"]
-    if model.get("dropout") or model.get("continuing_subword_prefix") \
-            or model.get("end_of_word_suffix"):
+    tok, model = tokenizer.tok, tokenizer.tok.model
+    if model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix:
         return False
-    if any(ACROSS.search(x["content"]) or x["lstrip"] or x["rstrip"] or x["single_word"]
-           or (tokenizer.dummy_prefix > 0 and not x["special"]) for x in added):
+    if any(ACROSS.search(x.content) or x.lstrip or x.rstrip or x.single_word
+           or (tokenizer.dummy_prefix > 0 and not x.special)
+           for x in tok.get_added_tokens_decoder().values()):
         return False  # behind one, text begins anew, with a space where texts get one
-    normal = _steps(raw["normalizer"], "normalizers")
-    before = _steps(raw["pre_tokenizer"], "pretokenizers")
+    normal, before = _steps(tok.normalizer), _steps(tok.pre_tokenizer)
     spelled = [x for x in normal if x["type"] != "NFC"]
     if all(x["type"] in ("Prepend", "Replace") and {"▁"} == {x.get("prepend", x.get("content"))}
            and x.get("pattern", {"String": " "}) == {"String": " "} for x in spelled):
         if spelled or any(x["type"] == "Metaspace" for x in before):
             return all(x["type"] == "Metaspace" or x.get("pattern") == {"String": " "}
-                       for x in before) and not any(map(ACROSS.search, model["vocab"]))
+                       for x in before) and not any(map(ACROSS.search, tokenizer.pieces))
         return any(map(_cuts, before)) and all(_cuts(x) or x["type"] in ("Digits", "ByteLevel")
                                                for x in before)
     return False
 
 
-def _steps(step: Any, inside: str) -> list[dict[str, Any]]:
+def _steps(step: Any) -> list[dict[str, Any]]:
+    """A normaliser or pre-tokenizer, by its steps in order, each as tokenizer.json has it."""
     if step is None:
         return []
-    return step[inside] if step["type"] == "Sequence" else [step]
+    found = json.loads(step.__getstate__())
+    return found.get("normalizers") or found.get("pretokenizers") or [found]
 
 
 def _cuts(step: dict[str, Any]) -> bool:

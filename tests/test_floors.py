@@ -81,10 +81,10 @@ def test_each_foreign_library_has_one_home():
         for name in imports(path) & FOREIGN:
             homes.setdefault(name, set()).add(path.stem)
     # safetensors: headers, weights in folders, adapters, resume points; tyro: its flags, and its
-    # mark for positional ones
+    # mark for positional ones; pyarrow: parquet files, and the cutting of many texts
     shared = {"safetensors": {"weights", "shards", "lora", "checkpoint", "export"},
               "tyro": {"config", "prepare"}, "jinja2": {"report", "chat", "suites", "sheet"},
-              "pyarrow": {"corpus", "suites"}, "bitsandbytes": {"nf4", "optim"},
+              "pyarrow": {"corpus", "suites", "words"}, "bitsandbytes": {"nf4", "optim"},
               "huggingface_hub": {"weights", "hub", "export"}}
     for name, where in homes.items():
         assert len(where) == 1 or where <= shared.get(name, set()), f"{name} in {sorted(where)}"
