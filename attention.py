@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ahead import host, sent
+
 BLOCK = 64  # queries whose scores stand at once on a CPU
 SIDE = 4  # documents of one length that go through one product, side by side
 SHORT = 1024  # tokens: with a longer document among them, torch's kernel is the faster one
@@ -81,8 +83,9 @@ class Layout:
             keys = torch.arange(extent, device=pos.device)
             mask = keys <= pos[..., None]  # (B,T,S)
             return cls(mask=(mask if near else mask & (keys > pos[..., None] - window))[:, None])
-        first = torch.ones_like(doc, dtype=torch.bool)
-        first[:, 1:] = doc[:, 1:] != doc[:, :-1]
+        known = host(doc)
+        first = torch.ones_like(known, dtype=torch.bool)
+        first[:, 1:] = known[:, 1:] != known[:, :-1]
         starts = first.flatten().nonzero().squeeze(-1)
         if doc.device.type in ONE_BY_ONE:
             lengths = torch.diff(starts, append=starts.new_tensor([B * T])).tolist()
@@ -98,7 +101,7 @@ class Layout:
             # a power of two, filled up with empty documents: the same graph for many batches
             ends = starts.new_full((1 << len(starts).bit_length(),), B * T)
             ends[: len(starts)] = starts
-            return cls(offsets=ends.int(), window=window)
+            return cls(offsets=sent(ends.int(), doc.device), window=window)
         seen = causal_mask(T, window, doc.device)
         return cls(mask=((doc[:, :, None] == doc[:, None, :]) & seen)[:, None])
 

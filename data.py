@@ -255,8 +255,9 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""
-        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in
-                       (self.tokens, self.targets, self.doc, self.pos, self.reference)))
+        from ahead import sent
+
+        return Batch(*(x if x is None else sent(x, device) for x in vars(self).values()))
 
 
 class Stream:

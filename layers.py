@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ahead import host
 from families import ModelConfig, Rope
 
 ACTIVATIONS = {  # by name: the function of x, and its gradient from (g, x)
@@ -137,7 +138,7 @@ def rotary_frequencies(rope: Rope, D: int, device: Any, length: Tensor | None = 
 def turns(rope: Rope, D: int, doc: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of every token's angles, (B,T,1,D/2) float32."""
     length = None
-    if rope.kind == "dynamic" and pos.numel() and pos.max() >= rope.original:
+    if rope.kind == "dynamic" and pos.numel() and host(pos).max() >= rope.original:
         same = doc[:, :, None] == doc[:, None, :]  # (B,T,T)
         length = ((pos + 1)[:, None, :] * same).amax(-1, keepdim=True)  # (B,T,1)
     angles = pos[..., None].float() * rotary_frequencies(rope, D, pos.device, length)  # (B,T,D/2)

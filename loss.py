@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ahead import host, sent
 from data import IGNORE
 
 # tokens whose logits stand at once: fastest on a CPU at V = 32,000, small beside a layer's
@@ -123,11 +124,11 @@ def token_nll(h: Tensor, head: Tensor, targets: Tensor, cap: float = 0.0,
     0 where the target is IGNORE; such tokens cost nothing. Never holds (B,T,V). `cap` bounds the
     logits (see `capped`), `smoothing` spreads the targets (see `_logit_gradient`).
     """
-    kept = targets.flatten() != IGNORE
+    kept = host(targets).flatten() != IGNORE
     h, flat = h.flatten(0, 1), targets.flatten()
     if kept.all():
         return _TokenNLL.apply(h, head, flat, cap, smoothing).view(targets.shape)
-    at = kept.nonzero().squeeze(-1)  # (n,)
+    at = sent(kept.nonzero().squeeze(-1), h.device)  # (n,)
     nll = _TokenNLL.apply(h[at], head, flat[at], cap, smoothing)
     return _Scatter.apply(nll, at, len(flat)).view(targets.shape)
 

@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         if self.training and self.neftune:
             x = x + noise(x, doc, self.neftune)
         if c.scale_embeddings:  # rounded to the dtype of products, as the published models were
-            x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype, device=x.device)
+            x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)
         held = cache is not None and cache.rows is None  # tokens behind what the cache holds
         if held:
             cache.extent += tokens.shape[1]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import lora
+from ahead import host, sent
 from data import IGNORE, Batch, Document, Whole
 from log import say
 from loss import cpo, document_logp, dpo
@@ -36,13 +37,15 @@ def total(model: Llama, b: Batch, s: Any) -> Tensor:
     DPO's loss is one sum, over pairs; CPO's are two, the second the NLL of the chosen, over its
     tokens.
     """
-    N = int(b.doc.max()) + 1
+    doc = host(b.doc)
+    N = int(doc.max()) + 1
 
     def by_pair(x: Tensor) -> Tensor:
         """Sums over each document, (B,T) -> (P,2)."""
         return -document_logp(x, b.doc, N).view(-1, 2)[there]  # (P,2)
 
-    there = document_logp((b.doc >= 0).float(), b.doc, N).view(-1, 2)[:, 0] < 0  # (B*N/2,)
+    there = document_logp((doc >= 0).float(), doc, N).view(-1, 2)[:, 0] < 0  # (B*N/2,)
+    there = sent(there.nonzero().squeeze(-1), b.doc.device)  # (P,)
     before = b.reference
     if s.mode == "dpo" and before is None:
         with torch.no_grad(), lora.disabled(model):

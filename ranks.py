@@ -233,8 +233,9 @@ class Ranks:
             self.buckets[self.sent].send()
             self.sent += 1
 
-    def gradients(self, parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], float]:
-        """What this rank has of the step's summed gradients, and the norm of all of them."""
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], Tensor]:
+        """What this rank has of the step's summed gradients, and the squares of their norms, (2,)
+        float64: of what all ranks have whole, and of its parts of the rest."""
         for bucket in self.buckets[self.sent:]:  # with parameters that this batch did not use
             bucket.send()
         for bucket in self.buckets:
@@ -242,10 +243,18 @@ class Ranks:
         found = [p.grad for p in parameters if p.grad is not None]
         whole = [g for g in found if not is_cut(g)]
         parts = [g.to_local() for g in found if is_cut(g)]
-        norm = torch.nn.utils.get_total_norm(whole).item()
-        if self.shards:
-            norm = (norm**2 + self.total(torch.nn.utils.get_total_norm(parts).item() ** 2)) ** 0.5
-        return whole + parts, norm
+        norms = [torch.nn.utils.get_total_norm(x).to(self.device, torch.float64, non_blocking=True)
+                 for x in (whole, parts)]
+        return whole + parts, torch.stack(norms).square()
+
+    def read(self, sums: Tensor, squares: Tensor) -> tuple[list[float], float]:
+        """Sums (k,) over all ranks, and the norm of the gradients whose `squares` these are: all
+        that a step asks of the device, in one wait."""
+        own = torch.cat([sums.double(), squares[1:]])
+        if self.world > 1:
+            dist.all_reduce(own)
+        *found, cut, whole = torch.cat([own, squares[:1]]).tolist()
+        return found, math.sqrt(whole + cut)
 
     # -- numbers and words ------------------------------------------------------------------------
 

@@ -206,6 +206,7 @@ import checkpoint  # noqa: E402
 import optim  # noqa: E402
 import plan  # noqa: E402
 import preference  # noqa: E402
+from ahead import ahead, sent  # noqa: E402
 from data import IGNORE, Batch  # noqa: E402
 from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
@@ -254,22 +255,23 @@ def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
 
     Sums are divided by the count over all ranks: a mean of means would favour tokens in emptier
     rows. A loss or gradient that is not finite on any rank raises NotFinite on all, and moves
-    nothing. What the objective only reports is put into `reported`.
+    nothing: so a step has to ask the device once, after its last backward pass and before anything
+    moves. What the objective only reports is put into `reported`.
     """
     scale = scale or optim.LossScale()
     counts = np.sum([np.atleast_1d(objective.count(b)) for b in batches], axis=0)  # (k,)
     counts = [max(1, x) for x in ranks.totals(*counts.tolist())]  # no terms: no gradient
-    count = torch.tensor(counts, device=ranks.device)
+    count = sent(torch.tensor(counts), ranks.device)
     minimised = len(counts) - len(objective.reported)
     parts = []
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(ahead(batches, ranks.device)):
         ranks.meet(last=i == len(batches) - 1)
-        part = objective.total(model, batch.to(ranks.device)).reshape(-1) / count  # (k,)
+        part = objective.total(model, batch).reshape(-1) / count  # (k,)
         (part[:minimised].sum() * scale.value).backward()
         parts.append(part.detach())
-    gradients, norm = ranks.gradients([p for p in model.parameters() if p.requires_grad])
-    found, norm = ranks.totals(*sum(parts).tolist()), norm / scale.value
-    loss = sum(found[:minimised])
+    gradients, squares = ranks.gradients([p for p in model.parameters() if p.requires_grad])
+    found, norm = ranks.read(sum(parts), squares)
+    loss, norm = sum(found[:minimised]), norm / scale.value
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         share = min(1.0, clip / (norm + 1e-6)) / scale.value
