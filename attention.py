@@ -106,6 +106,11 @@ class Layout:
         return cls(mask=((doc[:, :, None] == doc[:, None, :]) & seen)[:, None])
 
 
+def compiled(device: torch.device) -> bool:
+    """Whether attention is part of a compiled block: not where documents are gone through here."""
+    return device.type not in ONE_BY_ONE
+
+
 def causal_mask(T: int, window: int, device: Any) -> Tensor:
     """True where a token sees another: not ahead, and within the window if there is one, (T,T)."""
     seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()

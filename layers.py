@@ -5,13 +5,16 @@ Autograd keeps what each small operation read, float32 copies among it; for a no
 several times its input. The pieces here know their own gradient and keep inputs, which the graph
 holds anyway, and numbers per token. Tests hold each beside autograd's. Where no gradient is asked
 for, none of this is: a step of decoding is so short that telling autograd would be felt.
+
+What norms and gates give is kept by the products that read it. `Light` makes it again instead.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,62 @@ ACTIVATIONS = {  # by name: the function of x, and its gradient from (g, x)
     # x times the normal distribution function, by tanh (Hendrycks & Gimpel 2016, section 2)
     "gelu_tanh": (partial(F.gelu, approximate="tanh"),
                   partial(torch.ops.aten.gelu_backward, approximate="tanh"))}
+
+
+class _Again:
+    """A tensor that is made again when it is wanted, once for all who kept it."""
+
+    def __init__(self, make: Callable[[], Tensor]):
+        self.make, self.made, self.kept, self.wanted = make, None, 0, 0
+
+    def __call__(self) -> Tensor:
+        made = self.make() if self.made is None else self.made
+        self.wanted = (self.wanted + 1) % self.kept
+        self.made = made if self.wanted else None  # the last one takes it
+        return made
+
+
+class Light(torch.autograd.graph.saved_tensors_hooks):
+    """Selective activation checkpointing: within it, what a norm or a gate gives is not kept for
+    the backward pass but made again there, from what is kept anyway; no product is.
+
+    torch's own selective contexts choose among operations: run one by one, as here, they would keep
+    results of products that nobody reads, and cast or unpack each matrix again. A compiler sees
+    what is not read: it gets those (model.Decoder.compile_blocks).
+    """
+
+    now: ClassVar[Light | None] = None
+
+    def __init__(self) -> None:
+        super().__init__(self.pack, self.unpack)
+        self.given: dict[int, tuple[Tensor, _Again]] = {}  # by storage, alive until the end
+
+    def __enter__(self) -> None:
+        Light.now = self
+        super().__enter__()
+
+    def __exit__(self, *fault: Any) -> None:
+        super().__exit__(*fault)
+        Light.now = None
+        self.given.clear()
+
+    def pack(self, x: Tensor) -> Any:
+        _, again = self.given.get(x.untyped_storage()._cdata, (None, None))
+        if again is None:
+            return x
+        again.kept += 1
+        return again, x.size(), x.stride(), x.storage_offset()
+
+    @staticmethod
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[0]().as_strided(*kept[1:])
+
+
+def again(y: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """y; within `Light` it is made again by `make`, to the bit, and not kept."""
+    if Light.now is not None:
+        Light.now.given[y.untyped_storage()._cdata] = y, _Again(make)
+    return y
 
 
 class Linear(nn.Linear):
@@ -79,7 +138,8 @@ class RMSNorm(nn.Module):
         weight = self.weight.float() + self.offset if self.offset else self.weight.float()
         if not torch.is_grad_enabled():
             return _normed(x, weight, self.eps)[0]
-        return _Norm.apply(x, weight, self.eps)
+        kept = x.detach(), weight.detach(), self.eps
+        return again(_Norm.apply(x, weight, self.eps), lambda: _normed(*kept)[0])
 
 
 class _Norm(torch.autograd.Function):
@@ -175,7 +235,8 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, for an MLP's two inner products (B,T,M)."""
     if not torch.is_grad_enabled():
         return ACTIVATIONS[activation][0](gate).mul_(up)
-    return _Gate.apply(gate, up, activation)
+    act, read, factor = ACTIVATIONS[activation][0], gate.detach(), up.detach()
+    return again(_Gate.apply(gate, up, activation), lambda: act(read) * factor)
 
 
 class _Gate(torch.autograd.Function):

@@ -79,8 +79,8 @@ def shaped(config: ModelConfig, s: Any, dtype: torch.dtype, adapter: Path | None
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
-    model.model.compute_dtype, model.model.recompute = dtype, s.recompute
-    model.model.neftune = s.neftune
+    model.model.recompute, model.model.light = s.recompute, s.recompute_light
+    model.model.compute_dtype, model.model.neftune = dtype, s.neftune
     return model.train()
 
 

@@ -19,17 +19,24 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import nf4
-from attention import Layout, attend, flash
+from attention import Layout, attend, compiled, flash
 from families import ModelConfig
-from layers import Embedding, Linear, RMSNorm, gated, rotate, turns
+from layers import Embedding, Light, Linear, RMSNorm, gated, rotate, turns
+from log import FLAGS, UserError
 from loss import capped, token_nll
 
 
@@ -134,12 +141,20 @@ class Block(nn.Module):
         self.names = names[config.norms]  # before and after attention, before and after the MLP
         for name in filter(None, self.names):
             self.add_module(name, RMSNorm(config.hidden_size, config))
+        self.light = False  # once it is compiled
 
     def norm(self, which: int, x: Tensor) -> Tensor:
         return getattr(self, self.names[which])(x) if self.names[which] else x
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, pos: Tensor,
-                cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        """x (B,T,C) and what layers share -> (B,T,C); compiled, it may keep little (`light`)."""
+        if self.light and torch.is_grad_enabled():
+            return checkpoint(self.computed, x, *more, use_reentrant=False, context_fn=partial(
+                create_selective_checkpoint_contexts, products))
+        return self.computed(x, *more)
+
+    def computed(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, pos: Tensor,
+                 cache: KVCache | None = None, layer: int = 0) -> Tensor:
         seen = self.self_attn(self.norm(0, x), turn, layout, pos, cache, layer)
         x = x + self.norm(1, seen)
         return x + self.norm(3, self.mlp(self.norm(2, x)))  # (B,T,C)
@@ -156,6 +171,13 @@ def noise(x: Tensor, doc: Tensor, alpha: float) -> Tensor:
     return (torch.empty_like(x).uniform_(-1, 1) * most).to(x.dtype)
 
 
+def products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What a compiled block may keep of its operations: the products and attention."""
+    kept = ("aten.mm.", "aten.addmm", "attn", "attention")
+    return CheckpointPolicy.MUST_SAVE if any(x in str(op) for x in kept) \
+        else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Decoder(nn.Module):
     """Embeddings, L blocks and the last norm: tokens, doc, pos (B,T) -> (B,T,C)."""
 
@@ -166,8 +188,18 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
         self.compute_dtype = torch.float32  # of products and of what flows between them
-        self.recompute = False
+        self.recompute = self.light = False  # blocks, or their norms and gates, for the gradient
         self.neftune = 0.0  # noise on the embeddings while training
+
+    def compile_blocks(self, device: torch.device, **how: Any) -> None:
+        """torch.compile each block, for that device; `how` as torch.compile takes it."""
+        if self.light and not compiled(device):
+            raise UserError("--recompute-light: not with --compile on a CPU, where attention is no "
+                            "part of a compiled block; leave one of them out", FLAGS)
+        for block in self.layers:
+            block.light = self.light
+            block.compile(**how)
+        self.light = False  # blocks do it themselves from here on
 
     def shared(self, doc: Tensor, pos: Tensor, extent: int | None) -> tuple[dict, Any, Any]:
         """What layers share: who sees whom, by window, and the turns of those that see all, and of
@@ -196,7 +228,9 @@ class Decoder(nn.Module):
             here = None if i in c.no_rope else local if window else turn
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, here, layouts[window], pos, use_reentrant=False)
-            else:  # without a cache all layers get one number: one that varies recompiles
+                continue
+            with Light() if self.light and torch.is_grad_enabled() else nullcontext():
+                # without a cache all layers get one number: one that varies recompiles
                 x = block(x, here, layouts[window], pos, cache, 0 if cache is None else i)
         if held:
             cache.length = torch.maximum(cache.length, torch.where(doc >= 0, pos + 1, 0).amax(1))

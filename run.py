@@ -125,7 +125,8 @@ class Run:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         if model.lm_head is None and model.head.requires_grad:
             log.say("the head is tied to the embeddings: one tensor, trained and saved once")
-        model.model.compute_dtype, model.model.recompute = dtype, s.recompute
+        model.model.recompute, model.model.light = s.recompute, s.recompute_light
+        model.model.compute_dtype = dtype
         model.model.neftune, model.smoothing = s.neftune, s.label_smoothing
         context, vocab = model.config.max_position_embeddings, model.config.vocab_size
         if s.seq_len > context:
@@ -138,8 +139,7 @@ class Run:
         ranks.agree({f"sha256 of {x.name}": x.sha for x in mixed}
                     | {"model": f"{model.config}", "tokenizer": tokenizer.fingerprint})
         if s.compile:
-            for block in model.model.layers:
-                block.compile()
+            model.model.compile_blocks(ranks.device)
         ranks.share(model, s.shard, dtype, trained)
 
         def load(rows: int) -> Loader:

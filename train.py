@@ -123,6 +123,8 @@ class Settings:
     """torch.compile each block."""
     recompute: bool = False
     """Activation checkpointing: less memory for a third more time."""
+    recompute_light: bool = False
+    """Of activations, only norms' and gates' are made again, and no product (selective)."""
     shard: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """With several ranks: ddp, each holds the model; fsdp, each holds a part. auto: ddp where a GPU
     holds it twice."""
@@ -175,8 +177,8 @@ class Settings:
 # and that is said; all else must be as it was.
 FREE = {"out", "resume", "plan", "plan_for", "plan_share", "plan_price", "rows", "rank_timeout",
         "eval_every", "save_every", "keep", "track", "ignore_memory", "stop_if"}
-WARNED = {"device", "compile", "recompute", "shard", "eval_tokens", "prompts", "suites",
-          "suite_data", "suite_items"}
+WARNED = {"device", "compile", "recompute", "recompute_light", "shard", "eval_tokens", "prompts",
+          "suites", "suite_data", "suite_items"}
 
 
 def read_settings(argv: list[str]) -> tuple[Settings, dict[str, str]]:
@@ -361,29 +363,26 @@ def loop(run: Run) -> int:
 
 def train(s: Settings, origins: dict[str, str]) -> int:
     """One run, from settings to the saved result; 0 done, 130 or 143 interrupted and saved."""
-    fit = {"seq-len": s.seq_len >= 2, "keep": s.keep >= 2, "hold-out": 0 <= s.hold_out < 1,
-           "rows": s.rows == "auto" or s.rows >= 1, "rank-timeout": s.rank_timeout > 0,
-           "steps": s.steps >= 0, "tokens-per-step": s.tokens_per_step >= 0,
-           "epochs": s.epochs > 0, "lr": s.lr > 0, "clip": s.clip > 0, "warmup": s.warmup >= 0,
-           "eval-tokens": s.eval_tokens > 0, "suite-items": s.suite_items >= 0,
-           "lora-plus": s.lora_plus > 0,
-           "embedding-lr": s.embedding_lr >= 0, "beta": s.beta > 0, "nll-weight": s.nll_weight >= 0,
-           "max-epochs-per-source": s.max_epochs_per_source >= 0, "neftune": s.neftune >= 0,
-           "plan-share": 0 < s.plan_share < 1, "plan-price": s.plan_price >= 0,
-           "ema": 0 <= s.ema < 1, "label-smoothing": 0 <= s.label_smoothing < 1}
+    fit = {"seq-len": s.seq_len >= 2, "warmup": s.warmup >= 0, "plan-price": s.plan_price >= 0,
+           "keep": s.keep >= 2, "steps": s.steps >= 0, "embedding-lr": s.embedding_lr >= 0,
+           "hold-out": 0 <= s.hold_out < 1, "clip": s.clip > 0, "lora-plus": s.lora_plus > 0,
+           "rows": s.rows == "auto" or s.rows >= 1, "plan-share": 0 < s.plan_share < 1,
+           "rank-timeout": s.rank_timeout > 0, "lr": s.lr > 0, "suite-items": s.suite_items >= 0,
+           "tokens-per-step": s.tokens_per_step >= 0, "beta": s.beta > 0, "ema": 0 <= s.ema < 1,
+           "epochs": s.epochs > 0, "max-epochs-per-source": s.max_epochs_per_source >= 0,
+           "eval-tokens": s.eval_tokens > 0, "nll-weight": s.nll_weight >= 0,
+           "neftune": s.neftune >= 0, "label-smoothing": 0 <= s.label_smoothing < 1}
     for name, good in fit.items():
         if not good:
-            value = getattr(s, name.replace("-", "_"))
-            raise UserError(f"--{name} {value}: out of range; seq-len and keep are at least 2, "
-                            "hold-out, plan-share, ema and label-smoothing below 1, the others "
-                            "above 0", FLAGS)
+            raise UserError(f"--{name} {getattr(s, name.replace('-', '_'))}: out of range; seq-len "
+                            "and keep are at least 2, hold-out, plan-share, ema and "
+                            "label-smoothing below 1, the others above 0", FLAGS)
     if s.mode != "cpo" and (s.arpo or s.nll_weight != 1):
         raise UserError("--arpo and --nll-weight: say something with --mode cpo alone", FLAGS)
     if s.max_epochs_per_source and not s.steps:
-        raise UserError("--max-epochs-per-source: says nothing without --steps, from which each "
-                        "source's tokens are known", FLAGS)
+        raise UserError("--max-epochs-per-source: says nothing without --steps; give them", FLAGS)
     idle = ("lora_layers", "rslora", "dora") if s.tune == "full" else ("train_layers",)
-    idle += () if s.tune == "qlora" else ("double_quant",)
+    idle += ("double_quant",) * (s.tune != "qlora") + ("recompute_light",) * s.recompute
     idle += ("neftune", "label_smoothing") if MODES[s.mode][0] == "pairs" else ()
     if s.tune == "full" and not s.train_layers:
         idle += ("train_embeddings", "train_norms")  # they do
@@ -393,7 +392,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     for name in idle:
         if getattr(s, name):
             raise UserError(f"--{name.replace('_', '-')}: says nothing here, with --mode {s.mode} "
-                            f"and --tune {s.tune}; leave it out", FLAGS)
+                            f"and --tune {s.tune}{' and --recompute' * s.recompute}; leave it out",
+                            FLAGS)
     if s.plan_for:
         plan.foretell(s)
         return 0

@@ -23,7 +23,7 @@ SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabular
     "1B": (2048, 8192, 16, 32, 8, 128256), "8B": (4096, 14336, 32, 32, 8, 128256),
     "tiny": (64, 128, 2, 4, 2, 512)}
 CASES = {  # model, tokens in a row, what our side does besides
-    "full": ("1B", 8192, "--recompute"), "lora": ("8B", 4096, "--recompute"),
+    "full": ("1B", 8192, "--recompute-light"), "lora": ("8B", 4096, "--recompute"),
     "qlora": ("8B", 4096, "--recompute")}
 DOCUMENT = 1024
 
@@ -77,7 +77,8 @@ def ours(case: str, rows: int, steps: int) -> dict[str, Any]:
         torch.set_default_dtype(torch.float32)
     model.initialise(0)
     model.model.compute_dtype = torch.bfloat16
-    model.model.recompute = "--recompute" in options
+    model.model.recompute = options == "--recompute"
+    model.model.light = options == "--recompute-light"
     if case == "qlora":
         for name, m in list(model.named_modules()):
             if nf4.fits(name, m):
@@ -87,8 +88,7 @@ def ours(case: str, rows: int, steps: int) -> dict[str, Any]:
     if case != "full":
         lora.attach(model, 16, 32.0, 0.0, ["all-linear"])
     model.train()
-    for block in model.model.layers:
-        block.compile()
+    model.model.compile_blocks(gpu.device)
     optimizer = optim.adamw(model, 1e-4, (0.9, 0.95), 0.1)
     ids = torch.randint(0, model.config.vocab_size, (rows, T))
     at = torch.arange(T).expand(rows, T)

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {  # words of train.Se
     "full": ("all weights", {"tune": "full"}, ["transformers"]),
     "full-recompute": ("all weights, recompute", {"tune": "full", "recompute": True},
                        ["transformers"]),
+    "full-light": ("all weights, recompute-light", {"tune": "full", "recompute_light": True}, []),
     "bf16": ("all weights, adamw-bf16", {"tune": "full", "optimizer": "adamw-bf16"}, []),
     "lora": ("LoRA", {"tune": "lora"}, ["peft", "peft + bf16 adapter"]),
     "lora-recompute": ("LoRA, recompute", {"tune": "lora", "recompute": True}, ["peft"]),
@@ -104,7 +105,8 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
         model, _ = weights.load(Path(folder, name), tokenizer=False,
                                 dtype=torch.bfloat16 if narrow else torch.float32,
                                 quant="nf4" if s.tune == "qlora" else "none")
-        model.model.compute_dtype, model.model.recompute = torch.bfloat16, s.recompute
+        model.model.recompute, model.model.light = s.recompute, s.recompute_light
+        model.model.compute_dtype = torch.bfloat16
         if s.tune != "full":
             lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
         same_start(model)

@@ -36,6 +36,8 @@ BIG = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16,
 WAYS = {"all weights": {}, "recomputed": {"recompute": True}, "bf16": {"optimizer": "adamw-bf16"},
         "8 bits": {"optimizer": "adamw8bit"}, "LoRA": {"tune": "lora"},
         "LoRA, recomputed": {"tune": "lora", "recompute": True},
+        "all weights, light": {"recompute_light": True},
+        "QLoRA, light": {"tune": "qlora", "recompute_light": True},
         "QLoRA": {"tune": "qlora", "double_quant": True},
         "DoRA and embeddings": {"tune": "lora", "dora": True, "train_embeddings": True,
                                 "lora_dropout": 0.1},
@@ -75,8 +77,8 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
             lora.attach(model, 8, 32.0, s.lora_dropout, ["all-linear"], False, s.dora, [], whole)
         if s.train_layers:
             lora.train_layers(model, [1], whole)
-        model.model.compute_dtype, model.model.recompute = dtype, s.recompute
-        model.model.neftune = s.neftune
+        model.model.recompute, model.model.light = s.recompute, s.recompute_light
+        model.model.compute_dtype, model.model.neftune = dtype, s.neftune
         m = None  # a layer that was replaced must go
         optimizer = optim.adamw(model.train(), 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
         for step in range(2):
@@ -181,8 +183,8 @@ def test_what_cannot_fit_a_rank_is_refused_too(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["full", "full-recompute", "bf16", "lora", "lora-recompute",
-                                  "qlora", "qlora-recompute"])
+@pytest.mark.parametrize("case", ["full", "full-recompute", "full-light", "bf16", "lora",
+                                  "lora-recompute", "qlora", "qlora-recompute"])
 def test_the_prediction_is_within_a_tenth_of_what_the_system_counts(tmp_path_factory, case):
     """110M parameters in processes of their own, in which glibc gives blocks above 1 MB back at
     once; as it comes its heap keeps holes between them, and the system counts those too."""

@@ -120,6 +120,7 @@ TUNES = {
                                        "train_embeddings": True, "train_norms": True},
     "QLoRA": {"tune": "qlora", "lora_rank": 4},
     "recomputed": {"recompute": True},
+    "norms and gates made again": {"recompute_light": True, "tune": "lora", "lora_rank": 4},
     "averaged": {"model": "untied", "ema": 0.9, "label_smoothing": 0.1, "best": "kin",
                  "eval_every": 5},
 }
