@@ -7,6 +7,8 @@ others skip that, each tested equal to it:
     blocks      CPU, short documents: products over BLOCK queries and just the keys they can see
     documents   CPU, long documents: torch's own kernel on one after the other
     offsets     GPU, bf16 or fp16: one flash kernel over documents end to end (Dao 2023)
+    tiles       the same where this torch has no such kernel: its flex_attention, compiled, which
+                leaves out the tiles of scores that nobody sees (Dong et al. 2024)
 
 Scores and softmax are float32 on every path.
 """
@@ -26,6 +28,7 @@ from torch import Tensor
 from ahead import host, sent
 
 BLOCK = 64  # queries whose scores stand at once on a CPU
+TILE = 128  # queries, and keys, that flex_attention takes or leaves together: its own default
 SIDE = 4  # documents of one length that go through one product, side by side
 SHORT = 1024  # tokens: with a longer document among them, torch's kernel is the faster one
 ONE_BY_ONE = ("cpu",)  # where packed documents are not attended by a mask
@@ -51,6 +54,7 @@ class Layout:
     At most one of these is there; without any, each row is one document, plain causal.
     `blocks`, `lengths`, `offsets` (N+1,) int32: documents end to end over all rows, see above;
     blocks are those of one of `side` equal parts of them.
+    `tiles`: flex_attention's BlockMask, which tiles of scores are seen, and who in them.
     `mask` (B,1,T,S): True where a key is seen. `window`: tokens seen back, the token itself
     included; 0: all.
     """
@@ -58,6 +62,7 @@ class Layout:
     blocks: list[Block] | None = None
     lengths: list[int] | None = None
     offsets: Tensor | None = None
+    tiles: Any = None
     mask: Tensor | None = None
     window: int = 0
     side: int = 1
@@ -70,10 +75,10 @@ class Layout:
 
     @classmethod
     def of(cls, doc: Tensor, pos: Tensor, extent: int | None = None, window: int = 0,
-           plain: bool = False, flash: bool = False) -> Layout:
+           plain: bool = False, fused: str = "") -> Layout:
         """From doc, pos (B,T); `extent`: of the cache that is read, if any.
 
-        `plain`: for scores that no fused kernel computes; `flash`: its kernel can be used.
+        `plain`: for scores that no fused kernel computes; `fused`: the kernel there is (`kernel`).
         """
         B, T = doc.shape
         if extent is not None:
@@ -95,9 +100,11 @@ class Layout:
                 part = lengths[: len(lengths) // side]
                 return cls(blocks=blocks_of(part, window), window=window, side=side)
             return cls(lengths=lengths if len(lengths) > B else None, window=window)
+        if fused == "tiles" and not plain:
+            return cls(tiles=tiles_of(doc, window), window=window)
         if len(starts) == B:
             return cls(window=window)
-        if flash and not plain:
+        if fused and not plain:
             # a power of two, filled up with empty documents: the same graph for many batches
             ends = starts.new_full((1 << len(starts).bit_length(),), B * T)
             ends[: len(starts)] = starts
@@ -128,6 +135,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
         return attend_documents(q, k, v, layout, scale, cap)
     if layout.offsets is not None:
         return attend_offsets(q, k, v, layout, scale)
+    if layout.tiles is not None:
+        return attend_tiles(q, k, v, layout, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,H,T,D), (B,K,S,D)
     mask, causal = layout.mask, layout.mask is None and T > 1
     if causal and (cap or 0 < layout.window < T):
@@ -168,10 +177,17 @@ def varlen() -> tuple[Any, bool]:
     return varlen_attn, "enable_gqa" in signature(varlen_attn).parameters
 
 
-def flash(device: torch.device, dtype: torch.dtype, D: int) -> bool:
-    """Whether that kernel runs here: on an Ampere GPU or later, in 16 bits, heads to width 256."""
-    return (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and D <= 256
-            and varlen()[0] is not None and torch.cuda.get_device_capability(device) >= (8, 0))
+def kernel(device: torch.device, dtype: torch.dtype, D: int) -> str:
+    """What computes packed rows here: `offsets`, that kernel, or `tiles` where this torch has none;
+    neither (a mask) but on an Ampere GPU or later, in 16 bits, for heads to width 256."""
+    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and D <= 256 \
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    return fused() if fits else ""
+
+
+def fused() -> str:
+    """Which of the two a GPU that is new enough takes."""
+    return "tiles" if varlen()[0] is None else "offsets"
 
 
 def attend_offsets(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -185,6 +201,53 @@ def attend_offsets(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float
     y = kernel(*(x.flatten(0, 1) for x in (q, k, v)), layout.offsets, layout.offsets, T, T,
                scale=scale, window_size=(layout.window - 1, 0), **more)  # (-1, 0): causal
     return y.view(q.shape)
+
+
+def tiles_of(doc: Tensor, window: int) -> Any:
+    """Which tiles of scores are seen in part or whole, as flex_attention's BlockMask: doc (B,T).
+
+    Documents lie in order, so a tile is known by the first and last of its queries and keys. All
+    shapes depend on (B,T) alone, and no host waits.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    (_, T), own = doc.shape, torch.zeros_like(doc)
+    own[:, 1:] = (doc[:, 1:] != doc[:, :-1]).cumsum(1)  # (B,T): each document's number in its row
+    edge = F.pad(own, (0, -T % TILE), value=T).unflatten(1, (-1, TILE))  # past the end: of none
+    begin, end = edge[..., 0], edge[..., -1]  # (B,n)
+    at = torch.arange(begin.shape[1], device=doc.device)
+    gap = at[:, None] - at  # (n,n): tiles from keys to queries
+    seen = (gap >= 0) & (end[:, None] >= begin[..., None])  # (B,n,n)
+    whole = seen & (gap > 0) & (begin[:, None] == end[..., None])
+    if window:
+        seen, whole = seen & ((gap - 1) * TILE + 1 < window), whole & ((gap + 1) * TILE <= window)
+
+    def listed(x: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tiles of each row of them, and which, those first: (B,1,n), (B,1,n,n)."""
+        order = x.int().argsort(dim=-1, descending=True, stable=True)
+        return x.sum(-1).int()[:, None], order.int()[:, None]
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        near = (q >= k) & (own[b, q] == own[b, k])
+        return near & (q - k < window) if window else near
+
+    return BlockMask.from_kv_blocks(*listed(seen & ~whole), *listed(whole), BLOCK_SIZE=TILE,
+                                    mask_mod=sees, seq_lengths=(T, T))
+
+
+@cache
+def flex() -> Any:
+    """torch's flex_attention, compiled: it is slow and large otherwise."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend_tiles(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    """`attend` by flex_attention."""
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    return flex()(*heads, block_mask=layout.tiles, scale=scale,
+                  enable_gqa=k.shape[2] != q.shape[2]).transpose(1, 2)
 
 
 def blocks_of(lengths: list[int], window: int) -> list[Block]:

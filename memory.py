@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 import lora
 import nf4
 import optim
-from attention import flash
+from attention import kernel
 from families import ModelConfig
 from log import FLAGS, UserError
 from loss import _TokenNLL, cpo, document_logp, dpo
@@ -181,7 +181,7 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
     """The most that one of `world` ranks holds in a step of settings `s`, of so many micro-batches.
 
     Rows are two documents each, as packed rows are several. `path` of attention.py: blocks (a CPU),
-    offsets (a GPU's flash kernel) or mask (a GPU without it). `gb`: of a GPU, for --shard auto.
+    offsets or tiles (a GPU's kernels) or mask (a GPU without). `gb`: of a GPU, for --shard auto.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -229,6 +229,8 @@ def _layout(path: str, doc: Tensor, pos: Tensor, window: int, plain: bool) -> La
         return Layout.of(doc, pos, None, window, plain)
     if path == "offsets" and not plain:
         return Layout(offsets=torch.zeros(4 * B, dtype=torch.int32), window=window)
+    if path == "tiles" and not plain:
+        return Layout()  # a causal kernel keeps what that one does, which runs only compiled
     return Layout(mask=torch.ones(B, 1, T, T, dtype=torch.bool), window=window)
 
 
@@ -236,7 +238,7 @@ def path_of(device: torch.device, dtype: torch.dtype, D: int) -> str:
     """The path that attention takes on a device."""
     if device.type == "cpu":
         return "blocks"
-    return "offsets" if flash(device, dtype, D) else "mask"
+    return kernel(device, dtype, D) or "mask"
 
 
 def numbers(config: ModelConfig) -> int:

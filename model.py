@@ -33,7 +33,7 @@ from torch.utils.checkpoint import (
 )
 
 import nf4
-from attention import Layout, attend, compiled, flash
+from attention import Layout, attend, compiled, kernel
 from families import ModelConfig
 from layers import Embedding, Light, Linear, RMSNorm, gated, rotate, turns
 from log import FLAGS, UserError
@@ -205,8 +205,8 @@ class Decoder(nn.Module):
         """What layers share: who sees whom, by window, and the turns of those that see all, and of
         those that see a window."""
         c = self.config
-        fast = flash(doc.device, self.compute_dtype, c.head_dim)
-        layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fast)
+        fused = kernel(doc.device, self.compute_dtype, c.head_dim)
+        layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fused)
                    for window in set(c.windows) or {0}}
         turn = turns(c.rope, c.head_dim, doc, pos)
         return layouts, turn, turns(c.local_rope, c.head_dim, doc, pos) if c.local_rope else turn

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import attention
 import log
 import memory
 import nf4
@@ -162,7 +163,7 @@ def foretell(s: Any) -> None:
     if s.seq_len > config.max_position_embeddings:
         raise UserError(f"--seq-len {s.seq_len}: the model's context is "
                         f"{config.max_position_embeddings}", FLAGS)
-    path = "mask" if name == "T4" else "offsets"  # its kernel needs an Ampere GPU
+    path = "mask" if name == "T4" else attention.fused()  # its kernel needs an Ampere GPU
 
     def need(rows: int) -> memory.Need:
         return memory.need(config, dataclasses.replace(s, rows=rows), dtype,

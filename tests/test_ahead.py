@@ -134,7 +134,7 @@ def test_a_step_asks_the_device_once(monkeypatch, shape, path, tune):
     model = tiny.ours(tiny.peer(shape), shape).train()
     if tune == "lora":
         lora.attach(model, 4, 8, 0.0, ["all-linear"])
-    monkeypatch.setattr("model.flash", lambda *_: path == "flash")
+    monkeypatch.setattr("model.kernel", lambda *_: "offsets" if path == "flash" else "")
     monkeypatch.setattr(attention, "varlen", lambda: (kernel, True))
     asked, _ = counted(monkeypatch, model, train.NLL, [batch(1), batch(2), batch(3)])
     assert asked == ["tolist"]

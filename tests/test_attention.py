@@ -102,7 +102,7 @@ def test_offsets_tell_the_flash_kernel_the_documents_and_the_window(monkeypatch,
     monkeypatch.setattr(attention, "varlen", lambda: (kernel, grouped))
     monkeypatch.setattr(attention, "ONE_BY_ONE", ())
     doc, pos = laid([10, 20, 4, 6, 31, 9], rows=2)
-    layout = Layout.of(doc, pos, window=window, flash=True)
+    layout = Layout.of(doc, pos, window=window, fused="offsets")
     assert layout.mask is None and layout.offsets[-1] == doc.numel()
     inputs, g = drawn(2, 40, 4, 2, 8), tiny.drawn(2, 40, 4, 8, seed=9)
     for a, b in zip(run(lambda *x: attend(*x, layout, 0.3), inputs, g),
@@ -119,8 +119,8 @@ def test_the_flash_kernel_is_as_exact_as_the_mask(window):
     inputs = [x.cuda() for x in drawn(1, sum(lengths), 8, 2, 64, torch.bfloat16)]
     g = tiny.drawn(1, sum(lengths), 8, 64, seed=9).bfloat16().cuda()
     exact = run(lambda *x: plain(*x, doc, window, 0.125), inputs, g)
-    assert attention.flash(doc.device, torch.bfloat16, 64)
-    fast = Layout.of(doc, pos, window=window, flash=True)
+    assert attention.kernel(doc.device, torch.bfloat16, 64) == "offsets"
+    fast = Layout.of(doc, pos, window=window, fused="offsets")
     masked = Layout.of(doc, pos, window=window)
     assert fast.offsets is not None and masked.mask is not None
     mine = run(lambda *x: attend(*x, fast, 0.125), inputs, g)
@@ -130,5 +130,101 @@ def test_the_flash_kernel_is_as_exact_as_the_mask(window):
 
 
 def test_this_torch_has_the_kernel_and_a_cpu_does_not_take_it():
-    assert attention.varlen()[0] is not None
-    assert not attention.flash(torch.device("cpu"), torch.bfloat16, 64)
+    assert attention.varlen()[0] is not None and attention.fused() == "offsets"
+    assert attention.kernel(torch.device("cpu"), torch.bfloat16, 64) == ""
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=9),
+       st.sampled_from([0, 1, 100, 129, 300]))
+def test_the_tiles_that_are_left_out_are_those_that_torch_finds_empty(lengths, window):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    doc, _ = laid(lengths)
+    doc = torch.stack([doc[0], doc[0].flip(0)])  # numbers may fall: a tail's is -1
+    found = attention.tiles_of(doc, window)
+    T = doc.shape[1]
+    theirs = create_block_mask(found.mask_mod, 2, None, T, T, device="cpu")
+    for count, which in (("kv_num_blocks", "kv_indices"), ("q_num_blocks", "q_indices"),
+                         ("full_kv_num_blocks", "full_kv_indices"),
+                         ("full_q_num_blocks", "full_q_indices")):
+        n = getattr(theirs, count)
+        assert torch.equal(getattr(found, count), n), count
+        used = torch.arange(n.shape[-1]) < n[..., None]
+        assert torch.equal(getattr(found, which)[used], getattr(theirs, which)[used]), which
+
+
+@pytest.mark.parametrize("window", [0, 90])
+def test_flex_attention_computes_what_a_mask_does_forward_and_backward(monkeypatch, window):
+    """As torch computes it where nothing is compiled; it refuses a gradient on a CPU only because
+    the compiled one has none there."""
+    import torch.nn.attention.flex_attention as flex
+
+    monkeypatch.setattr(attention, "ONE_BY_ONE", ())
+    monkeypatch.setattr(attention, "flex", lambda: flex.flex_attention)
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    doc, pos = laid([100, 200, 3, 47, 310, 40], rows=2)
+    layout = Layout.of(doc, pos, window=window, fused="tiles")
+    assert layout.tiles is not None
+    inputs, g = drawn(2, 350, 4, 2, 8), tiny.drawn(2, 350, 4, 8, seed=9)
+    for a, b in zip(run(lambda *x: attend(*x, layout, 0.3), inputs, g),
+                    run(lambda *x: plain(*x, doc, window, 0.3), inputs, g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 90])
+def test_flex_attention_compiled_is_one_graph_whatever_the_documents(monkeypatch, window):
+    """Forward alone: the compiled one has no backward pass on a CPU."""
+    monkeypatch.setattr(attention, "ONE_BY_ONE", ())
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for seed, lengths in enumerate(([100, 200, 3, 47], [350], [1, 249, 100])):
+        doc, pos = laid(lengths)
+        layout = Layout.of(doc, pos, window=window, fused="tiles")
+        inputs = [x + seed for x in drawn(1, 350, 4, 2, 16)]
+        with torch.no_grad():
+            y = attend(*inputs, layout, 0.3)
+        torch.testing.assert_close(y.double(), plain(*inputs, doc, window, 0.3), rtol=1e-4,
+                                   atol=1e-4)
+    assert graphs["unique_graphs"] - before == 1
+
+
+def test_flex_attention_is_part_of_a_compiled_block_which_is_not_compiled_anew(monkeypatch):
+    monkeypatch.setattr(attention, "ONE_BY_ONE", ())
+    monkeypatch.setattr("model.kernel", lambda *_: "tiles")
+    torch._dynamo.reset()
+    model, same = (tiny.ours(tiny.peer("llama3"), "llama3") for _ in range(2))
+    model.model.compile_blocks(torch.device("cpu"), fullgraph=True, backend="eager")
+    graphs, seen = torch._dynamo.utils.counters["stats"], set()
+    for seed, lengths in enumerate(([30, 70, 50], [150], [149, 1], [1, 20, 29, 100])):
+        ids, (doc, pos) = tiny.tokens(1, 150, seed), laid(lengths)
+        with torch.no_grad(), monkeypatch.context() as patched:
+            found = tiny.logits(model, ids, doc, pos)
+            patched.setattr("model.kernel", lambda *_: "")
+            torch.testing.assert_close(found, tiny.logits(same, ids, doc, pos), rtol=1e-4,
+                                       atol=1e-4)
+        seen.add(graphs["unique_graphs"])
+    assert len(seen) == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("window", [0, 100])
+def test_flex_attention_is_as_exact_as_the_mask_on_a_gpu(window):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for lengths in ([512, 300, 37, 5, 170], [1024], [3, 21, 1000]):
+        doc, pos = (x.cuda() for x in laid(lengths))
+        inputs = [x.cuda() for x in drawn(1, sum(lengths), 8, 2, 64, torch.bfloat16)]
+        g = tiny.drawn(1, sum(lengths), 8, 64, seed=9).bfloat16().cuda()
+        exact = run(lambda *x, doc=doc: plain(*x, doc, window, 0.125), inputs, g)
+        tiles = Layout.of(doc, pos, window=window, fused="tiles")
+        masked = Layout.of(doc, pos, window=window)
+        mine = run(lambda *x, tiles=tiles: attend(*x, tiles, 0.125), inputs, g)
+        slow = run(lambda *x, masked=masked: attend(*x, masked, 0.125), inputs, g)
+        for name, a, b, e in zip("y dq dk dv".split(), mine, slow, exact, strict=True):
+            assert (a - e).norm() < 1.5 * (b - e).norm(), name
+    assert graphs["unique_graphs"] - before == 1
