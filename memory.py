@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fp8
 import lora
 import nf4
 import optim
@@ -81,6 +82,8 @@ def shaped(config: ModelConfig, s: Any, dtype: torch.dtype, adapter: Path | None
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
     model.model.recompute, model.model.light = s.recompute, s.recompute_light
     model.model.compute_dtype, model.model.neftune = dtype, s.neftune
+    if s.dtype == "fp8":
+        fp8.use(model)
     return model.train()
 
 

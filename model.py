@@ -173,7 +173,7 @@ def noise(x: Tensor, doc: Tensor, alpha: float) -> Tensor:
 
 def products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """What a compiled block may keep of its operations: the products and attention."""
-    kept = ("aten.mm.", "aten.addmm", "attn", "attention")
+    kept = ("aten.mm.", "aten.addmm", "aten._scaled_mm.", "attn", "attention")
     return CheckpointPolicy.MUST_SAVE if any(x in str(op) for x in kept) \
         else CheckpointPolicy.PREFER_RECOMPUTE
 

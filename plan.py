@@ -99,7 +99,7 @@ def _show(run: Run, origins: dict[str, str], objective: Any) -> None:
     if not log.speaking():  # of several ranks all measure, and one says what it has measured
         return
     print(
-        f"\nmachine      {run.ranks}, products in {str(run.model.compute_dtype)[6:]}\n"
+        f"\nmachine      {run.ranks}, products in {run.products}\n"
         f"parameters   {n['total']:,}, trained {n['trained']:,}\n{trained}\n"
         f"data         {shares}\n"
         f"steps        {run.steps} of {run.tokens_per_step:,} tokens\n"

@@ -336,7 +336,8 @@ class Ranks:
             name = "fp16" if narrow else "bf16"
         elif name == "auto":
             name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
+                "fp8": torch.bfloat16}[name]  # between products
 
     def peak_flops(self) -> float | None:
         """What this GPU can multiply in a second at most; None where no data sheet says."""

@@ -28,6 +28,7 @@ import torch
 
 import checkpoint
 import config
+import fp8
 import hub
 import log
 import looks
@@ -127,6 +128,9 @@ class Run:
             log.say("the head is tied to the embeddings: one tensor, trained and saved once")
         model.model.recompute, model.model.light = s.recompute, s.recompute_light
         model.model.compute_dtype = dtype
+        if s.dtype == "fp8":
+            fp8.check(model, ranks.device, s.seq_len)
+            fp8.use(model)
         model.model.neftune, model.smoothing = s.neftune, s.label_smoothing
         context, vocab = model.config.max_position_embeddings, model.config.vocab_size
         if s.seq_len > context:
@@ -163,7 +167,8 @@ class Run:
                     f"--rows {' or '.join(map(str, would))} would do" if would else
                     f"multiples of {each} can be divided among the ranks"), FLAGS)
         # a run that goes on elsewhere must not choose anew
-        s = dataclasses.replace(s, tokens_per_step=per_step, dtype=DTYPES[dtype])
+        s = dataclasses.replace(s, tokens_per_step=per_step,
+                                dtype=s.dtype if s.dtype == "fp8" else DTYPES[dtype])
         if s.max_epochs_per_source:
             sources.cap(mixed, s.steps * per_step, s.max_epochs_per_source)
         loader = load(s.rows)
@@ -191,6 +196,11 @@ class Run:
     def save_every(self) -> int:
         """Steps between resume points; the first and the last have one too."""
         return self.s.save_every or max(1, self.steps // 5)
+
+    @property
+    def products(self) -> str:
+        """The dtype of products, in torch's word."""
+        return "float8" if self.s.dtype == "fp8" else str(self.model.compute_dtype)[6:]
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -356,7 +366,7 @@ class Run:
             "commit": git.stdout.strip() or None, "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "python": platform.python_version(), "torch": torch.__version__,
             "device": str(self.ranks), "ranks": self.ranks.world,
-            "dtype": str(self.model.compute_dtype)[6:], "model": str(self.folder),
+            "dtype": self.products, "model": str(self.folder),
             "model_commit": commit,
             "tokenizer": self.tokenizer.fingerprint, "data": self.data, "steps": self.steps,
             "tokens_per_step": self.tokens_per_step, "parameters": self.parameters,

@@ -116,8 +116,8 @@ class Settings:
     """Average the weights over steps, with this decay such as 0.999; the average is evaluated and
     saved. 0: the weights as they are."""
 
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """dtype of products. What trains is kept in float32 whatever this is."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
+    """dtype of products (fp8: of blocks', with --tune full). What trains is kept in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     """torch.compile each block."""
@@ -420,7 +420,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         if run.ranks.rank == 0:
             run.begin(origins)
         n = run.parameters
-        log.say(f"{run.ranks}, products in {str(run.model.compute_dtype)[6:]}; {n['total']:,} "
+        log.say(f"{run.ranks}, products in {run.products}; {n['total']:,} "
                 f"parameters, {n['trained']:,} trained; {run.steps} steps of "
                 f"{run.tokens_per_step:,} tokens")
         try:

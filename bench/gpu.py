@@ -1,8 +1,9 @@
 """The GPU's part: correctness first, by the tests marked gpu, then figures, in under ten minutes.
 
-    python -m bench.gpu [--quick] [--cases full lora qlora] [--write]
+    python -m bench.gpu [--quick] [--cases full fp8 lora qlora] [--write]
 
 The same random models as elsewhere, of real sizes: all weights of a 1B in rows of 8,192 tokens,
+with products in bf16 and in eight bits (against bf16's peak; no peer does the same),
 LoRA and QLoRA of an 8B in rows of 4,096; documents of 1,024 packed end to end on our side, which
 the peers see as one. Beside each the product peak measured in the same process. Memory is what the
 device's allocator held at most.
@@ -23,8 +24,10 @@ SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabular
     "1B": (2048, 8192, 16, 32, 8, 128256), "8B": (4096, 14336, 32, 32, 8, 128256),
     "tiny": (64, 128, 2, 4, 2, 512)}
 CASES = {  # model, tokens in a row, what our side does besides
-    "full": ("1B", 8192, "--recompute-light"), "lora": ("8B", 4096, "--recompute"),
+    "full": ("1B", 8192, "--recompute-light"),
+    "fp8": ("1B", 8192, "--recompute-light --dtype fp8"), "lora": ("8B", 4096, "--recompute"),
     "qlora": ("8B", 4096, "--recompute")}
+FULL = ("full", "fp8")  # all weights train
 DOCUMENT = 1024
 
 
@@ -53,13 +56,15 @@ def about() -> dict[str, Any]:
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begun)
     return {"name": torch.cuda.get_device_name(), "peak": 2 * 8192**3 / best / 1e12,
-            "memory": torch.cuda.get_device_properties(0).total_memory / 2**30}
+            "memory": torch.cuda.get_device_properties(0).total_memory / 2**30,
+            "eight bits": torch.cuda.get_device_capability() >= (8, 9)}
 
 
 def ours(case: str, rows: int, steps: int) -> dict[str, Any]:
     """Seconds of steps of train.py after two, the device's peak in GB, FLOP a step."""
     import torch
 
+    import fp8
     import lora
     import nf4
     import optim
@@ -72,20 +77,22 @@ def ours(case: str, rows: int, steps: int) -> dict[str, Any]:
     shape, T, options = CASES[case]
     gpu = Ranks.start("cuda")
     with torch.device("cuda"):
-        torch.set_default_dtype(torch.float32 if case == "full" else torch.bfloat16)
+        torch.set_default_dtype(torch.float32 if case in FULL else torch.bfloat16)
         model = Llama(ModelConfig.from_hf(words(shape, T)))
         torch.set_default_dtype(torch.float32)
     model.initialise(0)
     model.model.compute_dtype = torch.bfloat16
-    model.model.recompute = options == "--recompute"
-    model.model.light = options == "--recompute-light"
+    model.model.recompute = "--recompute" in options.split()
+    model.model.light = "--recompute-light" in options
+    if case == "fp8":
+        fp8.use(model)
     if case == "qlora":
         for name, m in list(model.named_modules()):
             if nf4.fits(name, m):
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last,
                         nf4.NF4Linear(m.weight.data, m.bias, double=True))
-    if case != "full":
+    if case not in FULL:
         lora.attach(model, 16, 32.0, 0.0, ["all-linear"])
     model.train()
     model.model.compile_blocks(gpu.device)
@@ -177,7 +184,9 @@ def job(s: Settings) -> str:
     rows, steps = [], {"full": 5, "quick": 2, "tiny": 1}[s.size]
     for case in s.cases or CASES:
         shape, T, options = CASES[case]
-        for side in ("ours", *(["peer"] if installed("transformers") else [])):
+        if case == "fp8" and not gpu["eight bits"]:
+            continue
+        for side in ("ours", *(["peer"] if installed("transformers") and case != "fp8" else [])):
             found = child(HERE, side, case, 1, steps)
             middle = statistics.median(found["seconds"])
             share = f"{found['flops'] / middle / gpu['peak'] / 1e12:.0%}" if side == "ours" else "-"

@@ -12,20 +12,23 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention
+import fp8
 import lora
 import nf4
 import tiny
 from log import UserError
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-WAYS = {"full": {}, "lora": {}, "dora": {"dora": True, "dropout": 0.1}, "qlora": {}}
+WAYS = {"full": {}, "lora": {}, "dora": {"dora": True, "dropout": 0.1}, "qlora": {}, "fp8": {}}
 
 
 def wide(shape: str, tune: str, dtype: torch.dtype):
     """A model that trains in that way; the adapter's B is drawn too, so that all has a gradient."""
     model = tiny.ours(tiny.peer(shape, **WIDE), shape, **WIDE)
     model.model.compute_dtype = dtype
-    if tune == "full":
+    if tune == "fp8":
+        fp8.use(model)
+    if tune in ("full", "fp8"):
         return model.train()
     model.to(dtype)
     for name, m in list(model.named_modules()) if tune == "qlora" else ():
@@ -70,7 +73,8 @@ def step(model, count: bool = True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape, tune", [
     ("llama3", "full"), ("llama3", "lora"), ("llama3", "dora"), ("llama3", "qlora"),
-    ("gemma2", "full"), ("olmo2", "lora"), ("qwen3", "qlora"), ("biases", "full")])
+    ("llama3", "fp8"), ("gemma2", "full"), ("olmo2", "lora"), ("qwen3", "qlora"),
+    ("biases", "full")])
 def test_norms_and_gates_are_made_again_to_the_bit_and_no_product_is(shape, tune, dtype):
     plain, light = wide(shape, tune, dtype), wide(shape, tune, dtype)
     light.model.light = True
@@ -84,7 +88,7 @@ def test_norms_and_gates_are_made_again_to_the_bit_and_no_product_is(shape, tune
     assert kept - less == pytest.approx(read, rel=0.01)
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", ["full", "lora", "fp8"])
 def test_a_compiler_is_told_to_keep_the_products_alone(monkeypatch, tune):
     """By how it parts each graph, which then runs as it is; attention as on a GPU: on a CPU it is
     no part of a compiled block."""
@@ -112,7 +116,8 @@ def test_a_compiler_is_told_to_keep_the_products_alone(monkeypatch, tune):
             model.model.compile_blocks(torch.device("cpu"), fullgraph=True, backend=backend)
         found.append(step(model, count=False))
     (_, _, plain), (kept, _, _), (less, _, same) = found
-    assert less < 0.8 * kept and len(products) % 4 == 0
+    most = 0.9 if tune == "fp8" else 0.8  # of which a compiler keeps less by itself
+    assert less < most * kept and len(products) % 4 == 0
     one, two = products[: len(products) // 2], products[len(products) // 2 :]
     assert one == two and (tune == "lora" or one == [7, 14])  # two in the backward pass for each
     for name, x in plain.items():

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fork
+import fp8
 import lora
 import memory
 import nf4
@@ -38,6 +39,7 @@ WAYS = {"all weights": {}, "recomputed": {"recompute": True}, "bf16": {"optimize
         "LoRA, recomputed": {"tune": "lora", "recompute": True},
         "all weights, light": {"recompute_light": True},
         "QLoRA, light": {"tune": "qlora", "recompute_light": True},
+        "eight bits": {"dtype": "fp8"},
         "QLoRA": {"tune": "qlora", "double_quant": True},
         "DoRA and embeddings": {"tune": "lora", "dora": True, "train_embeddings": True,
                                 "lora_dropout": 0.1},
@@ -79,6 +81,8 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
             lora.train_layers(model, [1], whole)
         model.model.recompute, model.model.light = s.recompute, s.recompute_light
         model.model.compute_dtype, model.model.neftune = dtype, s.neftune
+        if s.dtype == "fp8":
+            fp8.use(model)
         m = None  # a layer that was replaced must go
         optimizer = optim.adamw(model.train(), 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
         for step in range(2):
@@ -93,7 +97,8 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
     return sum(held.most.values())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*(x for x in WAYS if x != "eight bits"), pytest.param(
+    "eight bits", marks=pytest.mark.slow)])  # which a CPU multiplies slowly
 @pytest.mark.parametrize("shape", ["llama32", *(pytest.param(x, marks=pytest.mark.slow)
                                                for x in ("gemma3", "smollm3-window"))])
 def test_the_prediction_is_what_a_real_steps_tensors_hold(shape, way):

@@ -160,7 +160,8 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(place):
     (["--mode", "dpo", "--neftune", "5"], "--neftune: says nothing here, with --mode dpo"),
     (["--mode", "cpo", "--label-smoothing", "0.1"],
      "--label-smoothing: says nothing here, with --mode cpo"),
-    (["--recompute", "--recompute-light"], "--tune full and --recompute; leave it out")])
+    (["--recompute", "--recompute-light"], "--tune full and --recompute; leave it out"),
+    (["--dtype", "fp8"], "--dtype fp8: needs a GPU that multiplies eight bits")])
 def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(place, flags, said):
     lines = call(command(place, "refused", *flags), code=2).strip().splitlines()
     assert said in lines[-1] and lines[-1].startswith("error: ")
