@@ -1,8 +1,8 @@
 """Token bins, and the packed rows that training reads from them.
 
 A *bin* is a folder: `tokens.bin` (little-endian u16 or u32), `starts.bin` (i64, one more than
-documents), `mask.bin` (u8, absent where every token is trained) and `meta.json`. Three lines of
-numpy read it.
+documents), `mask.bin` (u8, absent where every token is trained), `groups.bin` (u64, where documents
+belong together) and `meta.json`. Three lines of numpy read it.
 
 A document of n tokens is n - 1 predictions. A *row* is T predictions of whole or cut documents:
 where a row ends inside a document the next row goes on with the very next prediction, so nothing is
@@ -69,10 +69,11 @@ class BinWriter:
         except OSError as e:
             raise UserError(
                 f"{folder}: cannot be written ({e.strerror}); name another", STORAGE) from e
-        self.starts, self.n_bytes, self.trained = [0], 0, 0
+        self.starts, self.groups, self.n_bytes, self.trained = [0], bytearray(), 0, 0
 
-    def add(self, document: Document) -> None:
-        """Append one document."""
+    def add(self, document: Document, group: bytes = b"") -> None:
+        """Append one document; those of one `group`, eight bytes, are held out together."""
+        self.groups += group[:8]
         mask = None if document.mask is None else np.asarray(document.mask, np.uint8)
         assert mask is None or len(mask) == len(document.ids)
         self.extend(np.asarray(document.ids), np.array([len(document.ids)]), document.n_bytes, mask)
@@ -82,8 +83,7 @@ class BinWriter:
         """Append D documents end to end: ids (N,), how many each has (D,), the bytes of all; mask
         (N,) as a document's."""
         # numpy would wrap 128256 into 62720 without a word
-        assert not ids.size or (ids.min() >= 0 and ids.max() < self.vocab_size), (
-            "id out of vocabulary")
+        assert not ids.size or 0 <= ids.min() <= ids.max() < self.vocab_size, "id out of vocabulary"
         self.tokens.write(ids.astype(self.dtype).tobytes())
         self.mask.write(b"\1" * len(ids) if mask is None else mask.tobytes())
         ends = np.cumsum(sizes)
@@ -97,6 +97,8 @@ class BinWriter:
               prompt: dict[str, Any] | None = None) -> Bin:
         """Flush, name, describe and open the bin; `prompt`: what questions were written with."""
         np.array(self.starts, "<i8").tofile(self.aside / "starts.bin")
+        if self.groups:
+            (self.aside / "groups.bin").write_bytes(self.groups)
         for file in (self.tokens, self.mask):
             file.close()
         if self.trained == sum(max(n - 1, 0) for n in np.diff(self.starts)):
@@ -138,9 +140,8 @@ class Bin:
             wanted = {
                 k: self.meta[k] for k in ("format", "dtype", "vocabulary", "tokenizer", "sha256")}
         except FileNotFoundError:
-            raise UserError(
-                f"{folder}: no meta.json here, so this is not a bin; make one with prepare.py"
-            ) from None
+            raise UserError(f"{folder}: no meta.json here, so this is not a bin; make one with "
+                            "prepare.py") from None
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{folder}/meta.json: damaged ({e}); prepare the bin again") from None
         if wanted["format"] != FORMAT or wanted["dtype"] not in ("u16", "u32"):
@@ -150,20 +151,19 @@ class Bin:
         dtype = np.dtype({"u16": "<u2", "u32": "<u4"}[wanted["dtype"]])
         self.starts = self._read("starts.bin", np.dtype("<i8"), self.meta["documents"] + 1)
         self.tokens = self._read("tokens.bin", dtype, self.meta["tokens"])
-        self.mask = self._read("mask.bin", np.dtype("u1"), self.meta["tokens"]) \
-            if "mask.bin" in self.meta["sha256"] else None
+        self.mask, self.groups = (
+            self._read(name, np.dtype(kind), self.meta[n]) if name in self.meta["sha256"] else None
+            for name, kind, n in (("mask.bin", "u1", "tokens"), ("groups.bin", "<u8", "documents")))
         if (self.starts[0] != 0 or self.starts[-1] != len(self.tokens)
             or (np.diff(self.starts) < 0).any()):
-            raise UserError(
-                f"{folder}/starts.bin: offsets do not fit tokens.bin; prepare the bin again")
+            raise UserError(f"{folder}/starts.bin: offsets do not fit tokens.bin; prepare it again")
 
     def _read(self, name: str, dtype: np.dtype, n: int) -> np.ndarray:
         path = self.folder / name
         found = path.stat().st_size if path.exists() else 0
         if found != n * dtype.itemsize:
-            raise UserError(
-                f"{path}: {found} bytes, expected {n * dtype.itemsize}; the bin was cut short, "
-                "prepare it again")
+            raise UserError(f"{path}: {found} bytes, expected {n * dtype.itemsize}; the bin was "
+                            "cut short, prepare it again")
         return np.memmap(path, dtype, "r") if n else np.zeros(0, dtype)
 
     def __len__(self) -> int:
@@ -205,15 +205,17 @@ def hold_out(bin: Bin, share: float) -> np.ndarray:
     """Which documents are kept for evaluation, (N,) bool: those whose hash falls below `share`.
 
     A hash, not a draw: a document stays on its side when others come or go. Only the beginning is
-    hashed, so that two versions of one article fall on the same side. One document is never held
-    out; a preference pair is one.
+    hashed, so that two versions of one article fall on the same side. All there is is never held
+    out. A preference pair is one document here, and so are both directions of a translation pair,
+    whose group is a hash already: what was seen in one direction is known in the other.
     """
-    each = 2 if bin.meta["kind"] == "pairs" else 1
-    if len(bin) < 2 * each or share <= 0:
+    each, h = 2 if bin.meta["kind"] == "pairs" else 1, bin.groups
+    if share > 0 and h is None:
+        digests = (hashlib.blake2b(bin.document(i)[:64].tobytes(), digest_size=8).digest()
+                   for i in range(0, len(bin), each))
+        h = np.frombuffer(b"".join(digests), "<u8")
+    if share <= 0 or (h == h[:1]).all():
         return np.zeros(len(bin), bool)
-    digests = (hashlib.blake2b(bin.document(i)[:64].tobytes(), digest_size=8).digest()
-               for i in range(0, len(bin), each))
-    h = np.frombuffer(b"".join(digests), "<u8")
     return np.repeat(h <= max(np.uint64(share * 2.0**64), h.min()), each)
 
 
@@ -229,8 +231,10 @@ class Source:
 
     @property
     def sha(self) -> str:
-        """What the source holds, in one word."""
-        return self.bin.meta["sha256"]["tokens.bin"]
+        """What the source holds, in one word; what is held out of it hangs on its groups."""
+        files = self.bin.meta["sha256"]
+        said = "".join(files[x] for x in ("tokens.bin", "groups.bin") if x in files)
+        return said if len(said) == 64 else hashlib.sha256(said.encode()).hexdigest()
 
 
 @dataclass
@@ -284,8 +288,7 @@ class Stream:
         self.order = rng.permutation(len(self.lengths))
         self.ends = np.cumsum(self.lengths[self.order])  # where each document ends in the epoch
         self.shuffled = rng.permutation(self.rows)
-        self.short_at = int(
-            np.flatnonzero(self.shuffled == self.rows - 1)[0])  # turn of the row with a tail
+        self.short_at = int(np.argmax(self.shuffled == self.rows - 1))  # of the row with a tail
         self.epoch = epoch
 
     def served(self, rows: int) -> int:
@@ -305,9 +308,7 @@ class Stream:
         filled, n_doc = 0, 0
         while filled < T and d < len(self.order):
             k = self.order[d]
-            begin = (
-                at + filled - int(self.ends[d] - self.lengths[k])
-            )  # > 0 only where a document was cut
+            begin = at + filled - int(self.ends[d] - self.lengths[k])  # > 0 only where it was cut
             n = min(T - filled, int(self.lengths[k]) - begin)
             _copy(self.bin, out[:, filled : filled + n], int(self.starts[k]) + begin, n_doc)
             filled, d, n_doc = filled + n, d + 1, n_doc + 1

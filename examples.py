@@ -323,7 +323,7 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
             seen.add(x.key)
             kinds.update(x.kinds)
             for document in x.documents:
-                writer.add(document)
+                writer.add(document, x.key if x.kinds else b"")
 
     try:
         with closing(corpus.in_order(job, chunks(found), processes)) as made:

@@ -3,13 +3,16 @@ with transformers' templates; and what a person gets wrong, in one line with its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -24,7 +27,7 @@ import pairs
 import prepare
 import tiny
 from chat import PLAIN, Template, documents
-from data import Bin, Document
+from data import Bin, Document, Source, hold_out
 from kinyarwanda import prompts
 from log import UserError
 from test_template import KINDS, TEMPLATES, folders, pair, said  # noqa: F401
@@ -267,6 +270,57 @@ def test_prompts_are_drawn_by_seed_and_each_is_filled(model, tmp_path):
         assert "{target} inka" in filled and languages["kin"] in filled  # braces in a text stay
         assert filled.replace("{target} inka", "").count("{") == 0
     assert prompts.PROMPTS["kin-put"][1] == {"eng": "Cyongereza", "kin": "Kinyarwanda"}
+
+
+@pytest.mark.parametrize("words", [[], ["--directions", "eng-kin:3", "kin-eng:1"], ["--as-text"],
+                                   ["--join", "2", "--processes", "2"]], ids=" ".join)
+def test_no_pair_that_is_held_out_is_trained_in_either_direction(model, tmp_path, words):
+    """Every pair has a number of its own in both languages."""
+    sides = [(f"cow {i:04}a", f"inka {i:04}b") for i in range(400)]
+    (tmp_path / "x.tsv").write_text("eng\tkin\n" + "".join(f"{e}\t{k}\n" for e, k in sides))
+    bin, tok = prepared(model, tmp_path, "mt", f"{tmp_path}/x.tsv", *words)
+    held = hold_out(bin, 0.1)
+    marks: list[set[str]] = [set(), set()]  # of what is trained, and of what is held out
+    seen = Counter()
+    for i, side in enumerate(held.tolist()):
+        text = tok.decode(bin.document(i)[1:-1].tolist())
+        marks[side].update(found := re.findall(r"\d{4}[ab]", text))
+        seen[side] += 1
+        assert len(found) in (2, 4)
+    assert marks[0] and marks[1] and not marks[0] & marks[1]
+    assert {x[:4] for x in marks[0] | marks[1]} == {f"{i:04}" for i in range(400)}
+    assert 0.03 < seen[True] / len(held) < 0.2
+    assert (bin.folder / "groups.bin").stat().st_size == 8 * len(bin)
+    if not words:  # and other files, or one direction, hold out the same pairs
+        one, _ = prepared(model, tmp_path / "one", "mt", f"{tmp_path}/x.tsv", "--directions",
+                          "kin-eng")
+        assert np.array_equal(hold_out(one, 0.1), held[::2]) and len(one) == 400
+
+
+def test_the_groups_of_a_bin_are_the_same_bytes_for_any_number_of_processes(
+        model, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK", 500)
+    (tmp_path / "x.tsv").write_text("eng\tkin\n" + "".join(f"a {i}\tb {i}\n" for i in range(300)))
+    files = [{f.name: f.read_bytes() for f in prepared(
+        model, tmp_path / n, "mt", f"{tmp_path}/x.tsv", "--processes", n)[0].folder.iterdir()}
+        for n in ("1", "3")]
+    assert files[0] == files[1] and len(files[0]["groups.bin"]) == 600 * 8
+
+
+def test_a_bin_without_groups_holds_out_the_documents_that_it_did(model, tmp_path):
+    """One that was prepared before there were any: a run on it goes on as it began."""
+    (tmp_path / "x.tsv").write_text("eng\tkin\n" + "".join(f"a {i}\tb {i}\n" for i in range(300)))
+    bin, _ = prepared(model, tmp_path, "mt", f"{tmp_path}/x.tsv")
+    meta, now = bin.meta, Source("x", bin, np.arange(600), 1.0).sha
+    del meta["sha256"]["groups.bin"]
+    (bin.folder / "groups.bin").unlink()
+    (bin.folder / "meta.json").write_text(json.dumps(meta))
+    old = Bin(bin.folder)
+    wanted = [int.from_bytes(hashlib.blake2b(old.document(i)[:64].tobytes(), digest_size=8)
+                             .digest(), "little") < 0.1 * 2**64 for i in range(600)]
+    assert hold_out(old, 0.1).tolist() == wanted and 20 < sum(wanted) < 120
+    sha = Source("x", old, np.arange(600), 1.0).sha
+    assert sha == hashlib.sha256((bin.folder / "tokens.bin").read_bytes()).hexdigest() != now
 
 
 def test_examples_before_and_joined_pairs_and_plain_text(model, tmp_path):
