@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ import suites
 import tasks
 from log import FLAGS, UserError
 from model import Llama
-from suites import Prompt, Suite
+from ranks import Ranks
+from suites import Item, Prompt, Suite
 from tokenizer import Tokenizer
 
 Figures = Mapping[str, float | None]  # None: it was not finite
@@ -125,18 +127,17 @@ class Guards:
                                 f"{there}", FLAGS)
             self.guards[i] = Guard(guard.text, main[0], guard.above, guard.limit, guard.percent)
 
-    def measure(self, model: Llama, tokenizer: Tokenizer, ends: Collection[int] = (),
-                ) -> dict[str, float]:
+    def measure(self, model: Llama, tokenizer: Tokenizer, ranks: Ranks,
+                ends: Collection[int] = ()) -> dict[str, float]:
         """The suites' figures, by name: one prompt, greedy, answers of half a context at most that
         end at EOS, or one of `ends`."""
         context, found = model.config.max_position_embeddings, {}
         for suite in self.suites:
             for prompt in suite.prompts:
-                records = tasks.records(model, tokenizer, suite, prompt, suite.items(prompt),
-                                        new_tokens=min(suite.new_tokens, context // 2),
-                                        ends=ends)
-                measures = judge.measures(suite.kind, records, suite.metrics, suite.answers,
-                                          prompt.part)
+                ask = partial(tasks.records, model, tokenizer, suite, prompt,
+                              new_tokens=min(suite.new_tokens, context // 2), ends=ends)
+                measures = judge.measures(suite.kind, _shared(ask, suite.items(prompt), ranks),
+                                          suite.metrics, suite.answers, prompt.part)
                 names = _named(suite, prompt, [m.name for m in measures])
                 found |= dict(zip(names, (m.value for m in measures), strict=True))
         return found
@@ -174,6 +175,27 @@ class Guards:
                                 "there is no change; name a value", FLAGS)
         if step in looks and step:
             self.look(step, looks[step])
+
+
+def _shared(ask: Callable[..., list[Any]], items: Sequence[Item], ranks: Ranks) -> list[Any]:
+    """What `ask` finds of items, of which each rank asks its share; of a model that is cut among
+    ranks (fsdp) all ask all, for they compute together."""
+    if ranks.world == 1 or ranks.shards:
+        return ask(items)
+    mine, cut = items[ranks.rank :: ranks.world], []
+    try:
+        part = ask(mine, cut=lambda *x: cut.append(x)) if mine else []
+    except UserError:
+        part = None
+    said = [json.loads(x) for x in ranks.gather(json.dumps([part, cut]))]
+    if any(part is None for part, _ in said):
+        return ask(items)  # all meet the fault, and name its place among all items
+    if cut := [x for _, told in said for x in told]:
+        tasks.say_cut(sum(x[0] for x in cut), sum(x[1] for x in cut), cut[0][2])
+    found: list[Any] = [None] * len(items)
+    for rank, (part, _) in enumerate(said):
+        found[rank :: ranks.world] = part
+    return found
 
 
 def _named(suite: Suite, prompt: Prompt, metrics: Sequence[str]) -> list[str]:

@@ -226,8 +226,9 @@ class Run:
             found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
             if self.guards.suites:
                 self.model.eval()
-                found["suites"] = finite(self.guards.measure(
-                    self.model, self.tokenizer, weights.stop_ids(self.folder, self.tokenizer)))
+                ends = weights.stop_ids(self.folder, self.tokenizer)
+                found["suites"] = finite(self.guards.measure(self.model, self.tokenizer, self.ranks,
+                                                             ends))
                 self.model.train()
             found = json.loads(self.ranks.gather(json.dumps(found))[0])
             block = looks.samples(self.model, self.held, self.tokenizer, self.s.prompts)

@@ -170,8 +170,10 @@ def contexts(items: Sequence[Item], template: Template | None) -> list[str]:
 def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequence[str]]],
            delimiter: str = " ", length: int = 0,
            move: Callable[[int], object] = lambda done: None,
-           kept: torch.dtype = torch.float64) -> list[list[float]]:
-    """log p of each choice behind its context, in nats; asked: (context, choices) of each item."""
+           kept: torch.dtype = torch.float64,
+           cut: Callable[[int, int, int], object] | None = None) -> list[list[float]]:
+    """log p of each choice behind its context, in nats; asked: (context, choices) of each item.
+    `cut`: as `say_cut`."""
     prompts, continuations = [], []
     for i, (context, choices) in enumerate(asked):
         for choice in choices:
@@ -182,14 +184,14 @@ def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequen
             prompts.append(before)
             continuations.append(ids)
     room = (length or model.config.max_position_embeddings) + 1  # the last id is only predicted
-    _say_cut(sum(len(p) + len(c) > room for p, c in zip(prompts, continuations, strict=True)),
-             len(prompts), room - 1)
+    (cut or say_cut)(sum(len(p) + len(c) > room for p, c in
+                         zip(prompts, continuations, strict=True)), len(prompts), room - 1)
     logp = iter(generate.score(model, prompts, continuations, length, move, kept)[0].tolist())
     return [[next(logp) for _ in choices] for _, choices in asked]
 
 
-def _say_cut(n: int, N: int, room: int) -> None:
-    """Nothing is left out in silence."""
+def say_cut(n: int, N: int, room: int) -> None:
+    """Say how many of N requests do not fit, if any: nothing is left out in silence."""
     if n:
         say(f"{n:,} of {N:,} requests do not fit into {room} tokens: their contexts lose their "
             "beginning, BOS too, as in lm-evaluation-harness")
@@ -197,12 +199,12 @@ def _say_cut(n: int, N: int, room: int) -> None:
 
 def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Sequence[str],
            new_tokens: int, length: int = 0, beams: int = 1,
-           move: Callable[[int], object] = lambda done: None,
-           ends: Collection[int] = ()) -> list[tuple[str, str]]:
+           move: Callable[[int], object] = lambda done: None, ends: Collection[int] = (),
+           cut: Callable[[int, int, int], object] | None = None) -> list[tuple[str, str]]:
     """What the model says behind each context, greedily, and why it ended: eos, stop or length.
 
     A context keeps its last `length - new_tokens` ids. The answer is cut at the first stop string;
-    `ends`: ids besides EOS that end one, as those of weights.stop_ids.
+    `ends`: ids besides EOS that end one, as those of weights.stop_ids; `cut`: as `say_cut`.
     """
     length = length or model.config.max_position_embeddings
     if new_tokens >= length:
@@ -216,7 +218,7 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
     stops = generate.Stops(ends, [*stop, *eos], tokenizer.decode)
     prompts = [begun(tokenizer, x) for x in contexts]
     room = length - new_tokens
-    _say_cut(sum(len(ids) > room for ids in prompts), len(prompts), room)
+    (cut or say_cut)(sum(len(ids) > room for ids in prompts), len(prompts), room)
     prompts = [ids[-room:] for ids in prompts]
     sampling = Sampling(new_tokens, temperature=0.0, beams=beams)
     said = []
@@ -231,23 +233,23 @@ def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
             items: Sequence[Item], length: int = 0, new_tokens: int = 0, beams: int = 1,
             move: Callable[[int], object] = lambda done: None,
             kept: torch.dtype = torch.float64,
-            template: Template | None = None,
-            ends: Collection[int] = ()) -> list[dict[str, Any]]:
+            template: Template | None = None, ends: Collection[int] = (),
+            cut: Callable[[int, int, int], object] | None = None) -> list[dict[str, Any]]:
     """What the model chose or said of each item, as judge.py counts it.
 
     `move` is told how many choices, or answers, are done; `template`: it is asked in conversation;
-    `ends`: ids besides EOS that end an answer.
+    `ends`: ids besides EOS that end an answer; `cut`: told, in place of a person, as `say_cut`.
     """
     asked = contexts(items, template)
     if suite.kind == "choose":
         pairs = [(text, x.choices) for text, x in zip(asked, items, strict=True)]
         scores = choose(model, tokenizer, pairs, "" if template else suite.delimiter, length, move,
-                        kept)
+                        kept, cut)
         return [{"gold": x.gold, "logp": logp, "choices": list(x.choices),
                  **{column: x.row[column] for column in suite.groups}}
                 for x, logp in zip(items, scores, strict=True)]
     said = answer(model, tokenizer, asked, suite.stop, new_tokens or suite.new_tokens, length,
-                  beams, move, ends)
+                  beams, move, ends, cut)
     if suite.kind == "match":
         return [{"gold": x.gold, "answer": text, "end": end}
                 for x, (text, end) in zip(items, said, strict=True)]

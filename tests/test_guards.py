@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import eval as evaluating
 import guards
+import tasks
 import test_ranks
 import tiny
 from guards import Guard, Guards
@@ -114,20 +116,27 @@ def test_a_guard_ends_the_run_which_is_saved_and_says_so_again_until_the_guard_i
     assert "Stopped" not in (out / "report.html").read_text()
 
 
-def test_suites_in_training_are_what_eval_prints(place, tmp_path):  # noqa: F811
-    """Of the same items and prompt, a choice and a translation, with the model that was saved."""
+def made(folder: Path) -> dict:
+    """Settings with two suites of a few items, of a choice and of a translation, and a model for
+    them."""
     kin, eng = tiny.SENTENCES[:5], tiny.SENTENCES[5:]
-    (tmp_path / "pairs.tsv").write_text(
+    (folder / "pairs.tsv").write_text(
         "eng\tkin\n" + "".join(f"{e}\t{k}\n" for e, k in zip(eng, kin, strict=True)))
-    (tmp_path / "mine.jsonl").write_text("".join(
+    (folder / "mine.jsonl").write_text("".join(
         json.dumps({"text": x, "label": i % 2}) + "\n" for i, x in enumerate(tiny.SENTENCES)))
-    (tmp_path / "mine.toml").write_text(
+    (folder / "mine.toml").write_text(
         'kind = "choose"\nversion = 1\nabout = "test"\nmetrics = ["f1", "acc"]\n'
         'choices = ["kin", "eng"]\ngold = "{{label}}"\n[[data]]\ntest = "mine.jsonl"\n'
         '[[prompts]]\nname = "1"\ntext = "{{text}}"\n[[prompts]]\nname = "2"\ntext = "{{text}}"\n')
-    named = {"suites": [f"pairs={tmp_path}/pairs.tsv", str(tmp_path / "mine.toml")],
-             "suite_data": str(tmp_path)}
-    tiny.folder(tmp_path / "model", "llama32", max_position_embeddings=256)
+    named = {"suites": [f"pairs={folder}/pairs.tsv", str(folder / "mine.toml")],
+             "suite_data": str(folder)}
+    tiny.folder(folder / "model", "llama32", max_position_embeddings=256)
+    return named
+
+
+def test_suites_in_training_are_what_eval_prints(place, tmp_path):  # noqa: F811
+    """Of the same items and prompt, a choice and a translation, with the model that was saved."""
+    named = made(tmp_path)
     said = test_ranks.run(test_ranks.settings(
         place, "suites", model=str(tmp_path / "model"), steps=2, suite_items=0, **named))
     assert "pairs.eng-kin.chrF2++" in said and "mine.f1" in said
@@ -141,6 +150,53 @@ def test_suites_in_training_are_what_eval_prints(place, tmp_path):  # noqa: F811
     assert figures.keys() == theirs.keys()
     for name, value in theirs.items():
         assert figures[name] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_ranks_share_a_suites_items_and_find_the_same_figures(place, tmp_path, how):  # noqa: F811
+    """To the last digit, with a part that is no multiple of the ranks; by ddp each asks its own.
+    What does not fit the model's short context is said of all."""
+    changes = {"model": str(tmp_path / "model"), "steps": 2, "suite_items": 7, **made(tmp_path)}
+    tiny.folder(tmp_path / "model", "llama32", max_position_embeddings=64)
+    asked = tmp_path / "asked"
+
+    def counts(run):
+        def records(*given, real=tasks.records, **more):
+            with open(asked, "a") as file:
+                print(run.ranks.world, run.ranks.rank, len(given[4]), file=file)
+            return real(*given, **more)
+
+        if run.step == 0:
+            tasks.records = records  # between the look at step 0 and the one at step 2
+
+    said = [test_ranks.run(test_ranks.settings(place, f"share-{how}-{n}", shard=word, **changes), n,
+                           during=counts) for n, word in ((1, "auto"), (2, how))]
+    one, two = ([x["suites"] for x in looks(place / f"share-{how}-{n}")] for n in (1, 2))
+    assert len(one) == 2 and one == two and len(one[0]) > 10
+    cut = [sorted(re.findall("[0-9]+ of [0-9]+ requests do not fit", x)) for x in said]
+    assert cut[0] == cut[1] and "5 of 5 requests do not fit" in cut[0]
+    found = [tuple(map(int, x.split())) for x in asked.read_text().splitlines()]
+    wanted = [(1, 0, 5), (1, 0, 5), (1, 0, 7)]
+    wanted += [(2, r, n) for r, sizes in enumerate(((3, 3, 4), (2, 2, 3)))
+               for n in (sizes if how == "ddp" else (5, 5, 7))]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_a_fault_in_one_ranks_share_is_all_ranks_fault_and_named_as_alone(
+        place, tmp_path, monkeypatch):  # noqa: F811
+    changes = {"model": str(tmp_path / "model"), "steps": 2, "suite_items": 7, **made(tmp_path)}
+
+    def choose(model, tokenizer, asked, *given, **more):
+        for i, (context, _) in enumerate(asked):
+            if tiny.SENTENCES[1] in context:
+                raise UserError(f"item {i + 1}: cannot be scored")
+        return real(model, tokenizer, asked, *given, **more)
+
+    real = tasks.choose
+    monkeypatch.setattr(tasks, "choose", choose)
+    for n in (1, 2):
+        said = test_ranks.run(test_ranks.settings(place, f"fault-{n}", **changes), n, {3})
+        assert "error: item 2: cannot be scored" in said and "does not answer" not in said
 
 
 @pytest.mark.parametrize(("changes", "words"), [
