@@ -729,6 +729,26 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run_is_tried_again_or_ends_it(
     assert len(losses(kept)) >= (20 if code == 0 else 16) and not strays(kept)
 
 
+@mounts
+def test_resume_points_whose_disk_turns_read_only_for_a_while_are_tried_again(
+        place):  # noqa: F811
+    """As a system remounts one that has faults; the run's other files are elsewhere."""
+    folder = place / "turns/checkpoints"
+    folder.mkdir(parents=True)
+
+    def during(run):
+        if run.step + 1 in (6, 10):
+            run.saver.finish()
+            mount("-o", f"remount,{'ro' if run.step + 1 == 6 else 'rw'},bind", folder)
+
+    act = apart(action(settings(place, "turns", save_every=4), during), ("--bind", folder, folder))
+    assert fork.ends(fork.together(1, act, place / "said-turns")) == [0]
+    said = (place / "said-turns-0").read_text()
+    assert said.count("going on, the next save tries again") == 1 and "Traceback" not in said
+    assert "step-000008: cannot be written" in said and "Read-only file system" in said
+    assert checkpoint.newest(folder).name == "step-000020" and len(losses(place / "turns")) == 20
+
+
 def test_metrics_that_are_rotated_away_and_a_clock_that_jumps_end_no_run(place):  # noqa: F811
     def odd(run):
         if run.step == 10:
