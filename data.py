@@ -206,8 +206,7 @@ def hold_out(bin: Bin, share: float) -> np.ndarray:
 
     A hash, not a draw: a document stays on its side when others come or go. Only the beginning is
     hashed, so that two versions of one article fall on the same side. All there is is never held
-    out. A preference pair is one document here, and so are both directions of a translation pair,
-    whose group is a hash already: what was seen in one direction is known in the other.
+    out. A preference pair is one document here, and so are both directions of a translation pair.
     """
     each, h = 2 if bin.meta["kind"] == "pairs" else 1, bin.groups
     if share > 0 and h is None:
