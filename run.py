@@ -397,8 +397,7 @@ class Run:
             (result / "prompt.json").write_text(text + "\n", encoding="utf-8")
         if "chat" in prompt:
             (result / "chat_template.jinja").write_text(prompt["chat"], encoding="utf-8")
-            end = Template.of(result, self.tokenizer).end
-            if end is not None:
+            if (end := Template.of(result, self.tokenizer).end) is not None:
                 weights.add_stop_id(result, end)
 
     def finish(self) -> None:
