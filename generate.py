@@ -33,7 +33,8 @@ from sampling import NO_STOPS, Sampling, Stops, choose, own_seeds
 ROWS = 32  # prompts continued side by side: their keys and values are in memory together
 SCORED = 1024  # tokens read at once in scoring: more would pad rows of unlike lengths together
 COPIED = 4  # times so many keys and values stand in copies at once, behind which few are read
-SHARED = 16  # tokens that all prompts begin with: from so many on they are read once
+HELD = 16  # times so many at most stand in copies behind which rows are read
+SHARED = 16  # tokens that prompts begin with: from so many on they are read once
 
 
 class Answer(NamedTuple):
@@ -156,6 +157,9 @@ class Request(NamedTuple):
     ids: list[int]
 
 
+Line = tuple[list[int], list[Request]]  # ids that are read, and what is asked of them
+
+
 @torch.inference_mode()
 def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]],
           length: int = 0, move: Callable[[int], object] = lambda done: None,
@@ -163,12 +167,13 @@ def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequenc
     """How likely each continuation is behind its prompt: log p in nats, (N,) float64, and whether
     it is what greedy decoding gives, (N,) bool.
 
-    Equal prompts are read once, whatever stands behind them, and what all begin with (an
-    instruction, examples) is read once too. `length`: the most tokens read at once, 0: the model's
-    context; a longer prompt loses its beginning, BOS too, as in lm-evaluation-harness. log-softmax
-    in float32 over the model's whole vocabulary, sums in float64; `kept`: what each log p, and
-    their sum, is rounded to. `move` is told how many requests are done, batch by batch. UserError
-    on an empty prompt or continuation, and on a continuation longer than `length`.
+    Equal prompts are read once, whatever stands behind them, and so is what all begin with (an
+    instruction, examples), and what some begin with (a page that several questions are about).
+    `length`: the most tokens read at once, 0: the model's context; a longer prompt loses its
+    beginning, BOS too, as in lm-evaluation-harness. log-softmax in float32 over the model's whole
+    vocabulary, sums in float64; `kept`: what each log p, and their sum, is rounded to. `move` is
+    told how many requests are done, batch by batch. UserError on an empty prompt or continuation,
+    and on a continuation longer than `length`.
     """
     length = length or model.config.max_position_embeddings
     groups: dict[tuple[int, ...], list[Request]] = {}
@@ -176,37 +181,68 @@ def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequenc
         request = Request(i, _context(i, prompt, ids, length), list(ids))
         groups.setdefault(request.context, []).append(request)
     asked = _Scores(model, len(prompts), kept)
-    rows = []  # what is read in the first pass, and what it answers
+    rows: list[Line] = []  # what is read in the first pass, and what it answers
     for context, group in groups.items():
         if _shares(model, group):
             rows.append((list(context), group))
         else:
             rows += [([*context, *x.ids[:-1]], [x]) for x in group]
-    rows.sort(key=lambda row: len(row[0]), reverse=True)
-    begun = _beginning(model, rows)
-    P = 0 if begun is None else begun.extent
-    for some in portions([len(ids) - P for ids, _ in rows], SCORED):
-        part = rows[some]
-        tokens, doc = ragged([ids[P:] for ids, _ in part], model.device)
+    stem = _stem(model, rows)
+    P = 0 if stem is None else stem.extent
+    alone, trunks = _trunks(rows, P) if model.config.rope.kind != "dynamic" else (rows, [])
+    alone.sort(key=lambda row: len(row[0]), reverse=True)
+    _read(model, alone, stem, [0] * len(alone), [P] * len(alone), asked, move)
+    for some in portions([len(ids) - P for ids, _ in trunks], SCORED):
+        part = trunks[some]
+        cache = _behind(model, stem, [0] * len(part), [P] * len(part),
+                        [ids[P:] for ids, _ in part])[1]
+        known = [(row, i) for i, (_, branches) in enumerate(part) for row in branches]
+        known.sort(key=lambda x: len(x[0][0]) - len(part[x[1]][0]), reverse=True)
+        _read(model, [row for row, _ in known], cache, [i for _, i in known],
+              [len(part[i][0]) for _, i in known], asked, move)
+    return asked.nats.to(kept).double().cpu(), asked.greedy.cpu()
+
+
+def _read(model: Llama, rows: Sequence[Line], held: KVCache | None, owners: Sequence[int],
+          starts: Sequence[int], asked: _Scores, move: Callable[[int], object]) -> None:
+    """Read rows, the first `starts` ids of each in row `owners` of the cache, and what they
+    answer."""
+    sizes = [max(len(ids) - n, len(ids) // HELD) for (ids, _), n in zip(rows, starts, strict=True)]
+    for some in portions(sizes, SCORED):
+        part, begun = rows[some], starts[some]
         later = [(i, x) for i, (_, group) in enumerate(part) for x in group
                  if len(group) > 1 and len(x.ids) > 1]
-        cache = None
-        if later or begun is not None:
-            cache = KVCache(model.config, len(part), P + tokens.shape[1], model.device,
-                            model.compute_dtype)
-        if begun is not None:
-            cache.k[:, :, :P], cache.v[:, :, :P], cache.extent = begun.k, begun.v, P
-        pos = P + torch.arange(tokens.shape[1], device=model.device).expand_as(tokens)
-        h = model.states(tokens, doc, pos, cache)  # (B,T,C)
+        h, cache = _behind(model, held, owners[some], begun,
+                           [ids[n:] for (ids, _), n in zip(part, begun, strict=True)], bool(later))
         for i, (ids, group) in enumerate(part):
             for x in group:
                 at = len(x.context) - 1
-                asked.add(h[i, at - P : len(ids) - P], x.ids[: len(ids) - at], x.index)
+                asked.add(h[i, at - begun[i] : len(ids) - begun[i]], x.ids[: len(ids) - at],
+                          x.index)
         if later:
             _score_later(model, cache, later, asked)
         asked.answer()
         move(sum(len(group) for _, group in part))
-    return asked.nats.to(kept).double().cpu(), asked.greedy.cpu()
+
+
+def _behind(model: Llama, held: KVCache | None, owners: Sequence[int], starts: Sequence[int],
+            rows: Sequence[Sequence[int]], keep: bool = True) -> tuple[Tensor, KVCache | None]:
+    """Hidden states (B,T,C) of ids that stand behind the first `starts` of rows `owners` of a
+    cache, and a cache of both; None where nothing stood before and it is not to be kept."""
+    tokens, doc = ragged(rows, model.device)
+    start = torch.tensor(starts, device=model.device)
+    pos = start[:, None] + torch.arange(tokens.shape[1], device=model.device)
+    if held is None and not keep:
+        return model.states(tokens, doc, pos), None
+    extent = max(starts)
+    cache = KVCache(model.config, len(rows), extent + tokens.shape[1], model.device,
+                    model.compute_dtype)
+    if held is not None:
+        owner = torch.tensor(owners, device=model.device)
+        cache.k[:, :, :extent] = held.k[:, owner, :extent]
+        cache.v[:, :, :extent] = held.v[:, owner, :extent]
+        cache.extent = extent
+    return model.states(tokens, doc, pos, cache), cache
 
 
 def _context(i: int, prompt: Sequence[int], ids: Sequence[int], length: int) -> tuple[int, ...]:
@@ -222,21 +258,52 @@ def _context(i: int, prompt: Sequence[int], ids: Sequence[int], length: int) -> 
     return tuple(map(int, prompt[-(length + 1 - len(ids)) :]))
 
 
-def _beginning(model: Llama, rows: Sequence[tuple[list[int], list[Request]]]) -> KVCache | None:
+def _stem(model: Llama, rows: Sequence[Line]) -> KVCache | None:
     """Keys and values of what the prompts of all rows begin with, (L,1,P,K,D), read once; None
     where that is little, or rotary hangs on how long a text is."""
     if len(rows) < 2 or model.config.rope.kind == "dynamic":
         return None
-    first, last = min(ids for ids, _ in rows), max(ids for ids, _ in rows)
-    P = min(len(x.context) - 1 for _, group in rows for x in group)  # the last one gives logits
-    P = next((i for i in range(P) if first[i] != last[i]), P)
-    if P < SHARED:
-        return None
-    cache = KVCache(model.config, 1, P, model.device, model.compute_dtype)
-    tokens = torch.tensor([first[:P]], device=model.device)
-    model.states(tokens, torch.zeros_like(tokens), torch.arange(P, device=model.device)[None],
-                 cache)
-    return cache
+    ids = _common(min(ids for ids, _ in rows), max(ids for ids, _ in rows),
+                  min(_before(group) for _, group in rows))
+    return None if len(ids) < SHARED else _behind(model, None, [0], [0], [ids])[1]
+
+
+def _trunks(rows: Sequence[Line], P: int) -> tuple[list[Line], list[tuple[list[int], list[Line]]]]:
+    """Rows that are read alone, and trunks: what several begin with behind the first P ids, read
+    once, and these rows.
+
+    A row joins the one before it in the dictionary's order where they have at least half of a trunk
+    in common: questions about one page, examples of one subject.
+    """
+    alone: list[Line] = []
+    trunks: list[tuple[list[int], list[Line]]] = []
+    held: list[Line] = []
+    trunk: list[int] = []
+    for row in [*sorted(rows, key=lambda row: row[0]), None]:
+        common = row and held and _common(trunk, row[0], min(len(trunk), _before(row[1])))
+        if common and len(common) - P >= max(SHARED, (len(trunk) - P) / 2):
+            trunk, held = common, [*held, row]
+            continue
+        if len(held) > 1:
+            trunks.append((trunk, held))
+        else:
+            alone += held
+        if row:
+            trunk, held = row[0][: _before(row[1])], [row]
+    trunks.sort(key=lambda x: len(x[0]), reverse=True)
+    return alone, trunks
+
+
+def _before(group: Sequence[Request]) -> int:
+    """How many ids of a row stand before the first that must be read with it, to give logits."""
+    return min(len(x.context) for x in group) - 1
+
+
+def _common(one: list[int], other: list[int], most: int) -> list[int]:
+    """What both begin with, at most so many ids."""
+    n = next((i for i in range(min(most, len(one), len(other))) if one[i] != other[i]),
+             min(most, len(one), len(other)))
+    return one[:n]
 
 
 def _shares(model: Llama, group: Sequence[Request]) -> bool:
@@ -258,17 +325,8 @@ def _score_later(model: Llama, cache: KVCache, later: Sequence[tuple[int, Reques
     later = sorted(later, key=lambda x: (len(x[1].ids), len(x[1].context)))
     for some in portions([len(x.context) + len(x.ids) - 1 for _, x in later], COPIED * SCORED):
         part = later[some]
-        extent = max(len(x.context) for _, x in part)
-        owners = torch.tensor([i for i, _ in part], device=model.device)
-        tokens, doc = ragged([x.ids[:-1] for _, x in part], model.device)
-        own = KVCache(model.config, len(part), extent + tokens.shape[1], model.device,
-                      model.compute_dtype)
-        own.k[:, :, :extent] = cache.k[:, owners, :extent]
-        own.v[:, :, :extent] = cache.v[:, owners, :extent]
-        start = torch.tensor([len(x.context) for _, x in part], device=model.device)  # (B,)
-        own.extent = extent
-        pos = start[:, None] + torch.arange(tokens.shape[1], device=model.device)
-        h = model.states(tokens, doc, pos, own)  # (B,T,C)
+        h, _ = _behind(model, cache, [i for i, _ in part], [len(x.context) for _, x in part],
+                       [x.ids[:-1] for _, x in part])
         for i, (_, x) in enumerate(part):
             asked.add(h[i, : len(x.ids) - 1], x.ids[1:], x.index)
 

@@ -9,12 +9,14 @@ batch sizes, and ratios are against its best. (Its batch_size=auto is for GPUs: 
 512 whole contexts at once.) Both sides must choose alike, and their log-likelihoods be equal.
 
 `belebele` is Belebele's first prompt over made-up questions: passages, questions and answers are
-sentences of FLORES, as its file is not at hand. There every choice is one letter, so that the
-harness too reads a prompt once: the case with the least to gain.
+sentences of FLORES, as its file is not at hand; a passage has two questions, as most of Belebele's
+do (900 about 488). There every choice is one letter, so that the harness too reads a prompt once:
+the case with the least to gain.
 
 What could make a difference: the harness reads a prompt once for each choice of several tokens, and
-takes the softmax of every position over the whole vocabulary; here a prompt is read once, and only
-what is asked about gets logits.
+takes the softmax of every position over the whole vocabulary; here a prompt, and what the next one
+begins with too, is read once, and only what is asked about gets logits. Items are the first of a
+suite, in its order, in which questions about one text are neighbours.
 """
 
 from __future__ import annotations
@@ -65,8 +67,7 @@ def draw(size: str, folder: str) -> None:
 
 
 def suite_of(name: str, size: str) -> Any:
-    """A suite with its first prompt, and items spread over it."""
-    import guards
+    """A suite's first items, with its first prompt."""
     import suites
 
     if name == "belebele":
@@ -76,17 +77,18 @@ def suite_of(name: str, size: str) -> Any:
             suite = suites.load(f"{name}={file.name}")
     else:
         suite = suites.load(name, str(SHARED / "eval"))
-    suite.rows = guards.spread(suite.rows, CASES[name][1][SIZES.index(size)])
+    suite.rows = suite.rows[: CASES[name][1][SIZES.index(size)]]
     suite.prompts = suite.prompts[:1]
     return suite
 
 
 def questions() -> list[dict[str, str]]:
-    """Rows in Belebele's columns: nine sentences of FLORES each."""
+    """Rows in Belebele's columns, fourteen sentences of FLORES for two: a passage of four, and a
+    question and four answers each."""
     lines = (SHARED / "eval/flores200/devtest.kin.txt").read_text(encoding="utf-8").splitlines()
-    return [{"flores_passage": " ".join(x[:4]), "question": x[4], "correct_answer_num": "1",
-             **{f"mc_answer{k}": x[4 + k] for k in range(1, 5)}}
-            for x in (lines[i : i + 9] for i in range(0, len(lines) - 8, 9))]
+    return [{"flores_passage": " ".join(x[:4]), "question": x[at], "correct_answer_num": "1",
+             **{f"mc_answer{k}": x[at + k] for k in range(1, 5)}}
+            for x in (lines[i : i + 14] for i in range(0, len(lines) - 13, 14)) for at in (4, 9)]
 
 
 def ours(name: str, size: str, folder: str) -> dict[str, Any]:

@@ -310,6 +310,52 @@ def test_scores_behind_one_beginning_equal_transformers_and_it_is_read_once(shap
         assert sum(read) == 19 + sum(1 + len(x) for x in rest) + later
 
 
+@pytest.mark.parametrize("shape", list(tiny.SHAPES))
+def test_what_some_prompts_begin_with_is_read_once_and_equals_transformers(shape, monkeypatch):
+    """Two pages of unlike lengths with questions about each, one of them asked twice, and prompts
+    that share too little."""
+    peer = tiny.peer(shape, seed=4)
+    model, read = tiny.ours(peer, shape), []
+    run = type(model.model).forward
+
+    def watched(self, tokens, doc, pos, cache=None):
+        read.append(int((doc >= 0).sum()))
+        return run(self, tokens, doc, pos, cache)
+
+    monkeypatch.setattr(type(model.model), "forward", watched)
+    pages = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (20, 25)]
+    alone = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (7, 30)]
+    asked = [[90 + i] * (1 + 3 * i) for i in range(3)]
+    prompts = [page + x for page in pages for x in asked] + [pages[0] + asked[2]] + alone
+    prompts.append(pages[1][:10] + asked[1])  # less than half of a page
+    continuations = [tiny.tokens(1, 1 + i % 3, seed=70 + i)[0].tolist() for i in range(10)]
+    found, greedy = score(model, prompts, continuations)
+    wanted = [peer_scores(peer, p, c) for p, c in zip(prompts, continuations, strict=True)]
+    torch.testing.assert_close(found, torch.tensor([x for x, _ in wanted]).double(), rtol=1e-5,
+                               atol=1e-5)
+    assert greedy.tolist() == [x for _, x in wanted]
+    if shape != "dynamic":
+        once = sum(map(len, pages)) + 2 * sum(map(len, asked)) + sum(map(len, alone)) + 10 + 4
+        assert sum(read) == once + sum(len(x) - 1 for x in continuations)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3), st.integers(1, 4)), min_size=1,
+                max_size=14), st.sampled_from([7, 40, 1024]))
+@settings(max_examples=30, deadline=None)
+def test_scores_of_prompts_with_any_beginnings_are_those_of_each_alone(asked, budget):
+    """Beginnings of two texts, cut anywhere, with something behind."""
+    texts = [tiny.tokens(1, 40, seed=i)[0].remainder(V).tolist() for i in (1, 2)]
+    prompts = [texts[tail % 2][:n] + [7, 8, 9][:tail] for n, tail, _ in asked]
+    continuations = [[3, 4, 5, 6][:n] for *_, n in asked]
+    alone = [score(ours(), [p], [c])[0] for p, c in zip(prompts, continuations, strict=True)]
+    before, g.SCORED = g.SCORED, budget
+    try:
+        found, _ = score(ours(), prompts, continuations)
+    finally:
+        g.SCORED = before
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
 def test_a_prompt_asked_often_is_read_once(monkeypatch):
     read, run = [], type(ours().model).forward
 
