@@ -83,11 +83,16 @@ def suite_of(name: str, size: str) -> Any:
 
 
 def questions() -> list[dict[str, str]]:
-    """Rows in Belebele's columns, fourteen sentences of FLORES for two: a passage of four, and a
-    question and four answers each."""
+    """Rows in Belebele's columns, fourteen sentences of FLORES for two: a passage of four, and of
+    others the first words, twelve as a question and four as an answer each."""
     lines = (SHARED / "eval/flores200/devtest.kin.txt").read_text(encoding="utf-8").splitlines()
-    return [{"flores_passage": " ".join(x[:4]), "question": x[at], "correct_answer_num": "1",
-             **{f"mc_answer{k}": x[at + k] for k in range(1, 5)}}
+
+    def some(line: str, n: int) -> str:
+        return " ".join(line.split()[:n])
+
+    return [{"flores_passage": " ".join(x[:4]), "question": some(x[at], 12),
+             "correct_answer_num": "1",
+             **{f"mc_answer{k}": some(x[at + k], 4) for k in range(1, 5)}}
             for x in (lines[i : i + 14] for i in range(0, len(lines) - 13, 14)) for at in (4, 9)]
 
 
