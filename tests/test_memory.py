@@ -237,7 +237,8 @@ def of_a_rank(s: train.Settings, dtype: torch.dtype, passes: int, file: Path):
             model = copy.deepcopy(model).to(kept if s.tune == "full" else dtype)
             if s.tune == "lora":
                 lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
-            model.model.compute_dtype, model.model.recompute = dtype, s.recompute
+            model.model.recompute, model.model.light = s.recompute, s.recompute_light
+            model.model.compute_dtype = dtype
             ranks.share(model.train(), s.shard, dtype, kept)
             optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
             for _ in range(STEPS):
@@ -257,7 +258,8 @@ STEPS = 12  # on a busy machine one in which gloo was late is seen often
     x if x in (("ddp", {}, 1, NARROW), ("fsdp", {}, 2, NARROW))
     else pytest.param(*x, marks=pytest.mark.slow)
     for x in itertools.product(("ddp", "fsdp"), ({}, {"recompute": True}, {"tune": "lora"},
-                               {"optimizer": "adamw-bf16"}), (1, 2), (NARROW, torch.float32))],
+                               {"optimizer": "adamw-bf16"}, {"recompute_light": True}),
+                               (1, 2), (NARROW, torch.float32))],
     ids=str)
 def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, words, passes, dtype):
     """The least of some steps: gloo's threads let go of what they sent when they come to it."""
