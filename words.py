@@ -1,9 +1,9 @@
 """Words encoded once: a text's ids from those of its words.
 
-A text is cut before each single space between two words. Where no token reaches over such a cut,
-which is read off the tokenizer itself, a text's ids are those of its words end to end, and a word
-met before costs a look-up: text is encoded several times as fast as by the tokenizer alone. Where
-that cannot be read off, whole texts are encoded, as ever.
+A text is cut before each single space behind a character that is none. Where no token reaches over
+such a cut, which is read off the tokenizer itself, a text's ids are those of its words end to end,
+and a word met before costs a look-up: text is encoded several times as fast as by the tokenizer
+alone. Where that cannot be read off, whole texts are encoded, as ever.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, filterfalse
 from typing import Any
+from unicodedata import is_normalized
 
 import numpy as np
 import pyarrow
@@ -20,16 +21,17 @@ import pyarrow.compute
 
 from tokenizer import Tokenizer
 
-MOST = 1 << 19  # words kept: some 100 MB
+MOST = 1 << 21  # ids kept: about half a million words, fewer where words are long
 GROUP = 64  # new words encoded as one text: a call costs more than a word
 FIRST, RUN = "\1", "\0"  # marks a text's first word; a space that is at no cut
 ALONE = ("", FIRST, RUN)  # what begins so begins a text
 ODD = re.compile("[\0\1▁]")  # a text that holds a mark, or what is a space to some: not cut
-SPACES = re.compile(r"^ +| {2,}| +\Z")
+SPACES = re.compile(r"(?<!\S) +| {2,}| +\Z")
+BEHIND = re.compile(r"[^\S ] ")  # behind a line's end, say: there are tokens that hold both
 ACROSS = re.compile(r"[^▁ ][▁ ]")  # a token that holds one reaches over a cut
 
-# What cuts a text into pieces that are encoded alone, and never has a space behind another
-# character in one piece: GPT-2's expression, Llama 3's, Qwen 2's.
+# What cuts a text into pieces that are encoded alone, and never has a space behind a character
+# that is none in one piece: GPT-2's expression, Llama 3's, Qwen 2's.
 GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -50,7 +52,7 @@ class Words:
     def documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """`Tokenizer.document` of D texts end to end: ids (N,) uint32, and how many each has,
         (D,)."""
-        if len(self.known) > MOST:
+        if len(self.ids) > MOST:
             self._forget()
         odd = [i for i, text in enumerate(texts) if not self.apart or ODD.search(text)]
         evened = list(texts)
@@ -83,10 +85,9 @@ class Words:
     def _learn(self, words: list[str]) -> np.ndarray:
         """Words' places in the table, (U,), where those new to it are put."""
         new = [word for word in words if word not in self.known]
-        alone = [x for x in new if x[:1] in ALONE]
-        behind = [x for x in new if x[:1] not in ALONE]
-        places = [self._add(self.tokenizer.encode_batch(
-            [_plain(x.removeprefix(FIRST)) for x in alone]))]
+        alone = list(filter(_alone, new))
+        behind = list(filterfalse(_alone, new))
+        places = [self._add(self.tokenizer.encode_batch(list(map(self._text, alone))))]
         groups = [behind[i : i + GROUP] for i in range(0, len(behind), GROUP)]
         texts = [self.space + _plain(" ".join(group)) for group in groups]
         encoded = self.tokenizer.encode_batch(texts)
@@ -94,10 +95,14 @@ class Words:
         if (sizes > 0).all():
             places.append(self._add(encoded, sizes))
         else:  # a normaliser made other bytes of some
-            places.append(self._add(self.tokenizer.encode_batch(
-                [self.space + _plain(x) for x in behind])))
+            places.append(self._add(self.tokenizer.encode_batch(list(map(self._text, behind)))))
         self.known.update(zip(alone + behind, np.concatenate(places).tolist(), strict=True))
         return np.fromiter(map(self.known.__getitem__, words), np.int64, len(words))
+
+    def _text(self, word: str) -> str:
+        """What is encoded for a word: with its space, if it does not begin a text."""
+        first = word[:1] in ALONE
+        return _plain(word.removeprefix(FIRST) if first else self.space + word)
 
     def _sizes(self, words: list[str], ids: list[int]) -> np.ndarray:
         """How many ids each word has of those of all in one text, (U,), by the bytes that each id
@@ -120,13 +125,20 @@ class Words:
         return np.arange(len(self.sizes) - len(sizes), len(self.sizes))
 
 
+def _alone(word: str) -> bool:
+    """Whether a word is encoded by itself: it begins a text, or its spaces at the end may be cut
+    otherwise with another behind it, or a normaliser may make other bytes of it."""
+    return word[:1] in ALONE or _plain(word[-1:]).isspace() or not is_normalized("NFC", word)
+
+
 def _plain(word: str) -> str:
     return word.replace(RUN, " ")
 
 
 def _evened(text: str) -> str:
     """A text whose only spaces are those at cuts."""
-    even = "  " not in text and text[:1] != " " and text[-1:] != " "
+    even = "  " not in text and text[:1] != " " and text[-1:] != " " and (
+        text.isprintable() or not BEHIND.search(text))  # the first is quick, and of most lines so
     return text if even else SPACES.sub(lambda m: RUN * len(m[0]), text)
 
 
@@ -153,14 +165,22 @@ def _json(tokenizer: Any) -> bool:
         return False  # behind one, text begins anew, with a space where texts get one
     normal, before = _steps(tok.normalizer), _steps(tok.pre_tokenizer)
     spelled = [x for x in normal if x["type"] != "NFC"]
-    if all(x["type"] in ("Prepend", "Replace") and {"▁"} == {x.get("prepend", x.get("content"))}
-           and x.get("pattern", {"String": " "}) == {"String": " "} for x in spelled):
-        if spelled or any(x["type"] == "Metaspace" for x in before):
-            return all(x["type"] == "Metaspace" or x.get("pattern") == {"String": " "}
-                       for x in before) and not any(map(ACROSS.search, tokenizer.pieces))
-        return any(map(_cuts, before)) and all(_cuts(x) or x["type"] in ("Digits", "ByteLevel")
-                                               for x in before)
-    return False
+    if any(x["type"] not in ("Prepend", "Replace") or x.get("prepend", x.get("content")) != "▁"
+           or x.get("pattern", {"String": " "}) != {"String": " "} for x in spelled):
+        return False
+    if spelled or any(x["type"] == "Metaspace" for x in before):
+        # all spaces become ▁ before anything is cut; a word that is a token is none within a text
+        # unless merges make it (ignore_merges)
+        marked = any(x["type"] == "Replace" for x in spelled) \
+            or any(x["type"] == "Metaspace" for x in before[:1])
+        return marked and not model.ignore_merges and all(
+            x.get("replacement") == "▁" if x["type"] == "Metaspace" else
+            x.get("pattern") == {"String": " "} for x in before
+        ) and not any(map(ACROSS.search, tokenizer.pieces))
+    # bytes are spelled last, or an expression would not see spaces
+    return any(map(_cuts, before)) and before[-1]["type"] == "ByteLevel" and all(
+        _cuts(x) or x["type"] == "Digits" or (x is before[-1] and not x["add_prefix_space"])
+        for x in before)
 
 
 def _steps(step: Any) -> list[dict[str, Any]]:

@@ -25,25 +25,35 @@ PUBLISHED = ["llama2/tokenizer.model", "llama3/tokenizer.json", "gpt2/tokenizer.
              "mistral/mistral_instruct_tokenizer_240323.model.v3"]
 # spaces of all kinds beside words, signs, digits, marks and names of control tokens
 ATOMS = [*"   \n\t\r\u00a0\u3000\u2028▁_.,!?'’-12ab\0\1é", "e\u0301", "\u0308", "🦒", "</s>", "<s>",
-         "<|end_of_text|>", "'ll", "umugezi", "Amazi", "  ", " \n", "\n ", "<b>"]
+         "<|end_of_text|>", "'ll", "umugezi", "Amazi", "  ", " \n", "\n ", "<b>", "\n \n",
+         "\t \t", "\u00a0 \u00a0", "\u095c"]
+SPACED = [f"a{x} {x}b" for x in "\n\t\u00a0"]  # some tokens are spaces of several kinds
 TEXTS = st.lists(st.lists(st.sampled_from(ATOMS)).map("".join) | st.text(max_size=20)
                  | st.sampled_from(tiny.SENTENCES), max_size=5)
 
 
-def bytewise(expression: str | None, **more: bool) -> tokenizers.Tokenizer:
-    """A byte-level BPE whose texts are cut by an expression, or by GPT-2's own."""
+def bytewise(expression: str | None, first: bool = False, **more: bool) -> tokenizers.Tokenizer:
+    """A byte-level BPE whose texts are cut by an expression, or by GPT-2's own; `first`: spelled as
+    bytes before."""
     tok = tokenizers.Tokenizer(models.BPE())
     steps = [pre_tokenizers.Split(Regex(expression), "isolated")] if expression else []
-    tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [*steps, pre_tokenizers.ByteLevel(more.get("add_prefix_space", False), not expression)])
+    spelled = pre_tokenizers.ByteLevel(more.get("add_prefix_space", False), not expression)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([spelled, *steps] if first else [*steps, spelled])
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(tiny.SENTENCES * 3, trainers.BpeTrainer(
+    tok.train_from_iterator(tiny.SENTENCES * 3 + SPACED * 20, trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return tok
 
 
-def marked(prepend: bool, metaspace: bool, across: bool = False) -> tokenizers.Tokenizer:
+def composed(tok: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same with NFC before it."""
+    tok.normalizer = normalizers.NFC()
+    return tok
+
+
+def marked(prepend: bool, metaspace: bool, across: bool = False,
+           **more: bool) -> tokenizers.Tokenizer:
     """A BPE over characters, spaces as ▁, bytes where a character is unknown, as LLaMA 2's
     (`prepend`) or Gemma's; `across`: with a token that reaches over a space."""
     named = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -53,7 +63,7 @@ def marked(prepend: bool, metaspace: bool, across: bool = False) -> tokenizers.T
     for a, b in merges:
         vocab.setdefault(a + b, len(vocab))
     tok = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True,
-                                          fuse_unk=True))
+                                          fuse_unk=True, **more))
     if metaspace:
         tok.pre_tokenizer = pre_tokenizers.Metaspace(
             "▁", "first" if prepend else "never", split=False)
@@ -67,11 +77,14 @@ def marked(prepend: bool, metaspace: bool, across: bool = False) -> tokenizers.T
 
 
 MADE = {"gpt2": lambda: bytewise(None), "llama3": lambda: bytewise(words.LLAMA3),
-        "qwen2": lambda: bytewise(words.LLAMA3.replace("{1,3}", "")),
+        "qwen2": lambda: composed(bytewise(words.LLAMA3.replace("{1,3}", ""))),
         "llama2": lambda: marked(True, False), "llama2-meta": lambda: marked(True, True),
         "gemma": lambda: marked(False, False), "gemma-meta": lambda: marked(False, True)}
 WHOLE = {"another expression": lambda: bytewise(r"[^ ]+ ?| "),
          "a space before texts": lambda: bytewise(None, add_prefix_space=True),
+         "a space before pieces": lambda: bytewise(words.LLAMA3, add_prefix_space=True),
+         "an expression that sees no space": lambda: bytewise(words.LLAMA3, first=True),
+         "words that no merge makes": lambda: marked(True, False, ignore_merges=True),
          "a token over a space": lambda: marked(True, False, across=True)}
 
 
@@ -137,6 +150,23 @@ def test_a_memory_that_is_full_begins_anew(made, monkeypatch):
     for i in range(0, len(tiny.SENTENCES), 3):
         held(memory, tiny.SENTENCES[i : i + 3])
         assert len(memory.known) < 10 + 3 * 40
+
+
+def test_a_memory_holds_little_of_what_is_encoded_whole(made, monkeypatch):
+    """Texts that are not cut, and words as long as texts."""
+    monkeypatch.setattr(words, "MOST", 100)
+    for name, space in (("another expression", " "), ("learned", "\t"), ("learned", "▁")):
+        memory = Words(made[name])
+        for i in range(20):
+            texts = [x.replace(" ", space) + str(i) for x in tiny.SENTENCES[:5]]
+            held(memory, texts)
+            assert len(memory.ids) < 100 + 2 * sum(map(len, texts))
+
+
+def test_lines_of_nothing_but_spaces_are_as_the_published_llama3_has_them():
+    memory = Words(stored("llama3/tokenizer.json"))
+    held(memory, ["a\n \nb", "\n \n", "a\t \tb", "\u00a0 \u00a0b \n c", " \n \n", "a \n\t"])
+    held(memory, ["a\n\t", "x \nc", "a b\n\t c"])
 
 
 def test_a_known_word_is_not_encoded_again(made, monkeypatch):
