@@ -66,6 +66,8 @@ def test_twenty_adamw_steps_lose_what_transformers_loses(shape):
     mine = optim.adamw(model, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     for group in mine.param_groups:
         group["weight_decay"] = 0.1  # ours spares norms and biases; here the same for all
+    for group in (*mine.param_groups, *theirs.param_groups):
+        group["eps"] = 1e-4  # by 1e-8 a gradient that is rounding alone moves a weight by its sign
     losses = []
     for step in range(20):
         ids = tiny.tokens(2, 32, seed=step % 4)
@@ -76,7 +78,7 @@ def test_twenty_adamw_steps_lose_what_transformers_loses(shape):
             optimizer.step()
             optimizer.zero_grad()
     for a, b in losses:
-        assert b == pytest.approx(a, rel=1e-4)
+        assert b == pytest.approx(a, rel=1e-5)
     assert losses[-1][0] < 0.8 * losses[0][0]  # it did learn something
 
 
