@@ -192,7 +192,7 @@ def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequenc
     alone, trunks = _trunks(rows, P) if model.config.rope.kind != "dynamic" else (rows, [])
     alone.sort(key=lambda row: len(row[0]), reverse=True)
     _read(model, alone, stem, [0] * len(alone), [P] * len(alone), asked, move)
-    for some in portions([len(ids) - P for ids, _ in trunks], SCORED):
+    for some in portions([_held(len(ids), P) for ids, _ in trunks], SCORED):
         part = trunks[some]
         cache = _behind(model, stem, [0] * len(part), [P] * len(part),
                         [ids[P:] for ids, _ in part])[1]
@@ -207,7 +207,7 @@ def _read(model: Llama, rows: Sequence[Line], held: KVCache | None, owners: Sequ
           starts: Sequence[int], asked: _Scores, move: Callable[[int], object]) -> None:
     """Read rows, the first `starts` ids of each in row `owners` of the cache, and what they
     answer."""
-    sizes = [max(len(ids) - n, len(ids) // HELD) for (ids, _), n in zip(rows, starts, strict=True)]
+    sizes = [_held(len(ids), n) for (ids, _), n in zip(rows, starts, strict=True)]
     for some in portions(sizes, SCORED):
         part, begun = rows[some], starts[some]
         later = [(i, x) for i, (_, group) in enumerate(part) for x in group
@@ -223,6 +223,11 @@ def _read(model: Llama, rows: Sequence[Line], held: KVCache | None, owners: Sequ
             _score_later(model, cache, later, asked)
         asked.answer()
         move(sum(len(group) for _, group in part))
+
+
+def _held(n: int, start: int) -> int:
+    """What n tokens count in a batch of SCORED where the first `start` are a copy."""
+    return max(n - start, n // HELD)
 
 
 def _behind(model: Llama, held: KVCache | None, owners: Sequence[int], starts: Sequence[int],

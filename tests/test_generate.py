@@ -356,6 +356,26 @@ def test_scores_of_prompts_with_any_beginnings_are_those_of_each_alone(asked, bu
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+def test_copies_of_one_long_beginning_stay_few(monkeypatch):
+    """Many pages behind one instruction, two questions about each."""
+    made, build = [], g.KVCache
+
+    def watched(config, rows, size, *more):
+        made.append((rows, size))
+        return build(config, rows, size, *more)
+
+    monkeypatch.setattr(g, "KVCache", watched)
+    monkeypatch.setattr(g, "SCORED", 64)
+    monkeypatch.setattr(g, "HELD", 2)
+    common, *pages = ([i, *tiny.tokens(1, n - 1, seed=i)[0].remainder(V).tolist()]
+                      for i, n in enumerate((40, *[16] * 8), 2))
+    prompts = [[*common, *page, x] for page in pages for x in (7, 8)]
+    found, _ = score(ours(), prompts, [[5]] * 16)
+    alone = [score(ours(), [x], [[5]])[0] for x in prompts]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    assert len(made) > 1 + 4 and max(rows * size for rows, size in made) <= 2 * 64
+
+
 def test_a_prompt_asked_often_is_read_once(monkeypatch):
     read, run = [], type(ours().model).forward
 
