@@ -1,5 +1,4 @@
-"""The resume point: written aside, flushed, named, verified; by any number of ranks, while training
-goes on.
+"""The resume point: written aside, flushed, named, verified, by all ranks, while training goes on.
 
     checkpoints/step-000200/  {model,optimizer}-{rank}.safetensors  state.json  manifest.json
 
@@ -28,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,8 +244,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor],
 
 def _lower() -> None:
     """Let a thread have of the cores what others leave."""
-    if sys.platform == "linux":  # where a thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    with suppress(OSError):  # a courtesy: a container may refuse it
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _timed(work: Callable[[], object]) -> float:

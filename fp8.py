@@ -61,7 +61,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W = ctx.saved_tensors
-        flat = g.flatten(0, -2)  # (N,out)
+        flat = g.flatten(0, -2).contiguous()  # (N,out): the product takes no other order
         rounded, dx, dW = narrow(flat, WIDE), None, None
         if ctx.needs_input_grad[0]:
             dx = product(rounded, turned(narrow(W.to(x.dtype), FINE)), x.dtype).view(x.shape)

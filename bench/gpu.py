@@ -197,7 +197,8 @@ def job(s: Settings) -> str:
     return (f"{gpu['name']}, {gpu['memory']:.0f} GB; product peak measured {gpu['peak']:,.0f} "
             f"TFLOP/s in bf16. Tests marked gpu: {tests.stdout.strip().splitlines()[-1]}.\n\n"
             + table(["", "", "", "tokens/s", "of the product peak", "GB on the device"], rows)
-            + "\n\n" + versions("torch", "transformers", "peft", "bitsandbytes") + ".")
+            + "\n\nThe peers recompute whole blocks, which is all that their own checkpointing "
+            "does. " + versions("torch", "transformers", "peft", "bitsandbytes") + ".")
 
 
 if __name__ == "__main__":
