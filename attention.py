@@ -100,11 +100,11 @@ class Layout:
                 part = lengths[: len(lengths) // side]
                 return cls(blocks=blocks_of(part, window), window=window, side=side)
             return cls(lengths=lengths if len(lengths) > B else None, window=window)
-        if fused == "tiles" and not plain:
+        if fused == "tiles" and not plain and torch.is_grad_enabled():  # one shape: it is compiled
             return cls(tiles=tiles_of(doc, window), window=window)
         if len(starts) == B:
             return cls(window=window)
-        if fused and not plain:
+        if fused == "offsets" and not plain:
             # a power of two, filled up with empty documents: the same graph for many batches
             ends = starts.new_full((1 << len(starts).bit_length(),), B * T)
             ends[: len(starts)] = starts

@@ -187,7 +187,7 @@ def _shared(ask: Callable[..., list[Any]], items: Sequence[Item], ranks: Ranks) 
         part = ask(mine, cut=lambda *x: cut.append(x)) if mine else []
     except UserError:
         part = None
-    said = [json.loads(x) for x in ranks.gather(json.dumps([part, cut]))]
+    said = [json.loads(x) for x in ranks.gather(json.dumps([part, cut], default=str))]
     if any(part is None for part, _ in said):
         return ask(items)  # all meet the fault, and name its place among all items
     if cut := [x for _, told in said for x in told]:

@@ -16,7 +16,7 @@ import sampling as chosen
 import tiny
 from generate import generate, score
 from log import UserError
-from model import KVCache, Llama
+from model import Decoder, KVCache, Llama
 from sampling import Sampling, Stops
 
 V, CONTEXT, BOS = 97, 64, 1
@@ -247,6 +247,28 @@ def peer_scores(peer, prompt, ids) -> tuple[float, bool]:
             logp.argmax(-1).tolist() == list(ids))
 
 
+def scored_as(peer, model, prompts, continuations) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our scores, which are transformers'."""
+    found, greedy = score(model, prompts, continuations)
+    wanted = [peer_scores(peer, p, c) for p, c in zip(prompts, continuations, strict=True)]
+    torch.testing.assert_close(found, torch.tensor([x for x, _ in wanted]).double(), rtol=1e-5,
+                               atol=1e-5)
+    assert greedy.tolist() == [x for _, x in wanted]
+    return found, greedy
+
+
+def tokens_read(monkeypatch) -> list[int]:
+    """How many tokens each pass through a model reads from here on."""
+    read, run = [], Decoder.forward
+
+    def watched(self, tokens, doc, pos, cache=None):
+        read.append(int((doc >= 0).sum()))
+        return run(self, tokens, doc, pos, cache)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    return read
+
+
 @pytest.mark.parametrize("shape", list(tiny.SHAPES))
 def test_scores_equal_transformers_for_every_family(shape):
     peer = tiny.peer(shape, seed=4)
@@ -260,12 +282,8 @@ def test_scores_equal_transformers_for_every_family(shape):
     ahead = list(generate(model, prompts[:1], Sampling(3, 0)))
     prompts.append(prompts[0])
     continuations.append([token for _, token in ahead])  # greedy by its making
-    found, greedy = score(model, prompts, continuations)
-    wanted = [peer_scores(peer, p, c) for p, c in zip(prompts, continuations, strict=True)]
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, torch.tensor([x for x, _ in wanted]).double(), rtol=1e-5,
-                               atol=1e-5)
-    assert greedy.tolist() == [x for _, x in wanted] and greedy[-1]
+    found, greedy = scored_as(peer, model, prompts, continuations)
+    assert found.dtype == torch.float64 and greedy[-1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12),
@@ -275,11 +293,9 @@ def test_scores_do_not_depend_on_neighbours_batches_or_order(asked, budget, leng
     prompts = [PROMPTS[i] for i, _ in asked]
     continuations = [tiny.tokens(1, n, seed=n)[0].remainder(V).tolist() for _, n in asked]
     alone = [score(ours(), [p], [c], length) for p, c in zip(prompts, continuations, strict=True)]
-    before, g.SCORED = g.SCORED, budget
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(g, "SCORED", budget)
         found, greedy = score(ours(), prompts, continuations, length)
-    finally:
-        g.SCORED = before
     torch.testing.assert_close(found, torch.cat([x for x, _ in alone]), rtol=1e-5, atol=1e-5)
     assert greedy.tolist() == [bool(x) for _, x in alone]
 
@@ -288,23 +304,12 @@ def test_scores_do_not_depend_on_neighbours_batches_or_order(asked, budget, leng
 def test_scores_behind_one_beginning_equal_transformers_and_it_is_read_once(shape, monkeypatch):
     """20 tokens that all prompts begin with: longer than a window, shorter than some prompts."""
     peer = tiny.peer(shape, seed=4)
-    model, read = tiny.ours(peer, shape), []
-    run = type(model.model).forward
-
-    def watched(self, tokens, doc, pos, cache=None):
-        read.append(int((doc >= 0).sum()))
-        return run(self, tokens, doc, pos, cache)
-
-    monkeypatch.setattr(type(model.model), "forward", watched)
+    model, read = tiny.ours(peer, shape), tokens_read(monkeypatch)
     begun = tiny.tokens(1, 20, seed=9)[0].tolist()
     rest = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (0, 1, 9)]
     prompts = [begun + x for x in rest for _ in range(2)]
     continuations = [tiny.tokens(1, 1 + i % 3, seed=70 + i)[0].tolist() for i in range(6)]
-    found, greedy = score(model, prompts, continuations)
-    wanted = [peer_scores(peer, p, c) for p, c in zip(prompts, continuations, strict=True)]
-    torch.testing.assert_close(found, torch.tensor([x for x, _ in wanted]).double(), rtol=1e-5,
-                               atol=1e-5)
-    assert greedy.tolist() == [x for _, x in wanted]
+    scored_as(peer, model, prompts, continuations)
     if shape != "dynamic":
         later = sum(len(x) - 1 for x in continuations)
         assert sum(read) == 19 + sum(1 + len(x) for x in rest) + later
@@ -315,25 +320,14 @@ def test_what_some_prompts_begin_with_is_read_once_and_equals_transformers(shape
     """Two pages of unlike lengths with questions about each, one of them asked twice, and prompts
     that share too little."""
     peer = tiny.peer(shape, seed=4)
-    model, read = tiny.ours(peer, shape), []
-    run = type(model.model).forward
-
-    def watched(self, tokens, doc, pos, cache=None):
-        read.append(int((doc >= 0).sum()))
-        return run(self, tokens, doc, pos, cache)
-
-    monkeypatch.setattr(type(model.model), "forward", watched)
+    model, read = tiny.ours(peer, shape), tokens_read(monkeypatch)
     pages = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (20, 25)]
     alone = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (7, 30)]
     asked = [[90 + i] * (1 + 3 * i) for i in range(3)]
     prompts = [page + x for page in pages for x in asked] + [pages[0] + asked[2]] + alone
     prompts.append(pages[1][:10] + asked[1])  # less than half of a page
     continuations = [tiny.tokens(1, 1 + i % 3, seed=70 + i)[0].tolist() for i in range(10)]
-    found, greedy = score(model, prompts, continuations)
-    wanted = [peer_scores(peer, p, c) for p, c in zip(prompts, continuations, strict=True)]
-    torch.testing.assert_close(found, torch.tensor([x for x, _ in wanted]).double(), rtol=1e-5,
-                               atol=1e-5)
-    assert greedy.tolist() == [x for _, x in wanted]
+    scored_as(peer, model, prompts, continuations)
     if shape != "dynamic":
         once = sum(map(len, pages)) + 2 * sum(map(len, asked)) + sum(map(len, alone)) + 10 + 4
         assert sum(read) == once + sum(len(x) - 1 for x in continuations)
@@ -348,11 +342,9 @@ def test_scores_of_prompts_with_any_beginnings_are_those_of_each_alone(asked, bu
     prompts = [texts[tail % 2][:n] + [7, 8, 9][:tail] for n, tail, _ in asked]
     continuations = [[3, 4, 5, 6][:n] for *_, n in asked]
     alone = [score(ours(), [p], [c])[0] for p, c in zip(prompts, continuations, strict=True)]
-    before, g.SCORED = g.SCORED, budget
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(g, "SCORED", budget)
         found, _ = score(ours(), prompts, continuations)
-    finally:
-        g.SCORED = before
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -377,14 +369,7 @@ def test_copies_of_one_long_beginning_stay_few(monkeypatch):
 
 
 def test_a_prompt_asked_often_is_read_once(monkeypatch):
-    read, run = [], type(ours().model).forward
-
-    def watched(self, tokens, doc, pos, cache=None):
-        read.append(int((doc >= 0).sum()))
-        return run(self, tokens, doc, pos, cache)
-
-    monkeypatch.setattr(type(ours().model), "forward", watched)
-    done = []
+    read, done = tokens_read(monkeypatch), []
     score(ours(), [PROMPTS[2]] * 4 + [PROMPTS[0]], [[5], [6], [7], [8], [9]], move=done.append)
     assert read == [len(PROMPTS[2]) + len(PROMPTS[0])] and done == [5]  # one-token choices share it
     read.clear()
