@@ -228,17 +228,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor],
         file.write(chunk)
         digest.update(chunk)
 
-    try:
-        with open(path, "xb") as file:
+    with open(path, "xb") as file:
+        try:
             for block in (len(text).to_bytes(8, "little"), text, *(
                     x.reshape(-1).view(torch.uint8).numpy().data for x in tensors.values())):
                 for start in range(0, len(block), CHUNK):
                     do(partial(put, block[start : start + CHUNK]))
             file.flush()
             do(partial(os.fsync, file.fileno()))  # the system's work for all that was written
-    except OSError:
-        path.unlink(missing_ok=True)  # the room it took is needed for a line of metrics.jsonl
-        raise
+        except OSError:
+            path.unlink(missing_ok=True)  # the room it took is needed for a line of metrics.jsonl
+            raise
     return [8 + len(text) + at, digest.hexdigest()]
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers import Linear
@@ -75,8 +74,7 @@ class Linear8(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return F.linear(x, self.weight.to(x.dtype),
-                            None if self.bias is None else self.bias.to(x.dtype))
+            return super().forward(x)
         return _Product.apply(x, self.weight, self.bias)
 
 

@@ -187,9 +187,10 @@ def score(model: Llama, prompts: Sequence[Sequence[int]], continuations: Sequenc
             rows.append((list(context), group))
         else:
             rows += [([*context, *x.ids[:-1]], [x]) for x in group]
-    stem = _stem(model, rows)
+    fixed = model.config.rope.kind != "dynamic"  # else a token hangs on how long its text is
+    stem = _stem(model, rows) if fixed else None
     P = 0 if stem is None else stem.extent
-    alone, trunks = _trunks(rows, P) if model.config.rope.kind != "dynamic" else (rows, [])
+    alone, trunks = _trunks(rows, P) if fixed else (rows, [])
     alone.sort(key=lambda row: len(row[0]), reverse=True)
     _read(model, alone, stem, [0] * len(alone), [P] * len(alone), asked, move)
     for some in portions([_held(len(ids), P) for ids, _ in trunks], SCORED):
@@ -265,8 +266,8 @@ def _context(i: int, prompt: Sequence[int], ids: Sequence[int], length: int) -> 
 
 def _stem(model: Llama, rows: Sequence[Line]) -> KVCache | None:
     """Keys and values of what the prompts of all rows begin with, (L,1,P,K,D), read once; None
-    where that is little, or rotary hangs on how long a text is."""
-    if len(rows) < 2 or model.config.rope.kind == "dynamic":
+    where that is little."""
+    if len(rows) < 2:
         return None
     ids = _common(min(ids for ids, _ in rows), max(ids for ids, _ in rows),
                   min(_before(group) for _, group in rows))
@@ -287,7 +288,8 @@ def _trunks(rows: Sequence[Line], P: int) -> tuple[list[Line], list[tuple[list[i
     for row in [*sorted(rows, key=lambda row: row[0]), None]:
         common = row and held and _common(trunk, row[0], min(len(trunk), _before(row[1])))
         if common and len(common) - P >= max(SHARED, (len(trunk) - P) / 2):
-            trunk, held = common, [*held, row]
+            held.append(row)
+            trunk = common
             continue
         if len(held) > 1:
             trunks.append((trunk, held))
@@ -306,9 +308,8 @@ def _before(group: Sequence[Request]) -> int:
 
 def _common(one: list[int], other: list[int], most: int) -> list[int]:
     """What both begin with, at most so many ids."""
-    n = next((i for i in range(min(most, len(one), len(other))) if one[i] != other[i]),
-             min(most, len(one), len(other)))
-    return one[:n]
+    most = min(most, len(one), len(other))
+    return one[: next((i for i in range(most) if one[i] != other[i]), most)]
 
 
 def _shares(model: Llama, group: Sequence[Request]) -> bool:

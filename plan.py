@@ -46,20 +46,24 @@ def disk(run: Run) -> int:
     that is being written, or in the end without those and with the result."""
     s = run.s
     trained = sum(x.nbytes for x in run.trained.values())
-    point = trained + sum(optim.bytes_held(name, x, s.optimizer, s.ema)
-                          for name, x in run.trained.items())
     saves, best = 2 + run.steps // run.save_every, trained if s.best else 0
     result = weights.size(run.model, run.folder) if s.tune == "full" else trained
-    return max(min(s.keep + 1, saves) * point + 3 * best,
-               min(s.keep, saves) * point + 2 * best + result)
+    return max(min(s.keep + 1, saves) * point(run) + 3 * best,
+               min(s.keep, saves) * point(run) + 2 * best + result)
+
+
+def point(run: Run) -> int:
+    """Bytes of a resume point, all ranks' parts: what trains, its moments, its average."""
+    return sum(x.nbytes + optim.bytes_held(name, x, run.s.optimizer, run.s.ema)
+               for name, x in run.trained.items())
 
 
 def room(run: Run) -> None:
     """UserError (STORAGE) if the disk has no room for what a run will write, beside what it wrote
-    before."""
+    before: for one resume point at least, since old ones go only once it is written."""
     there = sum(x.stat().st_size for name in ("checkpoints", "best", "model")
                 for x in (run.out / name).rglob("*") if x.is_file())
-    need, free = disk(run) - there, shutil.disk_usage(run.out).free
+    need, free = max(disk(run) - there, point(run)), shutil.disk_usage(run.out).free
     if free < need:
         raise UserError(f"--out {run.out}: {free:,} bytes are free, resume points of this run need "
                         f"{need:,}, its result among them; make room, lower --keep, or name "

@@ -167,11 +167,18 @@ def contexts(items: Sequence[Item], template: Template | None) -> list[str]:
             for x in items]
 
 
+def say_cut(n: int, N: int, room: int) -> None:
+    """Say how many of N requests do not fit, if any: nothing is left out in silence."""
+    if n:
+        say(f"{n:,} of {N:,} requests do not fit into {room} tokens: their contexts lose their "
+            "beginning, BOS too, as in lm-evaluation-harness")
+
+
 def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequence[str]]],
            delimiter: str = " ", length: int = 0,
            move: Callable[[int], object] = lambda done: None,
            kept: torch.dtype = torch.float64,
-           cut: Callable[[int, int, int], object] | None = None) -> list[list[float]]:
+           cut: Callable[[int, int, int], object] = say_cut) -> list[list[float]]:
     """log p of each choice behind its context, in nats; asked: (context, choices) of each item.
     `cut`: as `say_cut`."""
     prompts, continuations = [], []
@@ -184,23 +191,16 @@ def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequen
             prompts.append(before)
             continuations.append(ids)
     room = (length or model.config.max_position_embeddings) + 1  # the last id is only predicted
-    (cut or say_cut)(sum(len(p) + len(c) > room for p, c in
-                         zip(prompts, continuations, strict=True)), len(prompts), room - 1)
+    cut(sum(len(p) + len(c) > room for p, c in
+            zip(prompts, continuations, strict=True)), len(prompts), room - 1)
     logp = iter(generate.score(model, prompts, continuations, length, move, kept)[0].tolist())
     return [[next(logp) for _ in choices] for _, choices in asked]
-
-
-def say_cut(n: int, N: int, room: int) -> None:
-    """Say how many of N requests do not fit, if any: nothing is left out in silence."""
-    if n:
-        say(f"{n:,} of {N:,} requests do not fit into {room} tokens: their contexts lose their "
-            "beginning, BOS too, as in lm-evaluation-harness")
 
 
 def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Sequence[str],
            new_tokens: int, length: int = 0, beams: int = 1,
            move: Callable[[int], object] = lambda done: None, ends: Collection[int] = (),
-           cut: Callable[[int, int, int], object] | None = None) -> list[tuple[str, str]]:
+           cut: Callable[[int, int, int], object] = say_cut) -> list[tuple[str, str]]:
     """What the model says behind each context, greedily, and why it ended: eos, stop or length.
 
     A context keeps its last `length - new_tokens` ids. The answer is cut at the first stop string;
@@ -218,7 +218,7 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
     stops = generate.Stops(ends, [*stop, *eos], tokenizer.decode)
     prompts = [begun(tokenizer, x) for x in contexts]
     room = length - new_tokens
-    (cut or say_cut)(sum(len(ids) > room for ids in prompts), len(prompts), room)
+    cut(sum(len(ids) > room for ids in prompts), len(prompts), room)
     prompts = [ids[-room:] for ids in prompts]
     sampling = Sampling(new_tokens, temperature=0.0, beams=beams)
     said = []
@@ -234,7 +234,7 @@ def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
             move: Callable[[int], object] = lambda done: None,
             kept: torch.dtype = torch.float64,
             template: Template | None = None, ends: Collection[int] = (),
-            cut: Callable[[int, int, int], object] | None = None) -> list[dict[str, Any]]:
+            cut: Callable[[int, int, int], object] = say_cut) -> list[dict[str, Any]]:
     """What the model chose or said of each item, as judge.py counts it.
 
     `move` is told how many choices, or answers, are done; `template`: it is asked in conversation;

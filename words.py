@@ -117,6 +117,8 @@ class Words:
     def _add(self, encoded: Sequence[Sequence[int]], sizes: np.ndarray | None = None) -> np.ndarray:
         """Put ids into the table: the places, (U,), of entries of so many ids each, or of each
         list."""
+        if not len(encoded):
+            return np.zeros(0, np.int64)  # nothing is new, as often: the table is not copied
         if sizes is None:
             sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
         self.starts = np.append(self.starts, len(self.ids) + np.cumsum(sizes) - sizes)

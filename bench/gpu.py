@@ -185,6 +185,7 @@ def job(s: Settings) -> str:
     for case in s.cases or CASES:
         shape, T, options = CASES[case]
         if case == "fp8" and not gpu["eight bits"]:
+            rows.append([case, "this GPU multiplies no eight bits", *"----"])
             continue
         for side in ("ours", *(["peer"] if installed("transformers") and case != "fp8" else [])):
             found = child(HERE, side, case, 1, steps)

@@ -120,6 +120,13 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
     assert modes == {0o666 & ~umask}
 
 
+def test_a_file_that_stands_there_is_neither_written_over_nor_taken_away(tmp_path):
+    (tmp_path / "other").write_bytes(b"somebody's")
+    with pytest.raises(FileExistsError):
+        checkpoint.write_tensors(tmp_path / "other", {"x": torch.zeros(2)})
+    assert (tmp_path / "other").read_bytes() == b"somebody's"
+
+
 def test_at_leisure_the_bytes_are_the_same_and_whoever_waits_gets_the_rest_at_once(
         tmp_path, monkeypatch):
     """Pieces are written by a thread that takes what others leave of the cores, rests between them,

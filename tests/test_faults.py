@@ -281,6 +281,16 @@ def test_a_disk_with_too_little_room_is_refused_before_step_1(place, monkeypatch
     assert f"{int(need.replace(',', '')) / 2**30:.2f} GB at the most for 2 checkpoints" in said
 
 
+def test_a_run_that_keeps_fewer_points_than_stand_still_needs_room_for_one(
+        place, monkeypatch):  # noqa: F811
+    """Old ones go only once it is written."""
+    run(settings(place, "fewer", save_every=1, keep=9), codes={143}, during=stop_at(8))
+    assert len(list((place / "fewer/checkpoints").iterdir())) > 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    said = run(settings(place, "fewer", keep=2, resume=True), codes={STORAGE})
+    assert "1,000 bytes are free, resume points of this run need" in said
+
+
 @pytest.mark.parametrize("tune", [
     {}, *(pytest.param(x, marks=pytest.mark.slow) for x in (
         {"tune": "lora", "train_embeddings": True}, {"ema": 0.9, "shard": "fsdp"},

@@ -99,10 +99,12 @@ def test_a_compiler_is_told_to_keep_the_products_alone(monkeypatch, tune):
     assert e.value.code == 2
     monkeypatch.setattr(attention, "ONE_BY_ONE", ())
     products: list[int] = []
+    attended: list[int] = []
 
     def note(graph, inputs):
-        products.append(sum(node.op == "call_function" and "mm" in str(node.target)
-                            for node in graph.graph.nodes))
+        names = [str(x.target) for x in graph.graph.nodes if x.op == "call_function"]
+        products.append(sum("mm" in x for x in names))
+        attended.append(sum("attention" in x for x in names))
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=note, bw_compiler=note,
@@ -120,6 +122,8 @@ def test_a_compiler_is_told_to_keep_the_products_alone(monkeypatch, tune):
     assert less < most * kept and len(products) % 4 == 0
     one, two = products[: len(products) // 2], products[len(products) // 2 :]
     assert one == two and (tune == "lora" or one == [7, 14])  # two in the backward pass for each
+    half = len(attended) // 2
+    assert attended[:half] == attended[half:] and sum(attended) > 0  # nor is attention done twice
     for name, x in plain.items():
         assert tiny.apart(same[name], x) < 1e-5, name
     torch._dynamo.reset()

@@ -64,6 +64,7 @@ def test_twenty_adamw_steps_lose_what_transformers_loses(shape):
     model.train()
     theirs = torch.optim.AdamW(peer.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     mine = optim.adamw(model, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    assert mine.param_groups[0]["eps"] == theirs.param_groups[0]["eps"]
     for group in mine.param_groups:
         group["weight_decay"] = 0.1  # ours spares norms and biases; here the same for all
     for group in (*mine.param_groups, *theirs.param_groups):

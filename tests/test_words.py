@@ -148,8 +148,15 @@ def test_a_memory_that_is_full_begins_anew(made, monkeypatch):
     monkeypatch.setattr(words, "MOST", 10)
     memory = Words(made["learned"])
     for i in range(0, len(tiny.SENTENCES), 3):
-        held(memory, tiny.SENTENCES[i : i + 3])
-        assert len(memory.known) < 10 + 3 * 40
+        some = tiny.SENTENCES[i : i + 3]
+        held(memory, some)
+        assert set(memory.known) <= {word for text in some for word in text.split()}
+
+
+@pytest.mark.parametrize("name", ["learned", "qwen2"])
+def test_words_whose_bytes_do_not_come_out_are_encoded_one_by_one(made, name, monkeypatch):
+    monkeypatch.setattr(Words, "_sizes", lambda self, words, ids: np.zeros(len(words), np.int64))
+    held(Words(made[name]), tiny.SENTENCES)
 
 
 def test_a_memory_holds_little_of_what_is_encoded_whole(made, monkeypatch):
