@@ -27,6 +27,12 @@ from torch import Tensor
 
 from ahead import host, sent
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
+
+GROUPED = varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
 BLOCK = 64  # queries whose scores stand at once on a CPU
 TILE = 128  # queries, and keys, that flex_attention takes or leaves together: its own default
 SIDE = 4  # documents of one length that go through one product, side by side
@@ -75,15 +81,16 @@ class Layout:
 
     @classmethod
     def of(cls, doc: Tensor, pos: Tensor, extent: int | None = None, window: int = 0,
-           plain: bool = False, fused: str = "") -> Layout:
-        """From doc, pos (B,T); `extent`: of the cache that is read, if any.
+           plain: bool = False, fused: str = "", exact: bool = True) -> Layout:
+        """From doc, pos (B,T); `extent`: of the cache that is read, if any, and whether it is
+        `exact` or reaches beyond the longest row.
 
         `plain`: for scores that no fused kernel computes; `fused`: the kernel there is (`kernel`).
         """
         B, T = doc.shape
         if extent is not None:
             near = not window or extent <= window
-            if extent == T or (B == 1 and T == 1 and near):
+            if exact and (extent == T or (B == 1 and T == 1 and near)):
                 return cls(window=window)  # first tokens: causal; the next one sees all keys
             keys = torch.arange(extent, device=pos.device)
             mask = keys <= pos[..., None]  # (B,T,S)
@@ -166,15 +173,10 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: flo
     return torch.cat(done, dim=1).view(q.shape)
 
 
-@cache
 def varlen() -> tuple[Any, bool]:
     """torch's flash attention over documents end to end, and whether it takes K < H heads of keys;
     (None, False) where this torch has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None, False
-    return varlen_attn, "enable_gqa" in signature(varlen_attn).parameters
+    return varlen_attn, GROUPED
 
 
 def kernel(device: torch.device, dtype: torch.dtype, D: int) -> str:
@@ -235,9 +237,16 @@ def tiles_of(doc: Tensor, window: int) -> Any:
                                     mask_mod=sees, seq_lengths=(T, T))
 
 
-@cache
 def flex() -> Any:
-    """torch's flex_attention, compiled: it is slow and large otherwise."""
+    """torch's flex_attention, compiled, as part of a compiled block or alone: it is slow and large
+    otherwise."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if torch.compiler.is_compiling() else _flex_alone()
+
+
+@cache
+def _flex_alone() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from decode import in_order, keep_rows, rearrange, refill, step
+from decode import Steps, in_order, keep_rows, rearrange, refill
 from model import KVCache, Llama
 from sampling import Sampling, Stops, finite, penalise
 
@@ -107,6 +107,7 @@ def search(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, stops
     whole = KVCache(model.config, places * n, longest + sampling.max_new_tokens - 1, model.device,
                     model.compute_dtype)
     live: list[Search] = []  # each stands in n rows of the cache
+    steps = Steps(model, whole)
     cache, logits = whole.part(slice(0, 0)), torch.empty(0, model.config.vocab_size,
                                                          device=model.device)
     while live or waiting:
@@ -135,6 +136,6 @@ def search(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, stops
         live = [live[row // n] for row in order[::n]]
         if live:
             ids = torch.tensor([ids[-1] for x in live for ids in x.growing], device=model.device)
-            logits = step(model, ids, cache)
+            logits = steps(ids, cache)
         else:
             logits = logits[:0]

@@ -6,11 +6,14 @@ their place, so it only ever holds rows that are being continued.
 
 On a CPU a step of few rows is bound by reading the weights. `pack` lays them out for that; `hasten`
 leaves them as they are and compiles, for one row, a loop that reads them as fast as memory does.
+On a GPU it is bound by the host, which starts a step's kernels one by one: `Steps` records them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +21,12 @@ from torch import Tensor, nn
 from log import FLAGS, UserError
 from lora import LoRALinear
 from model import KVCache, Linear, Llama
+from ranks import is_cut
 
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 AHEAD = 4  # times as many prompts as there are places are put in order of length
 BUDGET = 4096  # tokens read at once: their activations are in memory together
+REACH = 256  # keys that a recorded step reads, or a multiple
 FEW = 8  # rows that a packed matrix is laid out for; any number may come
 
 
@@ -99,6 +105,67 @@ def refill(model: Llama, prompts: Sequence[Sequence[int]], whole: KVCache,
 def step(model: Llama, ids: Tensor, cache: KVCache) -> Tensor:
     """Read one more id (B,) in each row; logits of what follows it, (B,V)."""
     return model(ids[:, None], torch.zeros_like(ids)[:, None], cache.length[:, None], cache=cache)
+
+
+class Steps:
+    """`step`; on a GPU recorded for each number of rows, a power of two, and each reach of the
+    cache, a multiple of REACH, and played back: the hundreds of kernels of a step take the host
+    many times as long to start as the GPU to run.
+
+    Rows beyond those that are asked for compute what nobody reads, in places of the cache that are
+    free; keys beyond a row's own are masked.
+    """
+
+    def __init__(self, model: Llama, whole: KVCache, record: Record | None = None):
+        self.model, self.whole, self.record = model, whole, record
+        if record is None and recordable(model):
+            self.record = partial(recorded, pool=torch.cuda.graph_pool_handle())
+        self.ids, self.pos = torch.zeros(2, whole.k.shape[1], dtype=torch.long, device=model.device)
+        self.plays: dict[tuple[int, int], Callable[[], Tensor]] = {}
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Read one more id (B,) in each row of a cache, the first of `whole`; logits of what
+        follows it, (B,V), which stand until the next step."""
+        if self.record is None:
+            return step(self.model, ids, cache)
+        B, (places, size) = len(ids), self.whole.k.shape[1:3]
+        rows = min(1 << (B - 1).bit_length(), places)
+        reach = min(-(-(cache.extent + 1) // REACH) * REACH, size)
+        self.ids[:B], self.pos[:B] = ids, cache.length
+        if (rows, reach) not in self.plays:
+            part = self.whole.part(slice(0, rows))
+            part.reach = reach
+            tokens, pos = self.ids[:rows, None], self.pos[:rows, None]  # (rows,1)
+            self.plays[rows, reach] = self.record(
+                lambda: self.model(tokens, torch.zeros_like(tokens), pos, cache=part))
+        cache.length, cache.extent = cache.length + 1, cache.extent + 1
+        return self.plays[rows, reach]()[:B]
+
+
+def recordable(model: Llama) -> bool:
+    """Whether a model's steps can be played back: on a GPU that has it whole, and asked for nothing
+    on the way (dynamic frequencies depend on positions)."""
+    return model.device.type == "cuda" and model.config.rope.kind != "dynamic" \
+        and not any(map(is_cut, model.parameters()))
+
+
+def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
+    """What plays a CUDA graph of run() and gives its result, always in the same memory; of `pool`,
+    as that of all graphs which are played one after the other."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # once as it is: libraries start, and choose
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        found = run()
+
+    def play() -> Tensor:
+        graph.replay()
+        return found
+
+    return play
 
 
 def rearrange(whole: KVCache, held: KVCache, order: Sequence[int], start: int = 0) -> KVCache:

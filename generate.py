@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import beam
-from decode import in_order, keep_rows, portions, ragged, refill, step
+from decode import Steps, in_order, keep_rows, portions, ragged, refill
 from log import FLAGS, UserError, say
-from loss import CHUNK
+from loss import at_once
 from model import KVCache, Llama
 from sampling import NO_STOPS, Sampling, Stops, choose, own_seeds
 
@@ -105,6 +105,7 @@ def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
     whole = KVCache(model.config, places, max(map(len, fitted), default=0) + new - 1, model.device,
                     model.compute_dtype)
     live: list[Row] = []  # which prompt stands in each row of the cache
+    steps = Steps(model, whole)
     cache, logits = whole.part(slice(0, 0)), torch.empty(0, model.config.vocab_size,
                                                          device=model.device)
     while live or waiting:
@@ -122,7 +123,7 @@ def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
             yield row.index, token, end
         cache, order = keep_rows(cache, keep)
         live, ids = [live[i] for i in order], ids[order]
-        logits = step(model, ids, cache) if live else logits[:0]
+        logits = steps(ids, cache) if live else logits[:0]
 
 
 def generate(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
@@ -357,7 +358,8 @@ class _Scores:
         ids = torch.tensor([x for _, ids, _ in self.asked for x in ids], device=device)
         index = torch.tensor([i for _, ids, i in self.asked for _ in ids], device=device)
         self.asked = []
-        for states, follows, owner in zip(*(x.split(CHUNK) for x in (h, ids, index)), strict=True):
+        some, _ = at_once(device.type, *self.model.head.shape)
+        for states, follows, owner in zip(*(x.split(some) for x in (h, ids, index)), strict=True):
             logp = self.model.logits(states).log_softmax(-1)  # (T,V)
             asked = logp.gather(1, follows[:, None])[:, 0]  # (T,)
             self.nats.index_add_(0, owner, asked.to(self.kept).double())

@@ -56,6 +56,22 @@ def matrix(base: Base, dtype: torch.dtype) -> Tensor:
     return base.dense(dtype) if isinstance(base, NF4Linear) else base.weight.to(dtype)
 
 
+@torch.library.custom_op("lora::add", mutates_args={"y"})  # a compiler would copy y, then add to it
+def _add(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y (N,out) += a (N,R) b (R,out), inside the product."""
+    y.addmm_(a, b)
+
+
+@_add.register_fake
+def _(y: Tensor, a: Tensor, b: Tensor) -> None:
+    pass
+
+
+def add(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """The same, compiled or not."""
+    _add(y, a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
+
+
 class _Adapted(torch.autograd.Function):
     """W x + b + s B A x in one piece: sums are taken inside products, and no copy of W is kept.
 
@@ -68,7 +84,7 @@ class _Adapted(torch.autograd.Function):
         bias = None if bias is None else bias.to(x.dtype)
         y = F.linear(x, _made(shape, kept, x.dtype), bias)
         down = F.linear(x, A.to(x.dtype)).mul_(scale).flatten(0, -2)  # (N,R)
-        y.view(-1, y.shape[-1]).addmm_(down, B.to(x.dtype).T)
+        add(y.view(-1, y.shape[-1]), down, B.to(x.dtype).T)
         ctx.save_for_backward(x, A, B, down, *kept)
         ctx.scale, ctx.shape = scale, shape
         return y
@@ -81,7 +97,8 @@ class _Adapted(torch.autograd.Function):
         dA, dB = up.T @ x.flatten(0, -2), flat.T @ down
         if ctx.needs_input_grad[0]:
             dx = flat @ _made(ctx.shape, kept, g.dtype)
-            dx = dx.addmm_(up, A.to(g.dtype)).view(x.shape)
+            add(dx, up, A.to(g.dtype))
+            dx = dx.view(x.shape)
         return dx, dA.to(A.dtype), dB.to(B.dtype), *[None] * (3 + len(kept))
 
 

@@ -8,6 +8,8 @@ logits live only until its log-sum-exp, or its gradient, is taken.
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,21 @@ from torch import Tensor
 from ahead import host, sent
 from data import IGNORE
 
-# tokens whose logits stand at once: fastest on a CPU at V = 32,000, small beside a layer's
-# activations
-CHUNK = 256
-# tokens whose logit gradients stand at once: adding up (V,C) costs more than a chunk's product
-GROUP = 1024
+CHUNK, GROUP = 256, 1024  # of `at_once`, on a CPU; least of the second
+LOGITS = 1 << 27  # that stand at once on a GPU
+
+
+def at_once(device: str, V: int, C: int) -> tuple[int, int]:
+    """How many tokens' logits stand at once on a `cpu` or a `cuda`, and how many tokens' gradients
+    of logits before they are added to the head's gradient (V,C), which costs as much as a product.
+
+    On a CPU what was fastest at V = 32,000, and small beside a layer's activations. A GPU that is
+    to be busy needs more: so many logits, and gradients no larger than what they are added to.
+    """
+    if device == "cpu":
+        return CHUNK, GROUP
+    some = 1 << (LOGITS // V).bit_length() - 1
+    return some, max(GROUP, some, 2 * C)
 
 
 class _TokenNLL(torch.autograd.Function):
@@ -33,25 +45,25 @@ class _TokenNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h: Tensor, W: Tensor, targets: Tensor, cap: float,
-                smoothing: float = 0.0) -> Tensor:
+    def forward(ctx, h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
+                sizes: tuple[int, int], compiled: bool) -> Tensor:
         need_h, need_W = ctx.needs_input_grad[:2]
         cast = W.to(h.dtype)  # (V,C)
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if need_h else None
-        for at in range(0, len(h), CHUNK) if not need_W else ():
-            part = slice(at, at + CHUNK)
-            nll[part], d = _logit_gradient(h[part], cast, targets[part], cap, smoothing,
-                                           need_h)
+        find = fast() if compiled and (need_h or need_W) else _logit_gradient
+        ctx.how = cap, smoothing, sizes, find
+        for at in range(0, len(h), sizes[0]) if not need_W else ():
+            part = slice(at, at + sizes[0])
+            nll[part], d = find(h[part], cast, targets[part], cap, smoothing, need_h)
             if need_h:
                 torch.mm(d, cast, out=dh[part])
-        ctx.dW = _head_gradient(h, cast, targets, cap, smoothing, nll, dh) if need_W else None
-        ctx.how = cap, smoothing
+        ctx.dW = _head_gradient(h, cast, targets, *ctx.how, nll, dh) if need_W else None
         ctx.save_for_backward(h, W, targets, dh)
         return nll
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         h, W, targets, dh = ctx.saved_tensors
         if dh is not None:
             dh = dh * g[:, None].to(dh.dtype)
@@ -62,7 +74,7 @@ class _TokenNLL(torch.autograd.Function):
             else:
                 dW = _head_gradient(h, W.to(h.dtype), targets, *ctx.how, factor=g)
             dW = dW.to(W.dtype)
-        return dh, dW, None, None, None
+        return dh, dW, *[None] * 5
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:
@@ -87,24 +99,33 @@ def _logit_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing
     d = logp.exp_()
     if smoothing:
         d -= smoothing / len(W)
-    d[torch.arange(len(d), device=d.device), targets] -= 1 - smoothing
+    if torch.compiler.is_compiling():  # in the one pass over them that there is
+        d = d - (torch.arange(len(W), device=d.device) == targets[:, None]) * (1 - smoothing)
+    else:
+        d[torch.arange(len(d), device=d.device), targets] -= 1 - smoothing
     if cap:
         d *= 1 - (logits / cap).square_()  # tanh' = 1 - tanh^2
     return nll, d.to(h.dtype)
 
 
+@cache
+def fast() -> Any:
+    """`_logit_gradient`, compiled: logits are read twice and their gradient is written once."""
+    return torch.compile(_logit_gradient)
+
+
 def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
-                   nll: Tensor | None = None, dh: Tensor | None = None,
-                   factor: Tensor | None = None) -> Tensor:
-    """Sum over tokens of factor x (their logits' gradient) h^T, (V,C) float32; fills nll (N,) and
-    dh (N,C) if given."""
-    dW = None
-    for begin in range(0, len(h), GROUP):
-        group = slice(begin, min(begin + GROUP, len(h)))
+                   sizes: tuple[int, int], find: Any, nll: Tensor | None = None,
+                   dh: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """Sum over tokens of factor x (their logits' gradient, which `find` finds) h^T, (V,C) float32;
+    fills nll (N,) and dh (N,C) if given."""
+    dW, (some, many) = None, sizes
+    for begin in range(0, len(h), many):
+        group = slice(begin, min(begin + many, len(h)))
         d = h.new_empty(group.stop - begin, len(W))  # (n,V)
-        for at in range(begin, group.stop, CHUNK):
-            part = slice(at, min(at + CHUNK, group.stop))
-            found, gradient = _logit_gradient(h[part], W, targets[part], cap, smoothing)
+        for at in range(begin, group.stop, some):
+            part = slice(at, min(at + some, group.stop))
+            found, gradient = find(h[part], W, targets[part], cap, smoothing)
             d[at - begin : part.stop - begin] = gradient
             if nll is not None:
                 nll[part] = found
@@ -117,19 +138,21 @@ def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing:
     return torch.zeros_like(W, dtype=torch.float32) if dW is None else dW
 
 
-def token_nll(h: Tensor, head: Tensor, targets: Tensor, cap: float = 0.0,
-              smoothing: float = 0.0) -> Tensor:
+def token_nll(h: Tensor, head: Tensor, targets: Tensor, cap: float = 0.0, smoothing: float = 0.0,
+              compiled: bool = False) -> Tensor:
     """Negative log-likelihood of each target in nats: (B,T,C), (V,C), (B,T) -> (B,T) float32.
 
     0 where the target is IGNORE; such tokens cost nothing. Never holds (B,T,V). `cap` bounds the
-    logits (see `capped`), `smoothing` spreads the targets (see `_logit_gradient`).
+    logits (see `capped`), `smoothing` spreads the targets (see `_logit_gradient`), `compiled`: see
+    `fast`.
     """
+    how = cap, smoothing, at_once(h.device.type, *head.shape), compiled
     kept = host(targets).flatten() != IGNORE
     h, flat = h.flatten(0, 1), targets.flatten()
     if kept.all():
-        return _TokenNLL.apply(h, head, flat, cap, smoothing).view(targets.shape)
+        return _TokenNLL.apply(h, head, flat, *how).view(targets.shape)
     at = sent(kept.nonzero().squeeze(-1), h.device)  # (n,)
-    nll = _TokenNLL.apply(h[at], head, flat[at], cap, smoothing)
+    nll = _TokenNLL.apply(h[at], head, flat[at], *how)
     return _Scatter.apply(nll, at, len(flat)).view(targets.shape)
 
 

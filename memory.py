@@ -33,7 +33,7 @@ import optim
 from attention import kernel
 from families import ModelConfig
 from log import FLAGS, UserError
-from loss import _TokenNLL, cpo, document_logp, dpo
+from loss import _TokenNLL, at_once, cpo, document_logp, dpo
 from model import Layout, Llama
 from ranks import BUCKET, GiB, Ranks, meets_often, stays_whole, way
 
@@ -192,6 +192,7 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
     how = way(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
     whole = bool(lora.trained_whole(model))
     beside = s.mode == "dpo" and s.tune != "full" and not adapter and not (how == "fsdp" and whole)
+    sizes = at_once("cpu" if path == "blocks" else "cuda", *model.head.shape)
     B, T = s.rows, s.seq_len
     doc = (torch.arange(T, device=device) >= T // 2).long().expand(B, T)  # (B,T)
     pos = torch.arange(T, device=device).expand(B, T)
@@ -218,7 +219,7 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
         held.most = dict(held.bytes)
         for i in range(min(passes, 2)):
             last = i == min(passes, 2) - 1
-            _step(model, s, held, doc, pos, cut, last, last and world > 1, beside)
+            _step(model, s, held, doc, pos, sizes, cut, last, last and world > 1, beside)
         for p in model.parameters():
             p.grad = None
         del kept
@@ -303,8 +304,8 @@ def _place(model: nn.Module, device: torch.device) -> None:
                        for k, x in whole.items()}
 
 
-def _step(model: Llama, s: Any, held: _Held, doc: Tensor, pos: Tensor, cut: Cut | None, last: bool,
-          meet: bool, beside: bool) -> None:
+def _step(model: Llama, s: Any, held: _Held, doc: Tensor, pos: Tensor, sizes: tuple[int, int],
+          cut: Cut | None, last: bool, meet: bool, beside: bool) -> None:
     """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`, in
     messages that hold them a second time until they stand in for them.
 
@@ -329,7 +330,8 @@ def _step(model: Llama, s: Any, held: _Held, doc: Tensor, pos: Tensor, cut: Cut 
     def nll() -> Tensor:
         h = model.model(doc, doc, pos).flatten(0, 1)  # (B T,C)
         held.what = "logits"
-        found = _TokenNLL.apply(h, model.head, doc.flatten(), model.config.logit_cap)
+        found = _TokenNLL.apply(h, model.head, doc.flatten(), model.config.logit_cap, 0.0,
+                                sizes, False)
         held.what = "activations"
         return found.view(doc.shape)  # (B,T)
 

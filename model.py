@@ -55,6 +55,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.extent = 0  # no row has a token at or beyond it; known without asking the device
+        self.reach = 0  # keys that are read, if they are to be more than those
         self.rows: Tensor | None = None  # (T,) while prompts come packed: where each token is kept
 
     def put(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,8 @@ class KVCache:
             return k, v
         rows = torch.arange(len(pos), device=pos.device)[:, None]
         self.k[layer][rows, pos], self.v[layer][rows, pos] = k, v
-        return self.k[layer][:, : self.extent], self.v[layer][:, : self.extent]
+        read = self.reach or self.extent
+        return self.k[layer][:, :read], self.v[layer][:, :read]
 
     def part(self, rows: slice) -> KVCache:
         """Some of the rows as a cache of their own, in the same memory."""
@@ -141,17 +143,21 @@ class Block(nn.Module):
         self.names = names[config.norms]  # before and after attention, before and after the MLP
         for name in filter(None, self.names):
             self.add_module(name, RMSNorm(config.hidden_size, config))
-        self.light = False  # once it is compiled
+        self.fast: Any = None  # the same compiled, for the many steps of one shape
 
     def norm(self, which: int, x: Tensor) -> Tensor:
         return getattr(self, self.names[which])(x) if self.names[which] else x
 
     def forward(self, x: Tensor, *more: Any) -> Tensor:
-        """x (B,T,C) and what layers share -> (B,T,C); compiled, it may keep little (`light`)."""
-        if self.light and torch.is_grad_enabled():
-            return checkpoint(self.computed, x, *more, use_reentrant=False, context_fn=partial(
-                create_selective_checkpoint_contexts, products))
-        return self.computed(x, *more)
+        """x (B,T,C) and what layers share -> (B,T,C)."""
+        return (self.fast if self.fast and self.training else self.computed)(x, *more)
+
+    def lightly(self, x: Tensor, *more: Any) -> Tensor:
+        """`computed`, for a compiler that is to keep little for the backward pass."""
+        if not torch.is_grad_enabled():
+            return self.computed(x, *more)
+        return checkpoint(self.computed, x, *more, use_reentrant=False, context_fn=partial(
+            create_selective_checkpoint_contexts, products))
 
     def computed(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, pos: Tensor,
                  cache: KVCache | None = None, layer: int = 0) -> Tensor:
@@ -189,24 +195,26 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config)
         self.compute_dtype = torch.float32  # of products and of what flows between them
         self.recompute = self.light = False  # blocks, or their norms and gates, for the gradient
+        self.compiled = False
         self.neftune = 0.0  # noise on the embeddings while training
 
     def compile_blocks(self, device: torch.device, **how: Any) -> None:
-        """torch.compile each block, for that device; `how` as torch.compile takes it."""
+        """torch.compile what training computes of each block, and the loss, for that device; `how`
+        as torch.compile takes it. Evaluations, whose shapes vary, stay as they are."""
         if self.light and not compiled(device):
             raise UserError("--recompute-light: not with --compile on a CPU, where attention is no "
                             "part of a compiled block; leave one of them out", FLAGS)
         for block in self.layers:
-            block.light = self.light
-            block.compile(**how)
-        self.light = False  # blocks do it themselves from here on
+            block.fast = torch.compile(block.lightly if self.light else block.computed, **how)
+        self.light, self.compiled = False, True  # blocks do it themselves from here on
 
-    def shared(self, doc: Tensor, pos: Tensor, extent: int | None) -> tuple[dict, Any, Any]:
+    def shared(self, doc: Tensor, pos: Tensor, extent: int | None,
+               exact: bool = True) -> tuple[dict, Any, Any]:
         """What layers share: who sees whom, by window, and the turns of those that see all, and of
         those that see a window."""
         c = self.config
         fused = kernel(doc.device, self.compute_dtype, c.head_dim)
-        layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fused)
+        layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fused, exact)
                    for window in set(c.windows) or {0}}
         turn = turns(c.rope, c.head_dim, doc, pos)
         return layouts, turn, turns(c.local_rope, c.head_dim, doc, pos) if c.local_rope else turn
@@ -222,7 +230,8 @@ class Decoder(nn.Module):
         held = cache is not None and cache.rows is None  # tokens behind what the cache holds
         if held:
             cache.extent += tokens.shape[1]
-        layouts, turn, local = self.shared(doc, pos, cache.extent if held else None)
+        layouts, turn, local = self.shared(doc, pos, cache.reach or cache.extent, not cache.reach) \
+            if held else self.shared(doc, pos, None)
         windows = c.windows or (0,) * len(self.layers)
         for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
             here = None if i in c.no_rope else local if window else turn
@@ -274,7 +283,8 @@ class Llama(nn.Module):
         h = self.model(tokens, doc, pos, cache)  # (B,T,C)
         if targets is not None:
             smoothing = self.smoothing if self.training else 0.0
-            return token_nll(h, self.head, targets, self.config.logit_cap, smoothing)
+            return token_nll(h, self.head, targets, self.config.logit_cap, smoothing,
+                             self.model.compiled and self.training)
         last = ((doc >= 0) * torch.arange(1, doc.shape[1] + 1, device=doc.device)).argmax(1)  # (B,)
         h = h[torch.arange(len(h), device=h.device), last]  # (B,C)
         return self.logits(h)

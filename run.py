@@ -142,8 +142,6 @@ class Run:
                             f"{', '.join(held) or 'none'}", FLAGS)
         ranks.agree({f"sha256 of {x.name}": x.sha for x in mixed}
                     | {"model": f"{model.config}", "tokenizer": tokenizer.fingerprint})
-        if s.compile:
-            model.model.compile_blocks(ranks.device)
         ranks.share(model, s.shard, dtype, trained)
 
         def load(rows: int) -> Loader:
@@ -157,6 +155,8 @@ class Run:
             s = dataclasses.replace(s, rows=1 if s.tokens_per_step % each else watch.most_rows(
                 s.tokens_per_step // each, lambda n: tries.fits(n, load(n).next)))
             log.say(f"--rows auto: {s.rows}")
+        if s.compile:  # for these rows
+            model.model.compile_blocks(ranks.device)
         micro = s.rows * each
         per_step = s.tokens_per_step or micro
         if per_step % micro:

@@ -1,67 +1,129 @@
 """The GPU's part: correctness first, by the tests marked gpu, then figures, in under ten minutes.
 
-    python -m bench.gpu [--quick] [--cases full fp8 lora qlora] [--write]
+    python -m bench.gpu [--quick] [--cases full lora qlora stream ...] [--write]
 
-The same random models as elsewhere, of real sizes: all weights of a 1B in rows of 8,192 tokens,
-with products in bf16 and in eight bits (against bf16's peak; no peer does the same),
-LoRA and QLoRA of an 8B in rows of 4,096; documents of 1,024 packed end to end on our side, which
-the peers see as one. Beside each the product peak measured in the same process. Memory is what the
-device's allocator held at most.
+Random models of real sizes, on the same ids, one row a step: all weights of a 1B in rows of 8,192
+tokens, with products in bf16 and in eight bits (against bf16's peak); LoRA and QLoRA of an 8B in
+rows of 4,096. Beside them the peers (transformers, peft, bitsandbytes) at their best: blocks
+compiled, or Liger's kernels; recomputed or not as ours are. A row is one document on all sides, but
+in `packed`, where ours hold documents of 1,024, which the peers cannot tell apart.
+Losses of the first step must agree. Memory is what the device's allocator held at most after two
+steps, and what memory.py predicts for ours where nothing is compiled.
+
+Then answers of the 1B in bf16: one stream, eight side by side, 200 uneven prompts. The peer is
+transformers' generate as it comes, prompts of like lengths padded on the left, and with its static
+cache, which it compiles. Every first id of ours must be one that may come first: at most two steps
+of bf16 below the largest of the peer's logits.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import ROOT, Settings, child, installed, main, table, versions
 
 HERE = "bench.gpu"
+DEVICE = "cuda"
 SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary
     "1B": (2048, 8192, 16, 32, 8, 128256), "8B": (4096, 14336, 32, 32, 8, 128256),
     "tiny": (64, 128, 2, 4, 2, 512)}
-CASES = {  # model, tokens in a row, what our side does besides
-    "full": ("1B", 8192, "--recompute-light"),
-    "fp8": ("1B", 8192, "--recompute-light --dtype fp8"), "lora": ("8B", 4096, "--recompute"),
-    "qlora": ("8B", 4096, "--recompute")}
-FULL = ("full", "fp8")  # all weights train
-DOCUMENT = 1024
 
 
-def words(shape: str, T: int) -> dict[str, Any]:
+class Case(NamedTuple):
+    """What trains on which model, in rows of how many tokens, documents of how many, how."""
+
+    shape: str
+    tune: str
+    T: int
+    document: int
+    options: str = ""
+    peers: tuple[str, ...] = ()
+
+
+CASES = {
+    "full": Case("1B", "full", 8192, 8192, "", ("compiled", "liger")),
+    "packed": Case("1B", "full", 8192, 1024),
+    "light": Case("1B", "full", 8192, 8192, "--recompute-light"),
+    "fp8": Case("1B", "full", 8192, 8192, "--dtype fp8"),
+    "lora": Case("8B", "lora", 4096, 4096, "", ("compiled",)),
+    "lora-recompute": Case("8B", "lora", 4096, 4096, "--recompute", ("compiled", "liger")),
+    "qlora": Case("8B", "qlora", 4096, 4096, "--recompute", ("compiled",))}
+ANSWERS = {  # prompts of least to most ids, rows, new ids; the peer's caches
+    "stream": (1, 128, 128, 1, 128, ("dynamic", "static")),
+    "eight": (8, 128, 128, 8, 128, ("dynamic", "static")),
+    "ragged": (200, 16, 256, 32, 64, ("dynamic",))}
+
+
+def words(case: Case) -> dict[str, Any]:
     """config.json of a LLaMA of this shape."""
-    C, M, L, H, K, V = SHAPES[shape]
+    C, M, L, H, K, V = SHAPES[case.shape]
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V,
             "hidden_size": C, "intermediate_size": M, "num_hidden_layers": L,
             "num_attention_heads": H, "num_key_value_heads": K, "head_dim": C // H,
-            "rms_norm_eps": 1e-5, "max_position_embeddings": T, "hidden_act": "silu",
+            "rms_norm_eps": 1e-5, "max_position_embeddings": case.T, "hidden_act": "silu",
             "tie_word_embeddings": False}
 
 
+def ids_of(case: Case) -> Any:
+    """Token ids (1,T), the same in every process."""
+    import torch
+
+    V = SHAPES[case.shape][-1]
+    return torch.randint(0, V, (1, case.T), generator=torch.Generator().manual_seed(1))
+
+
 def about() -> dict[str, Any]:
-    """The GPU's name, its bf16 product peak in TFLOP/s, its memory in GB; nothing without one."""
+    """The GPU's name, its bf16 product peak in TFLOP/s, what it copies in GB/s (10^9, read and
+    written), its memory in GB; nothing without one."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
+
+    def best(work: Any) -> float:
+        seconds = []
+        for _ in range(10):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        return min(seconds)
+
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    best = 1e9
-    for _ in range(10):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        a @ a
-        torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begun)
-    return {"name": torch.cuda.get_device_name(), "peak": 2 * 8192**3 / best / 1e12,
+    x = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    return {"name": torch.cuda.get_device_name(), "peak": 2 * 8192**3 / best(lambda: a @ a) / 1e12,
+            "copy": 4 * x.numel() / best(lambda: y.copy_(x)) / 1e9,
             "memory": torch.cuda.get_device_properties(0).total_memory / 2**30,
             "eight bits": torch.cuda.get_device_capability() >= (8, 9)}
 
 
-def ours(case: str, rows: int, steps: int) -> dict[str, Any]:
-    """Seconds of steps of train.py after two, the device's peak in GB, FLOP a step."""
+def predict(name: str) -> dict[str, float]:
+    """GB that memory.py says of our side."""
+    import dataclasses
+
+    import torch
+
+    import memory
+    import train
+    from families import ModelConfig
+
+    case = CASES[name]
+    s = dataclasses.replace(train.Settings(), tune=case.tune, seq_len=case.T, rows=1,
+                            recompute="--recompute" in case.options.split(), double_quant=True,
+                            recompute_light="--recompute-light" in case.options)
+    found = memory.need(ModelConfig.from_hf(words(case)), s, torch.bfloat16, path="offsets")
+    return {"total": found.total / 2**30}
+
+
+def ours(name: str, steps: int) -> dict[str, Any]:
+    """Steps of train.py, its blocks compiled; FLOP a step."""
     import torch
 
     import fp8
@@ -74,78 +136,79 @@ def ours(case: str, rows: int, steps: int) -> dict[str, Any]:
     from model import Llama
     from ranks import Ranks
 
-    shape, T, options = CASES[case]
-    gpu = Ranks.start("cuda")
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.float32 if case in FULL else torch.bfloat16)
-        model = Llama(ModelConfig.from_hf(words(shape, T)))
+    case = CASES[name]
+    gpu = Ranks.start(DEVICE)
+    with torch.device(DEVICE):
+        torch.set_default_dtype(torch.float32 if case.tune == "full" else torch.bfloat16)
+        model = Llama(ModelConfig.from_hf(words(case)))
         torch.set_default_dtype(torch.float32)
     model.initialise(0)
     model.model.compute_dtype = torch.bfloat16
-    model.model.recompute = "--recompute" in options.split()
-    model.model.light = "--recompute-light" in options
-    if case == "fp8":
+    model.model.recompute = "--recompute" in case.options.split()
+    model.model.light = "--recompute-light" in case.options
+    if "fp8" in case.options:
         fp8.use(model)
-    if case == "qlora":
-        for name, m in list(model.named_modules()):
-            if nf4.fits(name, m):
-                parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last,
-                        nf4.NF4Linear(m.weight.data, m.bias, double=True))
-    if case not in FULL:
+    if case.tune == "qlora":
+        for path, m in list(model.named_modules()):
+            if nf4.fits(path, m):
+                model.set_submodule(path, nf4.NF4Linear(m.weight.data, m.bias, double=True))
+    if case.tune != "full":
         lora.attach(model, 16, 32.0, 0.0, ["all-linear"])
     model.train()
     model.model.compile_blocks(gpu.device)
     optimizer = optim.adamw(model, 1e-4, (0.9, 0.95), 0.1)
-    ids = torch.randint(0, model.config.vocab_size, (rows, T))
-    at = torch.arange(T).expand(rows, T)
-    batch = Batch(ids, ids, at // DOCUMENT, at % DOCUMENT)
-    torch.cuda.reset_peak_memory_stats()
-    flops = model.flops_per_token(DOCUMENT) * rows * T
+    ids, at = ids_of(case), torch.arange(case.T)[None]
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    batch = Batch(ids, targets, at // case.document, at % case.document)
     return timed(lambda: train.train_step(model, train.NLL, [batch], optimizer, gpu, 1.0)[0],
-                 steps) | {"flops": flops}
+                 steps) | {"flops": model.flops_per_token(case.document) * case.T}
 
 
-def peer(case: str, rows: int, steps: int) -> dict[str, Any]:
-    """The same by transformers (+ peft, bitsandbytes), compiled, with its own checkpointing."""
+def peer(name: str, how: str, steps: int) -> dict[str, Any]:
+    """The same by transformers (+ peft, bitsandbytes): `compiled` blocks, or kernels of `liger`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape, T, _ = CASES[case]
-    config = LlamaConfig(**{k: v for k, v in words(shape, T).items() if k != "architectures"})
-    torch.set_default_dtype(torch.float32 if case == "full" else torch.bfloat16)
-    with torch.device("cuda"):
+    case = CASES[name]
+    if how == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    config = LlamaConfig(**{k: v for k, v in words(case).items() if k != "architectures"})
+    torch.set_default_dtype(torch.float32 if case.tune == "full" else torch.bfloat16)
+    with torch.device(DEVICE):
         model: Any = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    if case == "qlora":
+    if case.tune == "qlora":
         import bitsandbytes
 
-        for name, m in list(model.model.named_modules()):
+        for path, m in list(model.model.named_modules()):
             if isinstance(m, torch.nn.Linear):
                 small = bitsandbytes.nn.Linear4bit(
                     m.in_features, m.out_features, bias=False, compute_dtype=torch.bfloat16,
-                    quant_type="nf4", compress_statistics=True)
+                    quant_type="nf4", compress_statistics=True, device="meta")
                 small.weight = bitsandbytes.nn.Params4bit(
                     m.weight.data.cpu(), requires_grad=False, quant_type="nf4",
                     compress_statistics=True)
-                parent, _, last = name.rpartition(".")
-                setattr(model.model.get_submodule(parent), last, small.cuda())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    if case != "full":
+                model.model.set_submodule(path, small.to(DEVICE))
+    if "--recompute" in case.options:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    layers = model.model.layers
+    if case.tune != "full":
         from peft import LoraConfig, get_peft_model
 
-        model.enable_input_require_grads()
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM",
                                                  target_modules="all-linear"))
     model.train()
-    if case != "qlora":
-        model.compile()
+    for layer in layers if how == "compiled" else ():
+        layer.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
-    ids = torch.randint(0, config.vocab_size, (rows, T), device="cuda")
+    ids = ids_of(case).to(DEVICE)
 
     def step() -> float:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -153,22 +216,134 @@ def peer(case: str, rows: int, steps: int) -> dict[str, Any]:
         optimizer.zero_grad()
         return loss.item()
 
-    torch.cuda.reset_peak_memory_stats()
     return timed(step, steps)
 
 
+def answers(name: str, cache: str) -> dict[str, Any]:
+    """Seconds of answering, after a warm-up, and the first ids; by ours where `cache` is "". The
+    peer adds which ids may come first."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from families import ModelConfig
+    from generate import answers
+    from model import Llama
+    from sampling import Sampling
+
+    n, least, most, rows, new, _ = ANSWERS[name]
+    case, chance = CASES["full"]._replace(T=4096), random.Random(1)
+    V = SHAPES[case.shape][-1]
+    prompts = sorted(([chance.randrange(3, V) for _ in range(chance.randint(least, most))]
+                      for _ in range(n)), key=len)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        theirs: Any = LlamaForCausalLM(LlamaConfig(
+            **{k: v for k, v in words(case).items() if k != "architectures"})).eval()
+    torch.set_default_dtype(torch.float32)
+
+    def padded(part: list[list[int]]) -> dict[str, Any]:
+        T = max(map(len, part))
+        return {"input_ids": torch.tensor([[0] * (T - len(x)) + x for x in part], device=DEVICE),
+                "attention_mask": torch.tensor([[0] * (T - len(x)) + [1] * len(x) for x in part],
+                                               device=DEVICE)}
+
+    def by_peer(new: int) -> list[int]:
+        first = []
+        for at in range(0, n, rows):
+            asked = padded(prompts[at : at + rows])
+            more = {"cache_implementation": cache} if cache == "static" else {}
+            ids = theirs.generate(**asked, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                                  pad_token_id=0, eos_token_id=2, **more)
+            first += ids[:, asked["input_ids"].shape[1]].tolist()
+        return first
+
+    def by_ours(new: int) -> list[int]:
+        return [x.ids[0] for x in answers(model, prompts, Sampling(new, 0.0), rows=rows)]
+
+    found: dict[str, Any] = {}
+    if cache:
+        run = by_peer
+        with torch.inference_mode():
+            logits = torch.cat([theirs(**padded([ids]), logits_to_keep=1).logits[:, -1].float()
+                                for ids in prompts])  # (n,V)
+        top = logits.amax(1, keepdim=True)
+        found["may"] = [x.nonzero()[:, 0].tolist() for x in logits >= top - top.abs() / 64]
+    else:
+        run = by_ours
+        with torch.device("meta"):
+            model = Llama(ModelConfig.from_hf(words(case)))
+        model.load_state_dict(theirs.state_dict(), assign=True)
+        del theirs
+        model.eval().model.compute_dtype = torch.bfloat16
+    run(new if cache == "static" else 4)  # compiled for this length
+    seconds = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        found["first"] = run(new)  # a list: everything has been waited for
+        seconds.append(time.perf_counter() - begun)
+    return found | {"seconds": min(seconds), "device": torch.cuda.max_memory_allocated() / 2**30}
+
+
 def timed(step: Any, steps: int) -> dict[str, Any]:
-    """Seconds of each step after two, every kernel waited for; the device's peak in GB."""
+    """Losses; seconds of each step after two, every kernel waited for; the device's peak in GB."""
     import torch
 
-    seconds = []
-    for _ in range(steps + 2):
+    losses, seconds = [step(), step()], []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(steps):
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        step()
+        losses.append(step())
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-    return {"seconds": seconds[2:], "device": torch.cuda.max_memory_allocated() / 2**30}
+    return {"losses": losses, "seconds": seconds,
+            "device": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def compare(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
+    """A case's rows of the table."""
+    case, steps = CASES[name], {"full": 8, "quick": 4, "tiny": 1}[s.size]
+    runs = {"ours": child(HERE, "ours", name, steps)}
+    for how in case.peers:
+        if installed("transformers") and (how != "liger" or installed("liger_kernel")):
+            runs[how] = child(HERE, "peer", name, how, steps)
+    found, rows = {side: statistics.median(x["seconds"]) for side, x in runs.items()}, []
+    first = [x["losses"][0] for x in runs.values()]
+    if max(first) / min(first) - 1 > 0.01:
+        s.faults.append(f"{name}: the first losses are {first}: not the same was measured")
+    said = f"{child(HERE, 'predict', name)['total']:.1f}"
+    library = "transformers" if case.tune == "full" else "peft"
+    for side, run in runs.items():
+        share = f"{runs['ours']['flops'] / found[side] / gpu['peak'] / 1e12:.0%}"
+        what = f"{name}: {case.shape}, {case.tune}, 1 x {case.T:,} {case.options}".strip()
+        rows.append([what, side if side == "ours" else f"{library}, {side}",
+                     f"{case.T / found[side]:,.0f}",
+                     f"{min(run['seconds']):.3f} to {max(run['seconds']):.3f}", share,
+                     f"{found[side] / found['ours']:.2f}", f"{run['device']:.1f}",
+                     said if side == "ours" else "-"])
+    return rows
+
+
+def answered(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
+    """A row of the second table for each side."""
+    n, least, most, width, new, caches = ANSWERS[name]
+    runs = {"ours": child(HERE, "answers", name, "")}
+    for cache in caches if installed("transformers") else ():
+        runs[f"transformers, {cache} cache"] = child(HERE, "answers", name, cache)
+    for run in list(runs.values())[1:]:
+        if not all(x in may for x, may in zip(runs["ours"]["first"], run["may"], strict=True)):
+            s.faults.append(f"{name}: a first id of ours is not one that may come first")
+    C, M, L, H, K, V = SHAPES["1B"]
+    read = 2 * (V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M))  # bytes of the matrices
+    rows = []
+    for side, run in runs.items():
+        share = f"{read * new / run['seconds'] / 1e9 / gpu['copy']:.0%}" if n <= width else "-"
+        rows.append([f"{name}: {n} of {least} to {most} ids, {width} rows, {new} new", side,
+                     f"{n * new / run['seconds']:,.0f}",
+                     f"{run['seconds'] / runs['ours']['seconds']:.2f}", share,
+                     f"{run['device']:.1f}"])
+    return rows
 
 
 def job(s: Settings) -> str:
@@ -181,27 +356,28 @@ def job(s: Settings) -> str:
     if tests.returncode:
         s.faults.append(f"the tests marked gpu fail, so no figure is worth it:\n{tests.stdout}")
         return tests.stdout[-2000:]
-    rows, steps = [], {"full": 5, "quick": 2, "tiny": 1}[s.size]
-    for case in s.cases or CASES:
-        shape, T, options = CASES[case]
-        if case == "fp8" and not gpu["eight bits"]:
-            rows.append([case, "this GPU multiplies no eight bits", *"----"])
+    rows, more = [], []
+    for name in s.cases or [*CASES, *ANSWERS]:
+        if name in ANSWERS:
+            more += answered(name, gpu, s)
             continue
-        for side in ("ours", *(["peer"] if installed("transformers") and case != "fp8" else [])):
-            found = child(HERE, side, case, 1, steps)
-            middle = statistics.median(found["seconds"])
-            share = f"{found['flops'] / middle / gpu['peak'] / 1e12:.0%}" if side == "ours" else "-"
-            theirs = "transformers" if case == "full" else "transformers, peft"
-            rows.append([case, f"{shape}, 1 x {T}, {options}",
-                         "ours" if side == "ours" else theirs, f"{T / middle:,.0f}", share,
-                         f"{found['device']:.1f}"])
-    return (f"{gpu['name']}, {gpu['memory']:.0f} GB; product peak measured {gpu['peak']:,.0f} "
-            f"TFLOP/s in bf16. Tests marked gpu: {tests.stdout.strip().splitlines()[-1]}.\n\n"
-            + table(["", "", "", "tokens/s", "of the product peak", "GB on the device"], rows)
-            + "\n\nThe peers recompute whole blocks, which is all that their own checkpointing "
-            "does. " + versions("torch", "transformers", "peft", "bitsandbytes") + ".")
+        if name == "fp8" and not gpu["eight bits"]:
+            rows.append(["fp8", "this GPU multiplies no eight bits", *"------"])
+            continue
+        rows += compare(name, gpu, s)
+        print("\n".join(map(str, rows[-3:])), file=sys.stderr, flush=True)
+    head = ["", "", "tokens/s", "seconds a step", "of the product peak", "times ours' seconds",
+            "GB on the device", "predicted"]
+    return (f"{gpu['name']}, {gpu['memory']:.0f} GB. Measured in the same run: {gpu['peak']:,.0f} "
+            f"TFLOP/s of a product in bf16, {gpu['copy']:,.0f} GB/s copied. Tests marked gpu: "
+            f"{tests.stdout.strip().splitlines()[-1]}.\n\n{table(head, rows)}\n\nThe share of the "
+            "peak counts the products that a step needs, none that is made again.\n\n"
+            + table(["", "", "ids/s", "times ours' seconds", "of the time to copy the weights",
+                     "GB on the device"], more) + "\n\n"
+            + versions("torch", "transformers", "peft", "bitsandbytes", "liger_kernel") + ".")
 
 
 if __name__ == "__main__":
-    sys.exit(main(HERE, "On a GPU", {"about": about, "ours": ours, "peer": peer}, job, list(CASES),
-                  1))
+    sys.exit(main(HERE, "On a GPU", {"about": about, "predict": predict, "ours": ours,
+                                     "peer": peer, "answers": answers}, job,
+                  [*CASES, *ANSWERS], 1))

@@ -93,8 +93,7 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     same_start(model)
     model.train()
     if "compile" in options:
-        for block in model.model.layers:
-            block.compile()
+        model.model.compile_blocks(cpu.device)
     return our_step(model, name, optim.adamw(model, LR, BETAS, DECAY), cpu), model
 
 

@@ -196,7 +196,7 @@ def test_flex_attention_is_part_of_a_compiled_block_which_is_not_compiled_anew(m
     monkeypatch.setattr(attention, "ONE_BY_ONE", ())
     monkeypatch.setattr("model.kernel", lambda *_: "tiles")
     torch._dynamo.reset()
-    model, same = (tiny.ours(tiny.peer("llama3"), "llama3").requires_grad_(False)
+    model, same = (tiny.ours(tiny.peer("llama3"), "llama3").requires_grad_(False).train()
                    for _ in range(2))
     model.model.compile_blocks(torch.device("cpu"), fullgraph=True, backend="eager")
     graphs, seen = torch._dynamo.utils.counters["stats"], set()

@@ -195,7 +195,7 @@ def test_a_finished_row_gives_its_place_to_the_next_prompt_and_no_answer_changes
         widths.append(len(ids))
         return run(model, ids, cache)
 
-    monkeypatch.setattr(g, "step", watched)
+    monkeypatch.setattr(decode, "step", watched)
     assert answers(prompts, Sampling(12, 0), {ending}, rows=rows) == wanted
     assert max(widths) <= rows
     waiting = sum(map(len, wanted)) - len(wanted)  # tokens that a step must make
@@ -649,3 +649,84 @@ def test_a_hastened_stream_is_as_near_to_float32_as_a_plain_one(shape):
 def test_hastening_where_it_does_not_pay_is_refused():
     with pytest.raises(UserError, match="it pays on a CPU in bf16"):
         decode.hasten(ours())
+
+
+def replayed(run, pool=None):
+    """What a GPU's graph does, on a CPU: computed once beforehand, then always into one place."""
+    found = run().clone()
+
+    def play():
+        found.copy_(run())
+        return found
+
+    return play
+
+
+SAMPLINGS = {"greedy": Sampling(30, temperature=0.0),
+             "beams": Sampling(30, temperature=0.0, beams=3),
+             "drawn": Sampling(30, temperature=1.0, top_k=40)}
+
+
+def both_ways(monkeypatch, model: Llama, sampling: Sampling) -> None:
+    """Eleven ragged prompts by four side by side: the same answers, steps recorded or not."""
+    prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (7, 1, 25, 40, 2, 3, 9, 30, 5, 6, 4)]
+    monkeypatch.setattr(decode, "REACH", 16)
+
+    def run(recordable: bool, ends: set[int]) -> list[list[int]]:
+        monkeypatch.setattr(decode, "recordable", lambda _: recordable)
+        return [x.ids for x in g.answers(model, prompts, sampling, Stops(ends),
+                                         rows=4 * sampling.beams)]
+
+    ends = {ids[5] for ids in run(False, set())[::2]}  # so that some end: rows move, others come
+    plain = run(False, ends)
+    assert 1 < sum(map(len, plain)) / len(plain) < 30
+    assert run(True, ends) == plain
+
+
+@pytest.mark.parametrize("how", list(SAMPLINGS))
+@pytest.mark.parametrize("shape", [x for x in tiny.SHAPES if x != "dynamic"])
+def test_steps_that_are_played_back_answer_as_steps_do(shape, how, monkeypatch):
+    monkeypatch.setattr(decode, "recorded", replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model = tiny.ours(tiny.peer(shape), shape)
+    both_ways(monkeypatch, model, SAMPLINGS[how])
+
+
+def test_steps_are_recorded_for_powers_of_two_and_each_reach(monkeypatch):
+    monkeypatch.setattr(decode, "REACH", 16)
+    model, seen = ours(), []
+
+    def note(run):
+        seen.append(run().shape)
+        return run
+
+    with torch.inference_mode():
+        whole = KVCache(model.config, 6, 40, "cpu", torch.float32)
+        prompts = [[1] * n for n in (3, 9, 1, 14, 5)]
+        cache, _ = decode.refill(model, prompts, whole, whole.part(slice(0, 0)))
+        steps = decode.Steps(model, whole, note)
+        for _ in range(20):
+            assert steps(torch.arange(5, 10), cache).shape == (5, V)
+        reached = len(steps.plays)
+        cache, _ = decode.keep_rows(cache, [0, 3])
+        steps(torch.arange(2), cache)
+    assert reached == 3 and list(steps.plays) == [(6, 16), (6, 32), (6, 40), (2, 40)]
+    assert [x[0] for x in seen] == [6, 6, 6, 2]
+
+
+def test_a_cpu_records_nothing_nor_does_what_asks_the_device():
+    assert not decode.recordable(ours())
+    model = tiny.ours(tiny.peer("dynamic"), "dynamic")
+    model.__class__ = type("There", (Llama,), {"device": torch.device("cuda")})
+    assert not decode.recordable(model)
+    model.config = tiny.ours(tiny.peer("linear"), "linear").config
+    assert decode.recordable(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("how", list(SAMPLINGS))
+@pytest.mark.parametrize("shape", ["llama32", "mistral", "gemma2", "gemma3", "smollm3-window"])
+def test_a_gpu_plays_back_what_it_computes(shape, how, monkeypatch):
+    model = tiny.ours(tiny.peer(shape), shape).cuda()
+    both_ways(monkeypatch, model, SAMPLINGS[how])

@@ -126,3 +126,26 @@ def test_the_logits_of_a_whole_batch_never_stand_in_memory(factor):
 def test_bits_per_byte_is_nats_over_bytes_in_bits():
     assert loss.bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
     assert math.isnan(loss.bits_per_byte(0.0, 0))
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_it_finds_the_same(frozen, cap):
+    torch._dynamo.reset()
+    h, W, targets = setting(loss.GROUP + loss.CHUNK + 5, "some", V=100, C=8)
+    found = []
+    for compiled in (False, True):
+        a, b = h.detach().requires_grad_(), W.detach().requires_grad_(not frozen)
+        nll = loss.token_nll(a, b, targets, cap, 0.1, compiled)
+        nll.sum().backward()
+        found.append((nll, a.grad, *([] if frozen else [b.grad])))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("V", [1_000, 32_000, 128_256, 262_144])
+def test_a_gpu_makes_more_logits_at_once_and_not_too_many(V):
+    some, many = loss.at_once("cuda", V, 2048)
+    assert some * V <= loss.LOGITS < 2 * some * V and many % some == 0
+    assert many >= some and many * V * 2 <= max(V * 2048 * 4, some * V * 2)
+    assert loss.at_once("cpu", V, 2048) == (loss.CHUNK, loss.GROUP)

@@ -376,8 +376,7 @@ def test_compile_and_recompute_change_nothing_but_the_cost(change):
         model = tiny.ours(tiny.peer("llama31"), "llama31").train()
         model.model.recompute = flags.get("recompute", False)
         if flags.get("compile"):
-            for block in model.model.layers:
-                block.compile()
+            model.model.compile_blocks(torch.device("cpu"))
         for seed in (1, 2):  # another layout of documents: must not be another graph's mistake
             train.NLL.total(model, packed(seed, 2)).backward()
         return {n: p.grad for n, p in model.named_parameters()}
@@ -385,6 +384,33 @@ def test_compile_and_recompute_change_nothing_but_the_cost(change):
     plain, changed = gradients(), gradients(**change)
     for name in plain:
         torch.testing.assert_close(plain[name], changed[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_compiled_on_a_gpu_it_is_one_graph_that_finds_the_same(tune):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    found = []
+    for compiled in (False, True):
+        model = tiny.ours(tiny.peer("llama31"), "llama31").train().cuda()
+        model.model.compute_dtype = torch.bfloat16
+        if tune == "lora":
+            torch.manual_seed(0)
+            lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+            for m in lora.adapters(model).values():
+                torch.nn.init.normal_(m.lora_B.weight, std=0.1)
+        if compiled:
+            model.model.compile_blocks(torch.device("cuda"))
+        before = graphs["unique_graphs"]
+        for seed in (1, 2, 3):  # the third has other numbers of documents and of trained tokens
+            train.NLL.total(model, packed(seed, 2).to("cuda")).backward()
+            made = graphs["unique_graphs"] - before
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert made <= (0, 4)[compiled]  # a block and the loss, each of one size and of any
+    for a, b in zip(*found, strict=True):
+        assert tiny.apart(b, a) < 3e-2
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
