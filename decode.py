@@ -6,7 +6,7 @@ their place, so it only ever holds rows that are being continued.
 
 On a CPU a step of few rows is bound by reading the weights. `pack` lays them out for that; `hasten`
 leaves them as they are and compiles, for one row, a loop that reads them as fast as memory does.
-On a GPU it is bound by the host, which starts a step's kernels one by one: `Steps` records them.
+On a GPU it is bound by the host, which starts a step's kernels one by one: `Steps` can record them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import nf4
 from log import FLAGS, UserError
 from lora import LoRALinear
 from model import KVCache, Linear, Llama
@@ -108,9 +109,9 @@ def step(model: Llama, ids: Tensor, cache: KVCache) -> Tensor:
 
 
 class Steps:
-    """`step`; on a GPU recorded for each number of rows, a power of two, and each reach of the
-    cache, a multiple of REACH, and played back: the hundreds of kernels of a step take the host
-    many times as long to start as the GPU to run.
+    """`step`; of a model that was hastened on a GPU, recorded for each number of rows, a power of
+    two, and each reach of the cache, a multiple of REACH, and played back: the hundreds of kernels
+    of a step take the host many times as long to start as the GPU to run.
 
     Rows beyond those that are asked for compute what nobody reads, in places of the cache that are
     free; keys beyond a row's own are masked.
@@ -118,7 +119,7 @@ class Steps:
 
     def __init__(self, model: Llama, whole: KVCache, record: Record | None = None):
         self.model, self.whole, self.record = model, whole, record
-        if record is None and recordable(model):
+        if record is None and model.recorded:
             self.record = partial(recorded, pool=torch.cuda.graph_pool_handle())
         self.ids, self.pos = torch.zeros(2, whole.k.shape[1], dtype=torch.long, device=model.device)
         self.plays: dict[tuple[int, int], Callable[[], Tensor]] = {}
@@ -143,15 +144,15 @@ class Steps:
 
 
 def recordable(model: Llama) -> bool:
-    """Whether a model's steps can be played back: on a GPU that has it whole, and asked for nothing
-    on the way (dynamic frequencies depend on positions)."""
+    """Whether a model's steps can be played back: by a GPU that has it whole, and neither asks for
+    anything on the way (dynamic frequencies depend on positions) nor is sent it (NF4's tables)."""
     return model.device.type == "cuda" and model.config.rope.kind != "dynamic" \
-        and not any(map(is_cut, model.parameters()))
+        and not nf4.found(model) and not any(map(is_cut, model.parameters()))
 
 
 def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
     """What plays a CUDA graph of run() and gives its result, always in the same memory; of `pool`,
-    as that of all graphs which are played one after the other."""
+    as that of all graphs which are played one after the other. What run() reads must outlive it."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # once as it is: libraries start, and choose
@@ -276,11 +277,18 @@ class Hasty(Linear):
 
 @torch.inference_mode()
 def hasten(model: Llama) -> None:
-    """Let one row's products read the weights as fast as memory does; the others stay as they are.
+    """On a GPU, let steps be recorded and played back (`Steps`). On a CPU, let one row's products
+    read the weights as fast as memory does; the others stay as they are.
 
-    Compiles a loop for each shape of matrix, which takes seconds. For a CPU and weights in 16 bits,
-    where it pays; UserError elsewhere, and where there is no compiler.
+    The latter compiles a loop for each shape of matrix, which takes seconds; for weights in 16
+    bits. UserError where it does not pay, cannot be, and where there is no compiler.
     """
+    if model.device.type == "cuda":
+        if not recordable(model):
+            raise UserError("--compile: on a GPU, not with a base in NF4 nor with `dynamic` rotary "
+                            "frequencies; leave it out here", FLAGS)
+        model.recorded = True
+        return
     if model.device.type != "cpu" or model.compute_dtype not in (torch.bfloat16, torch.float16):
         raise UserError("--compile: it pays on a CPU in bf16 or fp16; leave it out here", FLAGS)
     found = [model.get_submodule(name) for name in matrices(model)]

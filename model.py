@@ -55,7 +55,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.extent = 0  # no row has a token at or beyond it; known without asking the device
-        self.reach = 0  # keys that are read, if they are to be more than those
+        self.reach = 0  # keys that are read, if more than those; then lengths are the caller's
         self.rows: Tensor | None = None  # (T,) while prompts come packed: where each token is kept
 
     def put(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ class Decoder(nn.Module):
             with Light() if self.light and torch.is_grad_enabled() else nullcontext():
                 # without a cache all layers get one number: one that varies recompiles
                 x = block(x, here, layouts[window], pos, cache, 0 if cache is None else i)
-        if held:
+        if held and not cache.reach:
             cache.length = torch.maximum(cache.length, torch.where(doc >= 0, pos + 1, 0).amax(1))
         return self.norm(x)
 
@@ -257,6 +257,7 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else \
             Linear(config.hidden_size, config.vocab_size, bias=False)
         self.smoothing = 0.0  # of targets while training
+        self.recorded = False  # whether its steps are played back (decode.Steps)
 
     @property
     def head(self) -> Tensor:

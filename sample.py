@@ -86,8 +86,9 @@ class Settings:
     json: bool = False
     """A JSON object a line: prompt, text, tokens, end (eos, stop or length)."""
     compile: bool = False
-    """One prompt, a conversation or --web on a CPU in bf16: compiled, an id costs what reading the
-    weights takes. Begins some seconds later, less the next time."""
+    """On a CPU in bf16, of one prompt, a conversation or --web: compiled, an id costs what reading
+    the weights takes; begins some seconds later, less the next time. On a GPU: steps are recorded
+    as CUDA graphs and played back."""
     quant: Literal["none", "nf4"] = "none"
     """nf4: keep the layers' matrices in four bits each."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -147,9 +148,6 @@ def read_asked(s: Settings) -> list[Asked]:
         raise UserError(f"--address {s.address}: goes with --web", FLAGS)
     if s.web and (s.json or s.samples > 1):
         raise UserError("--web: a page takes no --json or --samples", FLAGS)
-    if s.compile and not (s.chat or s.web or len(s.prompt) == s.samples == s.beams == 1):
-        raise UserError("--compile: hastens one stream, a single --prompt, --chat or --web; "
-                        "several side by side have no use for it", FLAGS)
     if s.chat or s.web:
         return []
     if s.file:
@@ -348,6 +346,10 @@ def main(s: Settings) -> None:
     sampling = sampling_of(s)
     asked = [x for x in checked(read_asked(s)) for _ in range(s.samples)]
     ranks = Ranks.start(s.device)
+    if s.compile and ranks.device.type == "cpu" and not (
+            s.chat or s.web or len(s.prompt) == s.samples == s.beams == 1):
+        raise UserError("--compile: hastens one stream on a CPU, a single --prompt, --chat or "
+                        "--web; several side by side have no use for it", FLAGS)
     dtype = ranks.compute_dtype(s.dtype)
     model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype

@@ -10,7 +10,8 @@ in `packed`, where ours hold documents of 1,024, which the peers cannot tell apa
 Losses of the first step must agree. Memory is what the device's allocator held at most after two
 steps, and what memory.py predicts for ours where nothing is compiled.
 
-Then answers of the 1B in bf16: one stream, eight side by side, 200 uneven prompts. The peer is
+Then answers of the 1B in bf16: one stream, eight side by side, 200 uneven prompts, by steps as they
+are and recorded (sample.py --compile). The peer is
 transformers' generate as it comes, prompts of like lengths padded on the left, and with its static
 cache, which it compiles. Every first id of ours must be one that may come first: at most two steps
 of bf16 below the largest of the peer's logits.
@@ -220,11 +221,12 @@ def peer(name: str, how: str, steps: int) -> dict[str, Any]:
 
 
 def answers(name: str, cache: str) -> dict[str, Any]:
-    """Seconds of answering, after a warm-up, and the first ids; by ours where `cache` is "". The
-    peer adds which ids may come first."""
+    """Seconds of answering, after a warm-up, and the first ids, with a cache of the peer's or
+    `ours`, or `ours, recorded`. The peer adds which ids may come first."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from decode import hasten
     from families import ModelConfig
     from generate import answers
     from model import Llama
@@ -262,7 +264,7 @@ def answers(name: str, cache: str) -> dict[str, Any]:
         return [x.ids[0] for x in answers(model, prompts, Sampling(new, 0.0), rows=rows)]
 
     found: dict[str, Any] = {}
-    if cache:
+    if not cache.startswith("ours"):
         run = by_peer
         with torch.inference_mode():
             logits = torch.cat([theirs(**padded([ids]), logits_to_keep=1).logits[:, -1].float()
@@ -276,6 +278,8 @@ def answers(name: str, cache: str) -> dict[str, Any]:
         model.load_state_dict(theirs.state_dict(), assign=True)
         del theirs
         model.eval().model.compute_dtype = torch.bfloat16
+        if cache != "ours":
+            hasten(model)
     run(new if cache == "static" else 4)  # compiled for this length
     seconds = []
     for _ in range(2):
@@ -328,11 +332,12 @@ def compare(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
 def answered(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
     """A row of the second table for each side."""
     n, least, most, width, new, caches = ANSWERS[name]
-    runs = {"ours": child(HERE, "answers", name, "")}
+    runs = {side: child(HERE, "answers", name, side) for side in ("ours", "ours, recorded")}
     for cache in caches if installed("transformers") else ():
         runs[f"transformers, {cache} cache"] = child(HERE, "answers", name, cache)
-    for run in list(runs.values())[1:]:
-        if not all(x in may for x, may in zip(runs["ours"]["first"], run["may"], strict=True)):
+    firsts = [run["first"] for side, run in runs.items() if side.startswith("ours")]
+    for may in [run["may"] for run in runs.values() if "may" in run]:
+        if not all(x in ok for first in firsts for x, ok in zip(first, may, strict=True)):
             s.faults.append(f"{name}: a first id of ours is not one that may come first")
     C, M, L, H, K, V = SHAPES["1B"]
     read = 2 * (V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M))  # bytes of the matrices

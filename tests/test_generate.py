@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import decode
 import generate as g
 import lora
+import nf4
 import sampling as chosen
 import tiny
 from generate import generate, score
@@ -672,8 +673,8 @@ def both_ways(monkeypatch, model: Llama, sampling: Sampling) -> None:
     prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (7, 1, 25, 40, 2, 3, 9, 30, 5, 6, 4)]
     monkeypatch.setattr(decode, "REACH", 16)
 
-    def run(recordable: bool, ends: set[int]) -> list[list[int]]:
-        monkeypatch.setattr(decode, "recordable", lambda _: recordable)
+    def run(recorded: bool, ends: set[int]) -> list[list[int]]:
+        model.recorded = recorded
         return [x.ids for x in g.answers(model, prompts, sampling, Stops(ends),
                                          rows=4 * sampling.beams)]
 
@@ -714,13 +715,21 @@ def test_steps_are_recorded_for_powers_of_two_and_each_reach(monkeypatch):
     assert [x[0] for x in seen] == [6, 6, 6, 2]
 
 
-def test_a_cpu_records_nothing_nor_does_what_asks_the_device():
+def test_on_a_gpu_steps_are_recorded_unless_they_ask_the_device_or_send_it_something():
     assert not decode.recordable(ours())
-    model = tiny.ours(tiny.peer("dynamic"), "dynamic")
-    model.__class__ = type("There", (Llama,), {"device": torch.device("cuda")})
-    assert not decode.recordable(model)
-    model.config = tiny.ours(tiny.peer("linear"), "linear").config
-    assert decode.recordable(model)
+    there = type("There", (Llama,), {"device": torch.device("cuda")})
+    model, dynamic, quantised = (tiny.ours(tiny.peer(x), x)
+                                 for x in ("linear", "dynamic", "llama3"))
+    mlp = quantised.model.layers[0].mlp
+    mlp.up_proj = nf4.NF4Linear(mlp.up_proj.weight, None, False)
+    for x in (dynamic, quantised):
+        x.__class__ = there
+        with pytest.raises(UserError, match="--compile: on a GPU, not with a base in NF4") as e:
+            decode.hasten(x)
+        assert e.value.code == 2 and not x.recorded
+    model.__class__ = there
+    decode.hasten(model)
+    assert model.recorded
 
 
 @pytest.mark.gpu
