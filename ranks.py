@@ -24,6 +24,8 @@ import os
 import platform
 import resource
 import sys
+import time
+import uuid
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -93,13 +95,12 @@ class Ranks:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "--device cuda: no GPU that this torch can use; take --device cpu or install a "
-                "CUDA build of torch", FLAGS)
+            raise UserError("--device cuda: no GPU that this torch can use; take --device cpu or "
+                            "install a CUDA build of torch", FLAGS)
         rank, world, local = _environment()
         if device == "cpu":
             keep_freed()
-        if device == "cuda":
+        else:
             if local >= torch.cuda.device_count():
                 raise UserError(f"LOCAL_RANK {local}: this machine has {torch.cuda.device_count()} "
                                 "GPUs; give torchrun at most so many with --nproc-per-node", FLAGS)
@@ -107,9 +108,11 @@ class Ranks:
             torch.cuda.set_device(device)
         if world > 1 and not dist.is_initialized():
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            limit = datetime.timedelta(seconds=timeout)
             try:
                 dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
-                                        timeout=datetime.timedelta(seconds=timeout))
+                                        timeout=limit, store=_store(rank, world, limit),
+                                        rank=rank, world_size=world)
             except (RuntimeError, ValueError) as e:  # DistNetworkError is a RuntimeError
                 why = " ".join(str(e).split())[:200]
                 raise UserError(f"rank {rank} of {world} cannot meet the others at {where} ({why});"
@@ -119,10 +122,8 @@ class Ranks:
 
     def __str__(self) -> str:
         """The machine, in words."""
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-        else:
-            name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" \
+            else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
         return name if self.world == 1 else f"{self.world} x {name}"
 
     # -- sharing the model ------------------------------------------------------------------------
@@ -171,34 +172,27 @@ class Ranks:
         table's dtype. So nothing is rounded that one rank would not round. The head is used inside
         the root's forward, where it is whole.
         """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import (
-            FSDPModule,
-            MixedPrecisionPolicy,
-            fully_shard,
-            register_fsdp_forward_method,
-        )
+        from torch.distributed import device_mesh, fsdp
 
         # the NLL is a view, and nobody writes into it
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        mesh = init_device_mesh(self.device.type, (self.world,))
+        mesh = device_mesh.init_device_mesh(self.device.type, (self.world,))
         whole = {p for name, p in model.named_parameters() if stays_whole(name, p)}
         # inputs are left as they are: the rotary angles among them are float32
-        narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)
-        kept = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        narrow = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                           cast_forward_inputs=False)
+        kept = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for block in model.model.layers:
             self._place(block)  # one block at a time is whole on the device
-            fully_shard(block, mesh=mesh, mp_policy=narrow, ignored_params=whole)
+            fsdp.fully_shard(block, mesh=mesh, mp_policy=narrow, ignored_params=whole)
         self._place(model)
-        fully_shard(model, mesh=mesh, mp_policy=kept, ignored_params=whole)
-        register_fsdp_forward_method(model, "states")  # a way in beside its forward
-        self.shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        fsdp.fully_shard(model, mesh=mesh, mp_policy=kept, ignored_params=whole)
+        fsdp.register_fsdp_forward_method(model, "states")  # a way in beside its forward
+        self.shards = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
         for m in self.shards:
             m.set_force_sum_reduction_for_comms(True)
             m.set_gradient_divide_factor(1.0)  # a sum, where FSDP would average
-        for m in self.shards:  # its buffers must not be born in an evaluation's inference mode
-            m.unshard()
+            m.unshard()  # its buffers must not be born in an evaluation's inference mode
             m.reshard()
 
     def _bucket(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -260,11 +254,7 @@ class Ranks:
 
     def totals(self, *xs: float) -> list[float]:
         """The sum of each number over all ranks."""
-        if self.world == 1:
-            return list(xs)
-        t = torch.tensor(xs, dtype=torch.float64, device=self.device)
-        dist.all_reduce(t)
-        return t.tolist()
+        return self._reduced(torch.tensor(xs, dtype=torch.float64), dist.ReduceOp.SUM)
 
     def total(self, x: float) -> float:
         """The sum of a number over all ranks."""
@@ -272,25 +262,24 @@ class Ranks:
 
     def highest(self, *xs: int) -> list[int]:
         """The largest of each number over all ranks."""
-        if self.world == 1:
-            return list(xs)
-        t = torch.tensor(xs, device=self.device)
-        dist.all_reduce(t, dist.ReduceOp.MAX)
-        return t.tolist()
+        return self._reduced(torch.tensor(xs), dist.ReduceOp.MAX)
+
+    def _reduced(self, xs: Tensor, how: dist.ReduceOp.RedOpType) -> list:
+        if self.world > 1:
+            xs = xs.to(self.device)
+            dist.all_reduce(xs, how)
+        return xs.tolist()
 
     def gather(self, text: str) -> list[str]:
         """What each rank says, by rank."""
         if self.world == 1:
             return [text]
-        mine = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        sizes = [0] * self.world
-        sizes[self.rank] = len(mine)
-        sizes = self.highest(*sizes)
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
-        padded[: len(mine)] = mine
-        said = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(said, padded)
-        return [bytes(x[:n].tolist()).decode() for x, n in zip(said, sizes, strict=True)]
+        mine = text.encode()
+        mine = mine.ljust(self.highest(len(mine))[0], b"\0")
+        mine = torch.tensor(list(mine), dtype=torch.uint8, device=self.device)
+        said = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(said, mine)
+        return [bytes(x.tolist()).rstrip(b"\0").decode() for x in said]
 
     def agree(self, facts: dict[str, str]) -> None:
         """UserError (FLAGS) if a rank was started with other facts than rank 0: they would train
@@ -322,20 +311,15 @@ class Ranks:
 
     def compute_dtype(self, name: str) -> torch.dtype:
         """The dtype of products: as asked, or `auto`: bf16 where the machine multiplies it
-        natively.
-
-        A GPU without bf16 (before Ampere) takes fp16, a CPU without it fp32; that a GPU has none is
-        said.
-        """
-        narrow = self.device.type == "cuda" \
-            and torch.cuda.get_device_capability(self.device) < (8, 0)
-        if narrow and name in ("auto", "bf16"):
+        natively, else fp16 on a GPU (before Ampere), fp32 on a CPU; that a GPU has none is said."""
+        gpu = self.device.type == "cuda"
+        native = torch.cuda.get_device_capability(self.device) >= (8, 0) if gpu \
+            else torch.cpu._is_avx512_bf16_supported()
+        if gpu and not native and name in ("auto", "bf16"):
             say("this GPU has no bf16: " + ("products are in fp16" if name ==
                 "auto" else "--dtype bf16 is slow on it; --dtype fp16 would not be"))
-        if name == "auto" and self.device.type == "cuda":
-            name = "fp16" if narrow else "bf16"
-        elif name == "auto":
-            name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        if name == "auto":
+            name = "bf16" if native else "fp16" if gpu else "fp32"
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
                 "fp8": torch.bfloat16}[name]  # between products
 
@@ -351,8 +335,7 @@ class Ranks:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GiB
 
     def memory_limit_gb(self) -> float:
-        """The most memory this rank may hold, GB of 2^30: its GPU's, or its share of the machine's.
-        """
+        """The memory this rank may hold, GB of 2^30: its GPU's, or its share of the machine's."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory / GiB
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -379,15 +362,11 @@ def keep_freed() -> None:
 
 
 def _environment() -> tuple[int, int, int]:
-    """Rank, ranks in all, rank on this machine, as torchrun says; UserError if it says half of it.
-    """
+    """Rank, ranks in all, rank on this machine, as torchrun says; UserError if it says half."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     said = {name: os.environ[name] for name in names if os.environ.get(name)}
-    try:
-        rank, world, local = (int(said.get(name, default)) for name, default in
-                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    except ValueError:
-        rank = world = local = -1
+    rank, world, local = (int(x) if x.isdecimal() else -1 for x in (
+        said.get("RANK", "0"), said.get("WORLD_SIZE", "1"), said.get("LOCAL_RANK", "0")))
     if not 0 <= rank < world or local < 0:
         shown = ", ".join(f"{k}={v}" for k, v in said.items())
         raise UserError(f"environment: {shown} are no rank among ranks; start with torchrun, or "
@@ -396,6 +375,31 @@ def _environment() -> tuple[int, int, int]:
         raise UserError(f"environment: WORLD_SIZE={world}, but {', '.join(missing)} are not set; "
                         "start with torchrun, or unset WORLD_SIZE", FLAGS)
     return rank, world, local
+
+
+def _store(rank: int, world: int, limit: datetime.timedelta) -> dist.Store | None:
+    """Where the ranks of this attempt leave each other their addresses; None: torch opens one.
+
+    torchrun keeps one store for all attempts, where those of the dead still stand, and each of its
+    agents counts attempts for itself, so that no number names one on all machines. Here rank 0
+    opens a store anew, and tells its port to each rank that asks under a name never used before.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, name = os.environ["MASTER_ADDR"], uuid.uuid4().hex
+    lasting = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), timeout=limit)
+    lasting.set(f"rank {rank}", name)
+    new = dist.TCPStore(host, int(lasting.get(name)) if rank else 0, is_master=rank == 0,
+                        timeout=limit)
+    new.add("here", 1)
+    end = time.monotonic() + limit.total_seconds()
+    while rank == 0 and (here := new.add("here", 0)) < world:
+        if time.monotonic() > end:
+            raise RuntimeError(f"{here} of {world} came within {limit.total_seconds():g} s")
+        for other in range(1, world):  # until the living one has asked, the answer is to a dead
+            lasting.set(lasting.get(f"rank {other}").decode(), str(new.port))
+        time.sleep(0.02)
+    return new
 
 
 def way(model: nn.Module, world: int, gb: float) -> str:
@@ -415,8 +419,7 @@ def meets_often(model: nn.Module, gb: float) -> bool:
 
 
 def stays_whole(name: str, p: nn.Parameter) -> bool:
-    """Whether fsdp leaves a parameter whole on each rank: what is small, or needs float32 in use.
-    """
+    """Whether fsdp leaves a parameter whole on each rank: if small, or needing float32 in use."""
     return p.dim() < 2 or ".lora_" in name
 
 
@@ -440,9 +443,7 @@ def rows(x: Tensor) -> tuple[int, Tensor]:
 
 def as_cut(local: Tensor, like: Tensor) -> Tensor:
     """This rank's rows as a part of the same whole as `like`."""
-    from torch.distributed.tensor import DTensor
-
     if not is_cut(like):
         return local
-    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False,
-                              shape=like.shape, stride=like.stride())
+    return type(like).from_local(local, like.device_mesh, like.placements, run_check=False,
+                                 shape=like.shape, stride=like.stride())

@@ -9,7 +9,9 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import jinja2  # noqa: F401  # what every child would else import
 import matplotlib.pyplot  # noqa: F401
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.fsdp
 import tyro  # noqa: F401
 from safetensors.torch import load_file
@@ -445,6 +448,69 @@ def test_gradients_are_those_of_torchs_own_data_parallel(place):
     said = place / "said-gradients"
     ends = fork.ends(fork.together(2, both, said))
     assert ends == [0, 0], said.with_name("said-gradients-0").read_text()[-2000:]
+
+
+def agents(**kept: str) -> dist.TCPStore:
+    """The store that torchrun's agents keep through all attempts; not in this process, for one
+    that has had such a thread in it must not fork any more."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    for key, value in kept.items():
+        store.set(key, value)
+    return store
+
+
+def test_ranks_that_are_started_again_meet_each_other_and_not_the_dead(place):
+    """The agents of torchrun keep one store for all attempts, and count them each for itself."""
+    def keep() -> None:
+        store = agents(exception_dump="by one that died: NCCL asks for it, under no prefix")
+        (place / "port").write_text(str(store.port))
+        signal.pause()
+
+    def meet() -> None:
+        rank, attempt, late = (int(os.environ[x]) for x in ("RANK", "ATTEMPT", "LATE"))
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt * rank)
+        if rank == late:
+            time.sleep(0.5)  # the others find what it left the last time
+        ranks = Ranks.start("cpu", 20)
+        words = ["", "umwana", "abana ☀"]
+        assert ranks.gather(f"{attempt}{words[rank]}") == [f"{attempt}{x}" for x in words]
+        store = dist.distributed_c10d._get_default_store()
+        store = getattr(store, "_underlying_non_prefix_store", store)
+        assert not store.check(["exception_dump"])
+        ranks.barrier()  # rank 0 has the store, and dies with all others
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    keeper = fork.child(keep, place / "said-keeper")
+    try:
+        while not (place / "port").exists() or not (port := (place / "port").read_text()):
+            assert os.waitpid(keeper, os.WNOHANG)[0] == 0
+            time.sleep(0.01)
+        for attempt, late in enumerate((9, 0, 1, 2)):
+            said = place / f"said-attempt-{attempt}"
+            ends = fork.ends(fork.together(
+                3, meet, said, MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True",
+                ATTEMPT=str(attempt), LATE=str(late)))
+            assert ends == [-signal.SIGKILL] * 3, "".join(
+                said.with_name(f"{said.name}-{i}").read_text()[-1000:] for i in range(3))
+    finally:
+        os.kill(keeper, signal.SIGKILL)
+        os.waitpid(keeper, 0)
+
+
+@pytest.mark.parametrize("rank,name,why", [
+    (0, None, "rank 1"), (0, "of a dead one", "1 of 2 came within 1 s"), (1, None, "timeout")])
+def test_a_rank_that_torchrun_started_does_not_wait_for_ever(place, rank, name, why):
+    def wait() -> int:
+        store = agents(**({"rank 1": name} if name else {}))
+        os.environ["MASTER_PORT"] = str(store.port)
+        return log.run(lambda: Ranks.start("cpu", timeout=1))
+
+    said = place / "said-waited"
+    (code,) = fork.ends([fork.child(
+        wait, said, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+        TORCHELASTIC_USE_AGENT_STORE="True")])
+    (line,) = [x for x in said.read_text().splitlines() if x.startswith("error: ")]
+    assert code == log.FLAGS and re.search(f"cannot meet the others .*{why}", line), line
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
