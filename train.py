@@ -120,7 +120,7 @@ class Settings:
     """dtype of products (fp8: of blocks', with --tune full). What trains is kept in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
-    """torch.compile each block."""
+    """torch.compile each block as training computes it, and the loss; evaluations are not."""
     recompute: bool = False
     """Activation checkpointing: less memory for a third more time."""
     recompute_light: bool = False
