@@ -146,20 +146,22 @@ class Steps:
 def recordable(model: Llama) -> bool:
     """Whether a model's steps can be played back: by a GPU that has it whole, and neither asks for
     anything on the way (dynamic frequencies depend on positions) nor is sent it (NF4's tables)."""
-    return model.device.type == "cuda" and model.config.rope.kind != "dynamic" \
+    ropes = (model.config.rope, model.config.local_rope)
+    return model.device.type == "cuda" and not any(x and x.kind == "dynamic" for x in ropes) \
         and not nf4.found(model) and not any(map(is_cut, model.parameters()))
 
 
 def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
     """What plays a CUDA graph of run() and gives its result, always in the same memory; of `pool`,
     as that of all graphs which are played one after the other. What run() reads must outlive it."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # once as it is: libraries start, and choose
-        run()
-    torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+    now, aside = torch.cuda.current_stream(), capture.capture_stream
+    aside.wait_stream(now)
+    with torch.cuda.stream(aside):  # once as it is: libraries start, and choose
+        run()  # in the one queue of all captures: cuBLAS keeps memory for each
+    now.wait_stream(aside)
+    with capture:
         found = run()
 
     def play() -> Tensor:

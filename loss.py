@@ -147,6 +147,8 @@ def token_nll(h: Tensor, head: Tensor, targets: Tensor, cap: float = 0.0, smooth
     `fast`.
     """
     how = cap, smoothing, at_once(h.device.type, *head.shape), compiled
+    if not torch.is_grad_enabled():  # a Function is told of a leaf that it needs a gradient
+        h, head = h.detach(), head.detach()
     kept = host(targets).flatten() != IGNORE
     h, flat = h.flatten(0, 1), targets.flatten()
     if kept.all():

@@ -123,6 +123,28 @@ def test_the_logits_of_a_whole_batch_never_stand_in_memory(factor):
     assert seen.numbers <= loss.GROUP * 100 < targets.numel() * 100
 
 
+class Products(TorchDispatchMode):
+    """How many products were made."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.matmul)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_where_no_gradient_is_asked_for_none_is_made(without):
+    """A custom function is told that a parameter needs one even there."""
+    h, W, targets = setting(7, "all")
+    with Products() as seen:
+        wanted = loss.token_nll(h, W, targets).detach()
+    assert W.requires_grad and seen.made == 3  # logits, and two gradients
+    with without(), Products() as seen:
+        nll = loss.token_nll(h, W, targets)
+    assert seen.made == 1 and torch.equal(nll, wanted)
+
+
 def test_bits_per_byte_is_nats_over_bytes_in_bits():
     assert loss.bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
     assert math.isnan(loss.bits_per_byte(0.0, 0))
