@@ -78,8 +78,9 @@ class Settings:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Of products; bf16 is faster and moves figures by some thousandths: publish fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    quant: Literal["none", "nf4"] = "none"
-    """nf4: the layers' matrices in four bits, as QLoRA keeps them."""
+    quant: Literal["none", "int8", "nf4"] = "none"
+    """int8: the layers' matrices and the head in eight bits, as sample.py keeps them; nf4: the
+    layers' in four, as QLoRA does."""
     lm_eval_compat: bool = False
     """Count as lm-evaluation-harness 0.4.13 does if told nothing: a text's BOS is scored behind
     another, and log p is rounded to the dtype of products."""

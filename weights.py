@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 import families
 import hub
+import int8
 import lora
 import nf4
 from families import ModelConfig, read_json
+from int8 import Int8Linear
 from log import STORAGE, UserError
 from model import Llama
 from nf4 import NF4Linear
@@ -145,17 +147,21 @@ def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torc
     """A folder's or hub's model in `dtype` (None: the files'), and its tokenizer if wanted.
 
     An adapter comes attached to its base, which is frozen. With `quant` "nf4" the layers' matrices
-    are kept in NF4, with `double` their scales in eight bits. UserError says what is wrong, and
-    where.
+    are kept in NF4, with `double` their scales in eight bits; with "int8" they and the head's are
+    in eight bits, an adapter merged before. UserError says what is wrong, and where.
     """
     folder = find(name)
     base = base_of(folder)
-    model = _read_model(base, torch.device(device), dtype, quant, double)
+    merged = quant == "int8" and folder != base  # of the file's own numbers
+    model = _read_model(base, torch.device(device), None if merged else dtype,
+                        "none" if merged else quant, double)
     if folder != base:
         check_base(folder, base)
         lora.load_adapter(model, folder)
         for k, x in lora.adapter_state(model).items():
             _check_finite(x, f"{folder / ADAPTER}: {k}")
+    if quant == "int8":
+        int8.use(model)
     if not tokenizer:
         return model, None
     own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model"))
@@ -192,11 +198,13 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None, q
         x = shard.get_tensor(slot.name)
         parent, _, leaf = k.rpartition(".")
         module = model.get_submodule(parent)
-        narrow = quant == "nf4" and leaf == "weight" and nf4.fits(parent, module)
+        narrow = leaf == "weight" and (nf4.fits(parent, module) if quant == "nf4" else
+                                       quant == "int8" and int8.fits(module))
         placed = x.to(device, x.dtype if narrow else dtype or x.dtype)
         _check_finite(placed, f"{file}: {k}")
         if narrow:  # of the file's own numbers, not of rounded ones
-            model.set_submodule(parent, NF4Linear(placed, module.bias, double))
+            model.set_submodule(parent, NF4Linear(placed, module.bias, double) if quant == "nf4"
+                                else Int8Linear(placed, module.bias))
         else:
             setattr(module, leaf, nn.Parameter(placed))
         if narrow or placed is not x:
@@ -245,8 +253,9 @@ def save(model: Llama, folder: Path | str, like: Path | str,
     """
     if lora.adapters(model):
         raise UserError(f"{folder}: the model has an adapter; merge it, or save the adapter alone")
-    if nf4.found(model):
-        raise UserError(f"{folder}: the model is in NF4, less than its files hold; not written")
+    if any(isinstance(m, NF4Linear | Int8Linear) for m in model.modules()):
+        raise UserError(f"{folder}: the model is in int8 or NF4, less than its files hold; not "
+                        "written")
     like = base_of(find(like))
     index = read_json(inside(like, INDEX)) if (like / INDEX).exists() else None
     before = _laid_out(like)

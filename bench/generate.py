@@ -7,11 +7,12 @@ where reading the weights bounds the speed; of 110 million (float32) for many pr
 ids. Both sides answer the same prompts, so many side by side, transformers' sorted by length and
 padded on the left. Answers end by chance: one id in 64 is an EOS, and `ragged` draws ids, so that
 its answers are as uneven as real ones; in the other cases both sides must give the same ids (in
-bf16 the first of them: later ones hang on rounding).
+bf16 the first of them: later ones hang on rounding). `ours, int8` answers as another model does,
+one of weights rounded to eight bits, and is held to that model's first ids.
 
 Seconds of a step are those of a whole answer without those of its prompt and first id, both
-measured. Its share of the limit is the bytes of the weights over these seconds, over what the
-machine reads a second, measured in the same run.
+measured. Its share of the limit is the bytes of the weights, one a number where they are int8, over
+these seconds, over what the machine reads a second, measured in the same run.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def asked_of(case: Case) -> tuple[list[list[int]], list[int]]:
     return prompts, chance.sample(range(V), V // 64)
 
 
-def ours(case: Case, folder: str, ends: list[int], compiled: bool = False) -> Any:
+def ours(case: Case, folder: str, ends: list[int], compiled: bool = False,
+         quant: str = "none") -> Any:
     """A function that answers prompts with up to so many ids, as sample.py does."""
     import torch
 
@@ -99,7 +101,7 @@ def ours(case: Case, folder: str, ends: list[int], compiled: bool = False) -> An
     from sampling import Sampling, Stops
 
     dtype = getattr(torch, case.dtype)
-    model, _ = weights.load(folder, dtype=dtype, tokenizer=False)
+    model, _ = weights.load(folder, dtype=dtype, tokenizer=False, quant=quant)
     model.eval().model.compute_dtype = dtype
     (hasten if compiled else pack)(model)
 
@@ -148,7 +150,8 @@ def measure(side: str, name: str, size: str, folder: str) -> dict[str, Any]:
     prompts, ends = asked_of(case)
     ends = [] if case.rows == case.prompts and not case.temperature and case.beams == 1 else ends
     torch.manual_seed(0)
-    sides = {"ours": ours, "ours, compiled": partial(ours, compiled=True), "transformers": theirs}
+    sides = {"ours": ours, "ours, compiled": partial(ours, compiled=True),
+             "ours, int8": partial(ours, quant="int8"), "transformers": theirs}
     run = sides[side](case, folder, ends)
     run(prompts[:1], 2)  # every weight is in memory, every thread has begun
     found = {}
@@ -159,16 +162,22 @@ def measure(side: str, name: str, size: str, folder: str) -> dict[str, Any]:
     return {**found, "ids": ids}
 
 
-def likely(name: str, size: str, folder: str) -> list[list[int]]:
+def likely(name: str, size: str, folder: str, int8: bool = False) -> list[list[int]]:
     """The ids that may come first in each answer, as transformers has their logits: the largest,
-    and what is no further from it than two of the steps that bf16 has there (2^-6 of it)."""
+    and what is no further from it than two of the steps that bf16 has there (2^-6 of it). `int8`:
+    of the model whose rows are multiples of a 127th of their largest weight, in float32."""
     import torch
     from transformers import LlamaForCausalLM
 
     case = case_of(name, size)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, case.dtype)).eval()
+    dtype = torch.float32 if int8 else getattr(torch, case.dtype)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     found = []
     with torch.inference_mode():
+        for m in model.modules():
+            if int8 and isinstance(m, torch.nn.Linear):
+                step = m.weight.abs().amax(1, keepdim=True) / 127
+                m.weight.copy_((m.weight / step).round() * step)
         for ids in asked_of(case)[0]:
             logits = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float()  # (V,)
             most = logits.max()
@@ -176,15 +185,16 @@ def likely(name: str, size: str, folder: str) -> list[list[int]]:
     return found
 
 
-def agree(case: Case, runs: dict[str, list[dict]], may: list[list[int]] | None = None) -> bool:
+def agree(case: Case, runs: dict[str, list[dict]],
+          may: dict[str, list[list[int]]] | None = None) -> bool:
     """Whether the sides gave the same answers, as far as they can: nine in ten, for of two equal
     logits either side may take either. In bf16 an answer soon goes its own way: every first id must
-    be one that `may` come first."""
+    be one that `may` come first on that side."""
     if case.temperature:
         return True
     if may:
-        return all(ids[0] in ok for done in runs.values() for run in done
-                   for ids, ok in zip(run["ids"], may, strict=True))
+        return all(ids[0] in ok for side, done in runs.items() for run in done
+                   for ids, ok in zip(run["ids"], may[side], strict=True))
     n = 1 if case.dtype == "bfloat16" else case.new
     first = runs["ours"][0]["ids"]
     return all(sum(a[:n] == b[:n] for a, b in zip(first, run["ids"], strict=True))
@@ -203,11 +213,15 @@ def job(s: Settings) -> str:
             if case.shape not in drawn:
                 child(HERE, "draw", case.shape, folder)
                 drawn.add(case.shape)
-            here = [*sides, "ours, compiled"] if case.rows == 1 else sides
+            narrow = case.dtype == "bfloat16"
+            here = [*sides, *["ours, compiled"] * (case.rows == 1), *["ours, int8"] * narrow]
             runs = in_turn(HERE, s.rounds, {side: ("measure", [side, name, s.size, folder])
                                             for side in here})
-            may = child(HERE, "likely", name, s.size, folder) \
-                if case.dtype == "bfloat16" and "transformers" in sides else None
+            may = None
+            if narrow and "transformers" in sides:
+                plain, rounded = (child(HERE, "likely", name, s.size, folder, x)
+                                  for x in (False, True))
+                may = {side: rounded if side == "ours, int8" else plain for side in runs}
             if not agree(case, runs, may):
                 s.faults.append(f"{name}: the sides give different ids")
             rows += lines(name, case, runs, read["read"])
@@ -220,12 +234,12 @@ def lines(name: str, case: Case, runs: dict[str, list[dict]], read: float) -> li
     """A case's rows of the table."""
     C, M, L, H, K, V = SHAPES[case.shape]
     matrices = V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M)  # the head, not the table
-    size = matrices * (2 if case.dtype == "bfloat16" else 4)
     speeds = {side: Spread.of([sum(map(len, x["ids"])) / x["whole"] for x in done])
               for side, done in runs.items()}
     found = []
     for side, done in runs.items():
         speed = speeds[side]
+        size = matrices * (1 if side == "ours, int8" else 2 if case.dtype == "bfloat16" else 4)
         step = min((x["whole"] - x["first"]) / (case.new - 1) for x in done)
         together = case.prompts == case.rows and case.beams == 1 and not case.temperature
         ratio = f"{speed.median / speeds['transformers'].median:.2f}" \

@@ -264,6 +264,18 @@ def test_four_bits_are_measured_as_loaded_in_four_bits_and_named(home):
     assert 1e-4 < abs(rough["value"] / exact["value"] - 1) < 0.1
 
 
+def test_eight_bits_are_measured_with_the_head_and_named(home):
+    """By transformers' logits with rounded weights."""
+    exact = evaluated(home, text=[f"a={home}/eng.txt"])["results"][0]
+    narrow = evaluated(home, text=[f"a={home}/eng.txt"], quant="int8")["results"][0]
+    assert "|quant:int8|" in narrow["signature"]
+    folder = home / "run" / "model"
+    tokenizer, peer = Tokenizer.open(folder), tiny.rounded(reference(folder))
+    nats = sum(by_hand(peer, tokenizer.encode(x), BOS, 128) for x in tiny.SENTENCES)
+    assert narrow["value"] == pytest.approx(nats / math.log(2) / narrow["bytes"], rel=2e-6)
+    assert 2e-5 < abs(narrow["value"] / exact["value"] - 1) < 0.02
+
+
 def bytewise_folder(folder: Path, special: list[str]) -> Path:
     """A tiny model whose tokenizer.json has bytes for pieces, and these control tokens."""
     import tokenizers

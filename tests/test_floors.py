@@ -20,7 +20,7 @@ FLOORS = {
     "sources": 6, "examples": 6, "checkpoint": 6, "card": 6, "sheet": 6, "beam": 6,
     "watch": 6,
     "weights": 5, "memory": 5, "corpus": 5, "decode": 5, "judge": 5, "preference": 5,
-    "model": 4, "metrics": 4, "fp8": 4,
+    "model": 4, "metrics": 4, "fp8": 4, "int8": 4,
     "layers": 3, "loss": 3, "chat": 3, "optim": 3, "words": 3,
     "lora": 2, "data": 2, "sampling": 2, "tokenizer": 2, "ranks": 2, "report": 2,
     "suites": 2, "shards": 2,

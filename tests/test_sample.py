@@ -48,9 +48,9 @@ def sampled(home: Path, **values) -> None:
     sample.main(sample.Settings(**{**usual, **values}))
 
 
-def continued(home: Path, prompt: str, sampling: Sampling) -> str:
+def continued(home: Path, prompt: str, sampling: Sampling, peer=tiny.peer) -> str:
     """A prompt with its continuation, decoded at once."""
-    tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
+    tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(peer())
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     new = [t for _, t in generate(model, [ids], sampling, {tokenizer.eos})]
     return prompt + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)):]
@@ -103,6 +103,16 @@ def test_several_prompts_are_printed_one_after_another_and_each_as_alone(home, c
     assert capsys.readouterr().out == wanted[0] + "\n"
 
 
+def test_in_eight_bits_it_says_what_the_rounded_model_does(home, capsys):
+    prompts = ["Inka", "Abana babiri", "Umugore"]
+    sampled(home, prompt=prompts, temperature=0.0, quant="int8", rows=2, max_new_tokens=40)
+    wanted, plain = ([continued(home, p, Sampling(40, 0), peer) for p in prompts]
+                     for peer in (lambda: tiny.rounded(tiny.peer()), tiny.peer))
+    assert capsys.readouterr().out == "".join(
+        f"== {i} of 3\n{text}\n" for i, text in enumerate(wanted, 1))
+    assert wanted != plain
+
+
 def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     prompt = "Inka zacu " * 40
     sampled(home, prompt=[prompt], max_new_tokens=100, temperature=0.0)
@@ -124,6 +134,7 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     ({"prompt": ["a"], "chat": True}, "give one of --prompt", 2),
     ({"prompt": ["a"], "out": "x"}, "goes with --file", 2),
     ({"prompt": ["a", "b"], "compile": True}, "--compile: hastens one stream", 2),
+    ({"prompt": ["a"], "compile": True, "quant": "int8"}, "--quant int8 leaves none", 2),
     ({"prompt": ["a"], "compile": True}, "--compile: it pays on a CPU in bf16", 2),
     ({"web": True, "chat": True}, "give one of --prompt", 2),
     ({"web": True, "samples": 2}, "--web: a page takes no --json or --samples", 2),

@@ -113,6 +113,20 @@ def peer(shape: str = "llama2", seed: int = 0, **changes: Any) -> transformers.P
     return model.eval()
 
 
+@torch.no_grad()
+def rounded(peer: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """A copy of the model, each row of its linear layers in whole steps of a 127th of its largest
+    weight; an embedding that its head was tied to stays as it is."""
+    peer = copy.deepcopy(peer)
+    if peer.config.tie_word_embeddings:
+        peer.lm_head.weight = torch.nn.Parameter(peer.lm_head.weight.clone())
+    for m in peer.modules():
+        if isinstance(m, torch.nn.Linear):
+            step = m.weight.abs().amax(1, keepdim=True) / 127
+            m.weight.copy_((m.weight / step).round() * step)
+    return peer
+
+
 def ours(peer: transformers.PreTrainedModel, shape: str = "llama2", **changes: Any) -> Llama:
     """Our model with the same weights; its config is read from the published words."""
     model = Llama(ModelConfig.from_hf(config(shape, **changes)))
