@@ -144,8 +144,11 @@ def test_all_matrices_are_in_eight_bits_from_the_files_own_numbers(tmp_path):
     assert torch.equal(table, plain.model.embed_tokens.weight.bfloat16())
 
 
+@BY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_sixteen_bits_a_model_is_as_near_to_float32_as_one_of_plain_weights(dtype, tmp_path):
+def test_in_sixteen_bits_a_model_is_as_near_to_float32_as_one_of_plain_weights(dtype, whole, by,
+                                                                               tmp_path):
+    """Where a matrix is made for the product, it is rounded to sixteen bits once more."""
     folder, distances = tiny.folder(tmp_path, "llama3", dtype=torch.bfloat16), []
     for quant in ("none", "int8"):
         exact, _ = weights.load(folder, quant=quant)
@@ -154,7 +157,7 @@ def test_in_sixteen_bits_a_model_is_as_near_to_float32_as_one_of_plain_weights(d
         with torch.inference_mode():
             apart = model(*MANY) - exact(*MANY)
         distances.append(apart.square().mean().sqrt())
-    assert 0 < distances[1] < 1.2 * distances[0]
+    assert 0 < distances[1] < (1.2 if whole else 1.5) * distances[0]
 
 
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"whole": ["embed_tokens", "lm_head"]}],
