@@ -204,6 +204,9 @@ class Decoder(nn.Module):
         if self.light and not compiled(device):
             raise UserError("--recompute-light: not with --compile on a CPU, where attention is no "
                             "part of a compiled block; leave one of them out", FLAGS)
+        # one of each: a pass with a gradient or without, into the first layer or a later one, each
+        # window, documents of none, one and any number; beyond a limit of 8 blocks would run plain
+        torch._dynamo.config.recompile_limit = 32
         for block in self.layers:
             block.fast = torch.compile(block.lightly if self.light else block.computed, **how)
         self.light, self.compiled = False, True  # blocks do it themselves from here on

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attention
+import lora
 import tiny
 from attention import Layout, attend
 
@@ -209,6 +210,30 @@ def test_flex_attention_is_part_of_a_compiled_block_which_is_not_compiled_anew(m
                                        atol=1e-4)
         seen.add(graphs["unique_graphs"])
     assert len(seen) == 1
+    torch._dynamo.reset()
+
+
+def test_no_block_is_left_uncompiled_because_there_are_too_many_kinds_of_passes(monkeypatch):
+    """DPO with an adapter, windows, any number of documents: a whole graph or an error."""
+    def kernel(q, k, v, at, _, longest, *more, scale, window_size, enable_gqa=False):
+        doc = (at <= torch.arange(len(q))[:, None]).sum(1)[None]
+        return plain(q[None], k[None], v[None], doc, window_size[0] + 1, scale)[0].to(q.dtype)
+
+    monkeypatch.setattr(attention, "varlen", lambda: (kernel, True))
+    monkeypatch.setattr(attention, "ONE_BY_ONE", ())
+    monkeypatch.setattr("model.kernel", lambda *_: "offsets")
+    torch._dynamo.reset()
+    model = tiny.ours(tiny.peer("gemma3"), "gemma3").train()
+    lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+    model.model.compile_blocks(torch.device("cpu"), fullgraph=True, backend="eager")
+    graphs, made = torch._dynamo.utils.counters["stats"], []
+    for lengths in ([30, 10], [40], [20, 1, 9, 10], [5] * 8, [25, 15], [40], [2] * 20):
+        ids, (doc, pos) = tiny.tokens(1, 40), laid(lengths)
+        with torch.no_grad(), lora.disabled(model):
+            model(ids, doc, pos, ids)
+        model(ids, doc, pos, ids).sum().backward()
+        made.append(graphs["unique_graphs"])
+    assert made[0] < made[2] == made[-1]
     torch._dynamo.reset()
 
 
