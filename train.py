@@ -182,10 +182,8 @@ WARNED = {"device", "compile", "recompute", "recompute_light", "shard", "eval_to
 
 
 def read_settings(argv: list[str]) -> tuple[Settings, dict[str, str]]:
-    """Settings and their origins; with --resume, the run's own settings are the first recipe.
-
-    torchrun starts a failed worker again with the flags of the first time: that one resumes.
-    """
+    """Settings and their origins; with --resume, or if torchrun starts us again (with the flags of
+    the first time), the run's own settings are the first recipe."""
     settings, origins = config.read(Settings, argv, "train.py")
     kept = Path(settings.out) / "settings.toml"
     if kept.exists() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -372,11 +370,10 @@ def train(s: Settings, origins: dict[str, str]) -> int:
            "epochs": s.epochs > 0, "max-epochs-per-source": s.max_epochs_per_source >= 0,
            "eval-tokens": s.eval_tokens > 0, "nll-weight": s.nll_weight >= 0,
            "neftune": s.neftune >= 0, "label-smoothing": 0 <= s.label_smoothing < 1}
-    for name, good in fit.items():
-        if not good:
-            raise UserError(f"--{name} {getattr(s, name.replace('-', '_'))}: out of range; seq-len "
-                            "and keep are at least 2, hold-out, plan-share, ema and "
-                            "label-smoothing below 1, the others above 0", FLAGS)
+    for name in (x for x, good in fit.items() if not good):
+        raise UserError(f"--{name} {getattr(s, name.replace('-', '_'))}: out of range; seq-len and "
+                        "keep are at least 2, hold-out, plan-share, ema and label-smoothing "
+                        "below 1, the others above 0", FLAGS)
     if s.mode != "cpo" and (s.arpo or s.nll_weight != 1):
         raise UserError("--arpo and --nll-weight: say something with --mode cpo alone", FLAGS)
     if s.max_epochs_per_source and not s.steps:
@@ -438,11 +435,15 @@ def train(s: Settings, origins: dict[str, str]) -> int:
 
 def main(s: Settings, origins: dict[str, str]) -> int:
     """One run; or the demo, which is two: a tiny base on English, then that base on Kinyarwanda."""
-    if s.model != "demo" or s.plan_for:
-        return train(s, origins)
-    from kinyarwanda import demo
+    if own := os.environ.get("TORCHELASTIC_RESTART_COUNT"):  # each machine counts for itself
+        (most,) = Ranks.start(s.device, s.rank_timeout).highest(int(own))
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(most)
+        s, origins = read_settings(sys.argv[1:])
+    if s.model == "demo" and not s.plan_for:
+        from kinyarwanda import demo
 
-    return demo.run(s, origins, train)
+        return demo.run(s, origins, train)
+    return train(s, origins)
 
 
 if __name__ == "__main__":

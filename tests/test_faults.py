@@ -927,15 +927,28 @@ def recipe(s: train.Settings) -> Path:
     return file
 
 
-def launched(s: train.Settings, until: str, *flags: str) -> tuple[subprocess.Popen, list[int]]:
-    """A run by torchrun on two ranks that has come to a checkpoint, and the ranks' processes."""
-    going = subprocess.Popen(
-        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *flags, "train.py", str(recipe(s))],
-        env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def launched(s: train.Settings, until: str, *flags: str,
+             machines: int = 1) -> tuple[list[subprocess.Popen], list[int]]:
+    """A run on two ranks that has come to a checkpoint: the torchruns, one for each "machine", and
+    the ranks' processes."""
+    if machines == 1:
+        flags = ("--standalone", *flags)
+    else:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        flags = ("--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                 f"localhost:{port}", *flags)
+    going = [subprocess.Popen([*TORCHRUN, "--nproc-per-node", str(2 // machines), *flags,
+                               "train.py", str(recipe(s))],
+                              env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+             for _ in range(machines)]
     while not (Path(s.out) / "checkpoints" / until).exists():
-        assert going.poll() is None, going.stderr.read()[-2000:]
+        for x in going:
+            assert x.poll() is None, x.stderr.read()[-2000:]
         time.sleep(0.02)
-    ranks = subprocess.run(["pgrep", "-P", str(going.pid)], capture_output=True, text=True)
+    ranks = subprocess.run(["pgrep", "-P", ",".join(str(x.pid) for x in going)],
+                           capture_output=True, text=True)
     return going, [int(x) for x in ranks.stdout.split()]
 
 
@@ -946,7 +959,7 @@ def test_torchrun_is_down_soon_after_a_rank_was_killed_and_says_which(
         place, how, rank):  # noqa: F811
     """Not a matter of speed (0.6 s here) but of not hanging: nobody waits for the dead."""
     s = settings(place, f"down-{how}-{rank}", steps=5000, save_every=5, shard=how)
-    going, ranks = launched(s, "step-000010")
+    (going,), ranks = launched(s, "step-000010")
     os.kill(ranks[rank], signal.SIGKILL)
     said = going.communicate(timeout=15)[1]
     assert going.returncode == 1 and f"Signal 9 (SIGKILL) received by PID {ranks[rank]}" in said
@@ -956,14 +969,32 @@ def test_torchrun_is_down_soon_after_a_rank_was_killed_and_says_which(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
 def test_torchrun_starts_again_after_a_rank_was_killed_and_the_run_goes_on_by_itself(
-        place):  # noqa: F811
-    s = settings(place, "elastic", steps=60, save_every=5, eval_every=1000)
-    going, ranks = launched(s, "step-000010", "--max-restarts", "1")
+        place, machines):  # noqa: F811
+    s = settings(place, f"elastic-{machines}", steps=60, save_every=5, eval_every=1000)
+    going, ranks = launched(s, "step-000010", "--max-restarts", "1", machines=machines)
     os.kill(ranks[1], signal.SIGKILL)
-    said = going.communicate(timeout=120)[1]
-    assert going.returncode == 0, said[-2000:]
+    said = "".join(x.communicate(timeout=120)[1] for x in going)
+    assert [x.returncode for x in going] == [0] * machines, said[-4000:]
     assert "resumed from" in said and len(losses(Path(s.out))) == 60
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_all_ranks_go_on_if_one_machines_torchrun_alone_counted_the_restart(
+        place, counted):  # noqa: F811
+    s = settings(place, f"counted-{counted}", rank_timeout=20.0)
+    run(s, world=2, codes={143}, during=stop_at(7))
+
+    def again() -> None:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(int(os.environ["RANK"]) == counted))
+        fork.train(str(recipe(s)))()
+
+    said = place / f"said-counted-{counted}"
+    ends = fork.ends(fork.together(2, again, said))
+    text = "".join(said.with_name(f"{said.name}-{i}").read_text() for i in range(2))
+    assert ends == [0, 0], text[-2000:]
+    assert "resumed from" in text and len(losses(Path(s.out))) == 20
 
 
 def test_the_plan_of_several_ranks_is_printed_once(place):  # noqa: F811
