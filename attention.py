@@ -242,14 +242,13 @@ def flex() -> Any:
     otherwise."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention if torch.compiler.is_compiling() else _flex_alone()
+    return flex_attention if torch.compiler.is_compiling() else alone(flex_attention)
 
 
 @cache
-def _flex_alone() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+def alone(kernel: Any) -> Any:
+    """A kernel compiled by itself, a graph for each shape."""
+    return torch.compile(kernel, dynamic=False)
 
 
 def attend_tiles(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:

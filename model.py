@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config)
         self.compute_dtype = torch.float32  # of products and of what flows between them
         self.recompute = self.light = False  # blocks, or their norms and gates, for the gradient
-        self.compiled = False
+        self.compiled = False  # whether blocks and loss are, where they train
         self.neftune = 0.0  # noise on the embeddings while training
 
     def compile_blocks(self, device: torch.device, **how: Any) -> None:

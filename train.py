@@ -435,8 +435,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
 
 def main(s: Settings, origins: dict[str, str]) -> int:
     """One run; or the demo, which is two: a tiny base on English, then that base on Kinyarwanda."""
-    if own := os.environ.get("TORCHELASTIC_RESTART_COUNT"):  # each machine counts for itself
-        (most,) = Ranks.start(s.device, s.rank_timeout).highest(int(own))
+    own = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", -1))  # each machine counts for itself
+    if own >= 0 and (most := Ranks.start(s.device, s.rank_timeout).highest(own)[0]) != own:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(most)
         s, origins = read_settings(sys.argv[1:])
     if s.model == "demo" and not s.plan_for:
