@@ -17,8 +17,9 @@ from torch import Tensor
 from ahead import host, sent
 from data import IGNORE
 
-CHUNK, GROUP = 256, 1024  # of `at_once`, on a CPU; least of the second
-LOGITS = 1 << 27  # that stand at once on a GPU
+CHUNK, GROUP = 256, 1024  # of `at_once`: the first on a CPU, the least of the second
+LOGITS = {"cpu": 1 << 26, "cuda": 1 << 27}  # that stand at once, or their gradients
+ROWS = 4096  # of the head's gradient that are added to at once
 
 
 def at_once(device: str, V: int, C: int) -> tuple[int, int]:
@@ -28,10 +29,8 @@ def at_once(device: str, V: int, C: int) -> tuple[int, int]:
     On a CPU what was fastest at V = 32,000, and small beside a layer's activations. A GPU that is
     to be busy needs more: so many logits, and gradients no larger than what they are added to.
     """
-    if device == "cpu":
-        return CHUNK, GROUP
-    some = 1 << (LOGITS // V).bit_length() - 1
-    return some, max(GROUP, some, 2 * C)
+    some = 1 << (LOGITS[device] // V).bit_length() - 1
+    return (CHUNK, max(GROUP, some)) if device == "cpu" else (some, max(GROUP, some, 2 * C))
 
 
 class _TokenNLL(torch.autograd.Function):
@@ -120,9 +119,10 @@ def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing:
     """Sum over tokens of factor x (their logits' gradient, which `find` finds) h^T, (V,C) float32;
     fills nll (N,) and dh (N,C) if given."""
     dW, (some, many) = None, sizes
+    held = h.new_empty(min(many, len(h)), len(W))  # new memory of this size costs as much as a pass
     for begin in range(0, len(h), many):
         group = slice(begin, min(begin + many, len(h)))
-        d = h.new_empty(group.stop - begin, len(W))  # (n,V)
+        d = held[: group.stop - begin]  # (n,V)
         for at in range(begin, group.stop, some):
             part = slice(at, min(at + some, group.stop))
             found, gradient = find(h[part], W, targets[part], cap, smoothing)
@@ -134,7 +134,11 @@ def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing:
         if factor is not None:
             d *= factor[group, None]
         part_W = d.T @ h[group]
-        dW = part_W.float() if dW is None else dW.add_(part_W)
+        if dW is None:
+            dW = part_W.float()
+            continue
+        for into, more in zip(dW.split(ROWS), part_W.split(ROWS), strict=True):
+            into += more  # cast first, so not all at once
     return torch.zeros_like(W, dtype=torch.float32) if dW is None else dW
 
 

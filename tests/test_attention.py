@@ -67,15 +67,19 @@ def test_blocks_of_several_rows_do_not_look_into_the_row_before(rows, n, side):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_blocks_are_as_exact_in_16_bits_as_torchs_fused_kernel(dtype):
-    lengths = [512, 300, 37, 5, 170]
+@pytest.mark.parametrize("lengths", [[512, 300, 37, 5, 170], [128] * 8])
+@pytest.mark.parametrize("dtype, tiled", [(torch.bfloat16, False), (torch.bfloat16, True),
+                                          (torch.float16, False)])
+def test_blocks_are_as_exact_in_16_bits_as_torchs_fused_kernel(monkeypatch, dtype, tiled, lengths):
+    monkeypatch.setattr(attention, "TILED", tiled)  # whether their forward pass is that kernel's
     doc, pos = laid(lengths)
     inputs = drawn(1, sum(lengths), 6, 2, 64, dtype)
     inputs[0] = inputs[0] * 4  # scores of some size: where a coarse score would show
     g = tiny.drawn(1, sum(lengths), 6, 64, seed=9).to(dtype)
     exact = run(lambda *x: plain(*x, doc, 0, 0.125), inputs, g)
     blocks, alone = Layout.of(doc, pos), Layout(lengths=lengths)
+    assert blocks.blocks and attention.tiled(dtype, blocks) == tiled
+    assert not attention.tiled(dtype, Layout.of(doc, pos, window=100))  # it would need a mask
     mine = run(lambda *x: attend(*x, blocks, 0.125), inputs, g)
     fused = run(lambda *x: attend(*x, alone, 0.125), inputs, g)
     for name, a, b, e in zip("y dq dk dv".split(), mine, fused, exact, strict=True):
