@@ -359,7 +359,7 @@ class _Scores:
         index = torch.tensor([i for _, ids, i in self.asked for _ in ids], device=device)
         self.asked = []
         c = self.model.config  # the head itself may have to be made, in eight bits
-        some, _ = at_once(device.type, c.vocab_size, c.hidden_size)
+        some, *_ = at_once(device.type, c.vocab_size, c.hidden_size)
         for states, follows, owner in zip(*(x.split(some) for x in (h, ids, index)), strict=True):
             logp = self.model.logits(states).log_softmax(-1)  # (T,V)
             asked = logp.gather(1, follows[:, None])[:, 0]  # (T,)

@@ -155,17 +155,19 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, r = ctx.saved_tensors
         unit, g32 = x.float() * r, g.float()  # (B,T,C)
-        dweight = (g32 * unit).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        dunit = g32 * weight
-        along = (dunit * unit).mean(-1, keepdim=True)  # what would only change the length
+        share = g32 * unit
+        along = (share @ weight / x.shape[-1])[..., None]  # what would only change the length
+        dweight = share.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        dunit = torch.mul(g32, weight, out=share)
         return dunit.addcmul_(unit, along, value=-1).mul_(r).to(x.dtype), dweight, None
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x (B,T,C) times r, its reciprocal length (B,T,1), and weight (C,); and r."""
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    exact = x.float()  # (B,T,C)
+    size = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
     r = torch.rsqrt(size.square() / x.shape[-1] + eps)
-    return (x.float() * r).mul_(weight).to(x.dtype), r
+    return (exact * r).mul_(weight).to(x.dtype), r
 
 
 def rotary_frequencies(rope: Rope, D: int, device: Any, length: Tensor | None = None) -> Tensor:

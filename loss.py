@@ -19,18 +19,22 @@ from data import IGNORE
 
 CHUNK, GROUP = 256, 1024  # of `at_once`: the first on a CPU, the least of the second
 LOGITS = {"cpu": 1 << 26, "cuda": 1 << 27}  # that stand at once, or their gradients
+CACHED = 1 << 19  # numbers in float32 that a CPU passes over again and again in its caches
 ROWS = 4096  # of the head's gradient that are added to at once
 
 
-def at_once(device: str, V: int, C: int) -> tuple[int, int]:
-    """How many tokens' logits stand at once on a `cpu` or a `cuda`, and how many tokens' gradients
-    of logits before they are added to the head's gradient (V,C), which costs as much as a product.
+def at_once(device: str, V: int, C: int) -> tuple[int, int, int]:
+    """How many tokens' logits stand at once on a `cpu` or a `cuda`; how many tokens' gradients of
+    logits before they are added to the head's gradient (V,C), which costs as much as a product;
+    and of how many tokens logits stand in float32.
 
     On a CPU what was fastest at V = 32,000, and small beside a layer's activations. A GPU that is
     to be busy needs more: so many logits, and gradients no larger than what they are added to.
     """
     some = 1 << (LOGITS[device] // V).bit_length() - 1
-    return (CHUNK, max(GROUP, some)) if device == "cpu" else (some, max(GROUP, some, 2 * C))
+    if device == "cpu":
+        return CHUNK, max(GROUP, some), max(1, CACHED // V)
+    return some, max(GROUP, some, 2 * C), some
 
 
 class _TokenNLL(torch.autograd.Function):
@@ -45,16 +49,17 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
-                sizes: tuple[int, int], compiled: bool) -> Tensor:
+                sizes: tuple[int, int, int], compiled: bool) -> Tensor:
         need_h, need_W = ctx.needs_input_grad[:2]
         cast = W.to(h.dtype)  # (V,C)
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if need_h else None
         find = fast() if compiled and (need_h or need_W) else _logit_gradient
         ctx.how = cap, smoothing, sizes, find
-        for at in range(0, len(h), sizes[0]) if not need_W else ():
-            part = slice(at, at + sizes[0])
-            nll[part], d = find(h[part], cast, targets[part], cap, smoothing, need_h)
+        some, _, near = sizes
+        for at in range(0, len(h), some) if not need_W else ():
+            part = slice(at, at + some)
+            nll[part], d = find(h[part], cast, targets[part], cap, smoothing, near, need_h)
             if need_h:
                 torch.mm(d, cast, out=dh[part])
         ctx.dW = _head_gradient(h, cast, targets, *ctx.how, nll, dh) if need_W else None
@@ -81,30 +86,42 @@ def capped(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 
-def _logit_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
-                    wanted: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(n,C), (V,C), (n,) -> NLL (n,) float32, and its gradient (n,V) in h's dtype if wanted.
+def _logit_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float, near: int,
+                    wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """(n,C), (V,C), (n,) -> NLL (n,) float32, and logits (n,V) or, if `wanted`, their gradient, in
+    h's dtype; `near` tokens' stand in float32 at once."""
+    logits = h @ W.T  # (n,V)
+    if torch.compiler.is_compiling():  # one pass that reads them, and one that reads and writes
+        return _in_place(logits, targets, cap, smoothing, wanted), logits
+    parts = zip(logits.split(near), targets.split(near), strict=True)
+    return torch.cat([_in_place(*part, cap, smoothing, wanted) for part in parts]), logits
+
+
+def _in_place(logits: Tensor, targets: Tensor, cap: float, smoothing: float,
+              wanted: bool) -> Tensor:
+    """NLL of each target, (n,) float32; if `wanted` logits (n,V) become their gradient.
 
     With `smoothing` e a target is 1 - e of itself and e of all tokens alike (Szegedy et al. 2016,
     section 7), so the NLL is (1 - e) nll + e times the mean NLL of all V tokens.
     """
-    logits = capped(h @ W.T, cap)  # (n,V)
-    logp = torch.log_softmax(logits, -1, dtype=torch.float32)  # (n,V)
+    x = capped(logits, cap)  # (n,V)
+    logp = torch.log_softmax(x, -1, dtype=torch.float32)  # (n,V)
     nll = -logp.gather(-1, targets[:, None]).squeeze(-1)
     if smoothing:
         nll = (1 - smoothing) * nll - smoothing * logp.mean(-1)
     if not wanted:
-        return nll, None
+        return nll
     d = logp.exp_()
     if smoothing:
-        d -= smoothing / len(W)
+        d -= smoothing / d.shape[-1]
     if torch.compiler.is_compiling():  # in the one pass over them that there is
-        d = d - (torch.arange(len(W), device=d.device) == targets[:, None]) * (1 - smoothing)
+        d = d - (torch.arange(d.shape[-1], device=d.device) == targets[:, None]) * (1 - smoothing)
     else:
         d[torch.arange(len(d), device=d.device), targets] -= 1 - smoothing
     if cap:
-        d *= 1 - (logits / cap).square_()  # tanh' = 1 - tanh^2
-    return nll, d.to(h.dtype)
+        d *= 1 - (x / cap).square_()  # tanh' = 1 - tanh^2
+    logits.copy_(d)
+    return nll
 
 
 @cache
@@ -114,18 +131,18 @@ def fast() -> Any:
 
 
 def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
-                   sizes: tuple[int, int], find: Any, nll: Tensor | None = None,
+                   sizes: tuple[int, int, int], find: Any, nll: Tensor | None = None,
                    dh: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
     """Sum over tokens of factor x (their logits' gradient, which `find` finds) h^T, (V,C) float32;
     fills nll (N,) and dh (N,C) if given."""
-    dW, (some, many) = None, sizes
+    dW, (some, many, near) = None, sizes
     held = h.new_empty(min(many, len(h)), len(W))  # new memory of this size costs as much as a pass
     for begin in range(0, len(h), many):
         group = slice(begin, min(begin + many, len(h)))
         d = held[: group.stop - begin]  # (n,V)
         for at in range(begin, group.stop, some):
             part = slice(at, min(at + some, group.stop))
-            found, gradient = find(h[part], W, targets[part], cap, smoothing)
+            found, gradient = find(h[part], W, targets[part], cap, smoothing, near)
             d[at - begin : part.stop - begin] = gradient
             if nll is not None:
                 nll[part] = found

@@ -19,7 +19,7 @@ from bench import Settings, child, exponent, limits, main, peak_gb, plot, table
 HERE = "bench.growth"
 BASE = {"T": 512, "B": 1, "V": 8192, "C": 256, "R": 0, "document": 0}  # R 0: all weights train
 AXES: dict[str, tuple[str, dict[str, Any], dict[str, list[int]]]] = {
-    "sequence": ("T", {"R": 16}, {"full": [512, 1024, 2048, 4096, 8192, 16384],
+    "sequence": ("T", {"R": 16}, {"full": [512, 1024, 2048, 4096, 8192, 16384, 32768],
                                   "quick": [512, 1024, 2048, 4096], "tiny": [32, 64]}),
     "packed": ("T", {"R": 16, "document": 512},
                {"full": [512, 1024, 2048, 4096, 8192, 16384, 32768],

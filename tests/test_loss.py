@@ -28,9 +28,10 @@ def setting(n: int, kept: str, V: int = 50, C: int = 16, dtype=torch.float32):
 
 @pytest.fixture(autouse=True)
 def small(request, monkeypatch):
-    """Groups as small as they get, so that a test's few words go through several."""
+    """Parts as small as they get, so that a test's few words go through several."""
     if "V" not in request.fixturenames:
         monkeypatch.setitem(loss.LOGITS, "cpu", 1 << 12)
+        monkeypatch.setattr(loss, "CACHED", 1 << 9)
 
 
 def plain(h, W, targets, cap=0.0, smoothing=0.0):
@@ -174,9 +175,9 @@ def test_compiled_it_finds_the_same(frozen, cap):
 
 @pytest.mark.parametrize("V", [1_000, 32_000, 128_256, 262_144])
 def test_a_gpu_makes_more_logits_at_once_and_not_too_many(V):
-    some, many = loss.at_once("cuda", V, 2048)
+    some, many, near = loss.at_once("cuda", V, 2048)
     assert some * V <= loss.LOGITS["cuda"] < 2 * some * V and many % some == 0
-    assert many >= some and many * V * 2 <= max(V * 2048 * 4, some * V * 2)
-    least, most = loss.at_once("cpu", V, 2048)
-    assert least == loss.CHUNK and most % least == 0
+    assert many >= some == near and many * V * 2 <= max(V * 2048 * 4, some * V * 2)
+    least, most, near = loss.at_once("cpu", V, 2048)
+    assert 1 <= near and near * V <= loss.CACHED and least == loss.CHUNK and most % least == 0
     assert loss.GROUP <= most and (most == loss.GROUP or most * V <= 1 << 26)
