@@ -59,8 +59,8 @@ class Block:
 class Layout:
     """Who sees whom in this batch, found once and used by all layers that see as far.
 
-    At most one of these is there, lengths beside blocks too; without any, each row is one document,
-    plain causal.
+    One of these is there, and `lengths` beside blocks; without any, each row is one document, plain
+    causal.
     `blocks`, `lengths`, `offsets` (N+1,) int32: documents end to end over all rows, see above;
     blocks are those of one of `side` equal parts of them.
     `tiles`: flex_attention's BlockMask, which tiles of scores are seen, and who in them.
@@ -172,7 +172,7 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: flo
     """`attend`, document by document; split and cat, because their backward passes copy nothing
     twice."""
     lengths, alone = layout.lengths, Layout(window=layout.window)
-    if len(set(lengths)) == 1:  # side by side
+    if len(set(lengths)) == 1 and not cap:  # side by side; not where all scores would stand
         together = (x.reshape(len(lengths), -1, *x.shape[2:]) for x in (q, k, v))
         return attend(*together, alone, scale, cap).reshape(q.shape)
     parts = (x.flatten(0, 1)[None].split(lengths, dim=1) for x in (q, k, v))
@@ -301,9 +301,11 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float)
 
 def tiled(dtype: torch.dtype, layout: Layout) -> bool:
     """Whether the fused kernel's forward pass is the faster one: twice as fast in bf16 where the
-    CPU has AMX, for it lays keys out once for all its queries; else no faster than blocks."""
+    CPU has AMX, for it lays keys out once for all its queries; else no faster than blocks, and
+    slower where a block holds many documents."""
     whole = not layout.window or max(layout.lengths) <= layout.window
-    return TILED and dtype == torch.bfloat16 and whole
+    long = len(layout.lengths) <= 2 * len(layout.blocks) * layout.side
+    return TILED and dtype == torch.bfloat16 and whole and long
 
 
 class _Blocks(torch.autograd.Function):

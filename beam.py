@@ -100,7 +100,7 @@ def search(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, stops
     """
     n = sampling.beams
     kept = n * max(2, 1 + len(stops.ids))  # so that, whatever ends, n go on
-    places = min(max(1, rows // n), len(prompts))
+    places = max(1, min(rows // n, len(prompts)))
     order = in_order([len(ids) for ids in prompts], places)
     waiting = deque(Search.begin(i, prompts[i], n) for i in order)
     longest = max(map(len, prompts), default=0)

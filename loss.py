@@ -2,7 +2,8 @@
 
 The one idea: logits for all B x T tokens at once are the largest tensor of a training step (2048 x
 128256 in float32 is 1 GB) and nobody needs them. Both passes go chunk by chunk, and a chunk's
-logits live only until its log-sum-exp, or its gradient, is taken.
+logits live only until its log-sum-exp, or its gradient, is taken: what stands at once is bounded,
+however many tokens there are.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from ahead import host, sent
 from data import IGNORE
 
 CHUNK, GROUP = 256, 1024  # of `at_once`: the first on a CPU, the least of the second
-LOGITS = {"cpu": 1 << 26, "cuda": 1 << 27}  # that stand at once, or their gradients
+LOGITS = {"cpu": 1 << 26, "cuda": 1 << 27}  # whose gradients stand at once; on a GPU they too
 CACHED = 1 << 19  # numbers in float32 that a CPU passes over again and again in its caches
 ROWS = 4096  # of the head's gradient that are added to at once
+Sizes = tuple[int, int, int]
 
 
-def at_once(device: str, V: int, C: int) -> tuple[int, int, int]:
+def at_once(device: str, V: int, C: int) -> Sizes:
     """How many tokens' logits stand at once on a `cpu` or a `cuda`; how many tokens' gradients of
     logits before they are added to the head's gradient (V,C), which costs as much as a product;
     and of how many tokens logits stand in float32.
 
-    On a CPU what was fastest at V = 32,000, and small beside a layer's activations. A GPU that is
-    to be busy needs more: so many logits, and gradients no larger than what they are added to.
+    On a CPU what was fastest at V = 32,000: 131 MB of gradients in bf16, where the head trains. A
+    GPU that is to be busy needs more: so many logits, and gradients no larger than what they are
+    added to.
     """
     some = 1 << (LOGITS[device] // V).bit_length() - 1
     if device == "cpu":
@@ -43,26 +46,28 @@ class _TokenNLL(torch.autograd.Function):
     d nll_t / d logits_t is softmax_t - onehot_t, whatever is later done with nll_t, so the forward
     pass computes it while the chunk's logits are at hand: h's gradient is then a scaling by
     whatever comes from above. W's gradient mixes the tokens; it too is only a scaling when all
-    tokens have the same factor, which is the case for a sum. Otherwise (preference losses) the
-    backward pass goes over the chunks again.
+    tokens have the same factor, which is the case for a sum. Otherwise (preference losses: `each`
+    its own) the backward pass goes over the chunks again.
     """
 
     @staticmethod
     def forward(ctx, h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
-                sizes: tuple[int, int, int], compiled: bool) -> Tensor:
+                sizes: Sizes, compiled: bool, each: bool) -> Tensor:
         need_h, need_W = ctx.needs_input_grad[:2]
         cast = W.to(h.dtype)  # (V,C)
         nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
         dh = torch.empty_like(h) if need_h else None
-        find = fast() if compiled and (need_h or need_W) else _logit_gradient
-        ctx.how = cap, smoothing, sizes, find
-        some, _, near = sizes
-        for at in range(0, len(h), some) if not need_W else ():
-            part = slice(at, at + some)
-            nll[part], d = find(h[part], cast, targets[part], cap, smoothing, near, need_h)
-            if need_h:
-                torch.mm(d, cast, out=dh[part])
-        ctx.dW = _head_gradient(h, cast, targets, *ctx.how, nll, dh) if need_W else None
+        ctx.dW, ctx.how = None, (cap, smoothing, sizes, compiled and (need_h or need_W))
+        if need_W and not each:
+            ctx.dW = _head_gradient(h, cast, targets, *ctx.how, nll, dh)
+        else:
+            held = h.new_empty(min(sizes[0], len(h)), len(W))  # for the logits of each chunk
+            for at in range(0, len(h), sizes[0]):
+                part = slice(at, at + sizes[0])
+                d = held[: len(h[part])]  # (n,V)
+                nll[part] = _logit_gradient(d, h[part], cast, targets[part], *ctx.how, need_h)
+                if need_h:
+                    torch.mm(d, cast, out=dh[part])
         ctx.save_for_backward(h, W, targets, dh)
         return nll
 
@@ -70,7 +75,7 @@ class _TokenNLL(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         h, W, targets, dh = ctx.saved_tensors
         if dh is not None:
-            dh = dh * g[:, None].to(dh.dtype)
+            dh = (dh * g[:, None]).to(dh.dtype)  # g is not rounded: 1/1431 would lose 0.1 %
         dW, ctx.dW = ctx.dW, None
         if ctx.needs_input_grad[1]:
             if dW is not None and g.stride(0) == 0:  # the gradient of a sum: one number, expanded
@@ -78,7 +83,7 @@ class _TokenNLL(torch.autograd.Function):
             else:
                 dW = _head_gradient(h, W.to(h.dtype), targets, *ctx.how, factor=g)
             dW = dW.to(W.dtype)
-        return dh, dW, *[None] * 5
+        return dh, dW, *[None] * 6
 
 
 def capped(logits: Tensor, cap: float) -> Tensor:
@@ -86,15 +91,15 @@ def capped(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 
-def _logit_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float, near: int,
-                    wanted: bool = True) -> tuple[Tensor, Tensor]:
-    """(n,C), (V,C), (n,) -> NLL (n,) float32, and logits (n,V) or, if `wanted`, their gradient, in
-    h's dtype; `near` tokens' stand in float32 at once."""
-    logits = h @ W.T  # (n,V)
-    if torch.compiler.is_compiling():  # one pass that reads them, and one that reads and writes
-        return _in_place(logits, targets, cap, smoothing, wanted), logits
-    parts = zip(logits.split(near), targets.split(near), strict=True)
-    return torch.cat([_in_place(*part, cap, smoothing, wanted) for part in parts]), logits
+def _logit_gradient(d: Tensor, h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
+                    sizes: Sizes, compiled: bool, wanted: bool = True) -> Tensor:
+    """(n,C), (V,C), (n,) -> NLL (n,) float32; into d (n,V) go the logits or, if `wanted`, their
+    gradient, in h's dtype."""
+    torch.mm(h, W.T, out=d)
+    if compiled:
+        return fast()(d, targets, cap, smoothing, wanted)
+    parts = zip(d.split(sizes[2]), targets.split(sizes[2]), strict=True)
+    return torch.cat([_in_place(*part, cap, smoothing, wanted) for part in parts])
 
 
 def _in_place(logits: Tensor, targets: Tensor, cap: float, smoothing: float,
@@ -126,24 +131,24 @@ def _in_place(logits: Tensor, targets: Tensor, cap: float, smoothing: float,
 
 @cache
 def fast() -> Any:
-    """`_logit_gradient`, compiled: logits are read twice and their gradient is written once."""
-    return torch.compile(_logit_gradient)
+    """`_in_place`, compiled: logits are read twice and their gradient is written once."""
+    return torch.compile(_in_place)
 
 
 def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
-                   sizes: tuple[int, int, int], find: Any, nll: Tensor | None = None,
+                   sizes: Sizes, compiled: bool, nll: Tensor | None = None,
                    dh: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-    """Sum over tokens of factor x (their logits' gradient, which `find` finds) h^T, (V,C) float32;
-    fills nll (N,) and dh (N,C) if given."""
-    dW, (some, many, near) = None, sizes
+    """Sum over tokens of factor x (their logits' gradient) h^T, (V,C) float32; fills nll (N,) and
+    dh (N,C) if given."""
+    dW, (some, many, _) = None, sizes
     held = h.new_empty(min(many, len(h)), len(W))  # new memory of this size costs as much as a pass
     for begin in range(0, len(h), many):
         group = slice(begin, min(begin + many, len(h)))
         d = held[: group.stop - begin]  # (n,V)
         for at in range(begin, group.stop, some):
             part = slice(at, min(at + some, group.stop))
-            found, gradient = find(h[part], W, targets[part], cap, smoothing, near)
-            d[at - begin : part.stop - begin] = gradient
+            found = _logit_gradient(d[at - begin : part.stop - begin], h[part], W, targets[part],
+                                    cap, smoothing, sizes, compiled)
             if nll is not None:
                 nll[part] = found
         if dh is not None:
@@ -160,14 +165,14 @@ def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing:
 
 
 def token_nll(h: Tensor, head: Tensor, targets: Tensor, cap: float = 0.0, smoothing: float = 0.0,
-              compiled: bool = False) -> Tensor:
+              compiled: bool = False, each: bool = False) -> Tensor:
     """Negative log-likelihood of each target in nats: (B,T,C), (V,C), (B,T) -> (B,T) float32.
 
-    0 where the target is IGNORE; such tokens cost nothing. Never holds (B,T,V). `cap` bounds the
-    logits (see `capped`), `smoothing` spreads the targets (see `_logit_gradient`), `compiled`: see
-    `fast`.
+    0 where the target is IGNORE; such tokens cost nothing. Holds so much of (B,T,V) as `at_once`
+    says. `cap` bounds the logits (see `capped`), `smoothing` spreads the targets (see `_in_place`),
+    `compiled`: see `fast`; `each`: what is made of them is no plain sum (see `_TokenNLL`).
     """
-    how = cap, smoothing, at_once(h.device.type, *head.shape), compiled
+    how = cap, smoothing, at_once(h.device.type, *head.shape), compiled, each
     if not torch.is_grad_enabled():  # a Function is told of a leaf that it needs a gradient
         h, head = h.detach(), head.detach()
     kept = host(targets).flatten() != IGNORE

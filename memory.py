@@ -33,12 +33,13 @@ import optim
 from attention import kernel
 from families import ModelConfig
 from log import FLAGS, UserError
-from loss import _TokenNLL, at_once, cpo, document_logp, dpo
+from loss import Sizes, _TokenNLL, at_once, cpo, document_logp, dpo
 from model import Layout, Llama
 from ranks import BUCKET, GiB, Ranks, meets_often, stays_whole, way
 
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits")
 APART = "apart"  # what is not counted
+NEAR = 64  # tokens at least whose logits are walked at once: real steps take fewer, and longer
 SMALL = 1e9  # parameters that a CPU trains without being asked to
 
 
@@ -183,8 +184,9 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
          gb: float = math.inf) -> Need:
     """The most that one of `world` ranks holds in a step of settings `s`, of so many micro-batches.
 
-    Rows are two documents each, as packed rows are several. `path` of attention.py: blocks (a CPU),
-    offsets or tiles (a GPU's kernels) or mask (a GPU without). `gb`: of a GPU, for --shard auto.
+    Rows are two documents of unlike lengths, as packed rows are several. `path` of attention.py:
+    blocks (a CPU), offsets or tiles (a GPU's kernels) or mask (a GPU without). `gb`: of a GPU, for
+    --shard auto.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -192,9 +194,10 @@ def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
     how = way(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
     whole = bool(lora.trained_whole(model))
     beside = s.mode == "dpo" and s.tune != "full" and not adapter and not (how == "fsdp" and whole)
-    sizes = at_once("cpu" if path == "blocks" else "cuda", *model.head.shape)
+    some, many, near = at_once("cpu" if path == "blocks" else "cuda", *model.head.shape)
+    sizes = some, many, max(near, NEAR)
     B, T = s.rows, s.seq_len
-    doc = (torch.arange(T, device=device) >= T // 2).long().expand(B, T)  # (B,T)
+    doc = (torch.arange(T, device=device) > T // 2).long().expand(B, T)  # (B,T)
     pos = torch.arange(T, device=device).expand(B, T)
     _, *turning = model.model.shared(doc, pos, None)
     layouts = {w: _layout(path, doc, pos, w, bool(config.attention_cap))
@@ -304,7 +307,7 @@ def _place(model: nn.Module, device: torch.device) -> None:
                        for k, x in whole.items()}
 
 
-def _step(model: Llama, s: Any, held: _Held, doc: Tensor, pos: Tensor, sizes: tuple[int, int],
+def _step(model: Llama, s: Any, held: _Held, doc: Tensor, pos: Tensor, sizes: Sizes,
           cut: Cut | None, last: bool, meet: bool, beside: bool) -> None:
     """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`, in
     messages that hold them a second time until they stand in for them.
@@ -327,16 +330,18 @@ def _step(model: Llama, s: Any, held: _Held, doc: Tensor, pos: Tensor, sizes: tu
             torch.empty(size, dtype=torch.uint8)
             size = 0
 
+    each = s.mode in ("dpo", "cpo")
+
     def nll() -> Tensor:
         h = model.model(doc, doc, pos).flatten(0, 1)  # (B T,C)
         held.what = "logits"
         found = _TokenNLL.apply(h, model.head, doc.flatten(), model.config.logit_cap, 0.0,
-                                sizes, False)
+                                sizes, False, each)
         held.what = "activations"
         return found.view(doc.shape)  # (B,T)
 
     hooks = [p.register_post_accumulate_grad_hook(arrived) for p in moving]
-    if s.mode in ("dpo", "cpo"):  # tokens have unlike factors, so the head's gradient is made anew
+    if each:
         before = None
         if beside:
             with torch.no_grad(), lora.disabled(model):

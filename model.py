@@ -277,18 +277,18 @@ class Llama(nn.Module):
         return self.model.compute_dtype
 
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor, targets: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
+                cache: KVCache | None = None, each: bool = False) -> Tensor:
         """NLL of each target, (B,T) float32, 0 where IGNORE; without targets each row's next
         logits, (B,V) float32.
 
         tokens, doc, pos, targets (B,T). The next logits are those of a row's last token with doc >=
-        0.
+        0. `each`: of NLLs that will not be just summed, which saves the head's gradient a product.
         """
         h = self.model(tokens, doc, pos, cache)  # (B,T,C)
         if targets is not None:
             smoothing = self.smoothing if self.training else 0.0
             return token_nll(h, self.head, targets, self.config.logit_cap, smoothing,
-                             self.model.compiled and self.training)
+                             self.model.compiled and self.training, each)
         last = ((doc >= 0) * torch.arange(1, doc.shape[1] + 1, device=doc.device)).argmax(1)  # (B,)
         h = h[torch.arange(len(h), device=h.device), last]  # (B,C)
         return self.logits(h)

@@ -50,7 +50,7 @@ def total(model: Llama, b: Batch, s: Any) -> Tensor:
     if s.mode == "dpo" and before is None:
         with torch.no_grad(), lora.disabled(model):
             before = model(b.tokens, b.doc, b.pos, b.targets)  # (B,T)
-    logp = -by_pair(model(b.tokens, b.doc, b.pos, b.targets))  # (P,2)
+    logp = -by_pair(model(b.tokens, b.doc, b.pos, b.targets, each=True))  # (P,2)
     if s.mode == "dpo":
         losses, margin = dpo(logp, -by_pair(before), s.beta)
         sums = [losses.sum()]

@@ -169,10 +169,13 @@ def plot(name: str, lines: dict[str, tuple[Sequence[float], Sequence[float]]], a
 
 
 def write(name: str, text: str) -> None:
-    """Put a section between its marks in docs/benchmarks.md, in place of what stood there."""
+    """Put a section between its marks in docs/benchmarks.md, in place of what stood there; what a
+    person wrote stands behind them."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(begin)
-    after = rest.partition(end)[2]
+    _, ended, after = rest.partition(end)
+    if rest and not ended:
+        sys.exit(f"{PAGE}: {begin.strip()} has no {end.strip()} behind it; nothing is written")
     PAGE.write_text(f"{before if rest else page.rstrip() + chr(10) * 2}{begin}{text}{end}{after}",
                     encoding="utf-8")

@@ -1,11 +1,11 @@
 """How time and memory of a training step grow: with sequence, rows, vocabulary, width, LoRA rank.
 
-    python -m bench.growth [--quick] [--cases sequence rows vocabulary width rank] [--write]
+    python -m bench.growth [--quick] [--cases sequence packed rows ...] [--write]
 
 One small model, one thing of it changed at a time. Memory is what a step takes above the model and
-its optimizer, so that what grows is seen. The exponent k of y = c x^k is fitted to each curve: 1 is
-linear. A sequence's is fitted twice, for attention to all that stands before is quadratic in time
-(not in memory): one document a row, and documents of 512 tokens packed into it.
+its optimizer's moments, so that what grows is seen. The exponent k of y = c x^k is fitted to each
+curve: 1 is linear. A sequence's is fitted twice, for attention to all that stands before is
+quadratic in time (not in memory): one document a row, and documents of 512 tokens packed into it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def measure(T: int, B: int, V: int, C: int, R: int, document: int) -> dict[str, 
     import lora
     import optim
     import train
+    from bench.memory import held_gb
     from data import Batch
     from families import ModelConfig
     from model import Llama
@@ -60,8 +61,9 @@ def measure(T: int, B: int, V: int, C: int, R: int, document: int) -> dict[str, 
     at = torch.arange(T).expand(B, T)
     size = document or T
     batch = Batch(ids, ids, at // size, at % size)
-    cpu = Ranks(0, 1, torch.device("cpu"))
-    before, seconds = peak_gb(), []
+    cpu = Ranks.start("cpu")
+    moments = sum(8 * p.numel() for p in model.parameters() if p.requires_grad) / 2**30
+    before, seconds = held_gb() + moments, []
     for _ in range(3):
         begun = time.perf_counter()
         train.train_step(model, train.NLL, [batch], optimizer, cpu, 1.0)
@@ -91,9 +93,9 @@ def job(s: Settings) -> str:
                     plot("growth-memory", curves["above"], across, "GB above model and optimizer")]
     head = ["axis", "what changes", "from, to", "seconds a step", "exponent of time",
             "GB above model and optimizer", "exponent of memory"]
-    note = ("Four layers, width 256, 8,192 ids, bf16 products; LoRA r 16 for sequence and rows, "
-            "else all weights, but for rank; one document a row, `packed`: documents of 512 tokens."
-            " An exponent of 1 is linear.")
+    note = ("Four layers, width 256, 8,192 ids, bf16 products; LoRA (r 16) for sequence, rows, "
+            "packed and rank, else all weights; one document a row, `packed`: documents of 512 "
+            "tokens. An exponent of 1 is linear.")
     parts = [note, table(head, rows), *pictures, limits.words(limits.measured(s.size))]
     return "\n\n".join(parts)
 

@@ -86,6 +86,31 @@ def test_blocks_are_as_exact_in_16_bits_as_torchs_fused_kernel(monkeypatch, dtyp
         assert (a - e).norm() < 1.5 * (b - e).norm(), name
 
 
+@pytest.mark.parametrize("lengths", [[70, 1, 33, 128], [48] * 4, [1] * 5, [90]])
+@pytest.mark.parametrize("dtype, share", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("window", [0, 200])
+@pytest.mark.parametrize("path", ["blocks", "documents", "tiled blocks"])
+def test_a_cpus_paths_are_near_to_all_pairs(monkeypatch, path, window, dtype, share, lengths):
+    monkeypatch.setattr(attention, "TILED", path == "tiled blocks")
+    doc, pos = laid(lengths)
+    inputs = drawn(1, sum(lengths), 6, 2, 16, dtype)
+    g = tiny.drawn(1, sum(lengths), 6, 16, seed=9).to(dtype)
+    layout = Layout(lengths=lengths, window=window) if path == "documents" else \
+        Layout.of(doc, pos, window=window)
+    for name, a, b in zip("y dq dk dv".split(),
+                          run(lambda *x: attend(*x, layout, 0.3), inputs, g),
+                          run(lambda *x: plain(*x, doc, window, 0.3), inputs, g), strict=True):
+        assert (a - b).norm() <= share * max(b.norm(), 1), name
+
+
+def test_where_a_block_holds_many_documents_their_forward_pass_is_its_own(monkeypatch):
+    monkeypatch.setattr(attention, "TILED", True)
+    for n, fused in ((4, False), (44, True), (300, True)):
+        layout = Layout.of(*laid([n] * 16))
+        assert attention.tiled(torch.bfloat16, layout) == fused, n
+        assert not attention.tiled(torch.float32, layout)
+
+
 def test_a_long_document_is_left_to_torchs_kernel():
     doc, pos = laid([attention.SHORT + 1, 5])
     assert Layout.of(doc, pos).lengths == [attention.SHORT + 1, 5]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attention
 import fork
 import fp8
 import lora
@@ -59,7 +60,7 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
     """The most bytes that tensors hold in the second step of a real model, from its weights on."""
     model = tiny.ours(tiny.peer(shape, **WIDE), shape, **WIDE)
     ids = torch.randint(3, tiny.V, (s.rows, s.seq_len))
-    doc = (torch.arange(s.seq_len) >= s.seq_len // 2).long().expand_as(ids)
+    doc = (torch.arange(s.seq_len) > s.seq_len // 2).long().expand_as(ids)
     batch = Batch(ids, ids, doc, torch.arange(s.seq_len).expand_as(ids))
     if s.mode == "dpo" and s.tune == "full":
         batch.reference = torch.zeros(ids.shape)
@@ -107,6 +108,13 @@ def test_the_prediction_is_what_a_real_steps_tensors_hold(shape, way):
     for dtype, passes in ((torch.float32, 1), (torch.bfloat16, 2)):
         said = memory.need(config, s, dtype, passes).total
         assert said == pytest.approx(really(shape, s, dtype, passes), rel=0.05), (dtype, passes)
+
+
+def test_documents_one_after_the_other_are_predicted_too(monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", 0)
+    s = settings()
+    said = memory.need(ModelConfig.from_hf(tiny.config("llama32", **WIDE)), s, torch.bfloat16)
+    assert said.total == pytest.approx(really("llama32", s, torch.bfloat16, 1), rel=0.05)
 
 
 def test_parts_are_exact_where_shapes_alone_decide():
