@@ -6,7 +6,7 @@ A random LLaMA with Llama 2's real tokenizer, float32, on a CPU; real items, wit
 both sides have to the letter. What is timed is scoring alone: from texts to the log-likelihood of
 each choice, tokenizing included; loading, metrics and files are not. The harness is run at several
 batch sizes, and ratios are against its best. (Its batch_size=auto is for GPUs: on a CPU it tries
-512 whole contexts at once.) Both sides must choose alike, and their log-likelihoods be equal.
+512 whole contexts at once.) Both sides must be right as often, and their log-likelihoods be equal.
 
 `belebele` is Belebele's first prompt over made-up questions: passages, questions and answers are
 sentences of FLORES, as its file is not at hand; a passage has two questions, as most of Belebele's
@@ -194,7 +194,7 @@ def job(s: Settings) -> str:
                              f"{N / x.median:.1f}", times, f"{max(r['gb'] for r in done):.2f}"])
     return (table(["suite", "", "seconds", "range", "items/s", "times lm-eval's best", "peak GB"],
                   rows)
-            + f"\n\nThe same choices everywhere; log-likelihoods at most {worst:.1e} apart "
+            + f"\n\nThe same accuracy everywhere; log-likelihoods at most {worst:.1e} apart "
             "(relative).\n\n" + limits.words(limits.measured(s.size), "transformers", "lm_eval"))
 
 

@@ -3,11 +3,12 @@
     python -m bench.prepare [--quick] [--cases documents lines llama3 gigabyte loader] [--write]
 
 By one process and two, into a bin, and by datasets.map twice (tokenise, group into rows) into its
-cache; both must give the same number of tokens. Every text stands in a file once, for a tokenizer
-with a memory for words is the faster the more is said again. documents: news and laws, some
-kilobytes each; lines: all there is, mostly single sentences; llama3: the documents with LLaMA 3's
-tokenizer.json in place of a SentencePiece BPE learned from them. gigabyte: the texts over and over
-to 1 GB, and the most memory any one process held. loader: packed rows a second out of the bin.
+cache; both must give the same number of tokens. Ours is timed as the command it is, Python's start
+and its imports included; the peer without Python's start. Every text stands in a file once, for a
+tokenizer with a memory for words is the faster the more is said again. documents: news and laws,
+some kilobytes each; lines: all there is, mostly single sentences; llama3: the documents with LLaMA
+3's tokenizer.json in place of a SentencePiece BPE learned from them. gigabyte: the texts over and
+over to 1 GB, and the most memory any one process held. loader: packed rows a second out of the bin.
 
 The text is ../shared/data/cpt where it is there, else sentences of the demo's grammar.
 """
