@@ -349,7 +349,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scale: float) -> Tensor:
-    """What `_Blocks` gives, by its own products."""
+    """What `_Blocks` gives, by its own products: q (P,N,H,D), k, v (P,N,K,D) -> (P,N,H,D)."""
     K, y = k.shape[2], torch.empty_like(q)
     keys, values = by_head(k, torch.float32), by_head(v, v.dtype)  # (PK,N,D)
     for b in blocks:
