@@ -14,16 +14,17 @@ from functools import partial
 
 from log import FLAGS, UserError
 
-ELISION = re.compile(r"(?<=[^\W\d_])[’‘ʼ`´](?=[^\W\d_])")
+# the marks come first: they are sought for quickly, and what stands before them is looked at then
+ELISION = re.compile(r"[’‘ʼ`´](?<=[^\W\d_].)(?=[^\W\d_])")
 UNSEEN = re.compile("[\u200b\u200c\u200d\u2060\ufeff\u00ad]")  # zero-width, soft hyphen
-BLANKS = re.compile(r"[^\S\n]+")  # runs of any blank but the newline
+ODD = re.compile(r" [^\S\n]+|[^\S\n ][^\S\n]*")  # runs of any blank but the newline, save " "
 ENDS = re.compile(r" +(?=\n|$)|(?<=\n) +|^ +")
 LINES = re.compile(r"\n{3,}")
 
 
 def nfc(text: str) -> tuple[str, int]:
     """Composed characters (Unicode NFC); counts texts changed."""
-    composed = unicodedata.normalize("NFC", text)
+    composed = text if text.isascii() else unicodedata.normalize("NFC", text)
     return composed, int(composed != text)
 
 
@@ -35,11 +36,18 @@ def apostrophe(text: str) -> tuple[str, int]:
 def spaces(text: str) -> tuple[str, int]:
     """One plain blank between words, none at the ends of a line, one empty line at most; counts
     places changed."""
-    once, n = UNSEEN.subn("", text)
-    n += sum(m.group() != " " for m in BLANKS.finditer(once))
-    once, m = ENDS.subn("", BLANKS.sub(" ", once))
-    once, k = LINES.subn("\n\n", once)
-    return once, n + m + k
+    n = odd = ends = lines = 0
+    # most text needs nothing, which is seen sooner than each expression finds nothing
+    printable = text.replace("\n", "").isprintable()  # no unseen character, no blank but " "
+    if not printable:
+        text, n = UNSEEN.subn("", text)
+    if not printable or "  " in text:
+        text, odd = ODD.subn(" ", text)
+    if " \n" in text or "\n " in text or text[:1] == " " or text[-1:] == " ":
+        text, ends = ENDS.subn("", text)
+    if "\n\n\n" in text:
+        text, lines = LINES.subn("\n\n", text)
+    return text, n + odd + ends + lines
 
 
 # in the order they are taken: an unseen character may part a letter from its accent, or from its

@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 import unicodedata
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -110,11 +112,15 @@ def messy(folder: Path) -> list[str]:
     return [str(folder / "a.txt"), str(folder / "b.jsonl"), str(folder / "b.jsonl")]
 
 
-def test_one_process_and_two_write_the_same_bytes(tok, tmp_path):
+def test_one_process_and_two_write_the_same_bytes(tok, tmp_path, monkeypatch):
     specs = messy(tmp_path)
+    monkeypatch.setattr(corpus, "CHUNK", 1 << 16)
+    pools = []
+    monkeypatch.setattr(corpus, "ProcessPoolExecutor", lambda *x: pools.append(
+        ProcessPoolExecutor(*x)) or pools[-1])
     made = [corpus.prepare(specs, tok, tmp_path / f"bin{n}", unit="line", normalise=CLEAN,
                            on_bad="skip", processes=n) for n in (1, 2)]
-    assert sum(os.path.getsize(x) for x in specs) > corpus.CHUNK
+    assert len(pools) == 1  # of the two: there are more chunks than one process does alone
     assert made[0][1] == made[1][1]
     assert made[0][1].documents == {
         "read": 25_000, "kept": len(made[0][0]), "undecodable": 30, "empty": 30,
@@ -134,7 +140,7 @@ def test_workers_end_with_the_process_that_gave_them_work(tmp_path):
         "    open(f'{x}.pid', 'w').write(str(os.getpid()))\n"
         "    time.sleep(60)\n"
         "if __name__ == '__main__':\n"
-        "    list(corpus.in_order(job, ((i, i) for i in range(4)), 2))\n")
+        "    list(corpus.in_order(job, ((i, i) for i in range(corpus.ALONE + 1)), 2))\n")
     with subprocess.Popen([sys.executable, "go.py"], cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(Path(corpus.__file__).parent)},
                           start_new_session=True) as process:
@@ -454,6 +460,36 @@ def test_a_step_counts_just_when_it_changes(text, step):
     once, n = normalise.STEPS[step](text)
     assert (n > 0) == (once != text)
     assert normalise.STEPS[step](once) == (once, 0)
+
+
+def plain(text: str, step: str) -> tuple[str, int]:
+    """A step of cleaning, character after character."""
+    if step == "nfc":
+        return unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", text) != text
+    if step == "apostrophe":
+        elided = [a.isalnum() > a.isdecimal() and b in "’‘ʼ`´" and c.isalnum() > c.isdecimal()
+                  for a, b, c in zip(" " + text, text, text[1:] + " ", strict=False)]
+        return "".join("'" if e else b for e, b in zip(elided, text, strict=True)), sum(elided)
+    seen = [c for c in text if c not in "\u200b\u200c\u200d\u2060\ufeff\u00ad"]
+    even, n = "", len(text) - len(seen)
+    for blank, run in groupby(seen, lambda c: c.isspace() and c != "\n"):
+        one = "".join(run)
+        n += blank and one != " "
+        even += " " if blank else one
+    lines = even.split("\n")
+    n += sum(x == " " or x.startswith(" ") + x.endswith(" ") for x in lines)
+    short = ""
+    for newline, run in groupby("\n".join(x.strip(" ") for x in lines), lambda c: c == "\n"):
+        one = "".join(run)
+        n += newline and len(one) > 2
+        short += one[:2] if newline else one
+    return short, n
+
+
+@quick(max_examples=1000)
+@given(text=TEXT | st.text(" \n\ta\u00a0\u200b"), step=st.sampled_from(sorted(normalise.STEPS)))
+def test_a_step_does_and_counts_what_it_does_character_after_character(text, step):
+    assert normalise.STEPS[step](text) == plain(text, step)
 
 
 @quick(max_examples=300)
