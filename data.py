@@ -28,7 +28,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,11 +65,11 @@ class BinWriter:
         try:
             self.aside.mkdir(parents=True)
             self.tokens = open(self.aside / "tokens.bin", "wb")
-            self.mask = open(self.aside / "mask.bin", "wb")
         except OSError as e:
             raise UserError(
                 f"{folder}: cannot be written ({e.strerror}); name another", STORAGE) from e
         self.starts, self.groups, self.n_bytes, self.trained = [0], bytearray(), 0, 0
+        self.mask: IO[bytes] | None = None  # begun with the first document that has one
 
     def add(self, document: Document, group: bytes = b"") -> None:
         """Append one document; those of one `group`, eight bytes, are held out together."""
@@ -85,13 +85,17 @@ class BinWriter:
         # numpy would wrap 128256 into 62720 without a word
         assert not ids.size or 0 <= ids.min() <= ids.max() < self.vocab_size, "id out of vocabulary"
         self.tokens.write(ids.astype(self.dtype).tobytes())
-        self.mask.write(b"\1" * len(ids) if mask is None else mask.tobytes())
+        if self.mask is None and mask is not None:
+            self.mask = open(self.aside / "mask.bin", "wb")
+            self.mask.write(b"\1" * self.starts[-1])
+        mask = np.ones(len(ids), np.uint8) if mask is None else mask
+        if self.mask:
+            self.mask.write(mask.tobytes())
         ends = np.cumsum(sizes)
         self.starts.extend((self.starts[-1] + ends).tolist())
         self.n_bytes += n_bytes
         first = (ends - sizes)[sizes > 0]  # nothing predicts a document's first token
-        self.trained += len(ids) - len(first) if mask is None else \
-            int(mask.sum() - mask[first].sum())
+        self.trained += int(mask.sum() - mask[first].sum())
 
     def close(self, ledger: dict[str, Any], sources: list[dict[str, Any]],
               prompt: dict[str, Any] | None = None) -> Bin:
@@ -99,10 +103,10 @@ class BinWriter:
         np.array(self.starts, "<i8").tofile(self.aside / "starts.bin")
         if self.groups:
             (self.aside / "groups.bin").write_bytes(self.groups)
-        for file in (self.tokens, self.mask):
+        for file in filter(None, (self.tokens, self.mask)):
             file.close()
-        if self.trained == sum(max(n - 1, 0) for n in np.diff(self.starts)):
-            (self.aside / "mask.bin").unlink()  # everything is trained: the file would say nothing
+        if self.trained == np.maximum(np.diff(self.starts) - 1, 0).sum():
+            (self.aside / "mask.bin").unlink(missing_ok=True)  # all is trained: it says nothing
         files = sorted(self.aside.glob("*.bin"))
         meta = {
             "format": FORMAT, "kind": self.kind, "dtype": {2: "u16", 4: "u32"}[self.dtype.itemsize],
@@ -119,8 +123,8 @@ class BinWriter:
 
     def abandon(self) -> None:
         """Remove what was written so far."""
-        self.tokens.close()
-        self.mask.close()
+        for file in filter(None, (self.tokens, self.mask)):
+            file.close()
         shutil.rmtree(self.aside, ignore_errors=True)
 
 
@@ -145,9 +149,8 @@ class Bin:
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{folder}/meta.json: damaged ({e}); prepare the bin again") from None
         if wanted["format"] != FORMAT or wanted["dtype"] not in ("u16", "u32"):
-            raise UserError(
-                f"{folder}: bin format {wanted['format']} {wanted['dtype']}, this program reads "
-                f"format {FORMAT} u16 or u32; prepare the bin again")
+            raise UserError(f"{folder}: bin format {wanted['format']} {wanted['dtype']}, this "
+                            f"program reads format {FORMAT} u16 or u32; prepare the bin again")
         dtype = np.dtype({"u16": "<u2", "u32": "<u4"}[wanted["dtype"]])
         self.starts = self._read("starts.bin", np.dtype("<i8"), self.meta["documents"] + 1)
         self.tokens = self._read("tokens.bin", dtype, self.meta["tokens"])
@@ -187,18 +190,15 @@ class Bin:
                 f"{tokenizer_sha[:12]}; prepare the text again with this model's tokenizer")
         for name, digest in self.meta["sha256"].items():
             if sha256(self.folder / name) != digest:
-                raise UserError(
-                    f"{self.folder / name}: its sha256 is not the one in meta.json; the file was "
-                    "changed, prepare the bin again")
+                raise UserError(f"{self.folder / name}: its sha256 is not the one in meta.json; "
+                                "the file was changed, prepare the bin again")
         top = int(self.tokens.max()) if len(self.tokens) else -1
         if top >= vocab_size:
-            raise UserError(
-                f"{self.folder}: holds id {top}, the model's vocabulary ends at {vocab_size - 1}; "
-                "prepare the text again with this model's tokenizer")
+            raise UserError(f"{self.folder}: holds id {top}, the model's vocabulary ends at "
+                            f"{vocab_size - 1}; prepare the text again with this model's tokenizer")
         if self.meta["trained"] == 0:
-            raise UserError(
-                f"{self.folder}: no token to train on in {len(self)} documents: the mask trains "
-                "none, or no document has two; prepare it again")
+            raise UserError(f"{self.folder}: no token to train on in {len(self)} documents: the "
+                            "mask trains none, or no document has two; prepare it again")
 
 
 def hold_out(bin: Bin, share: float) -> np.ndarray:
