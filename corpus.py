@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -40,6 +40,7 @@ from words import Words
 UNITS = ("auto", "file", "line", "block")
 KINDS = (".txt", ".jsonl", ".tsv", ".parquet")
 CHUNK = 1 << 20  # bytes of text given to a worker at once
+ALONE = 8  # chunks that one process has done before workers are worth their start
 BAD_SHARE = 0.001  # of documents that may be undecodable before the run stops
 
 T, K, S, R = (TypeVar(x) for x in "TKSR")
@@ -203,17 +204,13 @@ def _jsonl(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator
             continue
         if not line.strip():
             continue
-        raw = _decoded(line)
-        if raw.fault:
-            yield raw
-            continue
         try:
-            text = json.loads(raw.text)[key]
+            text = json.loads(line.decode())[key]
             if not isinstance(text, str):
                 raise TypeError
             yield Piece(text, len(text.encode()))
-        except UnicodeEncodeError:
-            yield Piece("", len(line), "undecodable")  # half a surrogate pair, written as an escape
+        except UnicodeError:  # the line, or half a surrogate pair that it writes as an escape
+            yield Piece("", len(line), "undecodable")
         except (ValueError, RecursionError):
             raise UserError(f"{path}, line {n}: not JSON; expected an object with "
                             f"{key!r}") from None
@@ -291,14 +288,14 @@ def _work(given: Any) -> Any:
 def in_order(job: Callable[[S], R], chunks: Iterable[tuple[K, S]],
              processes: int) -> Iterator[tuple[K, R]]:
     """Chunks, each of what is kept here and what a worker is given: the first with what `job` makes
-    of the second, in order, by several processes; a single chunk is not worth one.
+    of the second, in order, by several processes, or by this one alone where chunks are few.
 
     Workers get the job once, and are no further ahead than two chunks each, so that memory stays
     bounded. A fault of the reading is raised behind all that was read before it.
     """
     processes, found = max(1, processes), _with_fault(chunks)
-    first = list(islice(found, 2))
-    alone = processes < 2 or len([x for x in first if not isinstance(x, UserError)]) < 2
+    first = list(islice(found, ALONE + 1)) if processes > 1 else []
+    alone = sum(not isinstance(x, UserError) for x in first) <= ALONE
     context = multiprocessing.get_context("spawn")
     with nullcontext() if alone else ProcessPoolExecutor(
             processes, context, _start, (job,)) as pool:
@@ -329,30 +326,39 @@ def _with_fault(chunks: Iterable[T]) -> Iterator[T | UserError]:
 
 
 class _Clean(NamedTuple):
-    """What a worker made of a document's text."""
+    """What a worker made of D texts: columns, for an object a document is slow to send."""
 
-    digest: bytes  # of the clean text
-    n_bytes: int
-    chars: int
-    contaminated: bool
-    changes: dict[str, int]  # places, by step
+    digests: list[bytes]  # of the clean texts
+    chars: list[int]
+    contaminated: list[bool]
+    n_bytes: np.ndarray  # (D,)
+    ids: np.ndarray  # of all, end to end
+    sizes: np.ndarray  # (D,) how many of them each has
+    changes: Counter[str]  # places, by step
 
 
 @dataclass
 class _Cleaning:
-    """A worker's job: D texts, cleaned and encoded: what each became, all ids end to end, and how
-    many each has (D,)."""
+    """A worker's job: texts, cleaned and encoded."""
 
     tokenizer: Tokenizer
     normalise: Normaliser | None
     contaminated: Contaminated | None
 
-    def __call__(self, texts: list[str]) -> tuple[list[_Clean], np.ndarray, np.ndarray]:
-        cleaned = [self.normalise(t) if self.normalise else (t, {}) for t in texts]
-        return [_Clean(hashlib.blake2b(raw := text.encode(), digest_size=16).digest(), len(raw),
-                       len(text.strip()), bool(self.contaminated and self.contaminated(text)),
-                       changes)
-                for text, changes in cleaned], *self.words.documents([x for x, _ in cleaned])
+    def __call__(self, texts: list[str]) -> _Clean:
+        changes: Counter[str] = Counter()
+        if self.normalise:
+            cleaned = list(map(self.normalise, texts))
+            texts = [text for text, _ in cleaned]
+            for _, counts in cleaned:
+                for step, n in counts.items():
+                    changes[step] += n
+        raw = [text.encode() for text in texts]
+        found = map(self.contaminated, texts) if self.contaminated else repeat(False, len(texts))
+        return _Clean([hashlib.blake2b(x, digest_size=16).digest() for x in raw],
+                      [len(text.strip()) for text in texts], list(found),
+                      np.array(list(map(len, raw)), np.int64), *self.words.documents(texts),
+                      changes)
 
     @functools.cached_property
     def words(self) -> Words:
@@ -374,25 +380,23 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
     try:
         with closing(in_order(job, _chunks(sources, unit, key, max_doc_mb << 20),
                               processes)) as found:
-            for pieces, (cleaned, ids, sizes) in found:
-                results, kept = iter(cleaned), []
+            for pieces, x in found:
+                clean, kept = zip(x.digests, x.chars, x.contaminated, strict=True), []
                 for piece in pieces:
-                    if piece.fault:
-                        ledger.add(piece.fault, piece.size)
-                        continue
-                    x = next(results)
-                    if x.changes:
-                        ledger.changes.update(x.changes)
-                    what = "empty" if not x.chars else "too short" if x.chars < min_chars else \
-                        "contaminated" if x.contaminated else \
-                        "duplicate" if x.digest in seen and not keep_duplicates else "kept"
+                    what = piece.fault
+                    if not what:
+                        digest, chars, contaminated = next(clean)
+                        what = "empty" if not chars else "too short" if chars < min_chars else \
+                            "contaminated" if contaminated else \
+                            "duplicate" if digest in seen and not keep_duplicates else "kept"
+                        kept.append(what == "kept")
+                        if what == "kept":
+                            seen.add(digest)
                     ledger.add(what, piece.size)
-                    kept.append(what == "kept")
-                    if what == "kept":
-                        seen.add(x.digest)
-                n_bytes = sum(x.n_bytes for x, keep in zip(cleaned, kept, strict=True) if keep)
+                ledger.changes.update(x.changes)
                 held = np.array(kept, bool)
-                writer.extend(ids[np.repeat(held, sizes)], sizes[held], n_bytes)
+                writer.extend(x.ids[np.repeat(held, x.sizes)], x.sizes[held],
+                              int(x.n_bytes[held].sum()))
         bad, read_in = ledger.documents["undecodable"], ledger.documents["read"]
         if on_bad == "stop" and bad > BAD_SHARE * read_in:
             raise UserError(f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more "

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain, filterfalse
+from itertools import chain, compress, filterfalse
+from operator import not_
 from typing import Any
 from unicodedata import is_normalized
 
@@ -84,14 +85,15 @@ class Words:
 
     def _learn(self, words: list[str]) -> np.ndarray:
         """Words' places in the table, (U,), where those new to it are put."""
-        new = [word for word in words if word not in self.known]
-        alone = list(filter(_alone, new))
-        behind = list(filterfalse(_alone, new))
+        new = list(filterfalse(self.known.__contains__, words))
+        apart = list(map(_alone, new))
+        alone = list(compress(new, apart))
+        behind = list(compress(new, map(not_, apart)))
         places = [self._add(self.tokenizer.encode_batch(list(map(self._text, alone))))]
         groups = [behind[i : i + GROUP] for i in range(0, len(behind), GROUP)]
         texts = [self.space + _plain(" ".join(group)) for group in groups]
         encoded = self.tokenizer.encode_batch(texts)
-        sizes = np.concatenate([np.zeros(0, np.int64), *map(self._sizes, groups, encoded)])
+        sizes = self._sizes(behind, encoded)
         if (sizes > 0).all():
             places.append(self._add(encoded, sizes))
         else:  # a normaliser made other bytes of some
@@ -104,13 +106,16 @@ class Words:
         first = word[:1] in ALONE
         return _plain(word.removeprefix(FIRST) if first else self.space + word)
 
-    def _sizes(self, words: list[str], ids: list[int]) -> np.ndarray:
-        """How many ids each word has of those of all in one text, (U,), by the bytes that each id
-        stands for; 0 where those do not come out."""
+    def _sizes(self, words: list[str], encoded: list[list[int]]) -> np.ndarray:
+        """How many ids each word has of those of its group, (U,), by the bytes that each id stands
+        for; 0 where those do not come out."""
+        ids = np.fromiter(chain.from_iterable(encoded), np.int64)
         reached = np.cumsum(self.tokenizer.byte_lengths[ids])
         ends = np.cumsum([len(word.encode()) + 1 for word in words])  # each with its space
         last = np.searchsorted(reached, ends)  # of each word
-        if last[-1] + 1 != len(ids) or (reached[last] != ends).any():
+        closed = np.append(last[GROUP - 1 : -1 : GROUP], last[-1:])  # of each group's last word
+        if (not np.array_equal(closed + 1, np.cumsum(list(map(len, encoded))))
+            or (reached[last] != ends).any()):
             return np.zeros(len(words), np.int64)
         return np.diff(last, prepend=-1)
 
@@ -130,6 +135,8 @@ class Words:
 def _alone(word: str) -> bool:
     """Whether a word is encoded by itself: it begins a text, or its spaces at the end may be cut
     otherwise with another behind it, or a normaliser may make other bytes of it."""
+    if word and word.isascii() and word.isprintable():
+        return False  # as most are: the quickest to see
     return word[:1] in ALONE or _plain(word[-1:]).isspace() or not is_normalized("NFC", word)
 
 
