@@ -4,18 +4,24 @@
 
 By one process and two, into a bin, and by datasets.map twice (tokenise, group into rows) into its
 cache; both must give the same number of tokens. Ours is timed as the command it is, Python's start
-and its imports included; the peer without Python's start. Every text stands in a file once, for a
-tokenizer with a memory for words is the faster the more is said again. documents: news and laws,
-some kilobytes each; lines: all there is, mostly single sentences; llama3: the documents with LLaMA
-3's tokenizer.json in place of a SentencePiece BPE learned from them. gigabyte: the texts over and
-over to 1 GB, and the most memory any one process held. loader: packed rows a second out of the bin.
+and its imports included; the peer without Python's start. One process of the peer has its tokenizer
+on all cores, of two each has one thread; ratios are to the fastest of its rows. The peer cleans
+nothing, so neither do we, but in the rows that say so, which is the default. Every text stands in a
+file once, for a tokenizer with a memory for words is the faster the more is said again. documents:
+news and laws, some kilobytes each; lines: all there is, mostly single sentences; llama3: the
+documents with LLaMA 3's tokenizer.json in place of a SentencePiece BPE learned from them. gigabyte:
+the texts over and over to 1 GB, and the most memory any one process held. loader: packed rows a
+second out of the bin.
+--quick: documents, loader and 20 MB, unless --cases names others.
 
 The text is ../shared/data/cpt where it is there, else sentences of the demo's grammar.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +34,8 @@ from bench import ROOT, Settings, Spread, child, in_turn, installed, limits, mai
 HERE = "bench.prepare"
 BESIDE = ["documents", "lines", "llama3"]  # what both sides prepare
 CASES = [*BESIDE, "gigabyte", "loader"]
-GIGABYTE = {"full": 1000, "quick": 100, "tiny": 2}  # MB
+QUICK = ["documents", "gigabyte", "loader"]  # half a minute
+GIGABYTE = {"full": 1000, "quick": 20, "tiny": 2}  # MB
 DATA = ROOT.parent / "shared/data"
 LLAMA3 = DATA / "tokenizers/llama3/tokenizer.json"
 LONG = ["kin_news.jsonl", "kin_gov.jsonl"]
@@ -51,12 +58,13 @@ def texts(kind: str, folder: str) -> list[str]:
 
 def write_text(file: str, kind: str, mb: int, folder: str) -> str:
     """A .jsonl of texts, each once, or over and over with a number before each to `mb` MB, and a
-    tokenizer learned from them beside it; what the text is."""
+    tokenizer learned from them in `folder`, unless it is there; what the text is."""
     from tokenizer import learn
 
     found = texts(kind, folder)
     real = (DATA / "cpt").is_dir()
-    learn(found[:20000], 8000 if real else 600, Path(folder))
+    if not Path(folder, "tokenizer.model").exists():
+        learn(found[:20000], 8000 if real else 600, Path(folder))
     size = n = 0
     with open(file, "wb") as f:
         while size < mb * 10**6 if mb else n < len(found):
@@ -67,13 +75,13 @@ def write_text(file: str, kind: str, mb: int, folder: str) -> str:
     return f"{size / 1e6:.1f} MB, {n:,} texts of {what}"
 
 
-def ours(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
-    """prepare.py itself, in a process of its own: MB/s, tokens, bytes on disk."""
+def ours(file: str, tokenizer: str, processes: int, clean: bool = False) -> dict[str, Any]:
+    """prepare.py itself, in a process of its own: seconds, tokens, bytes on disk."""
     with tempfile.TemporaryDirectory() as out:
         begun = time.perf_counter()
         subprocess.run([sys.executable, "prepare.py", "text", file, "--tokenizer", tokenizer,
-                        "--normalise", "none", "--processes", str(processes), "--out",
-                        f"{out}/bin"], cwd=ROOT, check=True, capture_output=True)
+                        *([] if clean else ["--normalise", "none"]), "--processes", str(processes),
+                        "--out", f"{out}/bin"], cwd=ROOT, check=True, capture_output=True)
         took = time.perf_counter() - begun
         meta = json.loads(Path(out, "bin/meta.json").read_text(encoding="utf-8"))
         return {"seconds": took, "tokens": meta["tokens"], "disk": weight(Path(out, "bin"))}
@@ -81,6 +89,8 @@ def ours(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
 
 def theirs(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
     """The usual two maps: tokenise with BOS and EOS, group into rows of 1,024."""
+    alone = processes == 1
+    os.environ["TOKENIZERS_PARALLELISM"] = str(alone).lower()
     begun = time.perf_counter()
     import datasets
 
@@ -96,7 +106,9 @@ def theirs(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
         import sentencepiece
 
         begin, end = 1, 2
-        encoded = sentencepiece.SentencePieceProcessor(f"{tokenizer}/tokenizer.model").encode
+        encoded = functools.partial(
+            sentencepiece.SentencePieceProcessor(f"{tokenizer}/tokenizer.model").encode,
+            num_threads=-1 if alone else 1)
 
     def encode(batch: dict) -> dict:
         return {"input_ids": [[begin, *ids, end] for ids in encoded(batch["text"])]}
@@ -107,12 +119,13 @@ def theirs(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as cache:
         read = datasets.load_dataset("json", data_files=file, cache_dir=cache, split="train")
-        n = processes if processes > 1 else None
+        n = None if alone else processes
         ids = read.map(encode, batched=True, num_proc=n, remove_columns=["text"])
         packed = ids.map(group, batched=True, num_proc=n)
         took = time.perf_counter() - begun
         return {"seconds": took, "tokens": sum(map(len, packed["input_ids"])),
-                "disk": weight(Path(cache))}
+                "disk": sum(Path(x["filename"]).stat().st_size for x in packed.cache_files),
+                "whole": weight(Path(cache))}
 
 
 def load(bin: str, file: str, tokenizer: str) -> dict[str, Any]:
@@ -138,51 +151,70 @@ def weight(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def beside(s: Settings, case: str, folder: str) -> str:
+def beside(s: Settings, case: str, file: str, what: str) -> str:
     """Both sides on one text, by one process and two."""
-    file = f"{folder}/{case}.jsonl"
-    kind = "tiny" if s.size == "tiny" else "lines" if case == "lines" else "documents"
-    what = child(HERE, "write_text", file, kind, 0, folder)
-    tokenizer = str(LLAMA3) if case == "llama3" else folder
-    mb = Path(file).stat().st_size / 1e6
-    sides = {f"{side}, {n} process{'es' if n > 1 else ''}": (name, [file, tokenizer, n])
-             for n in (1, 2) for side, name in (("ours", "ours"), ("datasets.map", "theirs"))
-             if side == "ours" or installed("datasets")}
+    folder = str(Path(file).parent)
+    tokenizer, mb = str(LLAMA3) if case == "llama3" else folder, Path(file).stat().st_size / 1e6
+    peer = installed("datasets")
+    sides: dict[str, tuple[str, list]] = {}
+    for n in (1, 2):
+        by = f"{n} process{'es' if n > 1 else ''}"
+        sides[f"ours, {by}"] = ("ours", [file, tokenizer, n])
+        sides[f"ours, {by}, cleaning too"] = ("ours", [file, tokenizer, n, True])
+        sides |= {f"datasets.map, {by}": ("theirs", [file, tokenizer, n])} if peer else {}
     runs, rows = in_turn(HERE, s.rounds, sides), []
+    took = {side: Spread.of([x["seconds"] for x in done]) for side, done in runs.items()}
+    best = min((x.median for side, x in took.items() if sides[side][0] == "theirs"), default=None)
     for side, done in runs.items():
-        took = Spread.of([x["seconds"] for x in done])
-        other = runs.get(side.replace("ours", "datasets.map"))
-        times = f"{Spread.of([x['seconds'] for x in other]).median / took.median:.2f}" if other \
-            else "-"
-        rows.append([side, f"{mb / took.median:.1f}", f"{took.least:.1f} to {took.most:.1f}",
-                     times, f"{max(x['gb'] for x in done):.2f}",
+        x = took[side]
+        rows.append([side, f"{mb / x.median:.1f}", f"{x.least:.1f} to {x.most:.1f}",
+                     f"{best / x.median:.2f}" if best else "-", f"{max(r['gb'] for r in done):.2f}",
                      f"{done[0]['disk'] / 1e6:.0f}", f"{done[0]['tokens']:,}"])
-    if len({x["tokens"] for done in runs.values() for x in done}) > 1:
+    if len({x["tokens"] for side, done in runs.items() if "cleaning" not in side
+            for x in done}) > 1:
         s.faults.append(f"{case}: the sides give different numbers of tokens")
-    return f"{case}: {what}.\n\n" + table(
-        ["", "MB/s", "seconds", "times datasets.map", "peak GB of a process", "MB on disk",
+    whole = max((x["whole"] for done in runs.values() for x in done if "whole" in x), default=0)
+    left = (" MB on disk: the bin, or the files of the peer's last map; with its copy of the text "
+            f"and its first map its cache is {whole / 1e6:.0f} MB.") if peer else ""
+    return f"{case}: {what}.{left}\n\n" + table(
+        ["", "MB/s", "seconds", "times datasets.map's best", "peak GB of a process", "MB on disk",
          "tokens"], rows)
 
 
 def job(s: Settings) -> str:
-    cases, parts = s.cases or CASES, []
+    cases, parts = s.cases or (QUICK if s.size == "quick" else CASES), []
     if "llama3" in cases and (s.size == "tiny" or not LLAMA3.exists()):
         cases = [x for x in cases if x != "llama3"]
         parts.append("llama3: left out, for the size is tiny or its tokenizer is not at hand.")
-    with tempfile.TemporaryDirectory() as folder:
-        parts += [beside(s, case, folder) for case in cases if case in BESIDE]
-        file, kind = f"{folder}/text.jsonl", "tiny" if s.size == "tiny" else "documents"
+    with tempfile.TemporaryDirectory() as home:
+        @functools.cache
+        def text(kind: str, mb: int = 0) -> tuple[str, str]:
+            """A file, with a tokenizer beside it, and what it is."""
+            folder = Path(home, kind)
+            folder.mkdir(exist_ok=True)
+            file = str(folder / f"{mb}.jsonl")
+            return file, child(HERE, "write_text", file, kind, mb, str(folder))
+
+        kind = "tiny" if s.size == "tiny" else "documents"
+        parts += [beside(s, case, *text("lines" if case == "lines" and kind != "tiny" else kind))
+                  for case in cases if case in BESIDE]
         if "loader" in cases:
-            child(HERE, "write_text", file, kind, 0, folder)
-            found = child(HERE, "load", f"{folder}/bin", file, folder)
-            parts.append(f"The loader gives {found['rows']:,.0f} packed rows of 1,024 tokens a "
-                         "second; a training step asks for a few.")
+            file, _ = text(kind)
+            done = in_turn(HERE, s.rounds, {"loader": ("load", [
+                f"{home}/bin", file, f"{home}/{kind}"])})["loader"]
+            rows = Spread.of([x["rows"] for x in done])
+            parts.append(f"The loader gives {rows.median:,.0f} ({rows.least:,.0f} to "
+                         f"{rows.most:,.0f}) packed rows of 1,024 tokens a second; a training step "
+                         "asks for a few.")
         if "gigabyte" in cases:
             mb = GIGABYTE[s.size]
-            child(HERE, "write_text", file, kind, mb, folder)
-            done = child(HERE, "ours", file, folder, 2)
-            parts.append(f"{mb:,} MB by two processes: {mb / done['seconds']:.1f} MB/s, no process "
-                         f"above {done['gb']:.2f} GB.")
+            file, _ = text(kind, mb)
+            done = in_turn(HERE, s.rounds, {"gigabyte": ("ours", [
+                file, f"{home}/{kind}", 2])})["gigabyte"]
+            rate = Spread.of([mb / x["seconds"] for x in done])
+            parts.append(f"{mb:,} MB by two processes: {rate.median:.1f} ({rate.least:.1f} to "
+                         f"{rate.most:.1f}) MB/s, no process above "
+                         f"{max(x['gb'] for x in done):.2f} GB.")
     return "\n\n".join([*parts, limits.words(limits.measured(s.size), "datasets", "sentencepiece",
                                              "tokenizers")])
 
