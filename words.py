@@ -26,7 +26,6 @@ MOST = 1 << 21  # ids kept: about half a million words, fewer where words are lo
 GROUP = 64  # new words encoded as one text: a call costs more than a word
 FIRST, RUN = "\1", "\0"  # marks a text's first word; a space that is at no cut
 ALONE = ("", FIRST, RUN)  # what begins so begins a text
-ODD = re.compile("[\0\1▁]")  # a text that holds a mark, or what is a space to some: not cut
 SPACES = re.compile(r"(?<!\S) +| {2,}| +\Z")
 BEHIND = re.compile(r"[^\S ] ")  # behind a line's end, say: there are tokens that hold both
 ACROSS = re.compile(r"[^▁ ][▁ ]")  # a token that holds one reaches over a cut
@@ -55,7 +54,8 @@ class Words:
         (D,)."""
         if len(self.ids) > MOST:
             self._forget()
-        odd = [i for i, text in enumerate(texts) if not self.apart or ODD.search(text)]
+        odd = [i for i, text in enumerate(texts)  # they hold a mark, or what is a space to some
+               if not self.apart or FIRST in text or RUN in text or "▁" in text]
         evened = list(texts)
         for i in odd:
             evened[i] = ""
