@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -40,6 +41,7 @@ class Settings:
     size: str
     rounds: int  # processes a side
     cases: list[str]  # of the job's own, empty: all
+    write: bool = False  # into the page, pictures too
     faults: list[str] = field(default_factory=list)  # sides that disagree: the program fails
 
 
@@ -48,27 +50,36 @@ def main(module: str, title: str, children: dict[str, Callable[..., Any]],
     """A benchmark's whole program: answer as a child, or run the job, print and write its section.
 
     `children` are the functions that may run in a process of their own, by name; `job` returns
-    Markdown and adds to `faults` what makes its figures worthless.
+    Markdown and adds to `faults` what makes its figures worthless. Only options that the job has a
+    use for are offered: --cases where it has some, --rounds where these are not 0.
     """
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(children[sys.argv[2]](*json.loads(sys.argv[3]))))
         return 0
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=title)
+    parser.set_defaults(rounds=None, cases=[])
     parser.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
-    parser.add_argument("--tiny", action="store_true", help="a second's work a side: does it run?")
-    parser.add_argument("--rounds", type=int, help=f"processes a side ({rounds})")
-    parser.add_argument("--cases", nargs="+", choices=list(cases) or None, default=[])
+    parser.add_argument("--tiny", action="store_true",
+                        help="a second's work a side, nothing is written: does it run?")
+    if rounds:
+        parser.add_argument("--rounds", type=int, help=f"processes a side ({rounds})")
+    if cases:
+        parser.add_argument("--cases", nargs="+", choices=list(cases))
     parser.add_argument("--write", action="store_true",
-                        help=f"put the section into {PAGE.relative_to(ROOT)}")
+                        help="put the section into docs/benchmarks.md")
     s = parser.parse_args()
+    if s.tiny and (s.quick or s.write):
+        parser.error("--tiny: not with --quick or --write, for its figures are none")
+    if s.rounds is not None and s.rounds < 1:
+        parser.error(f"--rounds {s.rounds}: expected one or more")
     size = "tiny" if s.tiny else "quick" if s.quick else "full"
-    settings = Settings(size, s.rounds or (rounds if size == "full" else 1), s.cases)
+    settings = Settings(size, s.rounds or (rounds if size == "full" else 0) or 1, s.cases, s.write)
     command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     text = f"## {title}\n\n```bash\n{command}\n```\n\n{job(settings)}\n"
     print(text)
     for fault in settings.faults:
         print(f"FAULT: {fault}", file=sys.stderr)
-    if s.write and not settings.faults and size != "tiny":
+    if s.write and not settings.faults:
         write(module, text)
     return 1 if settings.faults else 0
 
@@ -113,6 +124,17 @@ class Spread:
     @classmethod
     def of(cls, found: Sequence[float]) -> Spread:
         return cls(statistics.median(found), min(found), max(found), len(found))
+
+
+def ratio(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]],
+          unit: str = "") -> str:
+    """`1.44 (1.31 to 1.52 by round)`: the median of all that was measured above over that below,
+    `unit` behind it, and of several rounds the least and the most of each round's own such ratio.
+    """
+    said = f"{statistics.median(chain(*above)) / statistics.median(chain(*below)):.2f}{unit}"
+    rounds = [statistics.median(a) / statistics.median(b)
+              for a, b in zip(above, below, strict=True)]
+    return f"{said} ({min(rounds):.2f} to {max(rounds):.2f} by round)" if len(rounds) > 1 else said
 
 
 def installed(library: str) -> bool:

@@ -1,6 +1,6 @@
 """All benchmarks this machine can run, one after the other, into docs/benchmarks.md.
 
-    python -m bench [--quick]      --quick ends in ten minutes on two cores
+    python -m bench [--quick]      --quick ends in ten minutes on two cores: small models, few sides
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ JOBS = ["limits", "train_step", "memory", "sft", "load", "generate", "evaluate",
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="ends in ten minutes")
-    parser.add_argument("--tiny", action="store_true", help="does everything run? writes nothing")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--quick", action="store_true", help="ends in ten minutes")
+    one.add_argument("--tiny", action="store_true", help="does everything run? writes nothing")
     parser.add_argument("--only", nargs="+", choices=JOBS, default=JOBS)
     s = parser.parse_args()
     flags = ["--tiny"] if s.tiny else ["--write", *(["--quick"] if s.quick else [])]

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import Settings, child, in_turn, installed, main, peak_gb, table, versions
+from bench import Settings, child, in_turn, installed, limits, main, peak_gb, table
 from bench.train_step import (
     ALPHA,
     BETAS,
@@ -155,7 +155,8 @@ def compare(case: str, s: Settings, name: str, folder: str) -> tuple[list[list[s
     said = child(HERE, "predict", case, name, folder)
     sides = {"ours": ("ours", [case, name, folder])}
     if installed("peft") and installed("transformers"):
-        sides |= {x: ("peer", [x, case, name, folder]) for x in peers}
+        few = peers[:1] if s.size == "quick" else peers
+        sides |= {x: ("peer", [x, case, name, folder]) for x in few}
     rows, added, losses = [], {}, {}
     for side, done in in_turn(HERE, s.rounds, sides).items():
         peak, before = (statistics.median(x[k] for x in done) for k in ("peak", "before"))
@@ -173,9 +174,10 @@ def compare(case: str, s: Settings, name: str, folder: str) -> tuple[list[list[s
 
 
 def job(s: Settings) -> str:
+    peaks = limits.measured(s.size)  # before the allocator is told anything
     back = os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # of the children
-    name = "tiny" if s.size == "tiny" else "110M"
-    cases = s.cases or (["full", "lora", "qlora"] if s.size == "quick" else list(CASES))
+    name = {"full": "110M", "quick": "30M", "tiny": "tiny"}[s.size]
+    cases = s.cases or (["full", "lora"] if s.size == "quick" else list(CASES))
     *_, B, T = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
         n = [child(HERE, "draw", x, f"{folder}/{x}", "float32")
@@ -188,7 +190,7 @@ def job(s: Settings) -> str:
             f"MALLOC_MMAP_THRESHOLD_={back} on all sides.\n\n"
             f"{table(head, [row for rows, _ in found for row in rows])}\n\n"
             + "\n".join(line for _, line in found)
-            + f"\n\n{versions('torch', 'transformers', 'peft', 'bitsandbytes')}.")
+            + "\n\n" + limits.words(peaks, "transformers", "peft", "bitsandbytes"))
 
 
 CHILDREN = {"draw": draw, "predict": predict, "ours": ours, "peer": peer}

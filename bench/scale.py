@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import Settings, Spread, child, in_turn, installed, main, table, versions
+from bench import Settings, Spread, child, in_turn, installed, limits, main, table
 from bench.train_step import MODELS, draw, tokens_of
 
 HERE = "bench.scale"
@@ -200,8 +200,8 @@ def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[s
 
 def speeds(s: Settings, ways: list[str]) -> str:
     """Steps of both sides, in turn."""
-    model = {"full": "110M", "quick": "30M", "tiny": "tiny"}[s.size]
-    steps = {"full": 3, "quick": 3, "tiny": 2}[s.size]
+    model = {"full": "110M", "quick": "10M", "tiny": "tiny"}[s.size]
+    steps = 2 if s.size == "tiny" else 3
     threads = max(1, (os.cpu_count() or 2) // 2)
     *_, B, T = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
@@ -232,8 +232,8 @@ def speeds(s: Settings, ways: list[str]) -> str:
 
 def stalls(s: Settings, ways: list[str]) -> str:
     """What a checkpoint costs each way."""
-    model = "tiny" if s.size == "tiny" else "30M"
-    saves = {"full": 3, "quick": 2, "tiny": 2}[s.size]
+    model = {"full": "30M", "quick": "10M", "tiny": "tiny"}[s.size]
+    saves = {"full": 3, "quick": 1, "tiny": 2}[s.size]
     cores = os.cpu_count() or 2
     with tempfile.TemporaryDirectory() as folder:
         numbers = child(HERE, "draw", model, folder, "float32")
@@ -265,12 +265,13 @@ def stalls(s: Settings, ways: list[str]) -> str:
 
 def job(s: Settings) -> str:
     """All sides in turn, and the checkpoints."""
-    cases = s.cases or [*WAYS, "stall"]
+    cases = s.cases or (["none", "ddp", "stall"] if s.size == "quick" else [*WAYS, "stall"])
     ways = [x for x in WAYS if x in cases]
     parts = [speeds(s, ways)] if ways else []
-    parts += [stalls(s, ways or list(WAYS))] if "stall" in cases else []
+    alone = s.size == "quick" and not s.cases
+    parts += [stalls(s, ["none"] if alone else ways or list(WAYS))] if "stall" in cases else []
     return "\n\n".join(
-        [*parts, f"{os.cpu_count()} cores; {versions('torch', 'transformers', 'accelerate')}."])
+        [*parts, limits.words(limits.measured(s.size), "transformers", "accelerate")])
 
 
 if __name__ == "__main__":

@@ -17,17 +17,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
-from bench import Settings, Spread, child, in_turn, limits, main, table
+from bench import Settings, Spread, child, in_turn, limits, main, ratio, table
 
 HERE = "bench.train_step"
 MODELS = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary, rows, row length
     "110M": (768, 2048, 12, 12, 4, 32000, 4, 512),
     "30M": (512, 1376, 8, 8, 4, 8000, 2, 512),
+    "10M": (256, 704, 6, 8, 4, 8000, 2, 256),
     "1.1B": (2048, 5632, 22, 32, 4, 32000, 1, 512),
     "tiny": (64, 128, 2, 4, 2, 512, 2, 32),
     "110M, one layer": (768, 2048, 1, 12, 4, 32000, 4, 512),
+    "30M, one layer": (512, 1376, 1, 8, 4, 8000, 2, 512),
     "tiny, one layer": (64, 128, 1, 4, 2, 512, 2, 32)}
 ROUNDED = "bf16 adapter"  # in whose steps a peer rounds what it trains
 CASES = {  # what is trained, on which model, and by whom; "+" parts a side from its settings
@@ -38,6 +41,7 @@ CASES = {  # what is trained, on which model, and by whom; "+" parts a side from
               f"peft + {ROUNDED} + compile"]),
     "large": ("LoRA r 16, bf16", "1.1B", ["ours", "peft", f"peft + {ROUNDED}"]),
     "fp32": ("all weights, float32", "110M", ["ours", "transformers"])}
+QUICK = {"full": CASES["full"][2], "lora": ["ours", "peft"]}  # a compiled pair takes a minute
 RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 3e-4, (0.9, 0.95), 0.1, 1.0
 APART = {"full": 1e-3, "lora": 1e-3, "large": 1e-3, "fp32": 1e-4}  # of the loss, at most
 OWN = 5e-3  # of the last loss, of a peer that rounds what it trains
@@ -178,7 +182,9 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
     """All sides of a case in turn: the table's rows, and a line that compares ours with the peers'
     best."""
     what, name, sides = CASES[case]
-    name = "tiny" if s.size == "tiny" else name
+    name = {"full": name, "quick": "30M", "tiny": "tiny"}[s.size]
+    if s.size == "quick":
+        sides = QUICK.get(case, sides)
     *_, B, T = MODELS[name]
     draw_as = "bfloat16" if name == "1.1B" else "float32"
     n = child(HERE, "draw", name, folder, draw_as)
@@ -193,7 +199,7 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
         gb = statistics.median(run["gb"] for run in done)
         ends = [(run["losses"][0], run["losses"][-1]) for run in done]
         losses[side] = ends
-        found[side] = (took.median, gb)
+        found[side] = ([run["seconds"] for run in done], gb)
         rows.append([f"{what}, {n / 1e6:,.0f}M, {B} x {T}", side, f"{took.median:.3f}",
                      f"{took.least:.3f} to {took.most:.3f}", f"{B * T / took.median:,.0f}",
                      f"{flops / took.median / peak:.0%}", f"{gb:.2f}",
@@ -210,9 +216,9 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
     return rows, f"- {what}, {n / 1e6:,.0f}M: {ratios(found)}. {said}."
 
 
-def ratios(found: dict[str, tuple[float, float]]) -> str:
+def ratios(found: dict[str, tuple[list[list[float]], float]]) -> str:
     """Speed and memory of ours beside each peer's best, eager with eager and compiled with
-    compiled; {side: (seconds, GB)}."""
+    compiled; {side: (each round's seconds, GB)}."""
     said = []
     for compiled in (False, True):
         mine = f"ours{' + compile' if compiled else ''}"
@@ -221,17 +227,18 @@ def ratios(found: dict[str, tuple[float, float]]) -> str:
         if mine not in found or not peers:
             continue
         seconds, gb = found[mine]
-        fastest, smallest = (min(peers, key=lambda k, i=i: peers[k][i]) for i in (0, 1))
-        first = next(iter(peers))
-        said.append(f"{'compiled' if compiled else 'eager'} {peers[fastest][0] / seconds:.2f} times"
-                    f" the speed of the fastest peer ({fastest}), in {gb / peers[smallest][1]:.2f} "
+        fastest = min(peers, key=lambda k: statistics.median(chain(*peers[k][0])))
+        smallest, first = min(peers, key=lambda k: peers[k][1]), next(iter(peers))
+        said.append(f"{'compiled' if compiled else 'eager'} "
+                    f"{ratio(peers[fastest][0], seconds, ' times')} the speed of the fastest peer "
+                    f"({fastest}), in {gb / peers[smallest][1]:.2f} "
                     f"of the memory of the smallest ({smallest}), {gb / peers[first][1]:.2f} of "
                     f"{first}'s")
     return "; ".join(said)
 
 
 def job(s: Settings) -> str:
-    cases = s.cases or (["full", "lora"] if s.size == "quick" else list(CASES))
+    cases = s.cases or list(QUICK if s.size == "quick" else CASES)
     peaks, rows, said = limits.measured(s.size), [], []
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:

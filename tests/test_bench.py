@@ -51,3 +51,38 @@ def test_a_job_runs_and_its_sides_agree(job):
     if f"bench.{job}: skipped" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert f"python -m bench.{job} --tiny" in done.stdout and "FAULT" not in done.stderr
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--rounds", "2"], "unrecognized arguments: --rounds 2"),
+    (["--cases", "anything"], "unrecognized arguments: --cases anything")])
+def test_an_option_that_a_job_has_no_use_for_is_refused(monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(sys, "argv", ["", *flags])
+    with pytest.raises(SystemExit) as stop:
+        bench.main("bench.a", "A", {}, lambda s: "never", rounds=0)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--cases", "other"], "invalid choice: 'other'"), (["--rounds", "0"], "--rounds 0"),
+    (["--tiny", "--write"], "--tiny: not with")])
+def test_a_value_that_means_nothing_is_refused(monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(sys, "argv", ["", *flags])
+    with pytest.raises(SystemExit) as stop:
+        bench.main("bench.a", "A", {}, lambda s: "never", ["one", "two"])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_jobs_options_reach_it(monkeypatch):
+    found = []
+    monkeypatch.setattr(sys, "argv", ["", "--rounds", "3", "--cases", "two"])
+    assert bench.main("bench.a", "A", {}, lambda s: found.append(s) or "", ["one", "two"]) == 0
+    monkeypatch.setattr(sys, "argv", ["", "--quick"])
+    assert bench.main("bench.a", "A", {}, lambda s: found.append(s) or "", ["one", "two"]) == 0
+    assert [(s.size, s.rounds, s.cases) for s in found] == [("full", 3, ["two"]), ("quick", 1, [])]
+
+
+def test_a_ratio_has_the_range_of_its_rounds():
+    theirs, ours = [[3, 4, 5], [6, 6, 9]], [[2, 2, 2], [4, 4, 3]]
+    assert bench.ratio(theirs, ours, " times") == "2.20 times (1.50 to 2.00 by round)"
+    assert bench.ratio([[3, 4, 5]], [[2]]) == "2.00"

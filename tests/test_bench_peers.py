@@ -1,0 +1,91 @@
+"""The benchmarks' comparisons can fail: a peer that computes something else is a fault."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import bench
+import memory
+import train
+from bench import Settings, generate, gpu, limits, train_step
+from families import ModelConfig
+
+llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """A benchmark's children, in this process."""
+
+    def child(module, name, *args):
+        found = getattr(sys.modules[module], name)(*json.loads(json.dumps(args)))
+        torch.set_default_dtype(torch.float32)
+        return {"gb": 1.0, **found} if isinstance(found, dict) else found
+
+    for module in (bench, generate, gpu, limits, train_step):
+        monkeypatch.setattr(module, "child", child)
+
+
+def wrong(monkeypatch, fault):
+    """Make the peer's LLaMA compute something else."""
+    if fault == "rope":  # positions twice as far from each other
+        turns = llama.LlamaRotaryEmbedding.forward
+        monkeypatch.setattr(llama.LlamaRotaryEmbedding, "forward",
+                            lambda self, x, position_ids: turns(self, x, 2 * position_ids))
+    if fault == "mlp":
+        half = llama.LlamaMLP.forward
+        monkeypatch.setattr(llama.LlamaMLP, "forward", lambda self, x: half(self, x) / 2)
+
+
+FAULTS = ["", "rope", "mlp"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("case", ["fp32", "large"])
+def test_a_step_of_a_peer_that_computes_something_else_is_a_fault(here, monkeypatch, case, fault):
+    wrong(monkeypatch, fault)
+    s = Settings("tiny", 1, [case])
+    print(train_step.job(s))
+    assert bool(s.faults) == bool(fault), s.faults
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("case", ["sixty-four", "eight"])
+def test_answers_of_a_peer_that_computes_something_else_are_a_fault(here, monkeypatch, case, fault):
+    wrong(monkeypatch, fault)
+    s = Settings("tiny", 1, [case])
+    generate.job(s)
+    assert bool(s.faults) == bool(fault), s.faults
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_gpus_peer_that_computes_something_else_is_a_fault(here, monkeypatch, tune, fault):
+    """On a CPU, with nothing compiled and no kernel waited for."""
+    wrong(monkeypatch, fault)
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(gpu, "timed", lambda step, steps: {
+        "losses": [step() for _ in range(steps)], "seconds": [1.0], "device": 1.0})
+    monkeypatch.setitem(gpu.CASES, "tiny", gpu.Case("tiny", tune, 32, 32, "", ("compiled",)))
+    s = Settings("tiny", 1, [])
+    print(gpu.compare("tiny", {"peak": 1.0}, s))
+    assert bool(s.faults) == bool(fault), s.faults
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("full", ["--tune", "full", "--seq-len", "8192"]),
+    ("light", ["--tune", "full", "--seq-len", "8192", "--recompute-light"]),
+    ("fp8", ["--tune", "full", "--seq-len", "8192", "--dtype", "fp8"]),
+    ("lora-recompute", ["--tune", "lora", "--seq-len", "4096", "--recompute"]),
+    ("qlora", ["--tune", "qlora", "--seq-len", "4096", "--recompute", "--double-quant"])])
+def test_what_is_predicted_for_a_gpu_is_what_plan_says_of_these_flags(monkeypatch, name, flags):
+    for shape in ("1B", "8B"):
+        monkeypatch.setitem(gpu.SHAPES, shape, gpu.SHAPES["tiny"])
+    s, _ = train.read_settings([*flags, "--rows", "1"])
+    config = ModelConfig.from_hf(gpu.words(gpu.CASES[name]))
+    said = memory.need(config, s, torch.bfloat16, path="offsets").total / 2**30
+    assert gpu.settings(gpu.CASES[name]) == s
+    assert gpu.predict(name)["total"] == said
