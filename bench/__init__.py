@@ -137,6 +137,12 @@ def ratio(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]],
     return f"{said} ({min(rounds):.2f} to {max(rounds):.2f} by round)" if len(rounds) > 1 else said
 
 
+def std(width: int) -> float:
+    """Of a random model's weights: transformers' own; larger where --tiny makes them so few that
+    another rope, or an MLP left out, would not show in a loss."""
+    return 0.02 if width > 64 else 0.2
+
+
 def installed(library: str) -> bool:
     """Whether a peer can be measured here."""
     return importlib.util.find_spec(library) is not None

@@ -28,7 +28,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from bench import ROOT, Settings, child, installed, main, table, versions
+from bench import ROOT, Settings, child, installed, main, std, table, versions
 
 HERE = "bench.gpu"
 DEVICE = "cuda"
@@ -140,7 +140,7 @@ def drawn(case: Case) -> Any:
         torch.set_default_dtype(torch.float32 if case.tune == "full" else torch.bfloat16)
         model = Llama(ModelConfig.from_hf(words(case)))
         torch.set_default_dtype(torch.float32)
-    model.initialise(0)
+    model.initialise(0, std(SHAPES[case.shape][0]))
     return model
 
 

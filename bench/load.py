@@ -2,7 +2,7 @@
 
     python -m bench.load [--quick] [--rounds 3] [--write]
 
-A random LLaMA of TinyLlama's shape (1.1 billion parameters, bf16; 0.3 billion by --quick) is
+A random LLaMA of TinyLlama's shape (1.1 billion parameters, bf16; 0.1 billion by --quick) is
 written once, in shards. Both sides load it in the file's dtype and in float32, and then read one
 token, so that every weight has been touched: a file that is only mapped is not loaded yet. Memory
 is the peak of the process above what it held after its imports; the next logits of both sides must
@@ -20,7 +20,7 @@ from bench import Settings, Spread, child, in_turn, limits, main, peak_gb, table
 
 HERE = "bench.load"
 SIZES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary
-    "full": (2048, 5632, 22, 32, 4, 32000), "quick": (1024, 2816, 24, 16, 4, 32000),
+    "full": (2048, 5632, 22, 32, 4, 32000), "quick": (768, 2048, 12, 12, 4, 32000),
     "tiny": (64, 128, 2, 4, 2, 512)}
 
 

@@ -48,6 +48,11 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {  # words of train.Se
     "qlora-recompute": ("QLoRA, recompute", {"tune": "qlora", "recompute": True}, ["peft"])}
 
 
+def draws(name: str, folder: str) -> int:
+    """Write the random model, and one of one layer; the number of the first's parameters."""
+    return [draw(x, f"{folder}/{x}", "float32") for x in (f"{name}, one layer", name)][-1]
+
+
 def settings(case: str, name: str) -> Any:
     """train.Settings of a case."""
     import train
@@ -177,11 +182,10 @@ def job(s: Settings) -> str:
     peaks = limits.measured(s.size)  # before the allocator is told anything
     back = os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))  # of the children
     name = {"full": "110M", "quick": "30M", "tiny": "tiny"}[s.size]
-    cases = s.cases or (["full", "lora"] if s.size == "quick" else list(CASES))
+    cases = s.cases or (["lora"] if s.size == "quick" else list(CASES))
     *_, B, T = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
-        n = [child(HERE, "draw", x, f"{folder}/{x}", "float32")
-             for x in (f"{name}, one layer", name)][-1]
+        n = child(HERE, "draws", name, folder)
         found = [compare(case, s, name, folder) for case in cases]
     head = ["", "", "peak GB", "added GB", "predicted", "last loss"]
     return (f"{n / 1e6:.0f}M parameters, {B} x {T} tokens, products in bf16, LoRA r {RANK} on all "
@@ -193,7 +197,7 @@ def job(s: Settings) -> str:
             + "\n\n" + limits.words(peaks, "transformers", "peft", "bitsandbytes"))
 
 
-CHILDREN = {"draw": draw, "predict": predict, "ours": ours, "peer": peer}
+CHILDREN = {"draws": draws, "predict": predict, "ours": ours, "peer": peer}
 
 if __name__ == "__main__":
     sys.exit(main(HERE, "The memory of a training step, on a CPU", CHILDREN, job, list(CASES)))

@@ -35,8 +35,7 @@ def wrong(monkeypatch, fault):
         monkeypatch.setattr(llama.LlamaRotaryEmbedding, "forward",
                             lambda self, x, position_ids: turns(self, x, 2 * position_ids))
     if fault == "mlp":
-        half = llama.LlamaMLP.forward
-        monkeypatch.setattr(llama.LlamaMLP, "forward", lambda self, x: half(self, x) / 2)
+        monkeypatch.setattr(llama.LlamaMLP, "forward", lambda self, x: 0 * x)
 
 
 FAULTS = ["", "rope", "mlp"]
@@ -47,7 +46,7 @@ FAULTS = ["", "rope", "mlp"]
 def test_a_step_of_a_peer_that_computes_something_else_is_a_fault(here, monkeypatch, case, fault):
     wrong(monkeypatch, fault)
     s = Settings("tiny", 1, [case])
-    print(train_step.job(s))
+    train_step.job(s)
     assert bool(s.faults) == bool(fault), s.faults
 
 
@@ -71,7 +70,7 @@ def test_a_gpus_peer_that_computes_something_else_is_a_fault(here, monkeypatch, 
         "losses": [step() for _ in range(steps)], "seconds": [1.0], "device": 1.0})
     monkeypatch.setitem(gpu.CASES, "tiny", gpu.Case("tiny", tune, 32, 32, "", ("compiled",)))
     s = Settings("tiny", 1, [])
-    print(gpu.compare("tiny", {"peak": 1.0}, s))
+    gpu.compare("tiny", {"peak": 1.0}, s)
     assert bool(s.faults) == bool(fault), s.faults
 
 

@@ -211,8 +211,7 @@ def test_the_prediction_is_within_a_tenth_of_what_the_system_counts(tmp_path_fac
         return json.loads(done.stdout.splitlines()[-1])
 
     if not Path(folder).exists():
-        for name in ("110M, one layer", "110M"):
-            child("draw", name, f"{folder}/{name}", "float32")
+        child("draws", "110M", folder)
     said, found = child("predict", case, "110M", folder), child("ours", case, "110M", folder)
     assert said["total"] == pytest.approx(found["peak"] - found["before"], rel=0.1)
 
