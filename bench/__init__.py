@@ -140,7 +140,7 @@ def ratio(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]],
 def std(width: int) -> float:
     """Of a random model's weights: transformers' own; larger where --tiny makes them so few that
     another rope, or an MLP left out, would not show in a loss."""
-    return 0.02 if width > 64 else 0.2
+    return 0.02 if width > 64 else 0.15
 
 
 def installed(library: str) -> bool:

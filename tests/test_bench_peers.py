@@ -34,7 +34,7 @@ def wrong(monkeypatch, fault):
         turns = llama.LlamaRotaryEmbedding.forward
         monkeypatch.setattr(llama.LlamaRotaryEmbedding, "forward",
                             lambda self, x, position_ids: turns(self, x, 2 * position_ids))
-    if fault == "mlp":
+    if fault == "mlp":  # none
         monkeypatch.setattr(llama.LlamaMLP, "forward", lambda self, x: 0 * x)
 
 
