@@ -20,7 +20,7 @@ from data import IGNORE
 
 CHUNK, GROUP = 256, 1024  # of `at_once`: the first on a CPU, the least of the second
 LOGITS = {"cpu": 1 << 26, "cuda": 1 << 27}  # whose gradients stand at once; on a GPU they too
-CACHED = 1 << 19  # numbers in float32 that a CPU passes over again and again in its caches
+CACHED = 1 << 18  # numbers in float32 that a CPU's thread goes over again and again in its cache
 ROWS = 4096  # of the head's gradient that are added to at once
 Sizes = tuple[int, int, int]
 
@@ -30,13 +30,15 @@ def at_once(device: str, V: int, C: int) -> Sizes:
     logits before they are added to the head's gradient (V,C), which costs as much as a product;
     and of how many tokens logits stand in float32.
 
-    On a CPU what was fastest at V = 32,000: 131 MB of gradients in bf16, where the head trains. A
+    On a CPU what was fastest at V = 32,000 on two threads: 131 MB of gradients in bf16, where the
+    head trains; each thread has rows of its own, so these grow with the threads, up to a chunk. A
     GPU that is to be busy needs more: so many logits, and gradients no larger than what they are
     added to.
     """
     some = 1 << (LOGITS[device] // V).bit_length() - 1
     if device == "cpu":
-        return CHUNK, max(GROUP, some), max(1, CACHED // V)
+        near = torch.get_num_threads() * max(1, CACHED // V)
+        return CHUNK, max(GROUP, some), min(CHUNK, near)
     return some, max(GROUP, some, 2 * C), some
 
 

@@ -205,6 +205,17 @@ def test_a_gpu_makes_more_logits_at_once_and_not_too_many(V):
     some, many, near = loss.at_once("cuda", V, 2048)
     assert some * V <= loss.LOGITS["cuda"] < 2 * some * V and many % some == 0
     assert many >= some == near and many * V * 2 <= max(V * 2048 * 4, some * V * 2)
-    least, most, near = loss.at_once("cpu", V, 2048)
-    assert 1 <= near and near * V <= loss.CACHED and least == loss.CHUNK and most % least == 0
+    least, most, _ = loss.at_once("cpu", V, 2048)
+    assert least == loss.CHUNK and most % least == 0
     assert loss.GROUP <= most and (most == loss.GROUP or most * V <= 1 << 26)
+
+
+@pytest.mark.parametrize("V", [320, 32_000, 128_256, 262_144, 300_000])
+@pytest.mark.parametrize("threads", [1, 2, 12, 96])
+def test_each_thread_of_a_cpu_has_rows_of_its_own_as_many_as_its_cache_holds(
+        threads, V, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    some, _, near = loss.at_once("cpu", V, 2048)
+    each = near / threads
+    assert 1 <= each and (each == 1 or each * V <= loss.CACHED == 1 << 18)
+    assert near == some or (each == int(each) and (each + 1) * V > loss.CACHED)

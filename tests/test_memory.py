@@ -19,6 +19,7 @@ import attention
 import fork
 import fp8
 import lora
+import loss
 import memory
 import nf4
 import optim
@@ -115,6 +116,17 @@ def test_documents_one_after_the_other_are_predicted_too(monkeypatch):
     s = settings()
     said = memory.need(ModelConfig.from_hf(tiny.config("llama32", **WIDE)), s, torch.bfloat16)
     assert said.total == pytest.approx(really("llama32", s, torch.bfloat16, 1), rel=0.05)
+
+
+def test_the_rows_of_many_threads_are_predicted_too(monkeypatch):
+    monkeypatch.setattr(loss, "CACHED", 1 << 12)
+    s, config, found = settings(), ModelConfig.from_hf(tiny.config("llama32", **WIDE)), []
+    for threads in (1, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        said = memory.need(config, s, torch.bfloat16)
+        assert said.total == pytest.approx(really("llama32", s, torch.bfloat16, 1), rel=0.01)
+        found.append(said.logits)
+    assert found[1] > 1.2 * found[0], "192 rows, where one thread's 12 count as NEAR"
 
 
 def test_parts_are_exact_where_shapes_alone_decide():
