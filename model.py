@@ -303,19 +303,20 @@ class Llama(nn.Module):
         y = F.linear(h, self.head.to(h.dtype)) if self.lm_head is None else self.lm_head(h)
         return capped(y.float(), self.config.logit_cap)
 
-    def flops_per_token(self, T: int) -> float:
-        """Products to train one token in rows of T: 2 a weight for y, 2 for dx, 2 for dW where it
-        trains.
+    def flops_per_token(self, T: int, gradient: bool = True) -> float:
+        """Products to train one token in documents of T: 2 a weight for y, 2 for dx, 2 for dW where
+        it trains; without a `gradient` those for y alone.
 
-        Attention adds 6 T H D a layer (its causal half counted). The embedding is a look-up and
-        costs none.
+        Attention adds 2 T H D a layer for each of three (its causal half counted). The embedding
+        is a look-up and costs none.
         """
         c = self.config
         matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         matrices += [self.head] if self.lm_head is None else []
-        attention = 6 * T * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-        quantised = 4 * sum(m.numel for m in nf4.found(self))  # frozen
-        return sum((6 if W.requires_grad else 4) * W.numel() for W in matrices) \
+        frozen, trains, passes = (4, 6, 3) if gradient else (2, 2, 1)
+        attention = 2 * passes * T * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+        quantised = frozen * sum(m.numel for m in nf4.found(self))
+        return sum((trains if W.requires_grad else frozen) * W.numel() for W in matrices) \
             + quantised + attention
 
     @torch.no_grad()

@@ -22,8 +22,7 @@ import nf4
 import optim
 import watch
 import weights
-from data import IGNORE
-from layers import Linear
+from data import IGNORE, Batch
 from log import FLAGS, STORAGE, UserError
 from model import Llama
 from ranks import PEAKS, GiB
@@ -139,12 +138,28 @@ def usable(gb: float) -> float:
 def flops(model: Llama, s: Any) -> float:
     """Products for a token of a run, those that --recompute and a reference (DPO) repeat
     included."""
-    T, c = s.seq_len, model.config
-    found = model.flops_per_token(T)
-    forward = 2 * sum(m.weight.numel() for m in model.model.layers.modules()
-                      if isinstance(m, Linear)) + 2 * sum(m.numel for m in nf4.found(model))
-    forward += 2 * T * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-    return found + forward * (s.recompute + (s.mode == "dpo"))
+    forward = model.flops_per_token(s.seq_len, gradient=False)
+    blocks = forward - 2 * model.head.numel()
+    return model.flops_per_token(s.seq_len) + blocks * s.recompute + forward * (s.mode == "dpo")
+
+
+def needed(run: Run) -> tuple[float, float]:
+    """Products that a step needs: so many for each token of a document, trained on or not, and so
+    many for each key that it could see, twice those it sees (a document of n tokens: n^2).
+
+    All passes of training are counted, the head's for every token, and DPO's reference where a step
+    computes it; not a row's unused tail, nor what --recompute makes again.
+    """
+    reference = run.s.mode == "dpo" and run.loader.sources[0].reference is None
+    none, one = (run.model.flops_per_token(n)
+                 + reference * run.model.flops_per_token(n, gradient=False) for n in (0, 1))
+    return none, one - none
+
+
+def inside(b: Batch) -> tuple[int, int]:
+    """How many tokens of a batch lie in documents, and the sum of the squares of these' lengths."""
+    seen = b.doc >= 0  # (B,T)
+    return int(seen.sum()), int((seen * (2 * b.pos + 1)).sum())  # 1 + 3 + 5 ... = n^2
 
 
 def foretell(s: Any) -> None:

@@ -122,7 +122,7 @@ class Settings:
     compile: bool = False
     """torch.compile each block as training computes it, and the loss; evaluations are not."""
     recompute: bool = False
-    """Activation checkpointing: less memory for a third more time."""
+    """Activation checkpointing: less memory for about a third more products, half beside LoRA."""
     recompute_light: bool = False
     """Of activations, only norms' and gates' are made again, and no product (selective)."""
     shard: Literal["auto", "none", "ddp", "fsdp"] = "auto"
@@ -231,8 +231,7 @@ def trained(b: Batch) -> int:
     return int((b.targets != IGNORE).sum())
 
 
-NLL = Objective(total=lambda model, b: model(b.tokens, b.doc, b.pos, b.targets).sum(),
-                count=trained)
+NLL = Objective(lambda model, b: model(b.tokens, b.doc, b.pos, b.targets).sum(), trained)
 
 
 def pairs(s: Settings) -> Objective:
@@ -296,7 +295,7 @@ def loop(run: Run) -> int:
     metrics = log.Metrics(run.out / "metrics.jsonl", run.step, s.track)
     eval_every = s.eval_every or max(1, run.steps // 10)
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
-    peak, flops = ranks.peak_flops(), run.model.flops_per_token(s.seq_len)
+    peak, (token, key) = ranks.peak_flops(), plan.needed(run)
     watch = Watch(run.out, run.loader, ranks, run.step, run.past)
     stop, looks = 0, run.held or run.guards.suites
     run.model.train()
@@ -329,14 +328,16 @@ def loop(run: Run) -> int:
                                     f"{narrow}, or look at the documents in {watch.path}",
                                     NON_FINITE) from None
 
-            count = int(ranks.total(sum(map(trained, batches))))
-            run.step, run.tokens = run.step + 1, run.tokens + count
-            speed = count / (time.perf_counter() - begun)
+            count, tokens, squares = ranks.totals(
+                *np.sum([(trained(b), *plan.inside(b)) for b in batches], axis=0).tolist())
+            run.step, run.tokens = run.step + 1, run.tokens + int(count)
+            seconds = time.perf_counter() - begun
+            speed = count / seconds
             served = dict(zip(run.data, run.loader.tokens, strict=True))
             metrics.write(
                 step=run.step, tokens=run.tokens, loss=loss, lr=lr, grad_norm=norm, **reported,
                 skipped=run.skipped, tokens_per_second=round(speed, 1),
-                mfu=peak and speed * flops / (peak * ranks.world),
+                mfu=peak and (tokens * token + squares * key) / (seconds * peak * ranks.world),
                 memory_gb=round(ranks.memory_gb(), 3),
                 share={name: n / sum(served.values()) for name, n in served.items()})
             note = f"loss {loss if loss is not None else float('nan'):.4f}  {speed:,.0f} tokens/s"
@@ -417,9 +418,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         if run.ranks.rank == 0:
             run.begin(origins)
         n = run.parameters
-        log.say(f"{run.ranks}, products in {run.products}; {n['total']:,} "
-                f"parameters, {n['trained']:,} trained; {run.steps} steps of "
-                f"{run.tokens_per_step:,} tokens")
+        log.say(f"{run.ranks}, products in {run.products}; {n['total']:,} parameters, "
+                f"{n['trained']:,} trained; {run.steps} steps of {run.tokens_per_step:,} tokens")
         try:
             stop = loop(run)
         finally:

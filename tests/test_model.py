@@ -390,6 +390,11 @@ def test_flops_per_token_are_those_torch_counts_in_the_products():
                    if "attention" not in str(op) and "bmm" not in str(op))
     assert products == model.flops_per_token(0) * 64
     assert model.flops_per_token(64) - model.flops_per_token(0) == 6 * 64 * 32 * 2
+    for T in (0, 64):
+        assert 3 * model.flops_per_token(T, gradient=False) == model.flops_per_token(T)
+    model.lm_head.requires_grad_(False)
+    assert 3 * model.flops_per_token(0, gradient=False) \
+        == model.flops_per_token(0) + 2 * model.head.numel()
 
 
 def test_a_model_that_starts_from_nothing_starts_near_ln_v_and_the_same_for_a_seed():
