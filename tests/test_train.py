@@ -22,7 +22,9 @@ import checkpoint
 import config
 import corpus
 import lora
+import nf4
 import optim
+import plan
 import tiny
 import train
 import watch
@@ -30,6 +32,7 @@ import weights
 from data import IGNORE, Batch, Bin
 from model import Llama, ModelConfig
 from ranks import Ranks
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -386,6 +389,52 @@ def test_compile_and_recompute_change_nothing_but_the_cost(change):
         torch.testing.assert_close(plain[name], changed[name], atol=1e-4, rtol=1e-4)
 
 
+def small(tune: str, dtype: torch.dtype) -> Llama:
+    """One layer that trains with all weights or an adapter that is not zero, as a run has it."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = tiny.ours(tiny.peer("llama31", **shape), "llama31", **shape).train()
+    model.model.compute_dtype = dtype
+    if tune == "full":
+        return model
+    for name, m in list(model.to(dtype).named_modules()) if tune == "qlora" else ():
+        if nf4.fits(name, m):
+            model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, double=True))
+    torch.manual_seed(0)
+    lora.attach(model, 4, 8.0, 0.0, ["all-linear"], dora=tune == "dora")
+    for m in lora.adapters(model).values():
+        torch.nn.init.normal_(m.lora_B.weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tune", ["full", "lora", "qlora",
+                                  pytest.param("dora", marks=pytest.mark.slow)])
+def test_compiled_steps_are_as_exact_as_plain_ones(tune, dtype):
+    """Losses and gradients beside those of products in float32, at the weights of three steps."""
+    torch._dynamo.reset()
+    graphs, made = torch._dynamo.utils.counters["stats"], []
+    models = exact, _, fast = tuple(small(tune, dtype) for _ in range(3))
+    exact.model.compute_dtype = torch.float32
+    fast.model.compile_blocks(torch.device("cpu"))
+    optimizer, batch = optim.adamw(fast, 1e-2, (0.9, 0.95), 0.1), packed(1, 2)
+    for _ in range(3):
+        found = []
+        for m in models:
+            m.zero_grad(set_to_none=True)
+            nll = m(batch.tokens, batch.doc, batch.pos, batch.targets)
+            nll.sum().backward()
+            found.append({"loss": nll.detach(), **{
+                name: p.grad for name, p in m.named_parameters() if p.requires_grad}})
+        for name, truth in found[0].items():
+            near, far = (tiny.apart(x[name], truth) for x in found[1:])
+            assert far <= 1.5 * near + 1e-5, name
+        optimizer.step()
+        for m in models[:2]:
+            m.load_state_dict(fast.state_dict())
+        made.append(graphs["unique_graphs"])
+    assert made[0] == made[-1], "what repeats is not compiled anew"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("tune", ["full", "lora"])
@@ -430,6 +479,48 @@ def test_tensorboard_holds_the_numbers_of_metrics_jsonl(place):
     assert [x.value for x in events.Scalars("loss")] == pytest.approx(
         list(losses(place / "board").values()), rel=1e-6)
     assert len(events.Scalars("bits_per_byte/kin")) >= 2
+
+
+@pytest.mark.parametrize("mode", ["sft", "dpo"])
+def test_mfu_is_of_all_tokens_of_documents_each_with_its_own_documents_keys(
+        place, monkeypatch, tmp_path, mode):
+    """Whether a token is trained or not, what is computed for it is the same; a step's time and
+    the peak are taken out again."""
+    from data import BinWriter, Document
+
+    monkeypatch.setattr(Ranks, "peak_flops", lambda self: 1e9)
+    draw, sha = np.random.default_rng(0), Tokenizer.open(place / "model").fingerprint
+    kind, masks = {"sft": ("chat", {"all": None, "half": [0] * 6 + [1] * 5}),
+                   "dpo": ("pairs", {"half": [0] * 6 + [1] * 5})}[mode]
+    for name, mask in masks.items():
+        writer = BinWriter(tmp_path / name, sha, tiny.V, kind)
+        for _ in range(42):  # whole rows
+            writer.add(Document([1, *draw.integers(3, tiny.V, 10).tolist()], mask, 11))
+        writer.close({}, [])
+        words = command(place, f"mfu-{mode}-{name}", "--mode", mode, "--steps", "2", "--tune",
+                        "lora", "--lora-rank", "4", "--hold-out", "0", "--prompts", "Umugore")[2:]
+        at = words.index("--data")
+        words[at + 1 : at + 3] = [str(tmp_path / name)]
+        assert train.train(*train.read_settings(words)) == 0
+        model, _ = weights.load(place / "model")
+        lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+        work = model.flops_per_token(10) + (mode == "dpo") * model.flops_per_token(10, False)
+        lines = [json.loads(x) for x in
+                 (place / f"mfu-{mode}-{name}/metrics.jsonl").read_text().splitlines()]
+        one, two = (x for x in lines if "mfu" in x)
+        documents = 4 * (3 if mode == "sft" else 2)  # in four rows of 32, of 10 predictions each
+        assert one["tokens"] == documents * (10 if name == "all" else 5)
+        for x, trained in ((one, one["tokens"]), (two, two["tokens"] - one["tokens"])):
+            seconds = trained / x["tokens_per_second"]
+            assert x["mfu"] * 1e9 * seconds == pytest.approx(documents * 10 * work, rel=1e-2)
+
+
+def test_documents_packed_into_a_row_cost_less_attention_than_one_that_fills_it():
+    ids = tiny.tokens(1, 24)
+    one = Batch(ids, ids, torch.zeros_like(ids), torch.arange(24)[None])
+    two = Batch(ids, ids, torch.arange(24)[None] // 12, torch.arange(24)[None] % 12)
+    tail = Batch(ids, ids, two.doc.where(two.doc == 0, -1), two.pos)
+    assert [plan.inside(x) for x in (one, two, tail)] == [(24, 576), (24, 288), (12, 144)]
 
 
 def test_the_plan_says_what_it_takes_and_writes_no_run(place):
