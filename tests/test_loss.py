@@ -185,11 +185,13 @@ def test_bits_per_byte_is_nats_over_bytes_in_bits():
     assert math.isnan(loss.bits_per_byte(0.0, 0))
 
 
-@pytest.mark.parametrize("cap", [0.0, 3.0])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_compiled_it_finds_the_same(frozen, cap):
+@pytest.mark.parametrize("frozen, cap, dtype", [
+    *((frozen, cap, torch.float32) for frozen in (False, True) for cap in (0.0, 3.0)),
+    (False, 0.0, torch.bfloat16)])
+def test_compiled_it_finds_the_same(frozen, cap, dtype):
+    """Of products in bf16 too: NLLs stay float32, and gradients of logits are rounded once."""
     torch._dynamo.reset()
-    h, W, targets = setting(loss.GROUP + loss.CHUNK + 5, "some", V=100, C=8)
+    h, W, targets = setting(loss.GROUP + loss.CHUNK + 5, "some", V=100, C=8, dtype=dtype)
     found = []
     for compiled in (False, True):
         a, b = h.detach().requires_grad_(), W.detach().requires_grad_(not frozen)
