@@ -307,8 +307,8 @@ class Llama(nn.Module):
         """Products to train one token in documents of T: 2 a weight for y, 2 for dx, 2 for dW where
         it trains; without a `gradient` those for y alone.
 
-        Attention adds 2 T H D a layer for each of three (its causal half counted). The embedding
-        is a look-up and costs none.
+        Attention adds 2 T H D a layer (its causal half counted), and twice as many for gradients.
+        The embedding is a look-up and costs none.
         """
         c = self.config
         matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]

@@ -144,11 +144,11 @@ def flops(model: Llama, s: Any) -> float:
 
 
 def needed(run: Run) -> tuple[float, float]:
-    """Products that a step needs: so many for each token of a document, trained on or not, and so
-    many for each key that it could see, twice those it sees (a document of n tokens: n^2).
+    """Products that a step needs for each token of a document, and beside them for each 1 of the
+    sum of its documents' squared lengths, which is attention.
 
-    All passes of training are counted, the head's for every token, and DPO's reference where a step
-    computes it; not a row's unused tail, nor what --recompute makes again.
+    A token is counted whether it is trained or not, the head for it too; DPO's reference where a
+    step computes it; not a row's unused tail, nor what --recompute makes again.
     """
     reference = run.s.mode == "dpo" and run.loader.sources[0].reference is None
     none, one = (run.model.flops_per_token(n)

@@ -256,10 +256,6 @@ class Ranks:
         """The sum of each number over all ranks."""
         return self._reduced(torch.tensor(xs, dtype=torch.float64), dist.ReduceOp.SUM)
 
-    def total(self, x: float) -> float:
-        """The sum of a number over all ranks."""
-        return self.totals(x)[0]
-
     def highest(self, *xs: int) -> list[int]:
         """The largest of each number over all ranks."""
         return self._reduced(torch.tensor(xs), dist.ReduceOp.MAX)
