@@ -265,7 +265,7 @@ def stalls(s: Settings, ways: list[str]) -> str:
 
 def job(s: Settings) -> str:
     """All sides in turn, and the checkpoints."""
-    cases = s.cases or (["none", "ddp", "stall"] if s.size == "quick" else [*WAYS, "stall"])
+    cases = s.cases or (["ddp", "stall"] if s.size == "quick" else [*WAYS, "stall"])
     ways = [x for x in WAYS if x in cases]
     parts = [speeds(s, ways)] if ways else []
     alone = s.size == "quick" and not s.cases
