@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import nf4
 from log import FLAGS, UserError
-from lora import LoRALinear
+from lora import LoRALinear, adapters
 from model import KVCache, Linear, Llama
 from ranks import is_cut
 
@@ -250,6 +250,10 @@ def pack(model: Llama, losses: bool = False) -> None:
         model.set_submodule(name, Packed(layer))
         if losses and name == "lm_head":
             model.lm_head.weight = layer.weight
+    for m in adapters(model).values():  # or each product of each id would cast them
+        if m.lora_magnitude_vector is None:
+            m.lora_A.to(model.compute_dtype)
+            m.lora_B.to(model.compute_dtype)
     for p in model.parameters():  # the rest is copied, so that the files' pages can go
         p.data = p.data.clone()
 

@@ -593,6 +593,8 @@ def test_a_packed_model_computes_what_a_plain_one_does(shape, how):
             if packed:
                 decode.pack(model)
                 assert isinstance(model.lm_head, decode.Packed) == decode.packs(model)
+                kept = dtype if how == "lora" else torch.float32  # DoRA's lengths are float32
+                assert {m.lora_A.weight.dtype for m in lora.adapters(model).values()} <= {kept}
             found[dtype, packed] = [read(model, rows) for rows in (1, 3, 20)]
     for i, exact in enumerate(found[torch.float32, False]):
         torch.testing.assert_close(found[torch.float32, True][i], exact, atol=2e-4, rtol=1e-4)
