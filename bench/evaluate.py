@@ -38,10 +38,10 @@ TOKENIZER = SHARED / "tokenizers/llama2"
 SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads
     "110M": (768, 2048, 12, 12, 4), "25M": (256, 1024, 8, 8, 4), "tiny": (64, 128, 2, 4, 2)}
 CASES = {  # suite: its task in the harness, and items in full, quick and tiny
-    "sib200": ("afrobench/sib/prompt_1/sib_kin.yaml", (204, 34, 4)),
-    "afrixnli": ("afrixnli/direct/prompt_1/afrixnli_kin.yaml", (150, 30, 4)),
-    "injongo": ("afrobench/injongointent/prompt_1/injongointent_kin.yaml", (20, 4, 1)),
-    "belebele": ("afrobench/belebele/prompt_1/belebele_kin.yaml", (100, 12, 4))}
+    "sib200": ("afrobench/sib/prompt_1/sib_kin.yaml", (68, 34, 4)),
+    "afrixnli": ("afrixnli/direct/prompt_1/afrixnli_kin.yaml", (60, 30, 4)),
+    "injongo": ("afrobench/injongointent/prompt_1/injongointent_kin.yaml", (6, 4, 1)),
+    "belebele": ("afrobench/belebele/prompt_1/belebele_kin.yaml", (60, 12, 4))}
 SIZES = ("full", "quick", "tiny")
 BATCHES = {"full": (1, 8, 32), "quick": (8,), "tiny": (8,)}
 QUICK = ["sib200", "belebele"]
