@@ -19,13 +19,14 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain, islice, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -40,7 +41,7 @@ from words import Words
 UNITS = ("auto", "file", "line", "block")
 KINDS = (".txt", ".jsonl", ".tsv", ".parquet")
 CHUNK = 1 << 20  # bytes of text given to a worker at once
-ALONE = 8  # chunks that one process has done before workers are worth their start
+ALONE = 3.0  # seconds that one process works before others are worth their start
 BAD_SHARE = 0.001  # of documents that may be undecodable before the run stops
 
 T, K, S, R = (TypeVar(x) for x in "TKSR")
@@ -288,19 +289,24 @@ def _work(given: Any) -> Any:
 def in_order(job: Callable[[S], R], chunks: Iterable[tuple[K, S]],
              processes: int) -> Iterator[tuple[K, R]]:
     """Chunks, each of what is kept here and what a worker is given: the first with what `job` makes
-    of the second, in order, by several processes, or by this one alone where chunks are few.
+    of the second, in order; by this process alone for the first ALONE seconds, as most files need
+    no more, and then by several.
 
-    Workers get the job once, and are no further ahead than two chunks each, so that memory stays
-    bounded. A fault of the reading is raised behind all that was read before it.
+    Workers get the job once, with what it has learned so far, and are no further ahead than two
+    chunks each, so that memory stays bounded. A fault of the reading is raised behind all that was
+    read before it.
     """
-    processes, found = max(1, processes), _with_fault(chunks)
-    first = list(islice(found, ALONE + 1)) if processes > 1 else []
-    alone = sum(not isinstance(x, UserError) for x in first) <= ALONE
+    found, begun = iter(chunks), time.monotonic()
+    for kept, given in found:
+        yield kept, job(given)
+        if processes > 1 and time.monotonic() - begun >= ALONE:
+            break
+    else:
+        return
     context = multiprocessing.get_context("spawn")
-    with nullcontext() if alone else ProcessPoolExecutor(
-            processes, context, _start, (job,)) as pool:
+    with ProcessPoolExecutor(processes, context, _start, (job,)) as pool:
         waiting: deque[tuple[K, Future]] = deque()
-        for chunk in chain(first, found):
+        for chunk in _with_fault(found):
             ahead = 0 if isinstance(chunk, UserError) else 2 * processes
             while len(waiting) > ahead:
                 kept, work = waiting.popleft()
@@ -308,10 +314,7 @@ def in_order(job: Callable[[S], R], chunks: Iterable[tuple[K, S]],
             if isinstance(chunk, UserError):
                 raise chunk
             kept, given = chunk
-            if alone:
-                yield kept, job(given)
-            else:
-                waiting.append((kept, pool.submit(_work, given)))
+            waiting.append((kept, pool.submit(_work, given)))
         while waiting:
             kept, work = waiting.popleft()
             yield kept, work.result()

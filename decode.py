@@ -239,10 +239,20 @@ def matrices(model: Llama) -> list[str]:
             and m.weight.dtype == model.compute_dtype and m not in dora]
 
 
+def settle(model: Llama) -> None:
+    """Keep an adapter's factors in the dtype of products, or each product of each id would cast
+    them; DoRA's stay in float32, for its lengths are made of them."""
+    for m in adapters(model).values():
+        if m.lora_magnitude_vector is None:
+            m.lora_A.to(model.compute_dtype)
+            m.lora_B.to(model.compute_dtype)
+
+
 @torch.no_grad()
 def pack(model: Llama, losses: bool = False) -> None:
     """Lay a model's matrices out for products of few rows, where there is a way to. It can answer
     then, and no longer train or be saved; `losses`: the head stays there for them as well."""
+    settle(model)
     if not packs(model):
         return
     for name in matrices(model):
@@ -250,10 +260,6 @@ def pack(model: Llama, losses: bool = False) -> None:
         model.set_submodule(name, Packed(layer))
         if losses and name == "lm_head":
             model.lm_head.weight = layer.weight
-    for m in adapters(model).values():  # or each product of each id would cast them
-        if m.lora_magnitude_vector is None:
-            m.lora_A.to(model.compute_dtype)
-            m.lora_B.to(model.compute_dtype)
     for p in model.parameters():  # the rest is copied, so that the files' pages can go
         p.data = p.data.clone()
 
@@ -289,6 +295,7 @@ def hasten(model: Llama) -> None:
     The latter compiles a loop for each shape of matrix, which takes seconds; for weights in 16
     bits. UserError where it does not pay, cannot be, and where there is no compiler.
     """
+    settle(model)
     if model.device.type == "cuda":
         if not recordable(model):
             raise UserError("--compile: on a GPU, not with a base in NF4 nor with `dynamic` rotary "

@@ -31,9 +31,9 @@ def at_once(device: str, V: int, C: int) -> Sizes:
     and of how many tokens logits stand in float32.
 
     On a CPU what was fastest at V = 32,000 on two threads: 131 MB of gradients in bf16, where the
-    head trains; each thread has rows of its own, so these grow with the threads, up to a chunk. A
-    GPU that is to be busy needs more: so many logits, and gradients no larger than what they are
-    added to.
+    head trains; the last grows with the threads, for each has rows of its own, up to a chunk. A GPU
+    that is to be busy needs more: so many logits, and gradients no larger than what they are added
+    to.
     """
     some = 1 << (LOGITS[device] // V).bit_length() - 1
     if device == "cpu":

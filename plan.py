@@ -143,17 +143,19 @@ def flops(model: Llama, s: Any) -> float:
     return model.flops_per_token(s.seq_len) + blocks * s.recompute + forward * (s.mode == "dpo")
 
 
-def needed(run: Run) -> tuple[float, float]:
-    """Products that a step needs for each token of a document, and beside them for each 1 of the
-    sum of its documents' squared lengths, which is attention.
+def needed(run: Run) -> tuple[float, float, float]:
+    """Products that a step needs for each trained token, which alone has logits; for each token of
+    a document; and for each 1 of the sum of its documents' squared lengths, which is attention.
 
-    A token is counted whether it is trained or not, the head for it too; DPO's reference where a
-    step computes it; not a row's unused tail, nor what --recompute makes again.
+    DPO's reference is counted where a step computes it; a row's unused tail is not, nor what
+    --recompute makes again. Attention is counted as if no window cut it.
     """
+    model = run.model
     reference = run.s.mode == "dpo" and run.loader.sources[0].reference is None
-    none, one = (run.model.flops_per_token(n)
-                 + reference * run.model.flops_per_token(n, gradient=False) for n in (0, 1))
-    return none, one - none
+    none, one = (model.flops_per_token(n) + reference * model.flops_per_token(n, gradient=False)
+                 for n in (0, 1))
+    head = (2 * reference + (6 if model.head.requires_grad else 4)) * model.head.numel()
+    return head, none - head, one - none
 
 
 def inside(b: Batch) -> tuple[int, int]:

@@ -63,6 +63,7 @@ class Text:
     on_bad: Literal["stop", "skip"] = "stop"
     """What more than 0.1 % undecodable documents do."""
     processes: int = os.cpu_count() or 1
+    """Workers, begun when a few seconds of work have not been enough."""
 
 
 @dataclass
@@ -86,6 +87,7 @@ class Chat:
     """What is done with longer ones; stop leaves out up to one in a hundred."""
     keep_duplicates: bool = False
     processes: int = os.cpu_count() or 1
+    """Workers, begun when a few seconds of work have not been enough."""
 
 
 @dataclass
@@ -127,6 +129,7 @@ class Mt:
     keep_duplicates: bool = False
     seed: int = 1
     processes: int = os.cpu_count() or 1
+    """Workers, begun when a few seconds of work have not been enough."""
 
 
 @dataclass
@@ -146,6 +149,7 @@ class Pairs:
     too_long: Literal["stop", "drop", "cut"] = "stop"
     keep_duplicates: bool = False
     processes: int = os.cpu_count() or 1
+    """Workers, begun when a few seconds of work have not been enough."""
 
 
 @dataclass

@@ -295,7 +295,7 @@ def loop(run: Run) -> int:
     metrics = log.Metrics(run.out / "metrics.jsonl", run.step, s.track)
     eval_every = s.eval_every or max(1, run.steps // 10)
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
-    peak, (token, key) = ranks.peak_flops(), plan.needed(run)
+    peak, needed = ranks.peak_flops(), plan.needed(run)
     watch = Watch(run.out, run.loader, ranks, run.step, run.past)
     stop, looks = 0, run.held or run.guards.suites
     run.model.train()
@@ -328,16 +328,16 @@ def loop(run: Run) -> int:
                                     f"{narrow}, or look at the documents in {watch.path}",
                                     NON_FINITE) from None
 
-            count, tokens, squares = ranks.totals(
+            counts = ranks.totals(
                 *np.sum([(trained(b), *plan.inside(b)) for b in batches], axis=0).tolist())
-            run.step, run.tokens = run.step + 1, run.tokens + int(count)
+            run.step, run.tokens = run.step + 1, run.tokens + int(counts[0])
             seconds = time.perf_counter() - begun
-            speed = count / seconds
+            speed = counts[0] / seconds
             served = dict(zip(run.data, run.loader.tokens, strict=True))
             metrics.write(
                 step=run.step, tokens=run.tokens, loss=loss, lr=lr, grad_norm=norm, **reported,
                 skipped=run.skipped, tokens_per_second=round(speed, 1),
-                mfu=peak and (tokens * token + squares * key) / (seconds * peak * ranks.world),
+                mfu=peak and float(np.dot(counts, needed)) / (seconds * peak * ranks.world),
                 memory_gb=round(ranks.memory_gb(), 3),
                 share={name: n / sum(served.values()) for name, n in served.items()})
             note = f"loss {loss if loss is not None else float('nan'):.4f}  {speed:,.0f} tokens/s"

@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -128,13 +127,13 @@ class Spread:
 
 def ratio(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]],
           unit: str = "") -> str:
-    """`1.44 (1.31 to 1.52 by round)`: the median of all that was measured above over that below,
-    `unit` behind it, and of several rounds the least and the most of each round's own such ratio.
-    """
-    said = f"{statistics.median(chain(*above)) / statistics.median(chain(*below)):.2f}{unit}"
-    rounds = [statistics.median(a) / statistics.median(b)
-              for a, b in zip(above, below, strict=True)]
-    return f"{said} ({min(rounds):.2f} to {max(rounds):.2f} by round)" if len(rounds) > 1 else said
+    """`1.44 (1.31 to 1.52 by round)`: what was measured above over what was below, `unit` behind
+    it. Each round has a ratio, of its medians, for its sides ran one behind the other; the median
+    of these, and the least and the most of several."""
+    rounds = Spread.of([statistics.median(a) / statistics.median(b)
+                        for a, b in zip(above, below, strict=True)])
+    said = f"{rounds.median:.2f}{unit}"
+    return f"{said} ({rounds.least:.2f} to {rounds.most:.2f} by round)" if rounds.n > 1 else said
 
 
 def std(width: int) -> float:

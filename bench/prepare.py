@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, Settings, Spread, child, in_turn, installed, limits, main, table
+from bench import ROOT, Settings, Spread, child, in_turn, installed, limits, main, ratio, table
 
 HERE = "bench.prepare"
 BESIDE = ["documents", "lines", "llama3"]  # what both sides prepare
@@ -164,11 +164,14 @@ def beside(s: Settings, case: str, file: str, what: str) -> str:
         sides |= {f"datasets.map, {by}": ("theirs", [file, tokenizer, n])} if peer else {}
     runs, rows = in_turn(HERE, s.rounds, sides), []
     took = {side: Spread.of([x["seconds"] for x in done]) for side, done in runs.items()}
-    best = min((x.median for side, x in took.items() if sides[side][0] == "theirs"), default=None)
+    best = min((side for side in sides if sides[side][0] == "theirs"),
+               key=lambda side: took[side].median, default=None)
+    seconds = {side: [[x["seconds"]] for x in done] for side, done in runs.items()}
     for side, done in runs.items():
         x = took[side]
         rows.append([side, f"{mb / x.median:.1f}", f"{x.least:.1f} to {x.most:.1f}",
-                     f"{best / x.median:.2f}" if best else "-", f"{max(r['gb'] for r in done):.2f}",
+                     ratio(seconds[best], seconds[side]) if best else "-",
+                     f"{max(r['gb'] for r in done):.2f}",
                      f"{done[0]['disk'] / 1e6:.0f}", f"{done[0]['tokens']:,}"])
     if len({x["tokens"] for side, done in runs.items() if "cleaning" not in side
             for x in done}) > 1:

@@ -84,5 +84,5 @@ def test_a_jobs_options_reach_it(monkeypatch):
 
 def test_a_ratio_has_the_range_of_its_rounds():
     theirs, ours = [[3, 4, 5], [6, 6, 9]], [[2, 2, 2], [4, 4, 3]]
-    assert bench.ratio(theirs, ours, " times") == "2.20 times (1.50 to 2.00 by round)"
+    assert bench.ratio(theirs, ours, " times") == "1.75 times (1.50 to 2.00 by round)"
     assert bench.ratio([[3, 4, 5]], [[2]]) == "2.00"

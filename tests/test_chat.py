@@ -300,7 +300,7 @@ def test_no_pair_that_is_held_out_is_trained_in_either_direction(model, tmp_path
 def test_the_groups_of_a_bin_are_the_same_bytes_for_any_number_of_processes(
         model, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "CHUNK", 500)
-    monkeypatch.setattr(corpus, "ALONE", 1)
+    monkeypatch.setattr(corpus, "ALONE", 0)
     (tmp_path / "x.tsv").write_text("eng\tkin\n" + "".join(f"a {i}\tb {i}\n" for i in range(300)))
     files = [{f.name: f.read_bytes() for f in prepared(
         model, tmp_path / n, "mt", f"{tmp_path}/x.tsv", "--processes", n)[0].folder.iterdir()}
@@ -449,7 +449,7 @@ ALL = ["--prompts", "all", "--shots", "2", "--directions", "eng-kin:3", "kin-eng
 def test_a_bin_is_the_same_bytes_for_any_number_of_processes(model, tmp_path, monkeypatch, words):
     rows_of_all_kinds(tmp_path)
     monkeypatch.setattr(corpus, "CHUNK", 1000)
-    monkeypatch.setattr(corpus, "ALONE", 1)
+    monkeypatch.setattr(corpus, "ALONE", 0)
     command, file, *more = words
     made = []
     for n in ("1", "2", "3") if ALL[0] in words else ("1", "2"):
@@ -479,7 +479,7 @@ def test_what_a_row_becomes_does_not_depend_on_how_rows_are_dealt_out(
 def test_the_first_fault_is_said_whichever_process_met_it(model, tmp_path, monkeypatch, n):
     """A line that is no JSON is met by the one that reads, long before a worker sees the others."""
     monkeypatch.setattr(corpus, "CHUNK", 200)
-    monkeypatch.setattr(corpus, "ALONE", 1)
+    monkeypatch.setattr(corpus, "ALONE", 0)
     rows_of_all_kinds(tmp_path)
     lines = (tmp_path / "chat.jsonl").read_text().splitlines()
     lines[30], lines[33], lines[40] = chat_line(("u", "a")), "{", chat_line(("u", "b"))
