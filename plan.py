@@ -144,8 +144,9 @@ def flops(model: Llama, s: Any) -> float:
 
 
 def needed(run: Run) -> tuple[float, float, float]:
-    """Products that a step needs for each trained token, which alone has logits; for each token of
-    a document; and for each 1 of the sum of its documents' squared lengths, which is attention.
+    """FLOP of the products that a step needs for each trained token, which alone has logits; for
+    each token of a document; and for each 1 of the sum of its documents' squared lengths, which is
+    attention.
 
     DPO's reference is counted where a step computes it; a row's unused tail is not, nor what
     --recompute makes again. Attention is counted as if no window cut it.
@@ -159,7 +160,8 @@ def needed(run: Run) -> tuple[float, float, float]:
 
 
 def inside(b: Batch) -> tuple[int, int]:
-    """How many tokens of a batch lie in documents, and the sum of the squares of these' lengths."""
+    """How many tokens of a batch (B,T) lie in documents, and the sum of the squares of these'
+    lengths."""
     seen = b.doc >= 0  # (B,T)
     return int(seen.sum()), int((seen * (2 * b.pos + 1)).sum())  # 1 + 3 + 5 ... = n^2
 

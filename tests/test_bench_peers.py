@@ -42,20 +42,14 @@ FAULTS = ["", "rope", "mlp"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("case", ["fp32", "large"])
-def test_a_step_of_a_peer_that_computes_something_else_is_a_fault(here, monkeypatch, case, fault):
+@pytest.mark.parametrize("job, case", [
+    (train_step.job, "fp32"), (train_step.job, "large"),
+    (generate.job, "sixty-four"), (generate.job, "eight")])
+def test_a_peer_that_computes_something_else_is_a_fault(here, monkeypatch, job, case, fault):
+    """In its losses, or in its answers."""
     wrong(monkeypatch, fault)
     s = Settings("tiny", 1, [case])
-    train_step.job(s)
-    assert bool(s.faults) == bool(fault), s.faults
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("case", ["sixty-four", "eight"])
-def test_answers_of_a_peer_that_computes_something_else_are_a_fault(here, monkeypatch, case, fault):
-    wrong(monkeypatch, fault)
-    s = Settings("tiny", 1, [case])
-    generate.job(s)
+    job(s)
     assert bool(s.faults) == bool(fault), s.faults
 
 

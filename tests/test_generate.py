@@ -602,6 +602,18 @@ def test_a_packed_model_computes_what_a_plain_one_does(shape, how):
         assert 0 < packed < 1.3 * plainly
 
 
+@pytest.mark.parametrize("how", ["lora", "dora"])
+def test_an_adapter_that_is_cast_once_gives_the_same_bits(how):
+    model = adapted(tiny.ours(tiny.peer("llama32"), "llama32").bfloat16(), how)
+    model.model.compute_dtype = torch.bfloat16
+    plain = read(model, 3)
+    assert {m.lora_B.weight.dtype for m in lora.adapters(model).values()} == {torch.float32}
+    decode.settle(model)
+    assert {m.lora_B.weight.dtype for m in lora.adapters(model).values()} == {
+        torch.bfloat16 if how == "lora" else torch.float32}
+    assert torch.equal(read(model, 3), plain)
+
+
 @pytest.mark.parametrize("shape", ["llama32", "biases"])
 def test_a_packed_model_that_keeps_its_head_gives_the_same_losses(shape):
     peer = tiny.peer(shape)
