@@ -4,8 +4,10 @@ A program here is one job (a training step, loading, ...). It names functions th
 process, and one `job` that calls them in turn and returns Markdown; `main` does the rest: flags,
 the section in docs/benchmarks.md, the exit code. README.md in this folder shows one whole.
 
-A slow minute is slow for all sides because they run in turn. The parent stays small, for a child's
-peak of memory begins with its parent's: nothing heavy is imported at the top of a benchmark.
+A slow minute is slow for all sides because they run in turn: `in_turn` one process behind the
+other, `alternate` a turn of each, of processes that stand side by side, so that what is compared is
+seconds apart. The parent stays small, for a child's peak of memory begins with its parent's:
+nothing heavy is imported at the top of a benchmark.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -38,22 +41,24 @@ class Settings:
     run?"""
 
     size: str
-    rounds: int  # processes a side
+    rounds: int  # processes a side, or turns of one
     cases: list[str]  # of the job's own, empty: all
     write: bool = False  # into the page, pictures too
     faults: list[str] = field(default_factory=list)  # sides that disagree: the program fails
 
 
 def main(module: str, title: str, children: dict[str, Callable[..., Any]],
-         job: Callable[[Settings], str], cases: Sequence[str] = (), rounds: int = 2) -> int:
+         job: Callable[[Settings], str], cases: Sequence[str] = (), rounds: int = 2,
+         quick: int = 1, unit: str = "processes") -> int:
     """A benchmark's whole program: answer as a child, or run the job, print and write its section.
 
     `children` are the functions that may run in a process of their own, by name; `job` returns
     Markdown and adds to `faults` what makes its figures worthless. Only options that the job has a
-    use for are offered: --cases where it has some, --rounds where these are not 0.
+    use for are offered: --cases where it has some, --rounds, so many `unit` a side (`quick` of them
+    with --quick), where these are not 0.
     """
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(children[sys.argv[2]](*json.loads(sys.argv[3]))))
+        answer(children[sys.argv[2]], json.loads(sys.argv[3]))
         return 0
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=title)
     parser.set_defaults(rounds=None, cases=[])
@@ -61,7 +66,8 @@ def main(module: str, title: str, children: dict[str, Callable[..., Any]],
     parser.add_argument("--tiny", action="store_true",
                         help="a second's work a side, nothing is written: does it run?")
     if rounds:
-        parser.add_argument("--rounds", type=int, help=f"processes a side ({rounds})")
+        parser.add_argument("--rounds", type=int,
+                            help=f"{unit} a side ({rounds}; {quick} with --quick)")
     if cases:
         parser.add_argument("--cases", nargs="+", choices=list(cases))
     parser.add_argument("--write", action="store_true",
@@ -72,7 +78,8 @@ def main(module: str, title: str, children: dict[str, Callable[..., Any]],
     if s.rounds is not None and s.rounds < 1:
         parser.error(f"--rounds {s.rounds}: expected one or more")
     size = "tiny" if s.tiny else "quick" if s.quick else "full"
-    settings = Settings(size, s.rounds or (rounds if size == "full" else 0) or 1, s.cases, s.write)
+    usual = {"full": rounds, "quick": quick, "tiny": 1}[size]
+    settings = Settings(size, s.rounds or usual or 1, s.cases, s.write)
     command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     text = f"## {title}\n\n```bash\n{command}\n```\n\n{job(settings)}\n"
     print(text)
@@ -83,22 +90,58 @@ def main(module: str, title: str, children: dict[str, Callable[..., Any]],
     return 1 if settings.faults else 0
 
 
-def child(module: str, name: str, *args: Any) -> Any:
-    """What a function of a benchmark gives in a new process; a dict also gets `gb`, the most memory
-    the process held as the system counts it, in GB of 2^30 bytes, pages of mapped files included.
+def answer(function: Callable[..., Any], args: list) -> None:
+    """As a child: a line of JSON for each line read, what the function returns or, of a generator,
+    what it yields next."""
+    with os.fdopen(os.dup(1), "w") as said:
+        os.dup2(2, 1)  # what a library prints is no result
+        found = function(*args)
+        given = found if isinstance(found, Iterator) else iter([found])
+        for _ in sys.stdin:
+            print(json.dumps(next(given)), file=said, flush=True)
+
+
+class Child:
+    """A function of a benchmark in a new process; the program ends with what it said if it fails.
     """
-    command = [sys.executable, "-m", module, "--child", name, json.dumps(args)]
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=complained)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        complained.seek(0)
-        if process.returncode:
-            sys.exit(f"{name} {' '.join(map(str, args))}: exit code {process.returncode}\n"
-                     f"{complained.read()[-4000:]}")
-        found = json.loads(said.read().splitlines()[-1])
-    return {"gb": usage.ru_maxrss / UNIT, **found} if isinstance(found, dict) else found
+
+    def __init__(self, module: str, name: str, *args: Any):
+        self.what = " ".join(map(str, (name, *args)))
+        self.complained = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, "--child", name, json.dumps(args)], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complained)
+
+    def turn(self) -> Any:
+        """What it returns, or yields next."""
+        with suppress(BrokenPipeError):
+            print(file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            self.end()
+        return json.loads(line)
+
+    def end(self) -> float:
+        """Let it go; the most memory it held as the system counts it, in GB of 2^30 bytes, pages of
+        mapped files included."""
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()  # type: ignore[union-attr]
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process.returncode = code = os.waitstatus_to_exitcode(status)
+        self.process.stdout.close()  # type: ignore[union-attr]
+        with self.complained:
+            self.complained.seek(0)
+            if code:
+                sys.exit(f"{self.what}: exit code {code}\n{self.complained.read()[-4000:]}")
+        return usage.ru_maxrss / UNIT
+
+
+def child(module: str, name: str, *args: Any) -> Any:
+    """What a function of a benchmark gives in a new process; a dict also gets `gb`, as `Child.end`
+    says."""
+    one = Child(module, name, *args)
+    found, gb = one.turn(), one.end()
+    return {"gb": gb, **found} if isinstance(found, dict) else found
 
 
 def in_turn(module: str, rounds: int, sides: dict[str, tuple[str, list]]) -> dict[str, list[dict]]:
@@ -108,6 +151,26 @@ def in_turn(module: str, rounds: int, sides: dict[str, tuple[str, list]]) -> dic
         for side, (name, args) in sides.items():
             found[side].append(child(module, name, *args))
             print(f"{module}: {side} done", file=sys.stderr, flush=True)
+    return found
+
+
+def alternate(module: str, turns: int,
+              sides: dict[str, tuple[str, list]]) -> dict[str, tuple[dict, list[dict]]]:
+    """{side: (generator's name, its arguments)} -> {side: (what it yields first, its turns)}.
+
+    All sides' processes are there at once and wait while others work: the first of each, which is
+    its setting up and gets `gb`, then `turns` times a turn of each.
+    """
+    processes, found = {}, {}
+    for side, (name, args) in sides.items():
+        processes[side] = Child(module, name, *args)
+        found[side] = processes[side].turn(), []
+        print(f"{module}: {side} ready", file=sys.stderr, flush=True)
+    for _ in range(turns):
+        for side, process in processes.items():
+            found[side][1].append(process.turn())
+    for side, process in processes.items():
+        found[side][0]["gb"] = process.end()
     return found
 
 
@@ -125,15 +188,18 @@ class Spread:
         return cls(statistics.median(found), min(found), max(found), len(found))
 
 
-def ratio(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]],
-          unit: str = "") -> str:
-    """`1.44 (1.31 to 1.52 by round)`: what was measured above over what was below, `unit` behind
-    it. Each round has a ratio, of its medians, for its sides ran one behind the other; the median
-    of these, and the least and the most of several."""
-    rounds = Spread.of([statistics.median(a) / statistics.median(b)
-                        for a, b in zip(above, below, strict=True)])
-    said = f"{rounds.median:.2f}{unit}"
-    return f"{said} ({rounds.least:.2f} to {rounds.most:.2f} by round)" if rounds.n > 1 else said
+def ratio(above: Sequence[float], below: Sequence[float], unit: str = "") -> str:
+    """`1.44 (quartiles 1.38, 1.52)`: what was measured above over what was below, `unit` behind it.
+
+    Each round, or turn, has a ratio, for in it the sides ran one behind the other; the median of
+    these, and between what its middle half lies: of two or three the least and the most.
+    """
+    each = sorted(a / b for a, b in zip(above, below, strict=True))
+    said = f"{statistics.median(each):.2f}{unit}"
+    if len(each) > 3:
+        low, _, high = statistics.quantiles(each, n=4)
+        return f"{said} (quartiles {low:.2f}, {high:.2f})"
+    return f"{said} ({each[0]:.2f} to {each[-1]:.2f} by round)" if len(each) > 1 else said
 
 
 def std(width: int) -> float:

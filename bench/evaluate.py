@@ -26,7 +26,6 @@ import json
 import sys
 import tempfile
 import time
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,7 @@ def job(s: Settings) -> str:
             sides |= {f"lm-eval, batch {n}": ("theirs", [name, s.size, folder, n])
                       for n in batches}
             runs = in_turn(HERE, s.rounds, sides)
-            took = {side: [[x["seconds"]] for x in done] for side, done in runs.items()}
+            took = {side: [x["seconds"] for x in done] for side, done in runs.items()}
             first = runs["ours"][0]
             for side, done in runs.items():
                 if side == "ours":
@@ -188,7 +187,7 @@ def job(s: Settings) -> str:
                     if gap > APART or abs(run["acc"] - accuracy(first)) > 1e-9:
                         s.faults.append(f"{name}, {side}: log-likelihoods {gap:.1e} apart, "
                                         f"accuracy {run['acc']} beside {accuracy(first)}")
-            spread = {side: Spread.of([*chain(*x)]) for side, x in took.items()}
+            spread = {side: Spread.of(x) for side, x in took.items()}
             best = min((x for x in took if x != "ours"), key=lambda x: spread[x].median,
                        default=None)
             for side, done in runs.items():

@@ -12,9 +12,10 @@ sides must give the same ids (in bf16 the first of them: later ones hang on roun
 answers as another model does, one of weights rounded to eight bits, and is held to that model's
 first ids.
 
-All figures are medians over the rounds. Seconds of a step are those of a whole answer without those
-of its prompt and first id, both measured. Its share of the limit is the bytes of the weights, one a
-number where they are int8, over these seconds, over what the machine reads a second. That is
+A turn is all prompts once; all sides of a case are there at once, which takes up to 16 GB, and take
+turns. All figures are medians over these. Seconds of a step are those of a whole answer without
+those of its prompt and first id, both measured. Its share of the limit is the bytes of the weights,
+one a number where they are int8, over these seconds, over what the machine reads a second. That is
 measured before and after each case that it bounds, and the larger of the two counts: what others do
 on the machine then makes a share smaller, not larger.
 """
@@ -26,11 +27,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from bench import Settings, Spread, child, in_turn, installed, limits, main, ratio, std, table
+from bench import Settings, Spread, alternate, child, installed, limits, main, ratio, std, table
 
 HERE = "bench.generate"
 SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary
@@ -175,8 +177,8 @@ def continuous(case: Case, folder: str, ends: list[int]) -> Any:
     return run
 
 
-def measure(side: str, name: str, size: str, folder: str) -> dict[str, Any]:
-    """Seconds for the first ids alone and for whole answers, and the answers."""
+def measure(side: str, name: str, size: str, folder: str) -> Iterator[dict[str, Any]]:
+    """Each turn: seconds for the first ids alone and for whole answers, and the answers."""
     import torch
 
     case = case_of(name, size)
@@ -188,12 +190,14 @@ def measure(side: str, name: str, size: str, folder: str) -> dict[str, Any]:
              "transformers, continuous": continuous}
     run = sides[side](case, folder, ends)
     run(prompts[:1], 2)  # every weight is in memory, every thread has begun
-    found = {}
-    for key, new in (("first", 1), ("whole", case.new)):
-        begun = time.perf_counter()
-        ids = run(prompts, new)
-        found[key] = time.perf_counter() - begun
-    return {**found, "ids": ids}
+    yield {}
+    while True:
+        found = {}
+        for key, new in (("first", 1), ("whole", case.new)):
+            begun = time.perf_counter()
+            ids = run(prompts, new)
+            found[key] = time.perf_counter() - begun
+        yield {**found, "ids": ids}
 
 
 def likely(name: str, size: str, folder: str, int8: bool = False) -> list[list[int]]:
@@ -253,8 +257,9 @@ def job(s: Settings) -> str:
             here = [*sides, *["ours, compiled"] * (case.rows == 1), *["ours, int8"] * narrow,
                     *["transformers, continuous"] * (name == "ragged" and len(sides) > 1)]
             before = limits.measured(s.size)["read"] if case.together and rows else peaks["read"]
-            runs = in_turn(HERE, s.rounds, {side: ("measure", [side, name, s.size, folder])
-                                            for side in here})
+            done = alternate(HERE, s.rounds, {side: ("measure", [side, name, s.size, folder])
+                                              for side in here})
+            runs, gb = ({side: x[i] for side, x in done.items()} for i in (1, 0))
             after = limits.measured(s.size)["read"] if case.together else before
             may = None
             if narrow and "transformers" in sides:
@@ -263,13 +268,14 @@ def job(s: Settings) -> str:
                 may = {side: rounded if side == "ours, int8" else plain for side in runs}
             if not agree(case, runs, may):
                 s.faults.append(f"{name}: the sides give different ids")
-            rows += lines(name, case, runs, max(before, after))
+            rows += lines(name, case, runs, gb, max(before, after))
     head = ["case", "", "prompts, side by side", "ids/s", "range",
             "times transformers' best", "ms a step", "of the read limit, GB/s", "peak GB"]
     return table(head, rows) + "\n\n" + limits.words(peaks, "transformers")
 
 
-def lines(name: str, case: Case, runs: dict[str, list[dict]], read: float) -> list[list[str]]:
+def lines(name: str, case: Case, runs: dict[str, list[dict]], held: dict[str, dict],
+          read: float) -> list[list[str]]:
     """A case's rows of the table."""
     C, M, L, H, K, V = SHAPES[case.shape]
     matrices = V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M)  # the head, not the table
@@ -282,17 +288,17 @@ def lines(name: str, case: Case, runs: dict[str, list[dict]], read: float) -> li
         speed = Spread.of(speeds[side])
         size = matrices * (1 if side == "ours, int8" else 2 if case.dtype == "bfloat16" else 4)
         step = statistics.median((x["whole"] - x["first"]) / (case.new - 1) for x in done)
-        times = ratio([[x] for x in speeds[side]], [[x] for x in speeds[best]]) if best else "-"
+        times = ratio(speeds[side], speeds[best]) if best else "-"
         beams = f" x {case.beams} beams" if case.beams > 1 else ""
         found.append([f"{name}: {case.shape}, {case.dtype}", side,
                       f"{case.prompts}, {case.rows // case.beams}{beams}", f"{speed.median:.1f}",
                       f"{speed.least:.1f} to {speed.most:.1f}", times,
                       f"{1000 * step:.1f}" if case.together else "-",
                       f"{size / step / 1e9 / read:.0%} of {read:.1f}" if case.together else "-",
-                      f"{statistics.median(x['gb'] for x in done):.2f}"])
+                      f"{held[side]['gb']:.2f}"])
     return found
 
 
 if __name__ == "__main__":
     sys.exit(main(HERE, "Generation", {"draw": draw, "likely": likely, "measure": measure},
-                  job, list(CASES)))
+                  job, list(CASES), unit="turns"))

@@ -166,7 +166,7 @@ def beside(s: Settings, case: str, file: str, what: str) -> str:
     took = {side: Spread.of([x["seconds"] for x in done]) for side, done in runs.items()}
     best = min((side for side in sides if sides[side][0] == "theirs"),
                key=lambda side: took[side].median, default=None)
-    seconds = {side: [[x["seconds"]] for x in done] for side, done in runs.items()}
+    seconds = {side: [x["seconds"] for x in done] for side, done in runs.items()}
     for side, done in runs.items():
         x = took[side]
         rows.append([side, f"{mb / x.median:.1f}", f"{x.least:.1f} to {x.most:.1f}",

@@ -206,7 +206,7 @@ def compare(case: str, s: Settings, folder: str, made: dict) -> tuple[list, str]
     for side, done in runs.items():
         took = Spread.of([x["seconds"] for x in done])
         one, gb = done[0], statistics.median(x["gb"] for x in done)
-        found[side] = [[x["seconds"]] for x in done], gb
+        found[side] = [x["seconds"] for x in done], gb
         rows.append([
             CASES[case], side, f"{one['trained'] / took.median:,.0f}",
             f"{made['real'] / took.median:,.0f}", f"{took.median:.1f}",

@@ -1,13 +1,15 @@
 """A training step here against a plain transformers (+ peft) loop, on this machine's CPU.
 
-    python -m bench.train_step [--quick] [--cases full lora large fp32] [--rounds 2] [--write]
+    python -m bench.train_step [--quick] [--cases full lora large fp32] [--rounds 10] [--write]
 
 The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
 tokens, dtype, start of LoRA, fused AdamW and clipping, and the allocator's settings that train.py
-takes for itself (ranks.keep_freed). Peers are measured as they come and compiled. The losses of the
-first and of the last step must agree, or not the same was measured: that is an error. A peer that
-keeps its adapter in bf16 rounds each update to eight bits, so it takes steps of its own: its last
-loss may be further away, by less than what an adapter that stood still would be.
+takes for itself (ranks.keep_freed). Peers are measured as they come and compiled. All sides of a
+case are there at once, which takes 14 GB, and step in turn: a step is compared with one of the same
+seconds, not of minutes later. Losses of the first and of a later step must agree, or not the same
+was measured: that is an error. A peer that keeps its adapter in bf16 rounds each update to eight
+bits, so it takes steps of its own: its later loss may be further away, by less than what an adapter
+that stood still would be.
 """
 
 from __future__ import annotations
@@ -16,11 +18,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench import Settings, Spread, child, in_turn, limits, main, ratio, std, table
+from bench import Settings, Spread, alternate, child, limits, main, ratio, std, table
 
 HERE = "bench.train_step"
 MODELS = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary, rows, row length
@@ -44,7 +45,8 @@ CASES = {  # what is trained, on which model, and by whom; "+" parts a side from
 QUICK = {"full": ["ours", "transformers"], "lora": ["ours", "peft"]}  # compiling takes minutes
 RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 3e-4, (0.9, 0.95), 0.1, 1.0
 APART = {"full": 1e-3, "lora": 1e-3, "large": 1e-3, "fp32": 1e-4}  # of the loss, at most
-OWN = 5e-3  # of the last loss, of a peer that rounds what it trains
+OWN = 5e-3  # of the later loss, of a peer that rounds what it trains
+WARM, LATER = 2, 5  # steps before the first that counts; the turn whose loss is compared
 
 
 def draw(model: str, folder: str, dtype: str) -> int:
@@ -164,19 +166,19 @@ def plain_step(model: Any, name: str, autocast: bool) -> Callable[[], float]:
     return step
 
 
-def measure(side: str, case: str, name: str, folder: str, steps: int) -> dict:
-    """Losses of all steps, seconds of those after the warm-up, parameters trained, FLOP a step."""
+def measure(side: str, case: str, name: str, folder: str) -> Iterator[dict]:
+    """First the losses of a warm-up, the parameters trained and FLOP a step; then each step's
+    seconds and loss."""
     who, *options = side.split(" + ")
     step, model = (ours if who == "ours" else peer)(case, name, folder, options)
-    losses, seconds = [step(), step()], []
-    for _ in range(steps):
-        begun = time.perf_counter()
-        losses.append(step())
-        seconds.append(time.perf_counter() - begun)
     *_, B, T = MODELS[name]
-    return {"losses": losses, "seconds": seconds,
-            "flops": model.flops_per_token(T) * B * T if who == "ours" else None,
-            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    yield {"losses": [step() for _ in range(WARM)],
+           "flops": model.flops_per_token(T) * B * T if who == "ours" else None,
+           "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    while True:
+        begun = time.perf_counter()
+        loss = step()
+        yield {"seconds": time.perf_counter() - begun, "loss": loss}
 
 
 def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str]:
@@ -189,37 +191,34 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
     *_, B, T = MODELS[name]
     draw_as = "bfloat16" if name == "1.1B" else "float32"
     n = child(HERE, "draw", name, folder, draw_as)
-    steps = {"full": 5, "quick": 2, "tiny": 1}[s.size]
-    runs = in_turn(HERE, s.rounds, {
-        side: ("measure", [side, case, name, folder, steps]) for side in sides})
-    rows, found, losses = [], {}, {}
-    flops = runs["ours"][0]["flops"]
+    done = alternate(HERE, s.rounds, {side: ("measure", [side, case, name, folder])
+                                      for side in sides})
+    rows, found, ends = [], {}, {}
+    flops = done["ours"][0]["flops"]
     peak = peaks["float32" if case == "fp32" else "bfloat16"] * 1e9
-    for side, done in runs.items():
-        took = Spread.of([x for run in done for x in run["seconds"]])
-        gb = statistics.median(run["gb"] for run in done)
-        ends = [(run["losses"][0], run["losses"][-1]) for run in done]
-        losses[side] = ends
-        found[side] = ([run["seconds"] for run in done], gb)
+    for side, (first, steps) in done.items():
+        seconds, gb = [x["seconds"] for x in steps], first["gb"]
+        took = Spread.of(seconds)
+        ends[side], found[side] = (first["losses"][0], steps[:LATER][-1]["loss"]), (seconds, gb)
         rows.append([f"{what}, {n / 1e6:,.0f}M, {B} x {T}", side, f"{took.median:.3f}",
                      f"{took.least:.3f} to {took.most:.3f}", f"{B * T / took.median:,.0f}",
                      f"{flops / took.median / peak:.0%}", f"{gb:.2f}",
-                     *(f"{x:.5f}" for x in ends[0])])
-    apart, own = (max((abs(x / y - 1) for side, ends in losses.items() for run in ends
-                       for i, (x, y) in enumerate(zip(run, losses["ours"][0], strict=True))
+                     *(f"{x:.5f}" for x in ends[side])])
+    apart, own = (max((abs(x / y - 1) for side in ends
+                       for i, (x, y) in enumerate(zip(ends[side], ends["ours"], strict=True))
                        if (i == 1 and ROUNDED in side) == rounded), default=0.0)
                   for rounded in (False, True))
-    if apart > APART[case] or own > OWN or len({x[0]["trained"] for x in runs.values()}) > 1:
-        s.faults.append(f"{case}: losses {apart:.1e} apart, the last of a {ROUNDED} {own:.1e}, so "
+    if apart > APART[case] or own > OWN or len({x["trained"] for x, _ in done.values()}) > 1:
+        s.faults.append(f"{case}: losses {apart:.1e} apart, the later of a {ROUNDED} {own:.1e}, so "
                         "not the same was measured")
     said = f"Losses at most {apart:.0e} apart"
-    said += f", the last with a {ROUNDED} {own:.0e}" if own else ""
+    said += f", the later with a {ROUNDED} {own:.0e}" if own else ""
     return rows, f"- {what}, {n / 1e6:,.0f}M: {ratios(found)}. {said}."
 
 
-def ratios(found: dict[str, tuple[list[list[float]], float]]) -> str:
+def ratios(found: dict[str, tuple[list[float], float]]) -> str:
     """Speed and memory of ours beside each peer's best, eager with eager and compiled with
-    compiled; {side: (each round's seconds, GB)}."""
+    compiled; {side: (each step's seconds, GB)}."""
     said = []
     for compiled in (False, True):
         mine = f"ours{' + compile' if compiled else ''}"
@@ -228,7 +227,7 @@ def ratios(found: dict[str, tuple[list[list[float]], float]]) -> str:
         if mine not in found or not peers:
             continue
         seconds, gb = found[mine]
-        fastest = min(peers, key=lambda k: statistics.median(chain(*peers[k][0])))
+        fastest = min(peers, key=lambda k: statistics.median(peers[k][0]))
         smallest, first = min(peers, key=lambda k: peers[k][1]), next(iter(peers))
         said.append(f"{'compiled' if compiled else 'eager'} "
                     f"{ratio(peers[fastest][0], seconds, ' times')} the speed of the fastest peer "
@@ -247,15 +246,17 @@ def job(s: Settings) -> str:
         rows += more
         said.append(line)
     head = ["", "", "seconds a step", "range", "tokens/s", "of the product peak", "peak GB",
-            "first loss", "last loss"]
-    return (f"All sides start from the same weights and take the same tokens; how far their first "
-            f"and last losses are apart stands below. peft keeps its adapter in "
-            f"float32, as we do; with \"{ROUNDED}\" in bf16, and so each update is rounded. One "
-            f"allocator's settings for all.\n\n{table(head, rows)}\n\n"
+            "loss of step 1", f"of step {WARM + min(LATER, s.rounds)}"]
+    return (f"All sides start from the same weights, take the same tokens and step in turn, "
+            f"{s.rounds} times after {WARM}; a ratio is the median of each turn's. How far their "
+            f"losses are apart stands below. peft keeps its adapter in float32, as we do; with "
+            f"\"{ROUNDED}\" in bf16, and so each update is rounded. One allocator's settings for "
+            f"all.\n\n{table(head, rows)}\n\n"
             + "\n".join(said) + f"\n\n{limits.words(peaks, 'transformers', 'peft')}")
 
 
 CHILDREN: dict[str, Callable[..., Any]] = {"draw": draw, "measure": measure}
 
 if __name__ == "__main__":
-    sys.exit(main(HERE, "A training step, on a CPU", CHILDREN, job, list(CASES)))
+    sys.exit(main(HERE, "A training step, on a CPU", CHILDREN, job, list(CASES),
+                  rounds=10, quick=3, unit="steps"))

@@ -82,7 +82,46 @@ def test_a_jobs_options_reach_it(monkeypatch):
     assert [(s.size, s.rounds, s.cases) for s in found] == [("full", 3, ["two"]), ("quick", 1, [])]
 
 
-def test_a_ratio_has_the_range_of_its_rounds():
-    theirs, ours = [[3, 4, 5], [6, 6, 9]], [[2, 2, 2], [4, 4, 3]]
-    assert bench.ratio(theirs, ours, " times") == "1.75 times (1.50 to 2.00 by round)"
-    assert bench.ratio([[3, 4, 5]], [[2]]) == "2.00"
+def test_a_ratio_has_the_range_of_its_rounds_and_the_quartiles_of_many():
+    assert bench.ratio([4, 6], [2, 4], " times") == "1.75 times (1.50 to 2.00 by round)"
+    assert bench.ratio([4], [2]) == "2.00"
+    assert bench.ratio([1, 2, 3, 4, 100], [1] * 5) == "3.00 (quartiles 1.50, 52.00)"
+    assert bench.ratio([2, 20], [1, 10]) == "2.00 (2.00 to 2.00 by round)"  # a slow minute: of both
+
+
+JOB = """
+import os, sys, time
+import bench
+
+def turns(name, file):
+    print("a library's words")
+    os.system("echo a program's words")
+    yield {"name": name}
+    for i in range(3):
+        with open(file, "a") as f:
+            f.write(f"{name}{i} ")
+        yield {"i": i, "pid": os.getpid()}
+
+def job(s):
+    found = bench.alternate("job", s.rounds, {x: ("turns", [x, s.cases[0]]) for x in "ab"})
+    assert {first["gb"] > 0 for first, _ in found.values()} == {True}
+    assert [first["name"] for first, _ in found.values()] == ["a", "b"]
+    assert [[x["i"] for x in turns] for _, turns in found.values()] == [list(range(s.rounds))] * 2
+    assert len({x["pid"] for _, turns in found.values() for x in turns}) == 2
+    return "done"
+
+if __name__ == "__main__":
+    sys.exit(bench.main("job", "A job", {"turns": turns}, job, [sys.argv[-1]], unit="turns"))
+"""
+
+
+@pytest.mark.parametrize("rounds, code, said", [(3, 0, ""), (4, 1, "StopIteration")])
+def test_sides_that_stand_side_by_side_take_turns(tmp_path, monkeypatch, rounds, code, said):
+    """In two real processes; one that has no further turn ends the program with what it said."""
+    (tmp_path / "job.py").write_text(JOB)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "job", "--rounds", str(rounds), "--cases", str(tmp_path / "seen")],
+        cwd=bench.ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert (tmp_path / "seen").read_text() == "a0 b0 a1 b1 a2 b2 "
