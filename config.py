@@ -20,6 +20,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
+import threads  # noqa: F401, for flags are read before torch is loaded
 from log import FLAGS, UserError
 
 T = TypeVar("T")

@@ -30,6 +30,8 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+import threads  # noqa: F401, of all sides
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/benchmarks.md"
 UNIT = 2**30 if sys.platform == "darwin" else 2**20  # of the system's peak of memory, in a GB
@@ -105,12 +107,13 @@ class Child:
     """A function of a benchmark in a new process; the program ends with what it said if it fails.
     """
 
-    def __init__(self, module: str, name: str, *args: Any):
+    def __init__(self, module: str, name: str, *args: Any, **environment: str):
         self.what = " ".join(map(str, (name, *args)))
         self.complained = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--child", name, json.dumps(args)], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complained)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complained,
+            env=os.environ | environment)
 
     def turn(self) -> Any:
         """What it returns, or yields next."""

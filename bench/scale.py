@@ -1,14 +1,16 @@
-"""One rank and two, by DDP and FSDP2, here and by transformers + accelerate; and what a checkpoint
-costs while training goes on.
+"""One rank and two, by DDP and FSDP2, here and by transformers + accelerate; what a checkpoint
+costs while training goes on; and two programs on the same cores.
 
-    python -m bench.scale [--quick] [--cases none ddp fsdp stall] [--rounds 2] [--write]
+    python -m bench.scale [--quick] [--cases none ddp fsdp stall beside] [--rounds 2] [--write]
 
 Two CPU processes that talk by gloo share one machine's cores, so the second rank brings no speed:
 what is measured is what sharing costs beside the peer's, at equal threads a rank and with the same
 allocator. Losses of the first and last step must agree between all sides.
 
 What a checkpoint costs is measured as the loop goes: turns of it without a save, then turns from
-the save on until the files have their names, again and again in one process.
+the save on until the files have their names, again and again in one process. Two programs that know
+nothing of each other each take all cores, step for step at the same time, with threads that wait as
+libgomp's do by themselves and as ours do (threads.py).
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench import Settings, Spread, child, in_turn, installed, limits, main, table
+import threads as waiting
+from bench import Child, Settings, Spread, child, in_turn, installed, limits, main, table
 from bench.train_step import MODELS, draw, tokens_of
 
 HERE = "bench.scale"
@@ -198,6 +202,46 @@ def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[s
     return on_ranks(world, threads, rank)[0]  # all ranks take each turn together
 
 
+def alone(side: str, model: str, folder: str) -> Iterator[float]:
+    """Seconds of each step of one rank on all cores, after two."""
+    step, tokens = {"ours": ours, "accelerate": accelerate}[side]("none", folder), tokens_of(model)
+    step(tokens), step(tokens)
+    while True:
+        begun = time.perf_counter()
+        step(tokens)
+        yield time.perf_counter() - begun
+
+
+def beside(s: Settings) -> str:
+    """Seconds of a step of one program, and of two at the same time."""
+    model = {"full": "30M", "quick": "10M", "tiny": "tiny"}[s.size]
+    turns = {"full": 4, "quick": 2, "tiny": 1}[s.size]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as both:
+        child(HERE, "draw", model, folder, "float32")
+        for side in ("ours", "accelerate"):
+            if side != "ours" and not installed(side):
+                continue
+            for spins in (waiting.OWN, waiting.SHORT):
+                took = []
+                for n in (1, 2):
+                    programs = [Child(HERE, "alone", side, model, folder,
+                                      GOMP_SPINCOUNT=str(spins)) for _ in range(n)]
+                    took.append(Spread.of([x for _ in range(turns) for x in
+                                           both.map(Child.turn, programs)]))
+                    for program in programs:
+                        program.end()
+                rows.append([side, f"{spins:,}",
+                             *(f"{x.median:.3f} ({x.least:.3f} to {x.most:.3f})" for x in took),
+                             f"{took[1].median / took[0].median:.1f}"])
+    return (
+        f"Two programs on the same cores ({model}), one rank each. Spins: how often a thread looks "
+        f"for its next work before it sleeps (GOMP_SPINCOUNT); {waiting.OWN:,} is libgomp's own, "
+        f"{waiting.SHORT:,} ours.\n\n"
+        + table(["side", "spins", "a step alone (range), s", "beside the other, s",
+                 "times as long"], rows))
+
+
 def speeds(s: Settings, ways: list[str]) -> str:
     """Steps of both sides, in turn."""
     model = {"full": "110M", "quick": "10M", "tiny": "tiny"}[s.size]
@@ -265,15 +309,17 @@ def stalls(s: Settings, ways: list[str]) -> str:
 
 def job(s: Settings) -> str:
     """All sides in turn, and the checkpoints."""
-    cases = s.cases or (["ddp", "stall"] if s.size == "quick" else [*WAYS, "stall"])
+    cases = s.cases or (["ddp", "stall"] if s.size == "quick" else [*WAYS, "stall", "beside"])
     ways = [x for x in WAYS if x in cases]
     parts = [speeds(s, ways)] if ways else []
-    alone = s.size == "quick" and not s.cases
-    parts += [stalls(s, ["none"] if alone else ways or list(WAYS))] if "stall" in cases else []
+    few = s.size == "quick" and not s.cases
+    parts += [stalls(s, ["none"] if few else ways or list(WAYS))] if "stall" in cases else []
+    parts += [beside(s)] if "beside" in cases else []
     return "\n\n".join(
         [*parts, limits.words(limits.measured(s.size), "transformers", "accelerate")])
 
 
 if __name__ == "__main__":
     sys.exit(main(HERE, "One rank and two; a checkpoint while training goes on",
-                  {"draw": draw, "measure": measure, "stall": stall}, job, cases=[*WAYS, "stall"]))
+                  {"draw": draw, "measure": measure, "stall": stall, "alone": alone}, job,
+                  cases=[*WAYS, "stall", "beside"]))

@@ -81,3 +81,28 @@ def test_on_a_cpu_freed_memory_is_kept_for_the_next_step_unless_the_environment_
         for name, more in (("ours", {}), ("theirs", {"MALLOC_MMAP_THRESHOLD_": "1048576"}))}
     assert said["ours"][0] < 0.1 and said["ours"][1] > 0.9  # shares of the pages that came anew
     assert said["theirs"][0] > 0.9
+
+
+FIRST = """
+import importlib, os, sys
+
+class Seen:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Seen())
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "export"])
+@pytest.mark.parametrize("env, spins", [
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(command, env, spins):
+    """libgomp reads it once; what a user has set stands."""
+    plain = {k: v for k, v in ENV.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", FIRST, command], cwd=ROOT, env={**plain, **env},
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == spins, done.stderr

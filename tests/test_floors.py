@@ -26,7 +26,7 @@ FLOORS = {
     "suites": 2, "shards": 2,
     "config": 1, "attention": 1, "families": 1, "hub": 1, "nf4": 1,
     "web": 1,  # strangers at the door: it knows no model, only a function that answers
-    "log": 0, "ahead": 0,
+    "log": 0, "ahead": 0, "threads": 0,
 }
 COMMANDS = {name for name, floor in FLOORS.items() if floor == 12}
 KNOW_KINYARWANDA = {"prepare", "train", "suites", "judge"}  # train: the demo
