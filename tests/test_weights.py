@@ -596,6 +596,14 @@ def test_one_number_that_is_none_is_found(copy, bad, dtype):
         assert Q in said and "model.safetensors" in said
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_numbers_are_taken_though_their_sum_is_infinite(copy, dtype):
+    folder = edit(copy(dtype=dtype), lambda t: t[Q].fill_(torch.finfo(dtype).max))
+    model, _ = weights.load(folder, dtype=dtype)
+    q = model.get_parameter(Q)
+    assert not q.sum().isfinite() and q.isfinite().all()
+
+
 def test_many_wrong_tensors_are_five_names_and_a_count(copy):
     folder = edit(copy(), lambda t: [t.pop(k) for k in list(t) if "proj" in k and k != Q])
     said = refusal(weights.load, folder)
