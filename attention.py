@@ -152,7 +152,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float,
     mask, causal = layout.mask, layout.mask is None and T > 1
     if causal and (cap or 0 < layout.window < T):
         mask, causal = causal_mask(T, layout.window, q.device), False
-    grouped = mask is None and not cap  # by the kernel itself: no copies of k and v
+    # by the kernel itself: no copies of k and v; of a GPU's others none is fused that can
+    grouped = mask is None and not cap and (q.is_cpu or flash(q.device, q.dtype, D))
     if T == 1:  # nor here: a group's heads are as many queries of the same keys
         q = q.reshape(B, k.shape[1], -1, D)  # (B,K,H/K,D)
     elif k.shape[1] != H and not grouped:
@@ -188,10 +189,14 @@ def varlen() -> tuple[Any, bool]:
 
 def kernel(device: torch.device, dtype: torch.dtype, D: int) -> str:
     """What computes packed rows here: `offsets`, that kernel, or `tiles` where this torch has none;
-    neither (a mask) but on an Ampere GPU or later, in 16 bits, for heads to width 256."""
-    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and D <= 256 \
+    neither (a mask) where there is no flash kernel."""
+    return fused() if flash(device, dtype, D) else ""
+
+
+def flash(device: torch.device, dtype: torch.dtype, D: int) -> bool:
+    """Whether a GPU has torch's flash kernels: Ampere or later, in 16 bits, heads to width 256."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and D <= 256 \
         and torch.cuda.get_device_capability(device) >= (8, 0)
-    return fused() if fits else ""
 
 
 def fused() -> str:
@@ -202,14 +207,15 @@ def fused() -> str:
 def attend_offsets(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     """`attend` by one kernel over documents end to end; no host waits, nothing depends on their
     number."""
-    (T, H), K = q.shape[1:3], k.shape[2]
+    (T, H, D), K = q.shape[1:], k.shape[2]
     kernel, grouped = varlen()
     if K != H and not grouped:
         k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
     more = {"enable_gqa": True} if K != H and grouped else {}
-    y = kernel(*(x.flatten(0, 1) for x in (q, k, v)), layout.offsets, layout.offsets, T, T,
-               scale=scale, window_size=(layout.window - 1, 0), **more)  # (-1, 0): causal
-    return y.view(q.shape)
+    q, k, v = (F.pad(x.flatten(0, 1), (0, -D % 8)) for x in (q, k, v))  # it takes no other widths
+    y = kernel(q, k, v, layout.offsets, layout.offsets, T, T, scale=scale,
+               window_size=(layout.window - 1, 0), **more)  # (-1, 0): causal
+    return y[..., :D].reshape(-1, T, H, D)
 
 
 def tiles_of(doc: Tensor, window: int) -> Any:

@@ -306,9 +306,12 @@ def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
     words = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
              "r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout, "bias": "none",
              "use_rslora": one.rslora, "use_dora": one.lora_magnitude_vector is not None,
-             "inference_mode": True,
-             "target_modules": sorted({name.rsplit(".", 1)[-1] for name in found})}
-    if len(layers) < len(everywhere):
+             "inference_mode": True}
+    ends = {name.rpartition(".")[2] for name in found}
+    meant = {name for name, m in model.named_modules() if isinstance(m, Base | LoRALinear)
+             and name.rpartition(".")[2] in ends and layer_of(name) in layers}
+    words["target_modules"] = sorted(ends if meant == set(found) else found)
+    if len(layers) < len(everywhere) and meant == set(found):
         words["layers_to_transform"] = layers
     if whole:
         modules = {name.rpartition(".")[0] for name in whole}

@@ -154,7 +154,8 @@ class Cut:
                 held.see(p.data, APART, again=True)
             self.groups.setdefault(layer, []).append(p)
         self.group = {p: group for group in self.groups.values() for p in group}
-        most = max(sum(p.numel() for p in x) for i, x in self.groups.items() if i >= 0)
+        most = max((sum(p.numel() for p in x) for i, x in self.groups.items() if i >= 0),
+                   default=0)  # QLoRA's blocks are cut by none of theirs
         self.gathered = torch.empty((1 + self.copies) * most, dtype=dtype)
         self.whole: dict[nn.Parameter, Tensor] = {}
         self.gradients: dict[nn.Parameter, Tensor] = {}

@@ -101,6 +101,8 @@ def keep_reference(model: Llama, streams: Sequence[Whole], folder: Path, name: s
                 aside.rename(file)
             ranks.barrier()
         stream.source.reference = np.memmap(file, "<f4", "r", shape=shape)
+    for m in ranks.shards:
+        m.reshard()  # what a pass leaves whole is freed by the next: nobody may hold it
 
 
 @torch.inference_mode()

@@ -321,7 +321,8 @@ class Ranks:
 
     def peak_flops(self) -> float | None:
         """What this GPU can multiply in a second at most; None where no data sheet says."""
-        return next((peak for key, peak in PEAKS.items() if key in str(self)), None)
+        words = str(self).replace("-", " ").split()  # an L40 is no L4
+        return next((peak for key, peak in PEAKS.items() if key in words), None)
 
     def memory_gb(self) -> float:
         """The most memory held so far, GB of 2^30: on the GPU, or of the whole process on a CPU."""

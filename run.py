@@ -28,6 +28,7 @@ import torch
 
 import checkpoint
 import config
+import flags
 import fp8
 import hub
 import log
@@ -122,6 +123,8 @@ class Run:
         if fresh:
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
+        elif s.tune != "full":
+            flags.check_adapter(s, lora.adapter_config(model, ""))
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         if model.lm_head is None and model.head.requires_grad:
@@ -149,11 +152,7 @@ class Run:
 
         each = s.seq_len * ranks.world  # tokens of a row on every rank
         if s.rows == "auto":
-            if not s.tokens_per_step:
-                raise UserError("--rows auto: give --tokens-per-step too, which it divides", FLAGS)
-            tries = watch.Memory(model, objective, ranks)
-            s = dataclasses.replace(s, rows=1 if s.tokens_per_step % each else watch.most_rows(
-                s.tokens_per_step // each, lambda n: tries.fits(n, load(n).next)))
+            s = dataclasses.replace(s, rows=watch.rows_that_fit(s, model, objective, ranks, load))
             log.say(f"--rows auto: {s.rows}")
         if s.compile:  # for these rows
             model.model.compile_blocks(ranks.device)

@@ -203,6 +203,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import checkpoint  # noqa: E402
+import flags  # noqa: E402
 import optim  # noqa: E402
 import plan  # noqa: E402
 import preference  # noqa: E402
@@ -297,7 +298,7 @@ def loop(run: Run) -> int:
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
     peak, needed = ranks.peak_flops(), plan.needed(run)
     watch = Watch(run.out, run.loader, ranks, run.step, run.past)
-    stop, looks = 0, run.held or run.guards.suites
+    stop, looks = 0, run.held or run.guards.suites or s.prompts
     run.model.train()
     if run.step == 0 and looks:
         metrics.write(step=0, **run.look())
@@ -362,36 +363,8 @@ def loop(run: Run) -> int:
 
 def train(s: Settings, origins: dict[str, str]) -> int:
     """One run, from settings to the saved result; 0 done, 130 or 143 interrupted and saved."""
-    fit = {"seq-len": s.seq_len >= 2, "warmup": s.warmup >= 0, "plan-price": s.plan_price >= 0,
-           "keep": s.keep >= 2, "steps": s.steps >= 0, "embedding-lr": s.embedding_lr >= 0,
-           "hold-out": 0 <= s.hold_out < 1, "clip": s.clip > 0, "lora-plus": s.lora_plus > 0,
-           "rows": s.rows == "auto" or s.rows >= 1, "plan-share": 0 < s.plan_share < 1,
-           "rank-timeout": s.rank_timeout > 0, "lr": s.lr > 0, "suite-items": s.suite_items >= 0,
-           "tokens-per-step": s.tokens_per_step >= 0, "beta": s.beta > 0, "ema": 0 <= s.ema < 1,
-           "epochs": s.epochs > 0, "max-epochs-per-source": s.max_epochs_per_source >= 0,
-           "eval-tokens": s.eval_tokens > 0, "nll-weight": s.nll_weight >= 0,
-           "neftune": s.neftune >= 0, "label-smoothing": 0 <= s.label_smoothing < 1}
-    for name in (x for x, good in fit.items() if not good):
-        raise UserError(f"--{name} {getattr(s, name.replace('-', '_'))}: out of range; seq-len and "
-                        "keep are at least 2, hold-out, plan-share, ema and label-smoothing "
-                        "below 1, the others above 0", FLAGS)
-    if s.mode != "cpo" and (s.arpo or s.nll_weight != 1):
-        raise UserError("--arpo and --nll-weight: say something with --mode cpo alone", FLAGS)
-    if s.max_epochs_per_source and not s.steps:
-        raise UserError("--max-epochs-per-source: says nothing without --steps; give them", FLAGS)
-    idle = ("lora_layers", "rslora", "dora") if s.tune == "full" else ("train_layers",)
-    idle += ("double_quant",) * (s.tune != "qlora") + ("recompute_light",) * s.recompute
-    idle += ("neftune", "label_smoothing") if MODES[s.mode][0] == "pairs" else ()
-    if s.tune == "full" and not s.train_layers:
-        idle += ("train_embeddings", "train_norms")  # they do
-    if s.optimizer == "adamw-bf16" and (s.tune != "full" or s.train_layers or s.ema):
-        raise UserError("--optimizer adamw-bf16: is for all weights; a part that trains, and an "
-                        "average, are kept in float32: take adamw or adamw8bit", FLAGS)
-    for name in idle:
-        if getattr(s, name):
-            raise UserError(f"--{name.replace('_', '-')}: says nothing here, with --mode {s.mode} "
-                            f"and --tune {s.tune}{' and --recompute' * s.recompute}; leave it out",
-                            FLAGS)
+    if not s.resume:  # else as the run began
+        flags.check(s, MODES[s.mode][0])
     if s.plan_for:
         plan.foretell(s)
         return 0

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import log
+import optim
 import ranks as shares
 from data import Batch, Loader, Stream, Whole
 from log import BAD_INPUT, FLAGS, REFUSALS, STORAGE, UserError
@@ -156,15 +157,17 @@ def out_of_memory(e: BaseException) -> bool:
 class Memory:
     """Tries micro-batches of more and more rows, and whether the optimizer would still fit."""
 
-    def __init__(self, model: nn.Module, objective: Any, ranks: Ranks):
+    def __init__(self, model: nn.Module, objective: Any, ranks: Ranks, kind: str, ema: float):
         self.model, self.objective, self.ranks = model, objective, ranks
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        moments = sum(shares.rows(p)[1].numel() for p in self.trained) * 8 / shares.GiB
-        self.limit = 0.92 * ranks.memory_limit_gb() - moments
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trained = list(named.values())
+        moments = sum(optim.bytes_held(n, shares.rows(p)[1], kind, ema) for n, p in named.items())
+        self.limit = 0.92 * ranks.memory_limit_gb() - moments / shares.GiB
         self.seen = [(0, ranks.memory_gb())]  # rows, and the most memory held
 
-    def fits(self, rows: int, draw: Callable[[], Batch]) -> bool:
-        """Whether a forward and a backward pass over so many rows fit, on every rank.
+    def fits(self, rows: int, passes: int, draw: Callable[[], Batch]) -> bool:
+        """Whether forward and backward passes over so many rows fit, on every rank: one, or two,
+        where the first one's gradients stand beside all that the second holds.
 
         What the last two sizes let expect is not tried if it is too much: a CPU's process would be
         killed, not refused.
@@ -174,9 +177,10 @@ class Memory:
         fault = int(expected > self.limit)
         try:
             if not self.ranks.highest(fault)[0]:
-                self.ranks.meet(last=True)
-                batch = draw().to(self.ranks.device)
-                self.objective.total(self.model, batch).sum().backward()
+                for last in (False, True)[-passes:]:
+                    self.ranks.meet(last)
+                    batch = draw().to(self.ranks.device)
+                    self.objective.total(self.model, batch).sum().backward()
                 self.ranks.gradients(self.trained)
                 self.seen.append((rows, self.ranks.memory_gb()))
                 fault = int(self.seen[-1][1] > self.limit)
@@ -187,6 +191,18 @@ class Memory:
         for p in self.trained:
             p.grad = None
         return not self.ranks.highest(fault)[0]
+
+
+def rows_that_fit(s: Any, model: nn.Module, objective: Any, ranks: Ranks,
+                  load: Callable[[int], Loader]) -> int:
+    """What --rows auto is for settings `s`, of a step whose tokens they divide; 1 where one row on
+    every rank does not."""
+    if not s.tokens_per_step:
+        raise UserError("--rows auto: give --tokens-per-step too, which it divides", FLAGS)
+    total, left = divmod(s.tokens_per_step, s.seq_len * ranks.world)
+    tries = Memory(model, objective, ranks, s.optimizer, s.ema)
+    return 1 if left else most_rows(
+        total, lambda n: tries.fits(n, min(2, total // n), load(n).next))
 
 
 def most_rows(total: int, fits: Callable[[int], bool]) -> int:

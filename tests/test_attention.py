@@ -120,10 +120,13 @@ def test_a_long_document_is_left_to_torchs_kernel():
 
 @pytest.mark.parametrize("window", [0, 9])
 @pytest.mark.parametrize("grouped", [True, False])
-def test_offsets_tell_the_flash_kernel_the_documents_and_the_window(monkeypatch, window, grouped):
+@pytest.mark.parametrize("D", [8, 20])
+def test_offsets_tell_the_flash_kernel_the_documents_and_the_window(
+        monkeypatch, window, grouped, D):
     """The kernel is a GPU's; here another stands in for it that reads the same arguments."""
     def kernel(q, k, v, at, at_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
         assert at.dtype == torch.int32 and at is at_k and enable_gqa == (k.shape[1] != q.shape[1])
+        assert q.shape[-1] % 8 == k.shape[-1] % 8 == v.shape[-1] % 8 == 0
         assert int(at.diff().max()) <= longest == longest_k and len(at) & (len(at) - 1) == 0
         doc = torch.repeat_interleave(torch.arange(len(at) - 1), at.diff())[None]
         assert window_size[1] == 0
@@ -134,10 +137,21 @@ def test_offsets_tell_the_flash_kernel_the_documents_and_the_window(monkeypatch,
     doc, pos = laid([10, 20, 4, 6, 31, 9], rows=2)
     layout = Layout.of(doc, pos, window=window, fused="offsets")
     assert layout.mask is None and layout.offsets[-1] == doc.numel()
-    inputs, g = drawn(2, 40, 4, 2, 8), tiny.drawn(2, 40, 4, 8, seed=9)
+    inputs, g = drawn(2, 40, 4, 2, D), tiny.drawn(2, 40, 4, D, seed=9)
     for a, b in zip(run(lambda *x: attend(*x, layout, 0.3), inputs, g),
                     run(lambda *x: plain(*x, doc, window, 0.3), inputs, g), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("capability, dtype, D, there", [
+    ((8, 0), torch.bfloat16, 64, True), ((9, 0), torch.float16, 256, True),
+    ((7, 5), torch.float16, 64, False), ((8, 0), torch.float32, 64, False),
+    ((8, 0), torch.bfloat16, 320, False)])
+def test_which_gpus_have_flash_kernels(monkeypatch, capability, dtype, D, there):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert attention.flash(torch.device("cuda"), dtype, D) == there
+    assert bool(attention.kernel(torch.device("cuda"), dtype, D)) == there
+    assert not attention.flash(torch.device("cpu"), dtype, D)
 
 
 @pytest.mark.gpu

@@ -443,6 +443,15 @@ def test_a_gpu_without_bf16_is_said_once_and_changes_no_dtype_that_was_asked_for
     assert gpu.compute_dtype("auto") == torch.bfloat16 and not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, peak", [
+    ("Tesla T4", 65e12), ("NVIDIA L4", 121e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GeForce RTX 4090", 165e12),
+    ("NVIDIA L40S", None), ("NVIDIA T400 4GB", None), ("NVIDIA A10", None)])
+def test_a_gpus_peak_is_that_of_no_other(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert Ranks(0, 2, torch.device("cuda")).peak_flops() == peak
+
+
 def test_a_cpu_trains_a_large_model_only_where_it_was_asked_to(place, monkeypatch):  # noqa: F811
     monkeypatch.setattr(memory, "SMALL", 1000)
     said = run(settings(place, "unasked", device="auto"), codes={FLAGS}, CUDA_VISIBLE_DEVICES="")
@@ -865,10 +874,15 @@ def test_rows_auto_never_tries_what_the_last_sizes_let_expect_not_to_fit():
 
     model = torch.nn.Linear(1, 1)
     objective = train.Objective(lambda m, b: m(torch.ones(1)).sum(), len)
-    memory = watch.Memory(model, objective, Grows(0, 1, torch.device("cpu")))
-    assert watch.most_rows(24, lambda n: memory.fits(n, lambda: (tried.append(n), Nothing())[1])) \
-        == 4
+    memory = watch.Memory(model, objective, Grows(0, 1, torch.device("cpu")), "adamw", 0.0)
+    assert watch.most_rows(
+        24, lambda n: memory.fits(n, 1, lambda: (tried.append(n), Nothing())[1])) == 4
     assert tried == [1, 2, 3, 4]
+    assert not memory.fits(4, 2, lambda: (tried.append(5), Nothing())[1])  # the second pass' more
+    kinds = {(kind, ema): watch.Memory(torch.nn.Linear(512, 512), objective, Grows(
+        0, 1, torch.device("cpu")), kind, ema).limit for kind in ("adamw", "adamw-bf16")
+        for ema in (0.0, 0.9)}
+    assert kinds["adamw-bf16", 0.0] > kinds["adamw", 0.0] > kinds["adamw", 0.9]
     with pytest.raises(UserError, match="not even one row"):
         watch.most_rows(24, lambda n: False)
 

@@ -24,7 +24,7 @@ FLOORS = {
     "layers": 3, "loss": 3, "chat": 3, "optim": 3, "words": 3,
     "lora": 2, "data": 2, "sampling": 2, "tokenizer": 2, "ranks": 2, "report": 2,
     "suites": 2, "shards": 2,
-    "config": 1, "attention": 1, "families": 1, "hub": 1, "nf4": 1,
+    "config": 1, "flags": 1, "attention": 1, "families": 1, "hub": 1, "nf4": 1,
     "web": 1,  # strangers at the door: it knows no model, only a function that answers
     "log": 0, "ahead": 0, "threads": 0,
 }

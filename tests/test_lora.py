@@ -170,6 +170,27 @@ def test_pefts_own_folder_opens_here_and_ours_there(tmp_path, shape, kind):
             ours(IDS, DOC, POS), theirs(IDS).logits[:, -1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("targets", [
+    ("layers.0.self_attn.q_proj", "v_proj"), ("layers.1.mlp.up_proj", "layers.0.mlp.up_proj"),
+    ("model.layers.1.self_attn.o_proj",), ("self_attn.q_proj", "down_proj")])
+def test_an_adapter_on_a_part_of_a_path_opens_again_here_and_in_peft(tmp_path, targets):
+    base = tiny.folder(tmp_path / "base", "llama3")
+    model, _ = weights.load(base)
+    attach(model, targets)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for x in lora.adapter_state(model).values():
+            x.add_(torch.empty_like(x).normal_(0, 0.1, generator=draw))
+        wanted = tiny.logits(model, IDS)
+        weights.save_adapter(model, tmp_path / "adapter", base, like=base)
+        again, _ = weights.load(tmp_path / "adapter")
+        assert lora.adapters(again).keys() == lora.adapters(model).keys()
+        assert torch.equal(tiny.logits(again, IDS), wanted)
+        peer = transformers.AutoModelForCausalLM.from_pretrained(base)
+        peer = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
+        assert tiny.apart(peer(IDS).logits, wanted) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "rsLoRA", "DoRA"])
 @pytest.mark.parametrize("whole", [(), ("embed_tokens", "lm_head")], ids=["", "embeddings"])
 @pytest.mark.parametrize("shape", ["llama3", "llama32"])  # a head of its own, and a tied one

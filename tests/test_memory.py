@@ -207,6 +207,16 @@ def test_what_cannot_fit_a_rank_is_refused_too(monkeypatch):
         memory.check(config, dataclasses.replace(s, shard="ddp"), torch.float32, two, 1)
 
 
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_of_qlora_a_rank_cuts_what_trains_whole_alone(embeddings):
+    """Blocks in four bits have no matrix that is cut, and adapters stay whole."""
+    config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
+    s = train.Settings(rows=1, seq_len=64, tune="qlora", shard="fsdp", train_embeddings=embeddings)
+    one, two = (memory.need(config, s, torch.bfloat16, world=n).total for n in (1, 2))
+    assert 0.5 * one < two < 1.2 * one
+    assert not embeddings or two < one
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["full", "full-recompute", "full-light", "bf16", "lora",
                                   "lora-recompute", "qlora", "qlora-recompute"])

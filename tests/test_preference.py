@@ -3,6 +3,7 @@ that cuts no example; shares with an epoch cap; runs of every mode as a person s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -579,8 +580,11 @@ def test_an_adapter_trained_further_is_its_own_reference(tmp_path):
     lora.attach(model, 4, 8, 0.0, ["all-linear"])
     for m in lora.adapters(model).values():
         torch.nn.init.normal_(m.lora_B.weight, std=0.3)
-    stream = whole(bin)
-    preference.keep_reference(model, [stream], tmp_path / "ref", "m", 2, ALONE)
+    stream, cut = whole(bin), []
+    part = type("Part", (), {"reshard": lambda self: cut.append(self)})()
+    alone = dataclasses.replace(ALONE, shards=[part])
+    preference.keep_reference(model, [stream], tmp_path / "ref", "m", 2, alone)
+    assert cut == [part]  # fsdp's: what a pass gathers is freed by the next
     b = Batch.of([stream.row(0)], [stream.source.reference[stream.number(0)]])
     sums = preference.total(model, b, SETTINGS)
     counts = preference.count(b, SETTINGS)

@@ -166,10 +166,27 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(place):
     (["--mode", "cpo", "--label-smoothing", "0.1"],
      "--label-smoothing: says nothing here, with --mode cpo"),
     (["--recompute", "--recompute-light"], "--tune full and --recompute; leave it out"),
+    (["--lora-rank", "64"], "--lora-rank: says nothing here, with --mode cpt and --tune full"),
+    (["--lora-plus", "16"], "--lora-plus: says nothing here, with --mode cpt and --tune full"),
+    (["--beta", "0.3"], "--beta: says nothing here, with --mode cpt"),
+    (["--beta1", "1.5"], "--beta1 1.5: out of range"), (["--beta2", "1"], "--beta2 1.0: out of"),
+    (["--seed", "-1"], "--seed -1: out of range"),
+    (["--tune", "lora", "--lora-dropout", "5"], "--lora-dropout 5.0: out of range"),
     (["--dtype", "fp8"], "--dtype fp8: needs a GPU that multiplies eight bits")])
 def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(place, flags, said):
     lines = call(command(place, "refused", *flags), code=2).strip().splitlines()
     assert said in lines[-1] and lines[-1].startswith("error: ")
+
+
+def test_an_adapter_goes_on_in_its_own_shape_or_is_refused(place):
+    call(command(place, "adapter", "--steps", "2", "--tune", "lora", "--lora-rank", "4"))
+    more = ["--steps", "2", "--tune", "lora", "--model", f"{place}/adapter/model"]
+    for flags, said in ((["--lora-rank", "8"], "--lora-rank: "), (["--dora"], "--dora: "),
+                        (["--train-embeddings"], "--train-embeddings: "),
+                        (["--lora-targets", "q_proj"], "--lora-targets: ")):
+        assert said in call(command(place, "other", *more, *flags), code=2).splitlines()[-1]
+    call(command(place, "further", *more, "--lora-rank", "4"))
+    assert json.loads((place / "further/model/adapter_config.json").read_text())["r"] == 4
 
 
 def test_settings_of_a_run_are_a_recipe_for_it(place):
