@@ -85,38 +85,39 @@ def files(specs: Iterable[str], kinds: Sequence[str] = KINDS) -> list[Path]:
         if spec.startswith("hf:"):
             named = hub.data(spec)
         elif (path := Path(spec)).is_dir():
-            named = sorted(p for p in path.rglob("*") if _kind(p) in kinds)
+            named = sorted(p for p in path.rglob("*") if kind_of(p) in kinds)
         else:
             matched = [spec] if path.is_file() else glob.glob(spec, recursive=True)
             named = sorted(Path(p) for p in matched)
         if not named:
             raise UserError(f"{spec}: no such file, and no file matches it")
         for p in named:
-            if _kind(p) not in kinds:
+            if kind_of(p) not in kinds:
                 raise UserError(f"{p}: unknown kind of file; known are {', '.join(kinds)}, and .gz "
                                 "of all but .json and .parquet")
         found += named
     return found
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """A file's suffix, before .gz."""
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def read(path: Path, unit: str = "auto", key: str = "text",
          max_bytes: int = 64 << 20) -> Iterator[Piece]:
-    """The documents of one file, streamed. `unit` says what a document of a .txt is; `key` names
-    the text elsewhere."""
-    kind = _kind(path)
+    """The documents of one file, streamed. `unit` says what a document of a .txt is, and of a file
+    of no known kind; `key` names the text elsewhere, "" takes lines of a .tsv as they are."""
+    kind = kind_of(path)
     if kind == ".parquet":
         yield from _parquet(path, key)
         return
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-            if kind == ".txt":
-                yield from _txt(f, path, choose_unit(path) if unit == "auto" else unit, max_bytes)
-            else:
+            if kind == ".jsonl" or (kind == ".tsv" and key):
                 yield from (_jsonl if kind == ".jsonl" else _tsv)(_lines(f, max_bytes), path, key)
+            else:
+                yield from _txt(f, path, choose_unit(path) if unit == "auto" else unit, max_bytes)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path}: not a whole gzip file ({e})") from None
     except OSError as e:
@@ -423,7 +424,7 @@ def _chunks(sources: list[Path], unit: str, key: str,
     chunk: list[Piece] = []
     size = 0
     for path in sources:
-        if _kind(path) == ".txt":
+        if kind_of(path) == ".txt":
             chosen = choose_unit(path) if unit == "auto" else unit
             say(f"{path}: a document is a {chosen}"
                 + (" (chosen: --documents says otherwise)" if unit == "auto" else ""))

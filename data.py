@@ -205,12 +205,18 @@ def hold_out(bin: Bin, share: float) -> np.ndarray:
     """Which documents are kept for evaluation, (N,) bool: those whose hash falls below `share`.
 
     A hash, not a draw: a document stays on its side when others come or go. Only the beginning is
-    hashed, so that two versions of one article fall on the same side. All there is is never held
-    out. A preference pair is one document here, and so are both directions of a translation pair.
+    hashed, so that two versions of one article fall on the same side: 64 tokens, but all of an
+    example before its first answer, as many may begin with one long system prompt. All there is is
+    never held out. Both documents of a preference pair are one, as are a pair's two directions.
     """
-    each, h = 2 if bin.meta["kind"] == "pairs" else 1, bin.groups
+    def beginning(i: int) -> np.ndarray:
+        asked = 0 if kind == "text" else bin.trained(i).argmax() or bin.starts[-1]  # all is trained
+        return bin.document(i)[: max(64, asked)]
+
+    kind, h = bin.meta["kind"], bin.groups
+    each = 2 if kind == "pairs" else 1
     if share > 0 and h is None:
-        digests = (hashlib.blake2b(bin.document(i)[:64].tobytes(), digest_size=8).digest()
+        digests = (hashlib.blake2b(beginning(i).tobytes(), digest_size=8).digest()
                    for i in range(0, len(bin), each))
         h = np.frombuffer(b"".join(digests), "<u8")
     if share <= 0 or (h == h[:1]).all():
@@ -268,14 +274,12 @@ class Stream:
 
     def __init__(self, source: Source, T: int, seed: Sequence[int]):
         self.source, self.bin, self.T, self.seed = source, source.bin, T, tuple(seed)
-        starts = self.bin.starts[source.documents]
-        lengths = self.bin.starts[source.documents + 1] - starts - 1  # predictions, not tokens
-        self.starts, self.lengths = starts[lengths > 0], lengths[lengths > 0]
+        lengths = np.diff(self.bin.starts)[source.documents] - 1  # predictions, not tokens
         self.documents = source.documents[lengths > 0]
+        self.starts, self.lengths = self.bin.starts[self.documents], lengths[lengths > 0]
         self.tokens = int(self.lengths.sum())  # predictions in an epoch
         if self.tokens == 0:
-            raise UserError(
-                f"{self.bin.folder}: no token to train on; a document needs at least two tokens")
+            raise UserError(f"{self.bin.folder}: no token to train on; no document has two")
         self.rows = -(-self.tokens // T)  # in an epoch; the last may have an unused tail
         self.epoch = -1
 
@@ -316,9 +320,7 @@ class Stream:
 
 def _empty(T: int) -> np.ndarray:
     """A row that holds nothing, (4, T)."""
-    out = np.empty((4, T), np.int64)
-    out[:] = [[0], [IGNORE], [-1], [0]]
-    return out
+    return np.array([[0], [IGNORE], [-1], [0]], np.int64).repeat(T, axis=1)
 
 
 def _copy(bin: Bin, out: np.ndarray, a: int, n_doc: int) -> None:
@@ -352,10 +354,9 @@ class Whole:
                 f"the longest {sizes.max()}; a {what} is never cut here: raise --seq-len, or "
                 f"prepare the bin with --max-tokens {T} --too-long drop (or cut)")
         self.tokens = int(sizes.sum())  # predictions in an epoch
-        self.packed = [units[row] for row in _fill(sizes, T, np.random.default_rng(self.seed))]
-        self.sizes = np.array([
-            int((self.bin.starts[u + 1] - self.bin.starts[u] - 1).sum()) for u in self.packed])
-        self.rows, self.epoch = len(self.packed), -1
+        rows = _fill(sizes, T, np.random.default_rng(self.seed))
+        self.packed, self.sizes = [units[x] for x in rows], np.array([sizes[x].sum() for x in rows])
+        self.rows, self.epoch = len(rows), -1
 
     def _enter(self, epoch: int) -> None:
         if epoch != self.epoch:
@@ -436,10 +437,9 @@ class Loader:
         total = sum(self.tokens) + self.T
         behind = [share * total - n for share, n in zip(self.shares, self.tokens, strict=True)]
         s = int(np.argmax(behind))
-        row = self.served[s]
         self.served[s] += 1
         self.tokens[s] = self.streams[s].served(self.served[s])
-        return self.streams[s], row
+        return self.streams[s], self.served[s] - 1
 
     def next(self) -> Batch:
         """The next micro-batch of this rank."""

@@ -63,7 +63,7 @@ class Example:
 
 def rows(path: Path) -> Iterator[Row]:
     """The rows of one file, in order; UserError, with the line, on what is none."""
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    kind = corpus.kind_of(path)
     try:
         if kind == ".parquet":
             yield from _parquet(path)
@@ -180,13 +180,29 @@ def conversation(row: Row) -> list[dict[str, str]]:
     if form is None:
         raise UserError(f"{row.where}: no conversation; expected one of {', '.join(FORMS)}, found "
                         f"{', '.join(map(str, cells)) or 'nothing'}")
-    if form == "instruction":
-        asked = text_at(row, "instruction")
-        more = text_at(row, "input") if isinstance(cells.get("input"), str) else ""
-        asked = f"{asked}\n\n{more}" if more.strip() else asked
-        return [{"role": "user", "content": asked},
-                {"role": "assistant", "content": text_at(row, "output")}]
-    return messages_of(row, form)
+    if form != "instruction":
+        return with_system(row, messages_of(row, form))
+    if cells.get("history"):
+        raise UserError(f"{row.where}: history holds turns before the instruction; write the row "
+                        "as messages, or take it out")
+    asked = text_at(row, "instruction")
+    more = text_at(row, "input") if isinstance(cells.get("input"), str) else ""
+    asked = f"{asked}\n\n{more}" if more.strip() else asked
+    return with_system(row, [{"role": "user", "content": asked},
+                             {"role": "assistant", "content": text_at(row, "output")}])
+
+
+def with_system(row: Row, said: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Messages behind the one that a row holds under `system`, if it does; UserError where they
+    begin with another."""
+    system = {"role": "system",
+              "content": text_at(row, "system") if row.cells.get("system") is not None else ""}
+    if not system["content"].strip() or said[0] == system:
+        return said
+    if said[0]["role"] == "system":
+        raise UserError(f"{row.where}: system says another thing than the first message; take one "
+                        "of them out")
+    return [system, *said]
 
 
 def messages_of(row: Row, key: str) -> list[dict[str, str]]:
@@ -351,7 +367,8 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
                             + (f" ({why})" if why else ""))
         described = [{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)}
                      for p in sources]
-        return writer.close(ledger.to_json(), described, prompt), ledger, kinds
+        said = ledger.to_json() | {"max_tokens": max_tokens}
+        return writer.close(said, described, prompt), ledger, kinds
     except BaseException:
         writer.abandon()
         raise

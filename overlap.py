@@ -15,16 +15,19 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import corpus
+import examples
 from data import Bin
-from log import say
-from sources import split_weight
+from log import UserError, say
+from sources import split_weight, stem
 from tokenizer import Tokenizer
 
 N, LEAST = 13, 5  # words
+KINDS = (".txt", *examples.KINDS)  # of tests
 WORD = re.compile(r"[^\W_]+")
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
@@ -64,8 +67,37 @@ class Signs:
 
 
 def signs(files: Sequence[str]) -> Signs:
-    """The signs of test files: of each line of a .txt, of each text of the other kinds."""
-    return Signs({file: [[x] for x in corpus.texts(file, "line")] for file in files})
+    """The signs of test files: of each line, in a .tsv of each of its cells, and of every text in a
+    row of .jsonl, .json and .parquet."""
+    tests = {}
+    for file in files:
+        # one that is named may be of any kind
+        paths = [Path(file)] if Path(file).is_file() else corpus.files([file], KINDS)
+        tests[file] = [x for path in paths for x in _items(path)]
+        if not any(map(words, (text for texts in tests[file] for text in texts))):
+            raise UserError(f"{file}: no text in it")
+    return Signs(tests)
+
+
+def _items(path: Path) -> Iterator[list[str]]:
+    """The texts of each item of a test file."""
+    kind = corpus.kind_of(path)
+    if kind in (".jsonl", ".json", ".parquet"):
+        yield from (list(_texts(row.cells)) for row in examples.rows(path))
+        return
+    for n, piece in enumerate(corpus.read(path, "line", key=""), 1):
+        if piece.fault:
+            raise UserError(f"{path}, line {n}: {piece.fault}; a test leaves nothing out, mend it")
+        yield piece.text.split("\t") if kind == ".tsv" else [piece.text]
+
+
+def _texts(cell: Any) -> Iterator[str]:
+    """Every text in a cell, whatever it is made of."""
+    if isinstance(cell, str):
+        yield cell
+    elif isinstance(cell, Mapping | Sequence):
+        for x in cell.values() if isinstance(cell, Mapping) else cell:
+            yield from _texts(x)
 
 
 def find(tests: dict[str, list[list[str]]], training: Iterable[str]) -> dict[str, dict[str, int]]:
@@ -101,9 +133,8 @@ def trained_on(model: str) -> tuple[list[str], list[str]]:
             return there, [*gone, f"{out}/settings.toml (damaged)"]
         for spec in settings.get("data", []):
             head, _ = split_weight(spec)
-            stem = Path(head).name.split(".")[0]
-            own = out / "bins" / "".join(c if c.isalnum() or c in "-_" else "_" for c in stem)
-            found = next((p for p in (Path(head), own) if (p / "meta.json").is_file()), None)
+            places = (Path(head), out / "bins" / stem(head))
+            found = next((p for p in places if (p / "meta.json").is_file()), None)
             (gone if found is None else there).append(str(found or head))
         model = settings.get("model", "")
         if not model:

@@ -68,12 +68,14 @@ def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int,
         name = bin.folder.name
         if name in {x.name for x in sources}:
             raise UserError(
-                f"--data: two sources are called {name}; give their files different names", FLAGS)
+                f"--data: two sources are called {name}; give their files or folders different "
+                "names, or prepare them as bins", FLAGS)
         if kept.any():
             held[name] = held_of(bin, np.flatnonzero(kept))
         elif not s.val and s.hold_out:
-            log.say(
-                f"{name}: one document, so none is held out; cut it into documents, or give --val")
+            why = ("one document" if len(bin) == 1 else
+                   f"all {len(bin):,} documents begin alike, or are one pair")
+            log.say(f"{name}: {why}, so none is held out; cut it into documents, or give --val")
         sources.append(
             Source(name, bin, np.flatnonzero(~kept),
                    weight or float(bin.meta["tokens"] - len(bin))))
@@ -92,10 +94,8 @@ def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokeni
     it is."""
     if (Path(spec) / "meta.json").exists():
         return Bin(spec)
-    stem = ("".join(c if c.isalnum() or c in "-_" else "_" for c in Path(spec).name.split(".")[0])
-            or "text")
-    bin = out / "bins" / (f"{stem}-val" if as_is else stem)
-    if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer, kind):
+    bin = out / "bins" / (f"{stem(spec)}-val" if as_is else stem(spec))
+    if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer, kind, seq_len):
         words = [kind, spec, "--tokenizer", str(folder), "--out", str(bin)]
         words += ["--max-tokens", str(seq_len)] if kind != "text" else []
         words += ["--normalise", "none", "--keep-duplicates"] if as_is and kind == "text" else []
@@ -108,16 +108,29 @@ def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokeni
     return Bin(bin)
 
 
-def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str) -> bool:
+def stem(spec: str) -> str:
+    """What the bin of files is called: as the file, or where a glob leaves no letter of it, as its
+    folder."""
+    names = (x.split(".")[0] for x in reversed(Path(spec).parts))
+    named = next((x for x in names if any(map(str.isalnum, x))), "text")
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in named)
+
+
+def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int) -> bool:
     """Whether a bin prepared earlier is what preparing `spec` again would give, by its sources'
-    sizes."""
+    sizes, and by the row that its examples must fit if any does not fit both."""
     if not (bin / "meta.json").exists():
         return False
-    meta = Bin(bin).meta
+    found = Bin(bin)
+    meta, ledger = found.meta, found.meta["ledger"]
     known = corpus.KINDS if kind == "text" else (*corpus.KINDS, ".json")
     now = [(str(p), p.stat().st_size) for p in corpus.files([spec], known)]
-    return (meta["tokenizer"], meta["kind"]) == (tokenizer.fingerprint, kind) and now == [
+    same = (meta["tokenizer"], meta["kind"]) == (tokenizer.fingerprint, kind) and now == [
         (x["path"], x["bytes"]) for x in meta["sources"]]
+    if not same or kind == "text" or ledger.get("max_tokens") == seq_len:
+        return same
+    sizes = (np.diff(found.starts) - 1).reshape(-1, 2 if kind == "pairs" else 1).sum(1)
+    return "too long" not in ledger["documents"] and sizes.max() <= seq_len
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:

@@ -367,6 +367,30 @@ def test_documents_that_hold_what_a_test_asks_are_left_out_and_counted(tok, tmp_
     assert not overlap.find({"asked": [[x] for x in asked]}, kept)["asked"]["any"]
 
 
+def test_tests_of_every_form_are_sought_by_all_their_texts(tmp_path):
+    eng = "The two cows eat grass upon the hill."
+    kin = "Inka ebyiri zirya ubwatsi ku musozi muremure."
+    row = {"id": 7, "eng": eng, "more": [{"kin": kin}]}
+    table = pyarrow.Table.from_pylist([row])
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    for name, text in (("t.tsv", f"eng\tkin\n{eng}\t{kin}\n"), ("one.tsv", f"{eng}\n{kin}\n"),
+                       ("none.tsv", f"{eng}\t{kin}\n"), ("t.jsonl", json.dumps(row) + "\n"),
+                       ("t.json", json.dumps([row])), ("kin_Latn.devtest", f"{eng}\n{kin}\n"),
+                       ("t.txt", f"{eng}\n{kin}\n"), ("t.parquet", None)):
+        if text:
+            write(tmp_path / name, text.encode())
+        sought = overlap.signs([str(tmp_path / name)])
+        assert sought(f"Yego. {eng} Oya.") and sought(f"Yego. {kin} Oya."), name
+        assert not sought("Umwana ararira kandi nyina aramuhoza buri munsi."), name
+    for name, raw, wanted in (("x.devtest", b"a\n\xff\n", "x.devtest, line 2: undecodable"),
+                              ("y.jsonl", b'{"n": 1}\n', "y.jsonl: no text in it"),
+                              ("no*.devtest", None, "no such file")):
+        if raw:
+            write(tmp_path / name, raw)
+        with pytest.raises(UserError, match=wanted):
+            overlap.signs([f"{tmp_path}/{name}"])
+
+
 def test_prepare_text_show_vocab_and_fertility_work_together(tmp_path):
     file = tmp_path / "kin.txt"
     file.write_text("\n".join(f"{x} n’{i}  a" for i, x in enumerate(tiny.SENTENCES * 20)) + "\n")

@@ -3,23 +3,26 @@ ranks."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sources
 from data import IGNORE, Bin, BinWriter, Document, Loader, Source, Stream, hold_out
 from log import UserError
 
 
-def make(folder: Path, documents, vocab: int = 60000, masks=None) -> Bin:
+def make(folder: Path, documents, vocab: int = 60000, masks=None, kind: str = "text") -> Bin:
     """A bin of the given lists of ids."""
-    writer = BinWriter(folder, "a" * 64, vocab)
+    writer = BinWriter(folder, "a" * 64, vocab, kind)
     for i, ids in enumerate(documents):
         writer.add(Document(ids, masks[i] if masks else None, len(ids)))
     return writer.close({"documents": {}}, [])
@@ -185,6 +188,83 @@ def test_a_held_out_document_stays_held_out_when_others_come(tmp_path):
     assert (after[:200] == before).all() and 0 < after.sum() < 60
     assert hold_out(make(tmp_path / "two", documents[:2]), 1e-9).sum() == 1, "never none of several"
     assert hold_out(make(tmp_path / "one", documents[:1]), 0.5).sum() == 0, "never the only one"
+
+
+def test_conversations_under_one_long_system_prompt_are_held_out_by_what_is_asked(tmp_path):
+    """Sides are those of the hash itself, of the first 64 tokens or of all before an answer."""
+    draw = np.random.default_rng(2)
+
+    def said(n: int) -> list[int]:
+        return draw.integers(1, 1000, n).tolist()
+
+    def sides(documents: list[list[int]], ends: list[int]) -> list[bool]:
+        h = [int.from_bytes(hashlib.blake2b(np.array(x[:n], "<u2").tobytes(),
+                                            digest_size=8).digest(), "little")
+             for x, n in zip(documents, ends, strict=True)]
+        return [x <= max(int(0.05 * 2**64), min(h)) for x in h]
+
+    for systems in ([said(100)], [said(70), said(80)], [said(3)]):
+        asked = [systems[i % len(systems)] + said(5) for i in range(400)]
+        twice = [x for x in asked for _ in range(2)]
+        answered = [x + said(4) for x in twice]
+        masks = [[0] * len(x) + [1] * 4 for x in twice]
+        name = str(len(systems[0]))
+        ends = [max(64, len(x)) for x in twice]
+        chat = make(tmp_path / name, answered, masks=masks, kind="chat")
+        held = hold_out(chat, 0.05)
+        assert held.tolist() == sides(answered, ends)
+        assert 10 < held.sum() < 80
+        if len(systems[0]) > 64:
+            assert (held[::2] == held[1::2]).all(), "one question lies on one side"
+        both = make(tmp_path / f"{name}-pairs", answered, masks=masks, kind="pairs")
+        assert hold_out(both, 0.05)[::2].tolist() == sides(answered[::2], ends[::2])
+        every = make(tmp_path / f"{name}-all", answered, kind="chat")  # --loss-on all
+        assert hold_out(every, 0.05).tolist() == sides(answered, [999] * 800)
+        text = make(tmp_path / f"{name}-text", answered)
+        assert hold_out(text, 0.05).any() == (len(systems) > 1 or len(systems[0]) < 64)
+        if hold_out(text, 0.05).any():
+            assert hold_out(text, 0.05).tolist() == sides(answered, [64] * 800)
+
+
+def test_what_holds_nothing_out_is_said_as_it_is(tmp_path, capsys):
+    def opened(bin: Bin) -> str:
+        s = SimpleNamespace(data=[str(bin.folder)], val=[], hold_out=0.1, seq_len=64, mode="cpt",
+                            eval_tokens=99)
+        sources.open_data(s, "text", tmp_path, SimpleNamespace(fingerprint="a" * 64), 60000,
+                          tmp_path, None)
+        return capsys.readouterr().err
+
+    assert "one: one document, so none" in opened(make(tmp_path / "one", [[1, 2, 3]]))
+    alike = [[*range(64), i] for i in range(70, 90)]
+    assert "all: all 20 documents begin alike" in opened(make(tmp_path / "all", alike))
+
+
+@pytest.mark.parametrize(("spec", "name"), [
+    ("kin/*.txt", "kin"), ("a/eng/**/*.jsonl", "eng"), ("*.txt", "text"), ("x/rw wiki.v1.txt",
+    "rw_wiki"), ("hf:org/data/*.parquet", "data"), ("kin*.txt", "kin_"), ("2024.txt", "2024")])
+def test_a_source_is_called_as_its_file_or_its_folder(spec, name):
+    assert sources.stem(spec) == name
+
+
+@pytest.mark.parametrize("kind", ["chat", "pairs"])
+def test_a_bin_made_for_another_row_is_fresh_only_where_its_examples_fit_both(tmp_path, kind):
+    file = tmp_path / "x.jsonl"
+    file.write_text("{}\n")
+    tokenizer = SimpleNamespace(fingerprint="a" * 64)
+    most = 20 if kind == "pairs" else 10  # predictions of the longest example
+
+    def fresh(seq_len: int, ledger: dict) -> bool:
+        writer = BinWriter(tmp_path / "bin", "a" * 64, 99, kind)
+        for n in (4, 4, 11, 11):
+            writer.add(Document(range(n), [0] + [1] * (n - 1), n))
+        writer.close(ledger, [{"path": str(file), "bytes": 3}])
+        return sources.is_fresh(tmp_path / "bin", str(file), tokenizer, kind, seq_len)
+
+    whole, dropped = {"documents": {"read": 4}}, {"documents": {"read": 5, "too long": 1}}
+    assert fresh(most, whole) and fresh(999, whole) and not fresh(most - 1, whole)
+    assert fresh(most, {**dropped, "max_tokens": most})
+    for made in ({}, {"max_tokens": most}):  # what was too long may fit now
+        assert not fresh(999, {**dropped, **made})
 
 
 def test_a_source_of_one_token_documents_is_refused(tmp_path):
