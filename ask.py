@@ -122,9 +122,9 @@ class Way:
         return start + self.tokenizer.encode(self.text(asked))
 
     def _filled(self, text: str) -> str:
-        """The translation prompt of a text, which is put on one line."""
+        """The translation prompt of a text, its words parted by a blank each, as in training."""
         source, target = (self.languages[x] for x in self.direction.split("-"))
-        words = {"{source}": source, "{target}": target, "{text}": " ".join(text.splitlines())}
+        words = {"{source}": source, "{target}": target, "{text}": " ".join(text.split())}
         return re.sub(r"\{(?:source|target|text)\}", lambda m: words[m[0]], self.prompt)
 
     def turn_ends(self) -> set[int]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import corpus
 from chat import NOT, TRAINED, Layout, Template, documents
-from examples import Example, Row, equal, key, messages_of, placed, rows, text_at
+from examples import Example, Row, equal, key, messages_of, placed, rows, text_at, with_system
 from log import FLAGS, UserError, say
 from tokenizer import Part, Tokenizer
 
@@ -263,7 +263,13 @@ def _question(row: Row, key: str, as_chat: bool) -> str | list[dict[str, str]]:
     if other:
         raise UserError(f"{row.where}: {key} begins with other messages than prompt; leave one of "
                         "the two out")
-    return asked if isinstance(asked, str) and alone and not as_chat else said
+    said = with_system(row, said)
+    if not (isinstance(asked, str) and alone and not as_chat):
+        return said
+    if len(said) > 1:
+        raise UserError(f"{row.where}: a system message, and a prompt that is a text; give "
+                        "--as-chat, or take it out")
+    return asked
 
 
 def _answer(row: Row, key: str) -> str:
@@ -291,15 +297,18 @@ class Candidates:
 def candidates(path: Path) -> list[Candidates]:
     """What `sample.py --json --samples N` printed, by prompt, in order.
 
-    Says how many answers were cut: training would end them there.
+    The same prompt twice is two, by the number beside each answer; without numbers by what stands
+    between. Says how many answers were cut: training would end them there.
     """
-    found: dict[str, Candidates] = {}
-    cut = 0
+    found: dict[tuple[str, str], Candidates] = {}
+    cut, run, before = 0, 0, None
     for row in rows(path):
         asked, text = text_at(row, "prompt"), text_at(row, "text")
         cut += row.cells.get("end") == "length"
+        run, before = run + (asked != before), asked
         prompt = messages_of(row, "messages") if "messages" in row.cells else asked
-        found.setdefault(asked, Candidates(prompt, [])).texts.append(text)
+        which = (str(row.cells.get("prompt_number", -run)), asked)
+        found.setdefault(which, Candidates(prompt, [])).texts.append(text)
     if not found:
         raise UserError(f"{path}: no samples in it")
     if cut:
@@ -317,8 +326,12 @@ def best_and_worst(found: Sequence[Candidates], references: Sequence[str],
     many as the prompts.
     """
     if len(references) != len(found):
+        few, many = (end(found, key=lambda x: len(x.texts)) for end in (min, max))
+        twice = f"; {str(many.prompt)[:60]!r} has {len(many.texts)} answers, others " \
+                f"{len(few.texts)}: if it stands twice, sample again, which numbers prompts"
         raise UserError(f"--references: {len(references):,} lines for {len(found):,} prompts; "
-                        "expected a line for each prompt, in order")
+                        "expected a line for each prompt, in order"
+                        + (twice if len(many.texts) > len(few.texts) else ""))
     for one, reference in zip(found, references, strict=True):
         scored = sorted(((score(x.strip(), reference), x) for x in dict.fromkeys(one.texts)),
                         key=lambda x: x[0])

@@ -56,7 +56,7 @@ class Text:
     keep_duplicates: bool = False
     """Keep documents whose text was seen before."""
     without: list[str] = field(default_factory=list)
-    """Test files: what holds a whole line or text of theirs, or 13 words in a row, is left out."""
+    """Test files: what holds a whole line or cell of theirs, or 13 words in a row, is left out."""
     min_chars: int = 1
     """Shorter documents are left out."""
     max_doc_mb: int = 64
@@ -162,6 +162,8 @@ class Prefer:
     """A .jsonl of prompt, chosen, rejected, for `prepare.py pairs`."""
     references: str = ""
     """A line for each prompt; samples are scored against it by sentence chrF++."""
+    text_key: str = "text"
+    """Where the references are in .jsonl, .tsv and .parquet; other files have one a line."""
     votes: str = ""
     """Or a file of people's votes: columns prompt, best, worst, numbers from 1."""
     gap: float = 5.0
@@ -270,7 +272,11 @@ def prefer(s: Prefer) -> None:
         def score(text: str, reference: str) -> float:
             return sentence_scores([text], [reference])[0]
 
-        references = [x.text for x in corpus.read(Path(s.references), "line")]
+        read = list(corpus.read(Path(s.references), "line", s.text_key))
+        for n, x in enumerate(read, 1):
+            if x.fault:
+                raise UserError(f"--references {s.references}, line {n}: {x.fault}; mend it")
+        references = [x.text for x in read]
         made = list(pairs.best_and_worst(found, references, score, s.gap))
     lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in made]
     Path(s.out).write_text("".join(lines), encoding="utf-8")

@@ -84,7 +84,8 @@ class Settings:
     rows: int = 32
     """Answers in the making side by side; each beam counts."""
     json: bool = False
-    """A JSON object a line: prompt, text, tokens, end (eos, stop or length)."""
+    """A JSON object a line: prompt, text, tokens, end (eos, stop or length), prompt_number
+    (from 1)."""
     compile: bool = False
     """On a CPU in bf16, of one prompt, a conversation or --web: compiled, an id costs what reading
     the weights takes; begins some seconds later, less the next time. On a GPU: steps are recorded
@@ -249,7 +250,8 @@ def write_file(s: Settings, model: Llama, way: Way, asked: Sequence[Asked], samp
             found = answers(model, ids[first:], sampling, stops, way.tokenizer.bos, seeds[first:],
                             s.rows)
             for i, (new, end) in enumerate(found, first):
-                line = {**answer(way, asked[i], new, end, stops), "settings": mark}
+                line = {**answer(way, asked[i], new, end, stops), "settings": mark,
+                        "prompt_number": i // s.samples + 1}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 move(1)
@@ -385,7 +387,7 @@ def main(s: Settings) -> None:
         return show("\n")
     found = answers(model, ids, sampling, stops, tokenizer.bos, rows=s.rows)
     for i, (new, end) in enumerate(found):
-        line = answer(way, asked[i], new, end, stops)
+        line = answer(way, asked[i], new, end, stops) | {"prompt_number": i // s.samples + 1}
         if s.json:
             show(json.dumps(line, ensure_ascii=False) + "\n")
         elif s.translate:

@@ -3,6 +3,7 @@ with transformers' templates; and what a person gets wrong, in one line with its
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import CHRF
 
 import corpus
+import examples
 import fork
 import log
 import pairs
@@ -193,6 +195,41 @@ def test_each_form_of_conversation_is_recognised_and_named(model, tmp_path, caps
         [forms["messages"]]), tmp_path / "m.parquet")
     assert prepared(model, tmp_path, "chat", f"{tmp_path}/m.parquet")[0].tokens.tolist() == bins[0]
     assert Bin(tmp_path / "bin").meta["prompt"]["chat"] == PLAIN
+
+
+@pytest.mark.parametrize("row", [
+    {"conversations": [{"from": "human", "value": "Amakuru?"}, {"from": "gpt", "value": "Ni."}]},
+    {"instruction": "Amakuru?", "input": "", "output": "Ni.", "history": []},
+    {"messages": said(("s", "Subiza."), ("u", "Amakuru?"), ("a", "Ni."))}],
+    ids=["share", "alpaca", "messages"])
+def test_a_system_column_is_a_conversations_first_message(row):
+    def read(**cells: object) -> list[dict[str, str]]:
+        return examples.conversation(examples.Row("x, line 1", row | cells, 1))
+
+    asked = said(("u", "Amakuru?"), ("a", "Ni."))
+    assert read(system="Subiza.") == [*said(("s", "Subiza.")), *asked]
+    assert read(system=None) == read(system=" ") == read() == (row.get("messages") or asked)
+    with pytest.raises(UserError, match="line 1: no text under 'system'"):
+        read(system=["Subiza."])
+    if "messages" in row:
+        with pytest.raises(UserError, match="line 1: system says another thing"):
+            read(system="Vuga.")
+    if "history" in row:
+        with pytest.raises(UserError, match="line 1: history holds turns before"):
+            read(history=[["a", "b"]])
+
+
+def test_a_system_column_stands_before_what_a_preference_answers(model):
+    tokenizer = Tokenizer.open(model)
+    template = Template.plain(tokenizer)
+    cells = {"prompt": "Amakuru?", "chosen": "Ni meza.", "rejected": "Oya.", "system": "Subiza."}
+    rows = [examples.Row("x, line 1", cells, 1)]
+    (made,) = pairs.Preferences(tokenizer, template, as_chat=True)(rows)
+    for document, words in zip(made.documents, ("Ni meza.", "Oya."), strict=True):
+        whole = said(("s", "Subiza."), ("u", "Amakuru?"), ("a", words))
+        assert document.ids.tolist() == document_of(template, whole).ids
+    with pytest.raises(UserError, match="line 1: a system message, and a prompt that is a text"):
+        pairs.Preferences(tokenizer, template)(rows)
 
 
 # ------------------------------------------------------------------ translations
@@ -694,10 +731,54 @@ def test_long_examples_are_dropped_or_cut_as_asked_and_counted(model, tmp_path):
     bin, _ = prepared(model, tmp_path, "chat", str(file), "--max-tokens", "100", "--too-long",
                       "drop")
     assert bin.meta["ledger"]["documents"] == {"read": 2, "kept": 1, "too long": 1}
+    assert bin.meta["ledger"]["max_tokens"] == 100  # a run of another row prepares anew
     bin, _ = prepared(model, tmp_path, "chat", str(file), "--max-tokens", "100", "--too-long",
                       "cut")
     assert bin.meta["ledger"]["documents"] == {"read": 2, "kept": 1, "cut": 1}
     assert len(bin.document(1)) == 101 and bin.trained(1).any()
+
+
+def samples_of(file: Path, asked: list[str], n: int, number: bool) -> list[list[str]]:
+    """Samples of prompts as sample.py writes them, n of each; what they say."""
+    texts = [[f"{q} {i} {j}" for j in range(n)] for i, q in enumerate(asked)]
+    file.write_text("".join(
+        json.dumps({"prompt": q, "text": x} | ({"prompt_number": i} if number else {})) + "\n"
+        for i, (q, said) in enumerate(zip(asked, texts, strict=True), 1) for x in said))
+    return texts
+
+
+@pytest.mark.parametrize(("asked", "number"), [
+    (["a", "b", "a"], False), (["a", "a", "b"], True), (["a", "b", "a"], True)])
+def test_a_prompt_that_stands_twice_is_two_prompts(tmp_path, asked, number):
+    texts = samples_of(tmp_path / "s.jsonl", asked, 3, number)
+    found = pairs.candidates(tmp_path / "s.jsonl")
+    assert [(x.prompt, x.texts) for x in found] == list(zip(asked, texts, strict=True))
+    (tmp_path / "ref.kin").write_text("".join(f"{x[1]}\n" for x in texts))  # lines by any name
+    prepare.prefer(prepare.Prefer([str(tmp_path / "s.jsonl")], f"{tmp_path}/o.jsonl",
+                                  f"{tmp_path}/ref.kin", gap=0.0))
+    made = list(map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines()))
+    assert [x["chosen"] for x in made] == [x[1] for x in texts]
+    if number:  # and samples of two runs may lie behind one another
+        both = (tmp_path / "s.jsonl").read_text() * 2
+        (tmp_path / "s.jsonl").write_text(both)
+        assert [x.texts for x in pairs.candidates(tmp_path / "s.jsonl")] == [x * 2 for x in texts]
+
+
+def test_references_that_cannot_be_read_are_refused_with_what_helps(tmp_path):
+    samples_of(tmp_path / "s.jsonl", ["a", "a", "b"], 3, False)
+    for name, raw, wanted in (
+            ("r.kin", b"x\ny\nz\n", "3 lines for 2 prompts.*; 'a' has 6 answers, others 3: if it "
+                                     "stands twice"),
+            ("r.kin", b"x\n\xff\n", r"r\.kin, line 2: undecodable"),
+            ("r.jsonl", b'{"kin": "x"}\n', "no text under 'text'; name the key with --text-key")):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(UserError, match=wanted):
+            prepare.prefer(prepare.Prefer([f"{tmp_path}/s.jsonl"], f"{tmp_path}/o",
+                                          f"{tmp_path}/{name}"))
+    assert "text_key" in {x.name for x in dataclasses.fields(prepare.Prefer)}
+    (tmp_path / "r.jsonl").write_text('{"kin": "x"}\n' * 2)
+    prepare.prefer(prepare.Prefer([f"{tmp_path}/s.jsonl"], f"{tmp_path}/o", f"{tmp_path}/r.jsonl",
+                                  text_key="kin"))
 
 
 def test_samples_and_references_that_do_not_match_are_refused(tmp_path):

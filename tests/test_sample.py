@@ -86,6 +86,7 @@ def test_prompts_of_a_file_are_answered_in_order_as_alone(home):
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [x["prompt"] for x in found] == prompts
+    assert [x["prompt_number"] for x in found] == [1, 2, 3, 4]
     sampling = Sampling(20, 1.5, 50, 0.9, seed=4)
     for x in found[:3]:
         assert x["prompt"] + x["text"] == continued(home, x["prompt"], sampling)
@@ -195,6 +196,7 @@ def test_a_file_of_prompts_killed_and_begun_again_holds_what_one_run_writes(home
     assert out.read_bytes() == whole.read_bytes()
     found = lines_of(out)
     assert [x["prompt"] for x in found] == [x["prompt"] for x in rows * 2 for _ in range(2)]
+    assert [x["prompt_number"] for x in found] == [i // 2 + 1 for i in range(160)]
     same = [x["text"] for x in found if x["prompt"] == found[0]["prompt"]]
     assert len(same) == len(set(same)) == 4  # copies, and samples of each, are all other draws
     sampled(home, **values, out=str(out))  # nothing is left to do
@@ -323,6 +325,7 @@ def test_a_translation_is_asked_by_the_prompt_that_training_left(talker, tmp_pat
         way = ask.Way.of(talker, tokenizer, "kin-eng")
         assert way.text("Inka\n{source}") == "Shyira mu Cyongereza: Inka {source}\n"
         assert way.ids("a") == [tokenizer.bos, *tokenizer.encode("Shyira mu Cyongereza: a\n")]
+        assert way.ids(" a\u00a0 b\t\r\nc ") == way.ids("a b c"), "as pairs are trained"
         taught["translate"][0]["as_chat"] = True
         (talker / "prompt.json").write_text(json.dumps(taught))
         way = ask.Way.of(talker, tokenizer, "kin-eng")
