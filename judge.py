@@ -139,6 +139,12 @@ def write_records(file: Path, records: Sequence[Record]) -> None:
                     encoding="utf-8")
 
 
+def read_records(file: Path) -> list[Record]:
+    """What `write_records` wrote; OSError, ValueError. Only \\n ends a record: an answer may hold
+    what Unicode calls a line's end."""
+    return [json.loads(x) for x in file.read_text(encoding="utf-8").split("\n") if x]
+
+
 def write_sides(stem: Path, records: Sequence[Record]) -> None:
     """A translation's .src, .hyp and .ref, one line a sentence, for sacrebleu and neural metrics
     (COMET, MetricX), which run outside. What would break a line becomes a blank."""
@@ -153,8 +159,9 @@ def read_hypotheses(file: Path, n: int, name: str) -> list[str]:
     """Another system's translations, a line each."""
     try:
         lines = file.read_bytes().decode().split("\n")
-    except FileNotFoundError:
-        raise UserError(f"--hypotheses {name}: {file} is not there", FLAGS) from None
+    except OSError as e:
+        raise UserError(f"--hypotheses {name}: {file} cannot be read ({e.strerror})", FLAGS) \
+            from None
     except UnicodeDecodeError as e:
         raise UserError(f"{file}: not UTF-8 (byte {e.start})") from None
     lines = [x.removesuffix("\r") for x in (lines[:-1] if lines[-1] == "" else lines)]
@@ -188,8 +195,7 @@ class Baseline:
             return None
         file = self.folder / "items" / f"{name}.jsonl"
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            return parts[name], [json.loads(x) for x in lines]
+            return parts[name], read_records(file)
         except (OSError, ValueError):
             raise UserError(f"--baseline {self.folder}: {file.name} is missing or damaged, and a "
                             "paired test needs it") from None

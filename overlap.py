@@ -54,7 +54,8 @@ class Signs:
         """The items that stand whole in a text, and those of which a run of words does."""
         whole, run = set(), set()
         for line in text.split("\n"):
-            for part in {line, *SENTENCE.split(line)}:
+            behind = line.partition(":")[2]  # a pair's sentences stand behind a language's name
+            for part in {line, behind, *SENTENCE.split(line), *SENTENCE.split(behind)}:
                 whole |= self.whole.get(words(part), set())
         found = words(text)
         for at in range(len(found) - N + 1):

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import judge
 import metrics
 import report
 
@@ -187,8 +188,7 @@ def _translations(out: Path, results: list[dict[str, Any]],
         key = (r["suite"], r.get("part", ""))
         if "items" not in r or not r["metric"].startswith("chrF") or key in found:
             continue
-        lines = (out / "items" / f"{r['items']}.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(x) for x in lines]
+        records = judge.read_records(out / "items" / f"{r['items']}.jsonl")
         scores = metrics.sentence_scores([x["hypothesis"] for x in records],
                                          [x["reference"] for x in records])
         order = sorted(range(len(records)), key=lambda i: (-scores[i], i))

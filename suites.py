@@ -16,6 +16,7 @@ import ast
 import csv
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ from kinyarwanda import identify
 from log import BAD_INPUT, FLAGS, UserError
 
 HERE = Path(__file__).with_name("suites")
-KINDS = ("choose", "match", "translate")
+KINDS = {"choose": ("acc", "acc_norm", "acc_bytes", "f1"), "match": ("exact_match", "f1"),
+         "translate": ("chrF2++", "chrF2", "BLEU", "spBLEU")}  # the figures of each
 SHOTS_SEED = 1234  # of lm-evaluation-harness's few-shot sampler
 Row = dict[str, Any]
 
@@ -89,21 +91,27 @@ class Suite:
         Examples are drawn as lm-evaluation-harness draws them: one random stream for the whole
         suite, so that an item's examples depend on its place.
         """
+        from jinja2 import TemplateError
+
         if shots and not self.pool:
             raise UserError(f"--shots {shots}: suite {self.name} has no examples beside its data; "
                             "leave it out", FLAGS)
         draw, found = Random(SHOTS_SEED), []
         for i, row in enumerate(self.rows[: limit or None]):
             examples = self._examples(row, shots, draw) if shots else []
-            pairs = [(_render(prompt.text, x), self._answer(prompt, x)) for x in examples]
-            context = "".join(f"{text}{self.delimiter}{said}\n\n" for text, said in pairs)
             try:
+                pairs = [(_render(prompt.text, x), self._answer(prompt, x)) for x in examples]
                 choices = _choices(prompt, row)
                 gold = self._gold(prompt, row, choices)
-            except (ValueError, SyntaxError, TypeError) as e:
-                raise UserError(f"suite {self.name}, row {i + 1} of {self.files[0]}: {e}") from None
-            text = _render(prompt.text, row)
+                text = _render(prompt.text, row)
+            except (ValueError, SyntaxError, TypeError, TemplateError) as e:
+                raise UserError(f"suite {self.name}, prompt {prompt.name}, row {i + 1} of "
+                                f"{self.files[0]}{', or an example before it' * bool(examples)}: "
+                                f"{e}") from None
+            context = "".join(f"{text}{self.delimiter}{said}\n\n" for text, said in pairs)
             found.append(Item(context + text, gold, row, choices, (*sum(pairs, ()), text)))
+        if self.kind == "match" and all(x.gold == "" for x in found):
+            raise UserError(f"suite {self.name}: no row of {self.files[0]} has a right answer")
         return found
 
     def _examples(self, row: Row, n: int, draw: Random) -> list[Row]:
@@ -160,10 +168,19 @@ def load(spec: str, folder: str = "") -> Suite:
             raw.pop(key, None)
         suite = Suite(name=file.stem, prompts=prompts, rows=[], files=[], **raw)
         assert suite.kind in KINDS and prompts
-    except (KeyError, TypeError, AssertionError) as e:
+        for how in suite.answers:
+            assert how["name"] and re.compile(how.get("last", ""))
+        assert suite.answers or suite.kind != "match", "a match needs [[answers]]"
+        for name in [x for p in prompts for x in (p.name, p.part)]:
+            assert "/" not in name, f"prompt {name}: a name with a /"
+    except (KeyError, TypeError, AssertionError, re.error) as e:
         raise UserError(f"{file}: not a suite ({e}); suites/sib200.toml is one to look at") \
             from None
-    layout = _given(given) if given else _there(layouts, folder, suite.name)
+    strange = [x for x in suite.metrics if x not in KINDS[suite.kind]]
+    if strange or not suite.metrics:
+        raise UserError(f"{file}: metrics: {', '.join(map(str, strange)) or 'none'}; of the kind "
+                        f"{suite.kind} there are {', '.join(KINDS[suite.kind])}")
+    layout = _given(given, layouts) if given else _there(layouts, folder, suite.name)
     suite.rows, suite.files = _rows(layout, "test", folder)
     if layout.get("shots") == "test":
         suite.pool, suite.from_test = suite.rows, True
@@ -183,10 +200,20 @@ def _prompt(x: Row, raw: Row) -> Prompt:
                   x.get("part", ""), x.get("aside", ""))
 
 
-def _given(spec: str) -> Row:
-    """A layout for a file that was named, its columns called as the suite calls them."""
+def _given(spec: str, layouts: list[Row]) -> Row:
+    """A layout for a file that was named, its columns called as the suite calls them; what a cell
+    means is as in the suite's own layouts, and quotes are as in those of its kind of file."""
     files = hub.data(spec) if spec.startswith("hf:") else [Path(spec)]
-    return {"test": str(files[0].resolve())}
+    if len(files) > 1:
+        raise UserError(f"--suites ...={spec}: names {len(files)} files, {files[0].name} first; "
+                        "name one", FLAGS)
+    [file] = files
+    found: Row = {"test": str(file.resolve())}
+    for layout in reversed(layouts):
+        found |= {k: layout[k] for k in ("lists", "values") if k in layout}
+        if Path(str(layout.get("test"))).suffix == file.suffix:
+            found["quoted"] = layout.get("quoted", False)
+    return found
 
 
 def _there(layouts: list[Row], folder: str, name: str) -> Row:
@@ -227,13 +254,17 @@ def _rows(layout: Row, split: str, folder: str) -> tuple[list[Row], list[Path]]:
             row[new] = _inside(row, old, file) if old else None
     for column, values in layout.get("values", {}).items():
         _require(rows, column, file)
+        meant = values | {str(x): x for x in values.values()}  # a .tsv's 0 is the text "0"
         for row in rows:
-            row[column] = values.get(str(row[column]), row[column])
+            row[column] = meant.get(str(row[column]), row[column])
     for column in layout.get("lists", []):
         _require(rows, column, file)
         for i, row in enumerate(rows):
             try:
-                row[column] = ast.literal_eval(row[column])
+                if isinstance(row[column], str):
+                    row[column] = ast.literal_eval(row[column])
+                if not isinstance(row[column], list):
+                    raise ValueError
             except (ValueError, SyntaxError):
                 raise UserError(f"{file}: row {i + 1}: {column} is no list: "
                                 f"{str(row[column])[:60]!r}") from None
@@ -264,8 +295,8 @@ def _lines(file: Path) -> list[str]:
     """A text's lines; only \\n ends one, and a \\r before it goes."""
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{file}: not UTF-8 (byte {e.start})") from None
     return [x.removesuffix("\r") for x in (lines[:-1] if lines[-1] == "" else lines)]
@@ -274,9 +305,15 @@ def _lines(file: Path) -> list[str]:
 def read(file: Path, quoted: bool = False) -> list[Row]:
     """Rows of a .jsonl, .tsv, .csv or .parquet; a .tsv's quotes are plain signs unless `quoted`."""
     if file.suffix == ".parquet":
+        import pyarrow
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(file).to_pylist()
+        try:
+            with file.open("rb") as f:
+                return pyarrow.parquet.read_table(f).to_pylist()
+        except (pyarrow.ArrowException, OSError) as e:
+            raise UserError(f"{file}: not a parquet file that can be read "
+                            f"({' '.join(str(e).split())})") from None
     lines = _lines(file)
     if file.suffix == ".jsonl":
         try:
@@ -313,6 +350,8 @@ def _check(suite: Suite) -> None:
             asked = {x for t in texts for x in meta.find_undeclared_variables(_jinja().parse(t))}
         except TemplateError as e:
             raise UserError(f"suite {suite.name}, prompt {prompt.name}: {e}") from None
+        asked |= {*suite.groups}
+        asked |= {*prompt.part.split("-")} if suite.kind == "translate" else set()
         for rows in (suite.rows, suite.pool or []):
             for column in sorted(asked):
                 _require(rows, column, suite.files[0])

@@ -340,3 +340,110 @@ def test_without_its_tokenizer_spbleu_is_refused_in_one_line(monkeypatch):
     records = [{"source": "a b", "reference": "c d", "hypothesis": "c", "end": "eos"}] * 2
     assert not any("spBLEU" in m.name for m in judge.measures(
         "translate", records, ["chrF2++", "spBLEU"], (), "eng-kin"))
+
+
+def given(tmp_path: Path, name: str, ending: str, text: str) -> suites.Suite:
+    """A suite whose rows are a file's of one's own."""
+    (tmp_path / f"own{ending}").write_text(text)
+    return suites.load(f"{name}={tmp_path}/own{ending}")
+
+
+def asked(suite: suites.Suite) -> list[list[tuple[str, int | str]]]:
+    return [[(x.context, x.gold) for x in suite.items(p)] for p in suite.prompts]
+
+
+def test_a_file_that_is_named_is_read_as_the_suites_own_files_are(tmp_path):
+    """The rows of a .jsonl, which need no reading of cells, say what is right."""
+    row = {"subject": "s", "question": "Inka zirya iki?", "choices": ["a", "b", "c", "d"],
+           "answer": "B"}
+    wanted = asked(given(tmp_path, "afrimmlu", ".jsonl", json.dumps(row) + "\n"))
+    for ending, sign in ((".tsv", "\t"), (".csv", ",")):
+        quoted = sign.join('"' + str(x).replace('"', '""') + '"' for x in row.values())
+        found = given(tmp_path, "afrimmlu", ending, sign.join(row) + "\n" + quoted + "\n")
+        assert asked(found) == wanted
+    pair = {"premise": "Inka zirarisha.", "hypothesis": "Inka zirarya."}
+    rows = "".join(json.dumps({**pair, "label": x}) + "\n" for x in (0, 1, 2))
+    wanted = asked(given(tmp_path, "afrixnli", ".jsonl", rows))
+    for labels in ((0, 1, 2), ("entailment", "neutral", "contradiction")):
+        text = "".join("\t".join([*pair.values(), str(x)]) + "\n" for x in labels)
+        found = given(tmp_path, "afrixnli", ".tsv", "premise\thypothesis\tlabel\n" + text)
+        assert asked(found) == wanted
+        assert [gold for _, gold in asked(found)[1]] == [0, 1, 2]
+    text = 'question\tanswer\tanswer_number\n"Inka 3.\nZose?"\t{}\t3\n'
+    found = given(tmp_path, "afrimgsm", ".tsv", text.format("Igisubizo ntambwe ya 3"))
+    assert found.rows[0]["question"] == "Inka 3.\nZose?"
+    with pytest.raises(UserError, match=r"no row of .* has a right answer"):
+        asked(given(tmp_path, "afrimgsm", ".tsv", text.format("")))
+
+
+def test_a_question_of_afriqa_without_an_answer_does_not_stop_the_suite(tmp_path):
+    rows = [{"question_lang": "Inka zirya iki?", "question_translated": "What do cows eat?",
+             "context": "Cows.", "title": "", "answer_pivot": {"text": x}} for x in (["a"], [])]
+    suite = given(tmp_path, "afriqa", ".jsonl", "".join(json.dumps(x) + "\n" for x in rows))
+    assert [gold for _, gold in asked(suite)[0]] == ["a", ""]
+
+
+def test_what_a_template_cannot_say_of_a_row_is_one_line(tmp_path):
+    row = {"flores_passage": "Inka.", "question": None, "correct_answer_num": 1,
+           **{f"mc_answer{n}": "a" for n in (1, 2, 3, 4)}}
+    with pytest.raises(UserError, match=r"suite belebele, prompt 1, row 1 of .*no attribute") as e:
+        asked(given(tmp_path, "belebele", ".jsonl", json.dumps(row) + "\n"))
+    assert "\n" not in str(e.value)
+
+
+def test_several_files_for_one_suite_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(suites.hub, "data", lambda spec: [tmp_path / "a.tsv", tmp_path / "b.tsv"])
+    with pytest.raises(UserError, match=r"names 2 files, a\.tsv first; name one") as e:
+        suites.load("pairs=hf:org/name/*.tsv")
+    assert e.value.code == 2
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".tsv"])
+def test_a_file_that_is_missing_damaged_or_a_folder_is_one_line(home, tmp_path, ending):
+    (tmp_path / f"damaged{ending}").write_bytes(b"PAR1\xff\xfe\x00 nothing")
+    (tmp_path / f"folder{ending}").mkdir()
+    for name in ("missing", "damaged", "folder"):
+        with pytest.raises(UserError, match=name) as e:
+            suites.load(f"pairs={tmp_path}/{name}{ending}")
+        assert "\n" not in str(e.value) and e.value.code == 3
+    with pytest.raises(UserError, match=r"cannot be read .Is a directory"):
+        evaluated(home, hypotheses=[f"pairs/eng-kin={tmp_path}"])
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"metrics": ["acc", "accuracy"]}, "metrics: accuracy; of the kind choose there are acc, "),
+    ({"metrics": []}, "metrics: none; of the kind choose"),
+    ({"kind": "match", "metrics": ["exact_match"]}, r"a match needs \[\[answers\]\]"),
+    ({"groups": ["class"]}, "row 1 has no column class; it has text, label"),
+    ({"kind": "translate", "metrics": ["BLEU"]}, "row 1 has no column")])
+def test_what_would_stop_the_count_stops_a_suite_before_it_is_asked(home, changes, words):
+    (home / "mine.jsonl").write_text(json.dumps({"text": "Inka", "label": 0}) + "\n")
+    with pytest.raises(UserError, match=words):
+        suites.load(suite_file(home, **changes), str(home))
+
+
+def test_every_figure_that_a_suite_may_ask_for_is_counted(monkeypatch):
+    monkeypatch.setattr(metrics, "has_spbleu", lambda: False)
+    for kind, known in suites.KINDS.items():
+        found = judge.names(kind, known, [{"name": "whole"}], "eng-kin")
+        assert set(known) - {"spBLEU"} <= set(found)
+    assert set(metrics.TRANSLATION) <= set(suites.KINDS["translate"])
+
+
+def test_what_unicode_calls_a_lines_end_splits_no_record(home):
+    lines = (home / "good.txt").read_text().split("\n")
+    lines[:3] = [f"{x} a{sign}b" for x, sign in zip(lines, "\x85\u2028\u2029", strict=False)]
+    (home / "ends.txt").write_text("\n".join(lines))
+    judged(home, "ends")
+    assert sheet.write(home / "ends").exists()
+    found = judged(home, "ends", baseline=str(home / "ends"))["results"]
+    assert {r["baseline"]["difference"] for r in found} == {0.0}
+
+
+def test_a_sentence_behind_a_languages_name_is_found_whole():
+    tests = {"a": [["Inka zacu zirya ubwatsi ubu."], ["Abana bo mu rugo baraje. Bose."],
+                   ["Amazi y'umugezi ni meza cyane."], ["Ejo nzajya ku isoko kare."]]}
+    found = overlap.find(tests, ["English: Our cows eat.\nKinyarwanda: Inka zacu zirya ubwatsi ubu."
+                                 " Ee.\nKinyarwanda: Abana bo mu rugo baraje. Bose.",
+                                 "Kinyarwanda: Ngo: Ejo nzajya ku isoko kare."])
+    assert found["a"] == {"items": 4, "whole": 2, "run": 0, "any": 2}
