@@ -155,6 +155,7 @@ class Evaluation:
     def __init__(self, s: Settings):
         self.s, self.out = s, Path(s.out)
         self.results: list[Result] = []
+        self.wanted: set[str] = set()  # figures of any suite
         self.baseline = judge.Baseline(Path(s.baseline)) if s.baseline else None
 
     def add(self, name: str, kind: str, records: list[Record], choices: dict[str, Any],
@@ -169,12 +170,12 @@ class Evaluation:
         choices |= {"ci": f"{unit},{metrics.RESAMPLES},{metrics.SEED}", "version": VERSION}
         signature = "|".join(f"{k}:{v}" for k, v in choices.items())
         wanted = suite.metrics if suite else ()
+        self.wanted |= {*wanted}
         answers, part = (suite.answers if suite else ()), (prompt.part if prompt else "")
         said = {"prompt": prompt.name, "part": part} if prompt else {}
         if prompt and prompt.aside:
             said["aside"] = prompt.aside
-        items = ".".join(filter(None, (name.replace("text:", "text."), part,
-                                       prompt.name if prompt else "")))
+        items = judge.stem(name, prompt)
         measures = judge.measures(kind, records, wanted, answers, part)
         found = [judge.result(name, m, signature, **said, **more, items=items) for m in measures]
         if self.baseline:
@@ -195,8 +196,9 @@ def read_texts(s: Settings) -> list[Text]:
     texts: list[Text] = []
     for item in s.text:
         name, _, spec = item.partition("=")
-        if not name or not spec:
-            raise UserError(f"--text {item}: expected NAME=FILE, as in kin=kin_val.jsonl", FLAGS)
+        if not name or "/" in name or not spec:
+            raise UserError(f"--text {item}: expected NAME=FILE, as in kin=kin_val.jsonl, the name "
+                            "without a /", FLAGS)
         if name in (t.name for t in texts):
             raise UserError(f"--text {item}: the name {name} is taken; give each its own", FLAGS)
         files = corpus.files([spec])
@@ -233,11 +235,36 @@ def read_suites(s: Settings) -> list[Suite]:
         if suite.name in (x.name for x in found):
             raise UserError(f"--suites {spec}: {suite.name} is named twice", FLAGS)
         for prompt in suite.prompts:
-            suite.items(prompt, s.shots, 1)  # what is wrong with it shows now
+            suite.items(prompt, s.shots, s.limit)  # what is wrong with it shows now
         found.append(suite)
         log.say(f"{suite.name}: {len(suite.rows)} items, {len(suite.prompts)} prompts "
                 f"({suite.about})")
+    if none := [x for x in s.prompts if x not in (p.name for y in found for p in y.prompts)]:
+        raise UserError(f"--prompts {' '.join(none)}: no suite has such a prompt", FLAGS)
     return found
+
+
+def choices(s: Settings, suite: Suite, prompt: Prompt, r: Reader) -> dict[str, Any]:
+    """What figures of a suite's prompt depend on: the most of their signature."""
+    found = dict(x.split(":", 1) for x in suite.signature(prompt).split("|"))
+    found |= {"shots": s.shots, **r.choices}
+    if r.template is not None:
+        found |= {"chat": hashlib.sha256(r.template.source.encode()).hexdigest()[:8]}
+    if suite.kind != "choose":
+        found |= {"new": s.max_new_tokens or suite.new_tokens, "beams": s.beams}
+    return found
+
+
+def check_baseline(e: Evaluation, texts: list[Text], asked: list[Suite], r: Reader) -> None:
+    """UserError where the baseline measured otherwise, now and not after hours."""
+    for text in texts if e.baseline else ():
+        e.baseline.find(judge.stem(f"text:{text.name}"), {"unit": text.unit, **r.choices},
+                        [{"bytes": len(x.encode())} for x in text.documents])
+    for suite in asked if e.baseline else ():
+        for prompt in suite.prompts:
+            e.baseline.find(judge.stem(suite.name, prompt), choices(e.s, suite, prompt, r),
+                            [tasks.known(suite, prompt, x)
+                             for x in suite.items(prompt, e.s.shots, e.s.limit)])
 
 
 def measure_text(e: Evaluation, text: Text, r: Reader) -> None:
@@ -264,22 +291,16 @@ def measure_suite(e: Evaluation, suite: Suite, r: Reader) -> None:
         began = time.perf_counter()
         items = suite.items(prompt, s.shots, s.limit)
         name = " ".join(filter(None, (suite.name, prompt.part, prompt.name)))
-        choices = {"shots": s.shots, **r.choices}
-        if r.template is not None:
-            choices |= {"chat": hashlib.sha256(r.template.source.encode()).hexdigest()[:8]}
         new = s.max_new_tokens or suite.new_tokens
-        if suite.kind != "choose":
-            choices |= {"new": new, "beams": s.beams}
         n = sum(len(x.choices) for x in items) if suite.kind == "choose" else len(items)
         with log.progress(name, n) as move:
             records = tasks.records(r.model, r.tokenizer, suite, prompt, items, r.length, new,
                                     s.beams, move, r.kept, r.template, r.ends)
         if suite.kind == "choose":
             _finite(np.concatenate([x["logp"] for x in records]), name, r)
-        signature = f"{suite.signature(prompt)}|" + "|".join(f"{k}:{v}" for k, v in choices.items())
-        measures = e.add(suite.name, suite.kind, records,
-                         dict(x.split(":", 1) for x in signature.split("|")), suite, prompt,
-                         partial=len(items) < len(suite.rows), **_made(began, suite.files))
+        measures = e.add(suite.name, suite.kind, records, choices(s, suite, prompt, r), suite,
+                         prompt, partial=len(items) < len(suite.rows),
+                         **_made(began, suite.files))
         if not prompt.aside:
             for m in measures:
                 means.setdefault((prompt.part, m.name), []).append(m)
@@ -326,27 +347,6 @@ def name_of(model: Llama) -> str:
     return NAMES[str(model.compute_dtype).removeprefix("torch.")]
 
 
-def table(results: list[Result]) -> str:
-    """Results for people, a line each."""
-    lines = [("suite", "prompt", "metric", "value", "95 % interval", "items", "against baseline")]
-    for r in results:
-        interval = "-" if r["low"] is None else f"{r['low']:.4f} - {r['high']:.4f}"
-        name = " ".join(filter(None, (r["suite"].removeprefix("text:"), r.get("part"),
-                                      r.get("group"))))
-        against = "" if "baseline" not in r else \
-            f"{r['baseline']['difference']:+.4f} (p {r['baseline']['p']:.3f})"
-        prompt = r.get("prompt", "") + "*" * ("aside" in r)
-        if "least" in r:
-            prompt = f"mean of {r['prompts']}"
-        lines.append((name + " (PARTIAL)" * r["partial"], prompt, r["metric"], f"{r['value']:.4f}",
-                      interval, f"{r['n']:,}", against))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = (0, 2)
-    return "\n".join("  ".join(cell.ljust(w) if i in left else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-                     .rstrip() for line in lines)
-
-
 def main(s: Settings) -> None:
     """Read what is asked, load the model, measure, print, write."""
     if not (s.text or s.suites or s.hypotheses):
@@ -371,41 +371,39 @@ def main(s: Settings) -> None:
         raise UserError(f"--out {s.out}: cannot be written ({error.strerror})", STORAGE) from None
     try:
         settings, contamination = dataclasses.asdict(s), None
+        for spec in s.hypotheses:  # whatever can fail at once comes before what takes hours
+            measure_hypotheses(e, spec)
+        others, e.results = e.results, []
         if s.model:
+            if s.overlap:
+                overlap.check(s.trained_on)
             reader = open_model(s)
             settings |= {"dtype": name_of(reader.model), "max_length": reader.length,
                          "device": str(reader.model.device), "torch": torch.__version__,
                          "tokenizer": reader.tokenizer.fingerprint}
+            check_baseline(e, texts, asked, reader)
+            if s.overlap:
+                contamination = look_for_overlap(s, texts, asked, reader.tokenizer)
             for text in texts:
                 measure_text(e, text, reader)
             for suite in asked:
                 measure_suite(e, suite, reader)
-            if s.overlap:
-                contamination = look_for_overlap(s, texts, asked, reader.tokenizer)
-        for spec in s.hypotheses:
-            measure_hypotheses(e, spec)
+        e.results += others
         found = {"model": s.model or "hypotheses", "command": shlex.join(["python", *sys.argv]),
                  "settings": settings, "results": e.results, "contamination": contamination}
         aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
-    print(log.printable(table(e.results)))
-    for r in e.results:
-        if "tokens" in r:
-            print(log.printable(f"{r['suite']}: {r['bytes']:,} bytes, {r['tokens']:,} tokens, "
-                                f"{r['tokens'] / r['bytes']:.4f} tokens/byte"))
+    print(log.printable(judge.table(e.results)))
     for name, n in (contamination or {}).get("tests", {}).items():
         if n["any"]:
             print(log.printable(
                 f"CONTAMINATED: {n['any']:,} of {n['items']:,} items of {name} stand in the "
                 f"training text ({n['whole']:,} whole, {n['run']:,} by a run of words)"))
-    if any("aside" in r for r in e.results):
-        print("* not in the mean: " + "; ".join(dict.fromkeys(
-            f"{r['suite']} {r['prompt']} {r['aside']}" for r in e.results if "aside" in r)))
     if any(r["partial"] for r in e.results):
         print(f"PARTIAL: the first {s.limit} items only; these figures are not for publishing")
-    if any("spBLEU" in x.metrics for x in asked) and not metrics.has_spbleu():
+    if "spBLEU" in e.wanted and not metrics.has_spbleu():
         log.say("spBLEU is left out: its tokenizer is not on this machine (docs/formats.md)")
     log.say(f"wrote {file} and {sheet.write(e.out)}")
 

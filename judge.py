@@ -24,6 +24,7 @@ import metrics
 from kinyarwanda import identify, normalise
 from log import FLAGS, UserError, say
 from metrics import Measure
+from suites import Prompt
 
 Record = dict[str, Any]
 Result = dict[str, Any]
@@ -132,6 +133,32 @@ def groups(name: str, measure: Measure, records: Sequence[Record], columns: Sequ
     return found
 
 
+def table(results: list[Result]) -> str:
+    """Results for people, a line each, and below them how long texts are and what is in no mean."""
+    lines = [("suite", "prompt", "metric", "value", "95 % interval", "items", "against baseline")]
+    for r in results:
+        interval = "-" if r["low"] is None else f"{r['low']:.4f} - {r['high']:.4f}"
+        name = " ".join(filter(None, (r["suite"].removeprefix("text:"), r.get("part"),
+                                      r.get("group"))))
+        against = "" if "baseline" not in r else \
+            f"{r['baseline']['difference']:+.4f} (p {r['baseline']['p']:.3f})"
+        prompt = r.get("prompt", "") + "*" * ("aside" in r)
+        if "least" in r:
+            prompt = f"mean of {r['prompts']}"
+        lines.append((name + " (PARTIAL)" * r["partial"], prompt, r["metric"], f"{r['value']:.4f}",
+                      interval, f"{r['n']:,}", against))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = (0, 2)
+    said = ["  ".join(cell.ljust(w) if i in left else cell.rjust(w)
+                      for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+            for line in lines]
+    said += [f"{r['suite']}: {r['bytes']:,} bytes, {r['tokens']:,} tokens, "
+             f"{r['tokens'] / r['bytes']:.4f} tokens/byte" for r in results if "tokens" in r]
+    aside = dict.fromkeys(f"{r['suite']} {r['prompt']} {r['aside']}"
+                          for r in results if "aside" in r)
+    return "\n".join(said + ["* not in the mean: " + "; ".join(aside)] * bool(aside))
+
+
 def write_records(file: Path, records: Sequence[Record]) -> None:
     """One JSON object a line."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +198,16 @@ def read_hypotheses(file: Path, n: int, name: str) -> list[str]:
     return lines
 
 
+def stem(name: str, prompt: Prompt | None = None) -> str:
+    """What the records of a suite's prompt, or of a text, are called in OUT/items."""
+    return ".".join(filter(None, (name.replace("text:", "text."), prompt and prompt.part,
+                                  prompt and prompt.name)))
+
+
+def _choices_of(signature: str) -> dict[str, str]:
+    return dict(x.split(":", 1) for x in signature.split("|") if ":" in x)
+
+
 class Baseline:
     """An earlier evaluation, from its folder."""
 
@@ -185,9 +222,11 @@ class Baseline:
             raise UserError(f"--baseline {folder}: results.json is damaged") from None
         self.folder = folder
 
-    def find(self, name: str) -> tuple[Result, list[Record]] | None:
-        """A result and the records of NAME (a suite, a part, a prompt), or of the same part's first
-        prompt where a file of translations is compared."""
+    def find(self, name: str, choices: dict[str, Any], records: Sequence[Record],
+             ) -> list[Record] | None:
+        """The baseline's records of NAME (a suite, a part, a prompt), or of the same part's first
+        prompt where a file of translations is compared; UserError where they were made otherwise
+        than by these choices of a signature, or are of other items than these records."""
         parts = {x["items"]: x for x in reversed(self.results) if "items" in x}
         if name not in parts and name.endswith(".file"):
             name = min((x for x in parts if x.startswith(name.removesuffix("file"))), default=name)
@@ -195,22 +234,12 @@ class Baseline:
             return None
         file = self.folder / "items" / f"{name}.jsonl"
         try:
-            return parts[name], read_records(file)
+            old = read_records(file)
         except (OSError, ValueError):
             raise UserError(f"--baseline {self.folder}: {file.name} is missing or damaged, and a "
                             "paired test needs it") from None
-
-    def compare(self, name: str, ours: list[Result], found: list[Measure], kind: str,
-                records: Sequence[Record], wanted: Sequence[str],
-                answers: Sequence[dict[str, Any]], part: str) -> None:
-        """Add to each of our results what the baseline has, the difference and its p."""
-        there = self.find(name)
-        if there is None:
-            say(f"{name}: not in the baseline {self.folder}, so not compared")
-            return
-        theirs, old = there
-        now, before = (dict(x.split(":", 1) for x in r["signature"].split("|") if ":" in x)
-                       for r in (ours[0], theirs))
+        before = _choices_of(parts[name]["signature"])
+        now = {k: str(v) for k, v in choices.items()}
         for of_a_model in (x for x in (now, before) if "dtype" in x):
             of_a_model.setdefault("compat", "none")
             of_a_model.setdefault("chat", "none")
@@ -218,12 +247,21 @@ class Baseline:
             if key in now and key in before and now[key] != before[key]:
                 raise UserError(f"--baseline {self.folder}: {name} has {key} {before[key]} there "
                                 f"and {now[key]} here; measure it again to compare")
-        same = [[r.get(k) for k in ("gold", "source", "reference", "bytes")]
-                for r in records] == [[r.get(k) for k in ("gold", "source", "reference", "bytes")]
-                                      for r in old]
-        if not same:
+        ours, theirs = ([[r.get(k) for k in ("gold", "source", "reference", "bytes")] for r in x]
+                        for x in (records, old))
+        if ours != theirs:
             raise UserError(f"--baseline {self.folder}: {name} was measured on other items "
                             f"({len(old)} there, {len(records)} here); measure it again to compare")
+        return old
+
+    def compare(self, name: str, ours: list[Result], found: list[Measure], kind: str,
+                records: Sequence[Record], wanted: Sequence[str],
+                answers: Sequence[dict[str, Any]], part: str) -> None:
+        """Add to each of our results what the baseline has, the difference and its p."""
+        old = self.find(name, _choices_of(ours[0]["signature"]), records)
+        if old is None:
+            say(f"{name}: not in the baseline {self.folder}, so not compared")
+            return
         baseline = {m.name: m for m in measures(kind, old, wanted, answers, part)}
         for r, m in zip(ours, found, strict=True):
             if m.name in baseline:

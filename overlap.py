@@ -142,6 +142,15 @@ def trained_on(model: str) -> tuple[list[str], list[str]]:
             return there, gone
 
 
+def check(specs: Sequence[str]) -> None:
+    """UserError for bins or files of text that are not there, before anything takes long."""
+    for spec in specs:
+        if (Path(spec) / "meta.json").is_file():
+            Bin(spec)
+        else:
+            corpus.files([spec])
+
+
 def texts(specs: Sequence[str], tokenizer: Tokenizer, gone: list[str]) -> Iterator[str]:
     """Every document of bins, decoded, and of files of text; a bin of another tokenizer cannot be
     read, and goes to `gone`."""

@@ -229,6 +229,13 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
     return said
 
 
+def known(suite: Suite, prompt: Prompt, item: Item) -> dict[str, Any]:
+    """What the record of an item says before the model has."""
+    if suite.kind == "translate":
+        return {"source": str(item.row[prompt.part.partition("-")[0]]), "reference": item.gold}
+    return {"gold": item.gold}
+
+
 def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
             items: Sequence[Item], length: int = 0, new_tokens: int = 0, beams: int = 1,
             move: Callable[[int], object] = lambda done: None,
@@ -245,13 +252,11 @@ def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
         pairs = [(text, x.choices) for text, x in zip(asked, items, strict=True)]
         scores = choose(model, tokenizer, pairs, "" if template else suite.delimiter, length, move,
                         kept, cut)
-        return [{"gold": x.gold, "logp": logp, "choices": list(x.choices),
+        return [{**known(suite, prompt, x), "logp": logp, "choices": list(x.choices),
                  **{column: x.row[column] for column in suite.groups}}
                 for x, logp in zip(items, scores, strict=True)]
     said = answer(model, tokenizer, asked, suite.stop, new_tokens or suite.new_tokens, length,
                   beams, move, ends, cut)
-    if suite.kind == "match":
-        return [{"gold": x.gold, "answer": text, "end": end}
-                for x, (text, end) in zip(items, said, strict=True)]
-    return [{"source": str(x.row[prompt.part.partition("-")[0]]), "reference": x.gold,
-             "hypothesis": text, "end": end} for x, (text, end) in zip(items, said, strict=True)]
+    what = "answer" if suite.kind == "match" else "hypothesis"
+    return [{**known(suite, prompt, x), what: text, "end": end}
+            for x, (text, end) in zip(items, said, strict=True)]

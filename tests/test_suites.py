@@ -18,6 +18,7 @@ import metrics
 import overlap
 import sheet
 import suites
+import tasks
 import tiny
 from browser import CHROMIUM, browser
 from log import UserError
@@ -447,3 +448,48 @@ def test_a_sentence_behind_a_languages_name_is_found_whole():
                                  " Ee.\nKinyarwanda: Abana bo mu rugo baraje. Bose.",
                                  "Kinyarwanda: Ngo: Ejo nzajya ku isoko kare."])
     assert found["a"] == {"items": 4, "whole": 2, "run": 0, "any": 2}
+
+
+def no_model(*args) -> None:
+    raise AssertionError("the model was loaded, or asked, first")
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ({"trained_on": ["none.txt"]}, "none.txt: no such file"),
+    ({"hypotheses": ["pairs/eng-kin=none.txt"]}, "none.txt cannot be read"),
+    ({"hypotheses": ["pairs/eng-kin=short.txt"]}, "19 lines, pairs/eng-kin has 20"),
+    ({"hypotheses": ["pairs/eng-swa=good.txt"]}, "pairs has eng-kin, kin-eng"),
+    ({"prompts": ["1", "22"]}, "--prompts 22: no suite has such a prompt"),
+    ({"text": ["a/b=good.txt"]}, "--text a/b=good.txt: expected NAME=FILE")])
+def test_a_slip_is_told_before_the_model_is_loaded(home, monkeypatch, values, words):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(evaluating, "open_model", no_model)
+    with pytest.raises(UserError, match=words):
+        evaluated(home, model="model", **values)
+
+
+def test_what_cannot_be_compared_or_read_is_told_before_anything_is_measured(home, monkeypatch):
+    (home / "asked.txt").write_text("Inka zacu.\n\nAbana baraje.\n")
+    (home / "broken.jsonl").write_text('{"body": "Inka"}\n')
+    said = {"model": str(home / "model"), "prompts": ["1"], "max_new_tokens": 2, "limit": 2,
+            "text": [f"mine={home}/asked.txt"]}
+    before = str(home / "before")
+    evaluated(home, **said, out=before)
+    here = evaluated(home, **said, baseline=before, hypotheses=[f"pairs/eng-kin={home}/good.txt"])
+    assert all("baseline" in r for r in here["results"] if r["metric"] not in ("eos_rate",))
+    assert here["results"][-1]["prompt"] == "file"
+    monkeypatch.setattr(tasks, "records", no_model)
+    monkeypatch.setattr(tasks, "document_nats", no_model)
+    for values, words in (({"limit": 3}, "pairs.eng-kin.1 was measured on other items .2 there, 3"),
+                          ({"beams": 2}, "has beams 1 there and 2 here"),
+                          ({"documents": "file"}, "text.mine has unit block there and file here"),
+                          ({"trained_on": [f"{home}/broken.jsonl"]}, "no text under 'text'")):
+        with pytest.raises(UserError, match=words):
+            evaluated(home, **{**said, **values}, baseline=before)
+
+
+def test_that_spbleu_is_left_out_is_said_of_another_systems_translations_too(home, monkeypatch,
+                                                                             capsys):
+    monkeypatch.setattr(metrics, "has_spbleu", lambda: False)
+    judged(home, "good")
+    assert "spBLEU is left out" in capsys.readouterr().err
