@@ -212,7 +212,9 @@ def attend_offsets(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float
     if K != H and not grouped:
         k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
     more = {"enable_gqa": True} if K != H and grouped else {}
-    q, k, v = (F.pad(x.flatten(0, 1), (0, -D % 8)) for x in (q, k, v))  # it takes no other widths
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if D % 8:  # which it does not take; a pad of nothing would be a copy
+        q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
     y = kernel(q, k, v, layout.offsets, layout.offsets, T, T, scale=scale,
                window_size=(layout.window - 1, 0), **more)  # (-1, 0): causal
     return y[..., :D].reshape(-1, T, H, D)

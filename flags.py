@@ -10,7 +10,7 @@ from typing import Any
 
 from log import FLAGS, UserError
 
-SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_layers", "rslora", "dora")
+LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_plus")
 
 
 def check(s: Any, kind: str) -> None:
@@ -38,9 +38,12 @@ def check(s: Any, kind: str) -> None:
     if s.optimizer == "adamw-bf16" and (s.tune != "full" or s.train_layers or s.ema):
         raise UserError("--optimizer adamw-bf16: is for all weights; a part that trains, and an "
                         "average, are kept in float32: take adamw or adamw8bit", FLAGS)
-    idle = (*SHAPE, "lora_plus") if s.tune == "full" else ("train_layers",)
+    idle = ("lora_layers", "rslora", "dora") if s.tune == "full" else ("train_layers",)
     idle += ("double_quant",) * (s.tune != "qlora") + ("recompute_light",) * s.recompute
-    idle += ("neftune", "label_smoothing") if kind == "pairs" else ("beta",)
+    idle += ("neftune", "label_smoothing") if kind == "pairs" else ()
+    if not s.resume:  # a run that began with them before they were refused goes on
+        idle += LORA if s.tune == "full" else ()
+        idle += ("beta",) if kind != "pairs" else ()
     if s.tune == "full" and not s.train_layers:
         idle += ("train_embeddings", "train_norms")  # they do
     if given := changed(s, idle):

@@ -363,8 +363,7 @@ def loop(run: Run) -> int:
 
 def train(s: Settings, origins: dict[str, str]) -> int:
     """One run, from settings to the saved result; 0 done, 130 or 143 interrupted and saved."""
-    if not s.resume:  # else as the run began
-        flags.check(s, MODES[s.mode][0])
+    flags.check(s, MODES[s.mode][0])
     if s.plan_for:
         plan.foretell(s)
         return 0

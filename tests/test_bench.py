@@ -90,7 +90,7 @@ def test_a_ratio_has_the_range_of_its_rounds_and_the_quartiles_of_many():
 
 
 JOB = """
-import os, sys, time
+import os, sys
 import bench
 
 def turns(name, file):

@@ -189,6 +189,13 @@ def test_an_adapter_goes_on_in_its_own_shape_or_is_refused(place):
     assert json.loads((place / "further/model/adapter_config.json").read_text())["r"] == 4
 
 
+def test_what_a_resumed_run_may_change_is_in_range_too(place):
+    call(command(place, "ranged", "--steps", "2"))
+    again = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(place / "ranged")]
+    for flags in (["--keep", "1"], ["--eval-tokens", "0"], ["--rank-timeout", "0"]):
+        assert f"{flags[0]} {flags[1]}" in call([*again, *flags], code=2).splitlines()[-1]
+
+
 def test_settings_of_a_run_are_a_recipe_for_it(place):
     call(command(place, "first", "--steps", "3"))
     call([sys.executable, str(ROOT / "train.py"), str(place / "first/settings.toml"), "--out",
