@@ -29,8 +29,11 @@ from bench.train_step import (
     LR,
     MODELS,
     RANK,
+    LitLoss,
     draw,
+    litgpt,
     our_step,
+    plain_loss,
     plain_step,
     same_start,
 )
@@ -42,7 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {  # words of train.Se
                        ["transformers"]),
     "full-light": ("all weights, recompute-light", {"tune": "full", "recompute_light": True}, []),
     "bf16": ("all weights, adamw-bf16", {"tune": "full", "optimizer": "adamw-bf16"}, []),
-    "lora": ("LoRA", {"tune": "lora"}, ["peft", "peft + bf16 adapter"]),
+    "lora": ("LoRA", {"tune": "lora"}, ["peft", "peft + bf16 adapter", "litgpt"]),
     "lora-recompute": ("LoRA, recompute", {"tune": "lora", "recompute": True}, ["peft"]),
     "qlora": ("QLoRA", {"tune": "qlora"}, ["peft"]),
     "qlora-recompute": ("QLoRA, recompute", {"tune": "qlora", "recompute": True}, ["peft"])}
@@ -148,8 +151,20 @@ def peer(side: str, case: str, name: str, folder: str) -> dict[str, float]:
                                   task_type="CAUSAL_LM"),
                 autocast_adapter_dtype=side != "peft + bf16 adapter")
         same_start(model)
-        step = plain_step(model, name, autocast=not narrow or quantised)
+        step = plain_step(model, plain_loss(model, name, autocast=not narrow or quantised))
         return [step() for _ in range(3)][-1]
+
+    return measured(take, name)
+
+
+def lit(name: str, folder: str) -> dict[str, float]:
+    """Three steps of litgpt's LoRA."""
+
+    def take(name: str) -> float:
+        model = litgpt(name, f"{folder}/{name}")
+        loss_of = LitLoss(model, name)
+        step = plain_step(model, loss_of)
+        return [loss_of.exact(step()) for _ in range(3)][-1]
 
     return measured(take, name)
 
@@ -161,7 +176,9 @@ def compare(case: str, s: Settings, name: str, folder: str) -> tuple[list[list[s
     sides = {"ours": ("ours", [case, name, folder])}
     if installed("peft") and installed("transformers"):
         few = peers[:1] if s.size == "quick" else peers
-        sides |= {x: ("peer", [x, case, name, folder]) for x in few}
+        sides |= {x: ("peer", [x, case, name, folder]) for x in few if x != "litgpt"}
+        if "litgpt" in few and installed("litgpt"):
+            sides["litgpt"] = "lit", [name, folder]
     rows, added, losses = [], {}, {}
     for side, done in in_turn(HERE, s.rounds, sides).items():
         peak, before = (statistics.median(x[k] for x in done) for k in ("peak", "before"))
@@ -194,10 +211,10 @@ def job(s: Settings) -> str:
             f"MALLOC_MMAP_THRESHOLD_={back} on all sides.\n\n"
             f"{table(head, [row for rows, _ in found for row in rows])}\n\n"
             + "\n".join(line for _, line in found)
-            + "\n\n" + limits.words(peaks, "transformers", "peft", "bitsandbytes"))
+            + "\n\n" + limits.words(peaks, "transformers", "peft", "litgpt", "bitsandbytes"))
 
 
-CHILDREN = {"draws": draws, "predict": predict, "ours": ours, "peer": peer}
+CHILDREN = {"draws": draws, "predict": predict, "ours": ours, "peer": peer, "lit": lit}
 
 if __name__ == "__main__":
     sys.exit(main(HERE, "The memory of a training step, on a CPU", CHILDREN, job, list(CASES)))

@@ -1,15 +1,15 @@
-"""A training step here against a plain transformers (+ peft) loop, on this machine's CPU.
+"""A training step here beside a plain transformers (+ peft) loop and litgpt, on a CPU.
 
     python -m bench.train_step [--quick] [--cases full lora large fp32] [--rounds 10] [--write]
 
 The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
 tokens, dtype, start of LoRA, fused AdamW and clipping, and the allocator's settings that train.py
 takes for itself (ranks.keep_freed). Peers are measured as they come and compiled. All sides of a
-case are there at once, which takes 14 GB, and step in turn: a step is compared with one of the same
+case are there at once, which takes 19 GB, and step in turn: a step is compared with one of the same
 seconds, not of minutes later. Losses of the first and of a later step must agree, or not the same
-was measured: that is an error. A peer that keeps its adapter in bf16 rounds each update to eight
-bits, so it takes steps of its own: its later loss may be further away, by less than what an adapter
-that stood still would be.
+was measured: that is an error. A peer that keeps its adapter in bf16, as litgpt does, rounds each
+update to eight bits, so it takes steps of its own: its later loss may be further away, by less than
+what an adapter that stood still would be. litgpt is left out where it is not installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench import Settings, Spread, alternate, child, limits, main, ratio, std, table
+from bench import Settings, Spread, alternate, child, installed, limits, main, ratio, std, table
 
 HERE = "bench.train_step"
 MODELS = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary, rows, row length
@@ -33,16 +33,16 @@ MODELS = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabular
     "110M, one layer": (768, 2048, 1, 12, 4, 32000, 4, 512),
     "30M, one layer": (512, 1376, 1, 8, 4, 8000, 2, 512),
     "tiny, one layer": (64, 128, 1, 4, 2, 512, 2, 32)}
-ROUNDED = "bf16 adapter"  # in whose steps a peer rounds what it trains
+ROUNDED = "bf16 adapter"  # in whose steps peft rounds what it trains
 CASES = {  # what is trained, on which model, and by whom; "+" parts a side from its settings
     "full": ("all weights, bf16 products", "110M",
              ["ours", "transformers", "ours + compile", "transformers + compile"]),
     "lora": ("LoRA r 16, bf16", "110M",
-             ["ours", "peft", f"peft + {ROUNDED}", "ours + compile", "peft + compile",
-              f"peft + {ROUNDED} + compile"]),
-    "large": ("LoRA r 16, bf16", "1.1B", ["ours", "peft", f"peft + {ROUNDED}"]),
+             ["ours", "peft", f"peft + {ROUNDED}", "litgpt", "ours + compile", "peft + compile",
+              f"peft + {ROUNDED} + compile", "litgpt + compile"]),
+    "large": ("LoRA r 16, bf16", "1.1B", ["ours", "peft", f"peft + {ROUNDED}", "litgpt"]),
     "fp32": ("all weights, float32", "110M", ["ours", "transformers"])}
-QUICK = {"full": ["ours", "transformers"], "lora": ["ours", "peft"]}  # compiling takes minutes
+QUICK = {"full": ["ours", "transformers"], "lora": ["ours", "peft", "litgpt"]}  # none compiled
 RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 3e-4, (0.9, 0.95), 0.1, 1.0
 APART = {"full": 1e-3, "lora": 1e-3, "large": 1e-3, "fp32": 1e-4}  # of the loss, at most
 OWN = 5e-3  # of the later loss, of a peer that rounds what it trains
@@ -75,18 +75,22 @@ def tokens_of(model: str) -> Any:
 
 def same_start(model: Any) -> None:
     """Fill every A of LoRA with the same numbers on all sides; B is zero on all."""
+    fill({n[n.index("layers."):].replace(".default", ""): p
+          for n, p in model.named_parameters() if ".lora_A." in n})
+
+
+def fill(found: dict[str, Any]) -> None:
+    """Random numbers into each A (R,in), drawn in the order of peft's names."""
     import torch
 
-    found = {n[n.index("layers."):].replace(".default", ""): p
-             for n, p in model.named_parameters() if ".lora_A." in n}
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for _, p in sorted(found.items()):
             p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
 
 
-def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any]:
-    """One step of train.py, giving the loss; and the model."""
+def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any, Callable]:
+    """One step of train.py, giving the loss; the model; what that loss is exactly."""
     import torch
 
     import lora
@@ -105,7 +109,7 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     model.train()
     if "compile" in options:
         model.model.compile_blocks(cpu.device)
-    return our_step(model, name, optim.adamw(model, LR, BETAS, DECAY), cpu), model
+    return our_step(model, name, optim.adamw(model, LR, BETAS, DECAY), cpu), model, float
 
 
 def our_step(model: Any, name: str, optimizer: Any, ranks: Any) -> Callable[[], float]:
@@ -122,8 +126,8 @@ def our_step(model: Any, name: str, optimizer: Any, ranks: Any) -> Callable[[], 
     return lambda: train.train_step(model, train.NLL, [batch], optimizer, ranks, CLIP)[0]
 
 
-def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any]:
-    """One step as transformers' users write it, giving the loss; and the model."""
+def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any, Callable]:
+    """The same as transformers' users write it."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -143,20 +147,31 @@ def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     same_start(model)
     if "compile" in options:
         model.compile()
-    return plain_step(model, name, autocast=case == "full"), model
+    return plain_step(model, plain_loss(model, name, autocast=case == "full")), model, float
 
 
-def plain_step(model: Any, name: str, autocast: bool) -> Callable[[], float]:
-    """A step on the model's tokens as transformers' users write it, giving the loss."""
+def plain_loss(model: Any, name: str, autocast: bool) -> Callable[[], Any]:
+    """The loss of the model's tokens as transformers takes it."""
+    import torch
+
+    tokens = tokens_of(name)
+
+    def loss() -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    return loss
+
+
+def plain_step(model: Any, loss_of: Callable[[], Any]) -> Callable[[], float]:
+    """A step as a peer's users write it, giving the loss."""
     import torch
 
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, LR, BETAS, weight_decay=DECAY, fused=True)
-    tokens = tokens_of(name)
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
@@ -166,19 +181,100 @@ def plain_step(model: Any, name: str, autocast: bool) -> Callable[[], float]:
     return step
 
 
+def lit(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any, Callable]:
+    """The same as litgpt takes it, with LoRA."""
+    model = litgpt(name, folder)
+    if "compile" in options:
+        model.compile()
+    loss_of = LitLoss(model, name)
+    return plain_step(model, loss_of), model, loss_of.exact
+
+
+def litgpt(name: str, folder: str) -> Any:
+    """litgpt's LLaMA with LoRA in bf16, as `litgpt finetune lora` sets it up, of the same weights
+    by its own conversion and from the same start."""
+    import torch
+    from lightning.fabric import Fabric
+    from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+    from safetensors.torch import load_file
+
+    from ranks import keep_freed
+
+    keep_freed()
+    C, M, L, H, K, V, _, T = MODELS[name]
+    config = Config(
+        name=name, block_size=T, vocab_size=V, padded_vocab_size=V, n_layer=L, n_head=H,
+        n_query_groups=K, n_embd=C, rotary_percentage=1.0, parallel_residual=False, bias=False,
+        norm_class_name="RMSNorm", norm_eps=1e-6, mlp_class_name="LLaMAMLP", intermediate_size=M,
+        lora_r=RANK, lora_alpha=ALPHA, lora_query=True, lora_key=True, lora_value=True,
+        lora_projection=True, lora_mlp=True)
+    with Fabric(accelerator="cpu", precision="bf16-true").init_module(empty_init=True):
+        model = GPT(config)
+    mark_only_lora_as_trainable(model)
+    state: dict[str, Any] = {}
+    copy_weights_hf_llama(config, {}, state, load_file(f"{folder}/model.safetensors"),
+                          dtype=torch.bfloat16)
+    model.load_state_dict(state, strict=False, assign=True)
+    starts = {}
+    for i, block in enumerate(model.transformer.h):
+        to, attn, mlp = f"layers.{i}.self_attn.", block.attn, block.mlp
+        starts |= {f"{to}{x}_proj.lora_A.weight": A.detach()
+                   for x, A in zip("qkv", attn.qkv.lora_A.split(RANK), strict=True)}
+        starts[f"{to}o_proj.lora_A.weight"] = attn.proj.lora_A
+        starts |= {f"layers.{i}.mlp.{x}_proj.lora_A.weight": m.lora_A for x, m in
+                   (("gate", mlp.fc_1), ("up", mlp.fc_2), ("down", mlp.proj))}
+    fill(starts)
+    for n, p in model.named_parameters():
+        if n.endswith("lora_B"):
+            p.detach().zero_()
+    return model
+
+
+class LitLoss:
+    """litgpt's loss in parts, which it rounds to bf16; `exact` is that of the same logits in
+    float32, for when the clock has stopped."""
+
+    def __init__(self, model: Any, name: str):
+        self.model, self.tokens = model, tokens_of(name)
+
+    def __call__(self) -> Any:
+        from litgpt.utils import chunked_cross_entropy
+
+        self.parts = self.model(self.tokens, lm_head_chunk_size=128)  # [(B,128,V)]
+        self.parts[-1] = self.parts[-1][..., :-1, :]
+        return chunked_cross_entropy(self.parts, self.tokens[..., 1:])
+
+    def exact(self, _: float) -> float:
+        from torch.nn.functional import cross_entropy
+
+        targets = self.tokens[..., 1:].split(128, dim=1)
+        total = sum(cross_entropy(x.detach().float().flatten(0, 1), y.flatten(), reduction="sum")
+                    for x, y in zip(self.parts, targets, strict=True))
+        del self.parts
+        return float(total) / self.tokens[..., 1:].numel()
+
+
 def measure(side: str, case: str, name: str, folder: str) -> Iterator[dict]:
     """First the losses of a warm-up, the parameters trained and FLOP a step; then each step's
     seconds and loss."""
     who, *options = side.split(" + ")
-    step, model = (ours if who == "ours" else peer)(case, name, folder, options)
+    start = {"ours": ours, "litgpt": lit}.get(who, peer)
+    step, model, exact = start(case, name, folder, options)
     *_, B, T = MODELS[name]
-    yield {"losses": [step() for _ in range(WARM)],
+    yield {"losses": [exact(step()) for _ in range(WARM)],
            "flops": model.flops_per_token(T) * B * T if who == "ours" else None,
            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     while True:
         begun = time.perf_counter()
         loss = step()
-        yield {"seconds": time.perf_counter() - begun, "loss": loss}
+        seconds = time.perf_counter() - begun
+        yield {"seconds": seconds, "loss": exact(loss)}
+
+
+def rounds(side: str) -> bool:
+    """Whether a side trains in bf16 what it then has to round."""
+    return ROUNDED in side or side.startswith("litgpt")
 
 
 def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str]:
@@ -188,6 +284,7 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
     name = {"full": name, "quick": "30M", "tiny": "tiny"}[s.size]
     if s.size == "quick":
         sides = QUICK.get(case, sides)
+    sides = [x for x in sides if not x.startswith("litgpt") or installed("litgpt")]
     *_, B, T = MODELS[name]
     draw_as = "bfloat16" if name == "1.1B" else "float32"
     n = child(HERE, "draw", name, folder, draw_as)
@@ -206,7 +303,7 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
                      *(f"{x:.5f}" for x in ends[side])])
     apart, own = (max((abs(x / y - 1) for side in ends
                        for i, (x, y) in enumerate(zip(ends[side], ends["ours"], strict=True))
-                       if (i == 1 and ROUNDED in side) == rounded), default=0.0)
+                       if (i == 1 and rounds(side)) == rounded), default=0.0)
                   for rounded in (False, True))
     if apart > APART[case] or own > OWN or len({x["trained"] for x, _ in done.values()}) > 1:
         s.faults.append(f"{case}: losses {apart:.1e} apart, the later of a {ROUNDED} {own:.1e}, so "
@@ -250,9 +347,9 @@ def job(s: Settings) -> str:
     return (f"All sides start from the same weights, take the same tokens and step in turn, "
             f"{s.rounds} times after {WARM}; a ratio is the median of each turn's. How far their "
             f"losses are apart stands below. peft keeps its adapter in float32, as we do; with "
-            f"\"{ROUNDED}\" in bf16, and so each update is rounded. One allocator's settings for "
-            f"all.\n\n{table(head, rows)}\n\n"
-            + "\n".join(said) + f"\n\n{limits.words(peaks, 'transformers', 'peft')}")
+            f"\"{ROUNDED}\", and in litgpt, it is in bf16, and so each update is rounded. One "
+            f"allocator's settings for all.\n\n{table(head, rows)}\n\n"
+            + "\n".join(said) + f"\n\n{limits.words(peaks, 'transformers', 'peft', 'litgpt')}")
 
 
 CHILDREN: dict[str, Callable[..., Any]] = {"draw": draw, "measure": measure}

@@ -61,6 +61,24 @@ def test_a_peer_that_computes_something_else_is_a_fault(here, monkeypatch, job, 
     assert bool(s.faults) == bool(fault), s.faults
 
 
+@pytest.mark.parametrize("fault", [*FAULTS, "a start of its own"])
+def test_litgpt_that_computes_something_else_is_a_fault(here, monkeypatch, fault):
+    """Its loss is read from its logits, for its own is rounded to eight bits."""
+    lit = pytest.importorskip("litgpt.lora")
+    if fault == "rope":
+        turns = lit.litgpt.model.build_rope_cache
+        monkeypatch.setattr(lit.litgpt.model, "build_rope_cache",
+                            lambda *args, **more: turns(*args, **(more | {"condense_ratio": 2})))
+    if fault == "mlp":
+        monkeypatch.setattr(lit.LLaMAMLP, "forward", lambda self, x: 0 * x)
+    if fault == "a start of its own":  # which the first loss cannot show, for B is zero
+        monkeypatch.setattr(train_step, "same_start", lambda model: None)  # ours, then
+    monkeypatch.setitem(train_step.CASES, "large", ("LoRA", "1.1B", ["ours", "litgpt"]))
+    s = Settings("tiny", 1, ["large"])
+    train_step.job(s)
+    assert bool(s.faults) == bool(fault), s.faults
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_gpus_peer_that_computes_something_else_is_a_fault(here, monkeypatch, tune, fault):
