@@ -1,4 +1,4 @@
-"""How time and memory of a training step grow: with sequence, rows, vocabulary, width, LoRA rank.
+"""How a training step grows: with sequence, rows, vocabulary, width, layers, LoRA's rank, ranks.
 
     python -m bench.growth [--quick] [--cases sequence packed rows ...] [--write]
 
@@ -6,8 +6,10 @@ One small model, one thing of it changed at a time. Memory is what a step takes 
 its optimizer's moments, so that what grows is seen. The exponent k of y = c x^k is fitted to each
 curve: 1 is linear. A sequence's is fitted twice, for attention to all that stands before is
 quadratic in time (not in memory): one document a row, and documents of 512 tokens packed into it.
-Each point is one process and the shorter of two steps, so that a curve has no spread: what counts
-is its exponent over all points, not one of them.
+Ranks each take rows of their own, by FSDP, one thread each: what is cut among them is the model
+with its optimizer; where they share one machine's cores, their time says nothing of several GPUs.
+Each point is one process (a rank) and the shorter of two steps, so that a curve has no spread: what
+counts is its exponent over all points, not one of them.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import time
 from typing import Any
 
 from bench import Settings, child, exponent, limits, main, peak_gb, plot, table
+from bench.scale import on_ranks
 
 HERE = "bench.growth"
-BASE = {"T": 512, "B": 1, "V": 8192, "C": 256, "R": 0, "document": 0}  # R 0: all weights train
+BASE = {"T": 512, "B": 1, "V": 8192, "C": 256, "L": 4, "R": 0,  # R 0: all weights train
+        "document": 0, "W": 0}  # 0: a row's length; one process on all cores
 AXES: dict[str, tuple[str, dict[str, Any], dict[str, list[int]]]] = {
     "sequence": ("T", {"R": 16}, {"full": [512, 1024, 2048, 4096, 8192, 16384, 32768],
                                   "quick": [512, 1024, 2048], "tiny": [32, 64]}),
@@ -30,12 +34,25 @@ AXES: dict[str, tuple[str, dict[str, Any], dict[str, list[int]]]] = {
     "vocabulary": ("V", {}, {"full": [32768, 65536, 131072, 262144],
                              "quick": [8192, 32768], "tiny": [512, 1024]}),
     "width": ("C", {}, {"full": [256, 512, 1024], "quick": [256, 512], "tiny": [64, 128]}),
-    "rank": ("R", {}, {"full": [8, 32, 128, 256], "quick": [8, 64], "tiny": [2, 4]})}
-LABELS = {"T": "tokens in a row", "B": "rows", "V": "vocabulary", "C": "width", "R": "LoRA rank"}
+    "layers": ("L", {}, {"full": [4, 8, 16, 32], "quick": [4, 8], "tiny": [1, 2]}),
+    "rank": ("R", {}, {"full": [8, 32, 128, 256], "quick": [8, 64], "tiny": [2, 4]}),
+    "ranks": ("W", {"C": 1024}, {"full": [1, 2, 4], "quick": [1, 2], "tiny": [1, 2]})}
+LABELS = {"T": "tokens in a row", "B": "rows", "V": "vocabulary", "C": "width", "L": "layers",
+          "R": "LoRA rank", "W": "ranks, by FSDP"}
 
 
-def measure(T: int, B: int, V: int, C: int, R: int, document: int) -> dict[str, float]:
-    """Seconds of a step, the least of two after one, and the GB it took above what stood before."""
+def measure(T: int, B: int, V: int, C: int, L: int, R: int, document: int,
+            W: int) -> dict[str, float]:
+    """Seconds of a step, the least of two after one; the GB that a rank's weights and moments have,
+    and that a step took above what stood before."""
+    def take() -> dict[str, float]:
+        return steps(T, B, V, C, L, R, document)
+
+    return on_ranks(W, 1, take)[0] if W else take()
+
+
+def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict[str, float]:
+    """The same, of this rank."""
     import torch
 
     import lora
@@ -47,9 +64,10 @@ def measure(T: int, B: int, V: int, C: int, R: int, document: int) -> dict[str, 
     from model import Llama
     from ranks import Ranks
 
+    ranks = Ranks.start("cpu")
     model = Llama(ModelConfig.from_hf({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V,
-        "hidden_size": C, "intermediate_size": C * 11 // 4, "num_hidden_layers": 4,
+        "hidden_size": C, "intermediate_size": C * 11 // 4, "num_hidden_layers": L,
         "num_attention_heads": C // 64, "num_key_value_heads": C // 64, "rms_norm_eps": 1e-5,
         "max_position_embeddings": T, "hidden_act": "silu", "tie_word_embeddings": False}))
     model.initialise(0)
@@ -58,19 +76,22 @@ def measure(T: int, B: int, V: int, C: int, R: int, document: int) -> dict[str, 
         model.to(torch.bfloat16)
         lora.attach(model, R, 2.0 * R, 0.0, ["all-linear"])
     model.train()
+    if ranks.world > 1:
+        ranks.share(model, "fsdp", torch.bfloat16)
     optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
     ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
     at = torch.arange(T).expand(B, T)
     size = document or T
     batch = Batch(ids, ids, at // size, at % size)
-    cpu = Ranks.start("cpu")
-    moments = sum(8 * p.numel() for p in model.parameters() if p.requires_grad) / 2**30
+    held = [getattr(p, "_local_tensor", p) for p in model.parameters()]  # a cut one's own part
+    moments = sum(8 * p.numel() for p in held if p.requires_grad) / 2**30
+    kept = sum(p.numel() * p.element_size() for p in held) / 2**30 + moments
     before, seconds = held_gb() + moments, []
     for _ in range(3):
         begun = time.perf_counter()
-        train.train_step(model, train.NLL, [batch], optimizer, cpu, 1.0)
+        train.train_step(model, train.NLL, [batch], optimizer, ranks, 1.0)
         seconds.append(time.perf_counter() - begun)
-    return {"seconds": min(seconds[1:]), "above": peak_gb() - before}
+    return {"seconds": min(seconds[1:]), "kept": kept, "above": peak_gb() - before}
 
 
 def job(s: Settings) -> str:
@@ -87,6 +108,7 @@ def job(s: Settings) -> str:
         k = [exponent(x, curves[what][axis][1]) for what in curves]
         rows.append([axis, LABELS[name], f"{x[0]:,} to {x[-1]:,}",
                      f"{done[0]['seconds']:.3f} to {done[-1]['seconds']:.3f}", f"{k[0]:.2f}",
+                     f"{done[0]['kept']:.3f} to {done[-1]['kept']:.3f}",
                      f"{done[0]['above']:.3f} to {done[-1]['above']:.3f}", f"{k[1]:.2f}"])
         print(f"{HERE}: {axis} done", file=sys.stderr, flush=True)
     if s.write:
@@ -94,10 +116,11 @@ def job(s: Settings) -> str:
         pictures = [plot("growth-time", curves["seconds"], across, "seconds a step"),
                     plot("growth-memory", curves["above"], across, "GB above model and optimizer")]
     head = ["axis", "what changes", "from, to", "seconds a step", "exponent of time",
-            "GB above model and optimizer", "exponent of memory"]
+            "GB of model and optimizer", "GB above them", "its exponent"]
     note = ("Four layers, width 256, 8,192 ids, bf16 products; LoRA (r 16) for sequence, rows, "
             "packed and rank, else all weights; one document a row, `packed`: documents of 512 "
-            "tokens. Seconds: the shorter of two steps of one process. An exponent of 1 is linear.")
+            "tokens. Ranks: width 1,024, a row and a thread each, on this machine's cores. "
+            "Seconds: the shorter of two steps of one process. An exponent of 1 is linear.")
     parts = [note, table(head, rows), *pictures, limits.words(limits.measured(s.size))]
     return "\n\n".join(parts)
 
