@@ -113,9 +113,10 @@ class Layout:
             return cls(lengths=lengths if len(lengths) > B else None, window=window)
         if fused == "tiles" and not plain and torch.is_grad_enabled():  # one shape: it is compiled
             return cls(tiles=tiles_of(doc, window), window=window)
-        if len(starts) == B:
+        flat = fused == "offsets" and not plain
+        if len(starts) == B and not (flat and 0 < window < T):  # else a mask would say the window
             return cls(window=window)
-        if fused == "offsets" and not plain:
+        if flat:
             # a power of two, filled up with empty documents: the same graph for many batches
             ends = starts.new_full((1 << len(starts).bit_length(),), B * T)
             ends[: len(starts)] = starts
