@@ -132,8 +132,9 @@ def search(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, stops
                 yield x.index, token, end if at == len(ids) else ""
         shared = min(len(x.prompt) for x in live)  # the prompts' keys are equal in all their rows
         cache = rearrange(whole, cache, order, shared)
-        cache, order = keep_rows(cache, keep)
-        live = [live[row // n] for row in order[::n]]
+        if len(keep) < len(order):
+            cache, order = keep_rows(cache, keep)
+            live = [live[row // n] for row in order[::n]]
         if live:
             ids = torch.tensor([ids[-1] for x in live for ids in x.growing], device=model.device)
             logits = steps(ids, cache)

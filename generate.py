@@ -121,8 +121,9 @@ def stream(model: Llama, prompts: Sequence[Sequence[int]], sampling: Sampling,
             if not end:
                 keep.append(place)
             yield row.index, token, end
-        cache, order = keep_rows(cache, keep)
-        live, ids = [live[i] for i in order], ids[order]
+        if len(keep) < len(live):  # else a GPU would be waited for, to find that none has left
+            cache, order = keep_rows(cache, keep)
+            live, ids = [live[i] for i in order], ids[order]
         logits = steps(ids, cache) if live else logits[:0]
 
 

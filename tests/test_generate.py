@@ -667,6 +667,18 @@ def test_hastening_where_it_does_not_pay_is_refused():
         decode.hasten(ours())
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_step_in_which_nobody_ends_asks_the_cache_nothing(monkeypatch, beams):
+    """On a GPU each such question is a wait for the step before."""
+    module, left = (g.beam if beams > 1 else g), []
+    real = module.keep_rows
+    monkeypatch.setattr(module, "keep_rows", lambda *x: left.append(len(x[1])) or real(*x))
+    prompts = [[5, 6], [7, 8, 9], [10]]
+    sampling = Sampling(6, temperature=0.0, beams=beams)
+    assert all(len(x.ids) == 6 for x in g.answers(ours(), prompts, sampling))
+    assert left == [0]
+
+
 def replayed(run, pool=None):
     """What a GPU's graph does, on a CPU: computed once beforehand, then always into one place."""
     found = run().clone()
