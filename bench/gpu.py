@@ -326,46 +326,62 @@ def timed(step: Any, steps: int) -> dict[str, Any]:
             "device": torch.cuda.max_memory_allocated() / 2**30}
 
 
+def side(s: Settings, what: str, name: str, *args: Any) -> dict[str, Any]:
+    """What a side of a case found; nothing, and a fault, where it failed, for want of memory say:
+    the other sides stand."""
+    try:
+        return child(HERE, what, name, *args)
+    except SystemExit as e:
+        s.faults.append(f"{name}: {e}")
+        return {}
+
+
 def compare(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
     """A case's rows of the table."""
     case, steps = CASES[name], {"full": 8, "quick": 4, "tiny": 1}[s.size]
-    runs = {"ours": child(HERE, "ours", name, steps)}
+    runs = {"ours": side(s, "ours", name, steps)}
+    if not runs["ours"]:
+        return []
     for how in case.peers:
         if installed("transformers") and (how != "liger" or installed("liger_kernel")):
-            runs[how] = child(HERE, "peer", name, how, steps)
-    found, rows = {side: statistics.median(x["seconds"]) for side, x in runs.items()}, []
+            runs[how] = side(s, "peer", name, how, steps)
+    runs = {who: run for who, run in runs.items() if run}
+    found, rows = {who: statistics.median(x["seconds"]) for who, x in runs.items()}, []
     first = [x["losses"][0] for x in runs.values()]
     if max(first) / min(first) - 1 > APART:
         s.faults.append(f"{name}: the first losses are {first}: not the same was measured")
     said = f"{child(HERE, 'predict', name)['total']:.1f}"
     library = "transformers" if case.tune == "full" else "peft"
-    for side, run in runs.items():
-        share = f"{runs['ours']['flops'] / found[side] / gpu['peak'] / 1e12:.0%}"
+    for who, run in runs.items():
+        share = f"{runs['ours']['flops'] / found[who] / gpu['peak'] / 1e12:.0%}"
         what = f"{name}: {case.shape}, {case.tune}, 1 x {case.T:,} {case.options}".strip()
-        rows.append([what, side if side == "ours" else f"{library}, {side}",
-                     f"{case.T / found[side]:,.0f}",
+        rows.append([what, who if who == "ours" else f"{library}, {who}",
+                     f"{case.T / found[who]:,.0f}",
                      f"{min(run['seconds']):.3f} to {max(run['seconds']):.3f}", share,
-                     f"{found[side] / found['ours']:.2f}", f"{run['device']:.1f}",
-                     said if side == "ours" else "-"])
+                     f"{found[who] / found['ours']:.2f}", f"{run['device']:.1f}",
+                     said if who == "ours" else "-"])
     return rows
 
 
 def answered(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
     """A row of the second table for each side."""
     n, least, most, width, new, caches = ANSWERS[name]
-    runs = {side: child(HERE, "answers", name, side) for side in ("ours", "ours, recorded")}
+    runs = {who: side(s, "answers", name, who) for who in ("ours", "ours, recorded")}
+    if not all(runs.values()):
+        return []
     for cache in caches if installed("transformers") else ():
-        runs[f"transformers, {cache} cache"] = child(HERE, "answers", name, cache)
-    firsts = [run["first"] for side, run in runs.items() if side.startswith("ours")]
+        runs[f"transformers, {cache} cache"] = side(s, "answers", name, cache)
+    runs = {who: run for who, run in runs.items() if run}
+    firsts = [run["first"] for who, run in runs.items() if who.startswith("ours")]
     for may in [run["may"] for run in runs.values() if "may" in run]:
         if not all(x in ok for first in firsts for x, ok in zip(first, may, strict=True)):
             s.faults.append(f"{name}: a first id of ours is not one that may come first")
     C, M, L, H, K, V = SHAPES["1B"]
     read = 2 * (V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M))  # bytes of the matrices
     rows = []
-    for side, run in runs.items():
+    for who, run in runs.items():
         share = f"{read * new / run['seconds'] / 1e9 / gpu['copy']:.0%}" if n <= width else "-"
-        rows.append([f"{name}: {n} of {least} to {most} ids, {width} rows, {new} new", side,
+        rows.append([f"{name}: {n} of {least} to {most} ids, {width} rows, {new} new", who,
                      f"{n * new / run['seconds']:,.0f}",
                      f"{run['seconds'] / runs['ours']['seconds']:.2f}", share,
                      f"{run['device']:.1f}"])

@@ -94,6 +94,25 @@ def test_a_gpus_peer_that_computes_something_else_is_a_fault(here, monkeypatch, 
     assert bool(s.faults) == bool(fault), s.faults
 
 
+def test_a_side_of_a_gpus_case_that_fails_is_a_fault_and_the_others_stand(monkeypatch):
+    found = {"losses": [1.0], "seconds": [1.0], "device": 1.0, "flops": 1.0, "total": 1.0,
+             "ids": [[1]], "first": [1]}
+
+    def child(_, what, name, *more):
+        if what == "peer" or "static" in more:
+            sys.exit(f"{what} {name}: exit code 1\nout of memory")
+        return found | ({"seconds": 1.0, "may": [[1]]} if what == "answers" else {})
+
+    monkeypatch.setattr(gpu, "child", child)
+    monkeypatch.setattr(gpu, "installed", lambda _: True)
+    s = Settings("tiny", 1, [])
+    assert [row[1] for row in gpu.compare("full", {"peak": 1.0}, s)] == ["ours"]
+    assert len(s.faults) == 2 and "out of memory" in s.faults[0]
+    assert [row[1] for row in gpu.answered("stream", {"copy": 1.0}, s)] == [
+        "ours", "ours, recorded", "transformers, dynamic cache"]
+    assert len(s.faults) == 3
+
+
 @pytest.mark.parametrize("name, flags", [
     ("full", ["--tune", "full", "--seq-len", "8192"]),
     ("light", ["--tune", "full", "--seq-len", "8192", "--recompute-light"]),
