@@ -94,13 +94,14 @@ def main(module: str, title: str, children: dict[str, Callable[..., Any]],
 
 def answer(function: Callable[..., Any], args: list) -> None:
     """As a child: a line of JSON for each line read, what the function returns or, of a generator,
-    what it yields next."""
+    what it yields next. ValueError, and so the program's end, if a number of it is not finite."""
     with os.fdopen(os.dup(1), "w") as said:
         os.dup2(2, 1)  # what a library prints is no result
         found = function(*args)
         given = found if isinstance(found, Iterator) else iter([found])
         for _ in sys.stdin:
-            print(json.dumps(next(given)), file=said, flush=True)
+            line = json.dumps(next(given), allow_nan=False)  # NaN passes every comparison
+            print(line, file=said, flush=True)
 
 
 class Child:

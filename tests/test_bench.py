@@ -100,7 +100,7 @@ def turns(name, file):
     for i in range(3):
         with open(file, "a") as f:
             f.write(f"{name}{i} ")
-        yield {"i": i, "pid": os.getpid()}
+        yield {"i": i, "pid": os.getpid(), "loss": float(os.environ["LOSS"])}
 
 def job(s):
     found = bench.alternate("job", s.rounds, {x: ("turns", [x, s.cases[0]]) for x in "ab"})
@@ -115,13 +115,18 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("rounds, code, said", [(3, 0, ""), (4, 1, "StopIteration")])
-def test_sides_that_stand_side_by_side_take_turns(tmp_path, monkeypatch, rounds, code, said):
-    """In two real processes; one that has no further turn ends the program with what it said."""
+@pytest.mark.parametrize("rounds, loss, code, said, seen", [
+    (3, "1", 0, "", "a0 b0 a1 b1 a2 b2 "), (4, "1", 1, "StopIteration", "a0 b0 a1 b1 a2 b2 "),
+    (3, "nan", 1, "not JSON compliant", "a0 ")])
+def test_sides_that_stand_side_by_side_take_turns(tmp_path, monkeypatch, rounds, loss, code, said,
+                                                  seen):
+    """In two real processes; one that has no further turn, or gives a number that is none, ends the
+    program with what it said."""
     (tmp_path / "job.py").write_text(JOB)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("LOSS", loss)
     done = subprocess.run(
         [sys.executable, "-m", "job", "--rounds", str(rounds), "--cases", str(tmp_path / "seen")],
         cwd=bench.ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == code and said in done.stderr, done.stderr
-    assert (tmp_path / "seen").read_text() == "a0 b0 a1 b1 a2 b2 "
+    assert (tmp_path / "seen").read_text() == seen
