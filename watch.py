@@ -162,7 +162,8 @@ class Memory:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.trained = list(named.values())
         moments = sum(optim.bytes_held(n, shares.rows(p)[1], kind, ema) for n, p in named.items())
-        self.limit = 0.92 * ranks.memory_limit_gb() - moments / shares.GiB
+        message = max((sum(p.nbytes for p in b.parameters) for b in ranks.buckets), default=0)
+        self.limit = 0.92 * ranks.memory_limit_gb() - (moments + message) / shares.GiB
         self.seen = [(0, ranks.memory_gb())]  # rows, and the most memory held
 
     def fits(self, rows: int, passes: int, draw: Callable[[], Batch]) -> bool:
@@ -170,7 +171,8 @@ class Memory:
         where the first one's gradients stand beside all that the second holds.
 
         What the last two sizes let expect is not tried if it is too much: a CPU's process would be
-        killed, not refused.
+        killed, not refused. Nothing is sent that a rank whose memory ends would leave the others
+        waiting for, but by fsdp, which cannot compute without.
         """
         (n, before), (m, last) = [*self.seen, *self.seen][-2:]
         expected = last + (last - before) / max(1, m - n) * (rows - m)
@@ -178,10 +180,11 @@ class Memory:
         try:
             if not self.ranks.highest(fault)[0]:
                 for last in (False, True)[-passes:]:
-                    self.ranks.meet(last)
+                    self.ranks.meet(last and bool(self.ranks.shards))
                     batch = draw().to(self.ranks.device)
                     self.objective.total(self.model, batch).sum().backward()
-                self.ranks.gradients(self.trained)
+                if self.ranks.shards:
+                    self.ranks.gradients(self.trained)
                 self.seen.append((rows, self.ranks.memory_gb()))
                 fault = int(self.seen[-1][1] > self.limit)
         except (MemoryError, RuntimeError) as e:
