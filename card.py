@@ -177,12 +177,17 @@ def run_lines(out: Path, run: dict[str, Any]) -> Iterator[str]:
     settings = [[k, v] for k, v in changed.items() if k not in PRIVATE]
     yield from rows(["setting", "value"], [[k, str(v)] for k, v in settings]) if settings else [
         "", "none."]
-    seen = [x["bits_per_byte"] for x in steps if "bits_per_byte" in x]
+    seen = {x["step"]: x["bits_per_byte"] for x in steps if "bits_per_byte" in x}
     if len(seen) > 1:
+        last = max(seen)
+        after = run.get("model_step", last)  # with --best not that of the last step
+        if after != last:
+            yield from ["", f"The model is that of step {after}, the best that was evaluated."]
         yield from ["", "Bits per byte of text held out of training (lower is better), before and "
                     "after:"]
         yield from rows(["text", "before", "after"], [
-            [k, v, seen[-1].get(k) or "unknown"] for k, v in seen[0].items() if v is not None])
+            [k, v, seen.get(after, {}).get(k) or "unknown"]
+            for k, v in seen[min(seen)].items() if v is not None])
 
 
 def bins(out: Path) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ without --tune lora trains all weights), so it is refused before anything is ope
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from log import FLAGS, UserError
@@ -52,7 +53,7 @@ def check(s: Any, kind: str) -> None:
                         FLAGS)
 
 
-def changed(s: Any, names: tuple[str, ...]) -> list[str]:
+def changed(s: Any, names: Iterable[str]) -> list[str]:
     """Which of these settings are not as they are where nothing is said."""
     usual = type(s)()
     return [x for x in names if getattr(s, x) != getattr(usual, x)]

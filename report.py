@@ -80,7 +80,7 @@ intervals.</p>{% endif %}
 <h2>Settings</h2>
 {% macro rows(pairs) %}<div class="wide"><table class="facts">{% for k, v in pairs %}<tr><td>{{ k }}</td>
 <td>{{ v }}</td></tr>{% endfor %}</table></div>{% endmacro %}
-{% if settings %}{% if chosen %}<p class="soft">Chosen for this run, by flag or recipe:</p>
+{% if settings %}{% if chosen %}<p class="soft">Other than the defaults:</p>
 {{ rows(chosen) }}{% endif %}<details><summary>all {{ settings | length }} settings</summary>
 {{ rows(settings) }}</details>{% else %}<p>No settings.toml.</p>{% endif %}
 <h2>What was run</h2>

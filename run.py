@@ -352,7 +352,7 @@ class Run:
         for x in (x for name, x in changed if name in warned):
             log.say(f"--resume: {x}; from here on the numbers may differ from the run as it began")
 
-    def begin(self, origins: dict[str, str]) -> None:
+    def begin(self) -> None:
         """Write down what is run: settings.toml feeds back into train.py, run.json says with
         what."""
         repo, commit = hub.source(self.folder)  # a resumed run is of this commit, wherever main is
@@ -363,14 +363,15 @@ class Run:
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         about = {
             "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
-            "commit": git.stdout.strip() or None, "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "commit": git.stdout.strip() or None, "started": time.strftime("%F %T"),
             "python": platform.python_version(), "torch": torch.__version__,
             "device": str(self.ranks), "ranks": self.ranks.world,
             "dtype": self.products, "model": str(self.folder),
             "model_commit": commit,
-            "tokenizer": self.tokenizer.fingerprint, "data": self.data, "steps": self.steps,
+            "tokenizer": self.tokenizer.fingerprint, "steps": self.steps,
+            "data": {x.name: x.bin.meta["sha256"]["tokens.bin"] for x in self.loader.sources},
             "tokens_per_step": self.tokens_per_step, "parameters": self.parameters,
-            "changed_settings": {k: getattr(s, k) for k, v in origins.items() if v != "default"}}
+            "changed_settings": {k: getattr(s, k) for k in flags.changed(s, vars(s))}}
         self.describe(about)
 
     def describe(self, about: dict[str, Any]) -> None:
@@ -430,7 +431,7 @@ class Run:
         self.write_prompt()
         page = report.run_report(self.out)
         about = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
-        self.describe({**about, "finished": time.strftime("%Y-%m-%d %H:%M:%S")})
+        self.describe({**about, "model_step": step, "finished": time.strftime("%F %T")})
         seen = evaluations(self.out / "metrics.jsonl")
         for name in self.held:
             before, after = (seen.get(k, {}).get(name) for k in (min(seen, default=0), step))

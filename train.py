@@ -388,7 +388,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
                 return 0
         plan.room(run)
         if run.ranks.rank == 0:
-            run.begin(origins)
+            run.begin()
         n = run.parameters
         log.say(f"{run.ranks}, products in {run.products}; {n['total']:,} parameters, "
                 f"{n['trained']:,} trained; {run.steps} steps of {run.tokens_per_step:,} tokens")

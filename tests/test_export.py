@@ -433,6 +433,17 @@ def test_a_card_holds_what_the_files_say_and_no_path(run, tmp_path):
     assert checked_hub_card(run / "model/README.md")
 
 
+def test_a_card_of_a_run_that_keeps_its_best_says_what_that_one_measured(run):
+    lines = [{"step": 10, "bits_per_byte": {"kin": 2.01, "eng": 3.07}}]
+    whole = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([whole[0], json.dumps(lines[0]), *whole[1:3]]))
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**about, "model_step": 10}))
+    text = card(run / "model", run=str(run))[1]
+    assert "The model is that of step 10, the best that was evaluated." in text
+    assert "| kin | 4.4020 | 2.0100 |" in text and "| eng | 3.0400 | 3.0700 |" in text
+
+
 def checked_hub_card(file: Path) -> bool:
     """Whether huggingface_hub reads the card as the hub does."""
     from huggingface_hub import ModelCard

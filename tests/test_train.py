@@ -108,6 +108,9 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, t
     call([sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(cut)])
     whole = place / f"whole-{tune}"
     assert losses(cut) == losses(whole)
+    said = [about(x)["changed_settings"] for x in (cut, whole)]
+    assert [x.pop("out") for x in said] == [str(cut), str(whole)] and said[0] == said[1]
+    assert "keep" not in said[0] and said[0]["save_every"] == 5
     assert (cut / "samples.txt").read_text() == (whole / "samples.txt").read_text()
     file = "model.safetensors" if tune in ("full", *SLOW) else "adapter_model.safetensors"
     one, two = load_file(whole / "model" / file), load_file(cut / "model" / file)
@@ -137,6 +140,10 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(place):
     assert "holds a run" in call(command(place, "done", "--steps", "2"), code=2)
 
 
+def about(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
 def bits_per_byte(out: Path) -> dict[int, dict[str, float]]:
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     return {x["step"]: x["bits_per_byte"] for x in lines if "bits_per_byte" in x}
@@ -153,6 +160,7 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(place):
         seen = bits_per_byte(place / name)
         step = min(seen, key=lambda k: seen[k]["kin"]) if name == "best" else 4
         assert name == "last" or 0 < step < 10
+        assert about(place / name)["model_step"] == step
         call(command(place, f"after-{name}", "--steps", "1", "--model", f"{place}/{name}/model"))
         assert bits_per_byte(place / f"after-{name}")[0] == pytest.approx(seen[step], rel=1e-6)
 
