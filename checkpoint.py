@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 
 import ranks as shares
-from log import FLAGS, REFUSALS, STORAGE, UserError, say
+from data import sha256
+from log import FLAGS, STORAGE, UserError, say
 from ranks import Ranks
 
 FORMAT = 2  # 1: one file a part, whole tensors under their names
@@ -60,10 +61,10 @@ class Saver:
     where it must wait. These three are called by all ranks at once.
     """
 
-    def __init__(self, root: Path, keep: int, ranks: Ranks | None = None):
+    def __init__(self, root: Path, keep: int, ranks: Ranks | None = None, later: bool = True):
         if keep < 2:
             raise UserError(f"--keep {keep}: at least 2, as the last may be half written", FLAGS)
-        self.root, self.keep = root, keep
+        self.root, self.keep, self.later = root, keep, later  # whether later steps may stay
         self.ranks = ranks or Ranks(0, 1, torch.device("cpu"))
         self.owner = int(self.ranks.gather(str(os.getpid()))[0])  # one aside for all, rank 0's
         self.pool = ThreadPoolExecutor(1, "saver")
@@ -130,9 +131,7 @@ class Saver:
         files, fault = {}, ""
         try:
             files = self.work.result() or {}
-        except OSError as e:
-            if e.errno not in REFUSALS:
-                raise
+        except OSError as e:  # of any kind, for the other ranks wait for what this one says
             fault = str(e)
         said = [json.loads(x) for x in self.ranks.gather(json.dumps([files, fault]))]
         fault = next((f"rank {i}: {x}" if self.ranks.world > 1 else x
@@ -162,8 +161,9 @@ class Saver:
         if self.ranks.rank == 0:
             shutil.rmtree(self.aside, ignore_errors=True)
         self.failures += 1
+        there = next(x for x in (self.root, *self.root.absolute().parents) if x.exists())
         line = (f"{self.folder}: cannot be written: needs {self.need:,} bytes, "
-                f"{shutil.disk_usage(self.root).free:,} are free ({fault}); earlier checkpoints "
+                f"{shutil.disk_usage(there).free:,} are free ({fault}); earlier checkpoints "
                 "are whole. Make room")
         if self.failures == 3 or self.must or not self.saved:
             raise UserError(f"{line} and --resume", STORAGE)
@@ -174,7 +174,7 @@ class Saver:
         up to this step stay."""
         (self.aside / "state.json").write_text(self.state, encoding="utf-8")
         state = self.aside / "state.json"
-        files = {**files, "state.json": [state.stat().st_size, _sha256(state)]}
+        files = {**files, "state.json": [state.stat().st_size, sha256(state)]}
         (self.aside / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
         for path in (state, self.aside / MANIFEST, self.aside):
             _flush(path)
@@ -190,7 +190,9 @@ class Saver:
             _remove(replaced)
         # a later step is a damaged one that this run went back behind: it must not push good ones
         # out
-        for old in [x for x in _steps(self.root) if _step(x) <= self.step][:-self.keep]:
+        steps = _steps(self.root)
+        before = [x for x in steps if _step(x) <= self.step]
+        for old in before[:-self.keep] + steps[len(before) + len(steps) * self.later:]:
             _remove(_put_aside(old))
 
 
@@ -388,7 +390,7 @@ def _fault(folder: Path) -> str | None:
                 return f"{name} is no file of its own"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, expected {size}"
-            if _sha256(path) != digest:
+            if sha256(path) != digest:
                 return f"{name} is damaged (sha256)"
         return None if "state.json" in manifest else "its manifest is incomplete"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
@@ -443,8 +445,3 @@ def _flush(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -6,6 +6,7 @@ without --tune lora trains all weights), so it is refused before anything is ope
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,11 +28,17 @@ def check(s: Any, kind: str) -> None:
            "eval-tokens": s.eval_tokens > 0, "nll-weight": s.nll_weight >= 0,
            "neftune": s.neftune >= 0, "label-smoothing": 0 <= s.label_smoothing < 1,
            "beta1": 0 <= s.beta1 < 1, "beta2": 0 <= s.beta2 < 1, "seed": s.seed >= 0,
-           "lora-dropout": 0 <= s.lora_dropout < 1}
+           "lora-dropout": 0 <= s.lora_dropout < 1, "weight-decay": s.weight_decay >= 0,
+           "min-lr-ratio": 0 <= s.min_lr_ratio <= 1, "eval-every": s.eval_every >= 0,
+           "save-every": s.save_every >= 0, "lora-rank": s.lora_rank >= 1,
+           "lora-alpha": s.lora_alpha > 0}
+    fit |= {k.replace("_", "-"): False for k, x in vars(s).items()
+            if x == math.inf and k != "clip"}  # which then cuts nothing
     for name in (x for x, good in fit.items() if not good):
         raise UserError(f"--{name} {getattr(s, name.replace('-', '_'))}: out of range; seq-len and "
                         "keep are at least 2, hold-out, plan-share, ema, label-smoothing, "
-                        "lora-dropout, beta1 and beta2 below 1, the others above 0", FLAGS)
+                        "lora-dropout, beta1 and beta2 below 1, min-lr-ratio at most 1, the others "
+                        "above 0, and none is infinite but clip", FLAGS)
     if s.mode != "cpo" and (s.arpo or s.nll_weight != 1):
         raise UserError("--arpo and --nll-weight: say something with --mode cpo alone", FLAGS)
     if s.max_epochs_per_source and not s.steps:
@@ -45,6 +52,9 @@ def check(s: Any, kind: str) -> None:
     if not s.resume:  # a run that began with them before they were refused goes on
         idle += LORA if s.tune == "full" else ()
         idle += ("beta",) if kind != "pairs" else ()
+        if s.embedding_lr and not s.train_embeddings and (s.tune != "full" or s.train_layers):
+            raise UserError("--embedding-lr: is of what --train-embeddings trains; give that too, "
+                            "or leave it out", FLAGS)
     if s.tune == "full" and not s.train_layers:
         idle += ("train_embeddings", "train_norms")  # they do
     if given := changed(s, idle):

@@ -215,7 +215,8 @@ def finite(figures: Figures) -> dict[str, float | None]:
 def evaluations(file: Path) -> dict[int, dict[str, float | None]]:
     """The figures of each evaluation in metrics.jsonl, by step; a line cut short is left out."""
     found = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    for line in text.splitlines():
         try:
             x = json.loads(line)
         except ValueError:

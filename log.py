@@ -151,7 +151,7 @@ class Metrics:
         if not speaking():
             return
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(True)
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
             kept = [x for x in lines if _step(x) <= (after_step or -1)]
             aside = path.with_suffix(".tmp")
             with open(aside, "w", encoding="utf-8") as file:

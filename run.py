@@ -280,7 +280,7 @@ class Run:
         value = found.get(self.s.best)
         if value is not None and value < self.best:
             self.best = value
-            saver = checkpoint.Saver(self.out / "best", 2, self.ranks)
+            saver = checkpoint.Saver(self.out / "best", 2, self.ranks, later=False)
             saver.save(self.step, {"model": self.trained}, {"step": self.step, "best": value})
             saver.finish(must=True)
 

@@ -386,6 +386,45 @@ def test_a_rename_that_fails_puts_the_one_of_the_same_step_back(tmp_path, monkey
     assert assert_whole(checkpoint.newest(tmp_path)) == 1
 
 
+def test_any_fault_of_a_disk_is_told_to_the_other_ranks_and_tried_again(tmp_path, monkeypatch):
+    """Also one that says nothing of room, as a server's that went away, and a folder that did."""
+    saver, told = checkpoint.Saver(tmp_path / "checkpoints", 2), []
+    monkeypatch.setattr(saver.ranks, "gather", lambda text: told.append(text) or [text])
+
+    def stale(_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def gone(_):
+        shutil.rmtree(saver.root)
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    for step, fault in enumerate((None, stale, gone, None), 1):
+        with monkeypatch.context() as m:
+            if fault:
+                m.setattr(saver, "_write", fault)
+            saver.save(step, parts(step), {"step": step})
+            saver.finish()
+    assert [json.loads(x)[1] for x in told if json.loads(x)[1]] == [
+        "[Errno 116] Stale file handle", "[Errno 2] No such file or directory"]
+    assert assert_whole(checkpoint.newest(saver.root)) == 4
+    first = checkpoint.Saver(tmp_path / "first", 2)
+    monkeypatch.setattr(first, "_write", stale)
+    first.save(1, parts(1), {"step": 1})
+    with pytest.raises(UserError, match="Stale file handle") as e:
+        first.finish()
+    assert e.value.code == STORAGE
+
+
+def test_a_best_that_is_found_before_one_of_lost_work_takes_its_place(tmp_path):
+    """A run that goes on from an earlier step, and looks at others: what was later is worse."""
+    for step, later in ((10, True), (20, True), (15, False)):
+        saver = checkpoint.Saver(tmp_path, 2, later=later)
+        saver.save(step, parts(step), {"step": step})
+        saver.finish(must=True)
+    assert names(tmp_path) == ["step-000010", "step-000015"]
+    assert assert_whole(checkpoint.newest(tmp_path)) == 15
+
+
 def test_keeping_fewer_than_two_is_refused(tmp_path):
     with pytest.raises(UserError, match="at least 2") as e:
         save(tmp_path, 1, keep=1)

@@ -12,6 +12,7 @@ import pytest
 
 import eval as evaluating
 import guards
+import log
 import tasks
 import test_ranks
 import tiny
@@ -215,3 +216,12 @@ def test_a_run_with_a_wrong_guard_does_not_begin(place):  # noqa: F811
     lines = [x for x in said.splitlines() if x.startswith("error: ")]
     assert len(lines) == 1 and "no figure enk; measured are kin, eng" in lines[0]
     assert "Traceback" not in said and not (place / "wrong/metrics.jsonl").exists()
+
+
+def test_a_line_that_was_cut_inside_a_letter_is_left_out(tmp_path):
+    """As after a power cut: half of a letter of two bytes is no UTF-8."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "bits_per_byte": {"kin": 2.0}}\n{"step": 2, "share": {"\xc3')
+    assert guards.evaluations(file) == {1: {"kin": 2.0}}
+    log.Metrics(file, 1).write(2, loss=1.0)
+    assert [json.loads(x)["step"] for x in file.read_text().splitlines()] == [1, 2]

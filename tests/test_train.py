@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -30,6 +31,7 @@ import train
 import watch
 import weights
 from data import IGNORE, Batch, Bin
+from log import UserError
 from model import Llama, ModelConfig
 from ranks import Ranks
 from tokenizer import Tokenizer
@@ -179,11 +181,39 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(place):
     (["--beta", "0.3"], "--beta: says nothing here, with --mode cpt"),
     (["--beta1", "1.5"], "--beta1 1.5: out of range"), (["--beta2", "1"], "--beta2 1.0: out of"),
     (["--seed", "-1"], "--seed -1: out of range"),
+    (["--weight-decay", "-0.1"], "--weight-decay -0.1: out of range"),
+    (["--warmup", "inf"], "--warmup inf: out of range"),
+    (["--tune", "lora", "--embedding-lr", "1e-5"], "--embedding-lr: is of what --train-embeddings"),
     (["--tune", "lora", "--lora-dropout", "5"], "--lora-dropout 5.0: out of range"),
     (["--dtype", "fp8"], "--dtype fp8: needs a GPU that multiplies eight bits")])
 def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(place, flags, said):
     lines = call(command(place, "refused", *flags), code=2).strip().splitlines()
     assert said in lines[-1] and lines[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("min_lr_ratio", -1.0), ("min_lr_ratio", 3.0), ("lr", math.inf), ("epochs", math.inf),
+    ("eval_every", -3), ("save_every", -3), ("lora_rank", 0), ("lora_alpha", math.nan),
+    ("weight_decay", math.nan), ("plan_price", math.inf)])
+def test_a_number_that_no_run_could_have_is_out_of_range(name, value):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: out of range") as e:
+        train.flags.check(train.Settings(**{name: value}), "text")
+    assert e.value.code == 2
+    train.flags.check(train.Settings(clip=math.inf, min_lr_ratio=1.0), "text")
+
+
+def test_a_run_on_pairs_names_its_bin_as_the_bin_does(place):
+    """Of a bin with groups too: by that a card finds the ledger."""
+    lines = [f"a child {i}\tumwana {i}\n" for i in range(40)]
+    (place / "pairs.tsv").write_text("eng\tkin\n" + "".join(lines))
+    wide = tiny.folder(place / "wide", "llama32", max_position_embeddings=256)
+    args = command(place, "mt", "--mode", "mt", "--steps", "1", "--seq-len", "256",
+                   "--tokens-per-step", "512", "--model", str(wide))
+    at = args.index("--data")
+    call([*args[: at + 1], f"{place}/pairs.tsv", *args[at + 3:]])
+    meta = json.loads((place / "mt/bins/pairs/meta.json").read_text())
+    assert "groups.bin" in meta["sha256"]
+    assert about(place / "mt")["data"] == {"pairs": meta["sha256"]["tokens.bin"]}
 
 
 def test_an_adapter_goes_on_in_its_own_shape_or_is_refused(place):
