@@ -45,8 +45,8 @@ def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int,
 
     def opened(spec: str, as_is: bool) -> Bin:
         # held-out text is text in every mode
-        bin = open_bin(spec, "text" if as_is and spec.split(".")[-1] == "txt" else kind, s.seq_len,
-                       folder, tokenizer, out, ranks, as_is)
+        bin = open_bin(spec, "text" if as_is and corpus.kind_of(Path(spec)) == ".txt" else kind,
+                       s.seq_len, folder, tokenizer, out, ranks, as_is)
         bin.check(tokenizer.fingerprint, vocab)
         fits = MIXED if kind in MIXED else (kind,)
         if bin.meta["kind"] not in ((*MIXED, kind) if as_is else fits):

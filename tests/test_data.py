@@ -239,6 +239,20 @@ def test_what_holds_nothing_out_is_said_as_it_is(tmp_path, capsys):
     assert "all: all 20 documents begin alike" in opened(make(tmp_path / "all", alike))
 
 
+@pytest.mark.parametrize(("spec", "kind"), [
+    ("val.txt", "text"), ("val.txt.gz", "text"), ("val/*.txt", "text"), ("val.jsonl.gz", "chat")])
+def test_held_out_text_is_text_in_every_mode_packed_or_not(spec, kind, tmp_path, monkeypatch):
+    bins = {x: make(tmp_path / x, [[1, 2, 3]] * 9, kind=x, masks=[[0, 1, 1]] * 9)
+            for x in ("chat", "text")}
+    asked = []
+    monkeypatch.setattr(sources, "open_bin", lambda spec, x, *_: asked.append(x) or bins[x])
+    s = SimpleNamespace(data=["chats.jsonl"], val=[f"kin={spec}"], hold_out=0.1, seq_len=64,
+                        mode="sft", eval_tokens=99)
+    tokenizer = SimpleNamespace(fingerprint="a" * 64, bos=1, eos=3)
+    _, held = sources.open_data(s, "chat", tmp_path, tokenizer, 60000, tmp_path, None)
+    assert asked == ["chat", kind] and isinstance(held["kin"][0], Document) == (kind == "chat")
+
+
 @pytest.mark.parametrize(("spec", "name"), [
     ("kin/*.txt", "kin"), ("a/eng/**/*.jsonl", "eng"), ("*.txt", "text"), ("x/rw wiki.v1.txt",
     "rw_wiki"), ("hf:org/data/*.parquet", "data"), ("kin*.txt", "kin_"), ("2024.txt", "2024")])
