@@ -119,12 +119,13 @@ def _(codes: Tensor, scales: Tensor, rows: int, columns: int, dtype: torch.dtype
 
 @functools.cache
 def kernels() -> bool:
-    """Whether bitsandbytes is here, with kernels for this machine's GPU."""
+    """Whether bitsandbytes is here, with kernels for this torch's CUDA; where it has none its
+    operations are there all the same, and fail."""
     try:
-        import bitsandbytes  # noqa: F401  # registers them as torch.ops.bitsandbytes
+        from bitsandbytes.cextension import lib  # which registers torch.ops.bitsandbytes
     except (ImportError, OSError, RuntimeError):
         return False
-    return hasattr(torch.ops.bitsandbytes, "dequantize_4bit")
+    return getattr(lib, "compiled_with_cuda", False)
 
 
 class _Product(torch.autograd.Function):

@@ -18,6 +18,7 @@ from log import UserError
 from nf4 import NF4Linear
 
 bnb = pytest.importorskip("bitsandbytes.functional")
+cextension = pytest.importorskip("bitsandbytes.cextension")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 IDS = tiny.tokens(2, 24)
@@ -233,6 +234,17 @@ def test_quality_of_what_is_kept_is_that_of_nf4():
     assert 0.08 < error < 0.1 and math.isfinite(error)
 
 
+def test_a_library_without_kernels_for_this_cuda_is_not_asked(monkeypatch):
+    """Which it says only when one is called."""
+    found = cextension.ErrorHandlerMockBNBNativeLibrary("No compatible CUDA binary found")
+    monkeypatch.setattr(cextension, "lib", found)
+    with pytest.raises(RuntimeError, match="not available"):
+        found.cdequantize_blockwise_bf16_nf4(None)
+    nf4.kernels.cache_clear()
+    assert not nf4.kernels()
+    nf4.kernels.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_the_kernel_and_the_table_agree(dtype, monkeypatch):
@@ -240,6 +252,7 @@ def test_on_a_gpu_the_kernel_and_the_table_agree(dtype, monkeypatch):
     codes, scales = nf4.quantise(W)
     theirs, state = bnb.quantize_4bit(W, blocksize=64, quant_type="nf4")
     assert torch.equal(codes, theirs.flatten()) and torch.equal(scales, state.absmax)
+    assert nf4.kernels()
     by_kernel = nf4.dequantise(codes, scales, 512, 2048, dtype)
     monkeypatch.setattr(nf4, "kernels", lambda: False)
     assert torch.equal(by_kernel, nf4.dequantise(codes, scales, 512, 2048, dtype))
