@@ -42,6 +42,7 @@ UNITS = ("auto", "file", "line", "block")
 KINDS = (".txt", ".jsonl", ".tsv", ".parquet")
 CHUNK = 1 << 20  # bytes of text given to a worker at once
 ALONE = 3.0  # seconds that one process works before others are worth their start
+DECODE, BLANKS = json.JSONDecoder().raw_decode, " \t\r\n"  # blanks that JSON allows around a value
 BAD_SHARE = 0.001  # of documents that may be undecodable before the run stops
 
 T, K, S, R = (TypeVar(x) for x in "TKSR")
@@ -66,10 +67,13 @@ class Ledger:
     bytes: Counter[str] = field(default_factory=Counter)
     changes: Counter[str] = field(default_factory=Counter)  # places changed, by normalising step
 
-    def add(self, what: str, size: int) -> None:
-        for name in ("read", what):
-            self.documents[name] += 1
-            self.bytes[name] += size
+    def add(self, fates: Sequence[str], sizes: Sequence[int]) -> None:
+        """Account for D documents: what became of each, and its bytes as read."""
+        self.documents["read"] += len(fates)
+        self.documents.update(fates)
+        self.bytes["read"] += sum(sizes)
+        for what, size in zip(fates, sizes, strict=True):
+            self.bytes[what] += size
 
     def to_json(self) -> dict[str, Any]:
         """As meta.json keeps it."""
@@ -207,10 +211,13 @@ def _jsonl(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator
         if not line.strip():
             continue
         try:
-            text = json.loads(line.decode())[key]
+            row, end = DECODE(whole := line.decode().strip(BLANKS))  # json.loads, but sooner
+            if end < len(whole):
+                raise ValueError
+            text = row[key]
             if not isinstance(text, str):
                 raise TypeError
-            yield Piece(text, len(text.encode()))
+            yield Piece(text, len(text) if text.isascii() else len(text.encode()))
         except UnicodeError:  # the line, or half a surrogate pair that it writes as an escape
             yield Piece("", len(line), "undecodable")
         except (ValueError, RecursionError):
@@ -377,6 +384,7 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
     """Prepare text into a bin; the same bytes for any number of processes, in memory bounded by the
     largest document."""
     tokenizer = Tokenizer.open(tokenizer_at)
+    tokenizer.all_cores = True  # here, not in the workers
     sources = files(specs)
     writer = BinWriter(out, tokenizer.fingerprint, tokenizer.vocab_size)
     ledger, seen = Ledger(), set()
@@ -385,7 +393,7 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
         with closing(in_order(job, _chunks(sources, unit, key, max_doc_mb << 20),
                               processes)) as found:
             for pieces, x in found:
-                clean, kept = zip(x.digests, x.chars, x.contaminated, strict=True), []
+                clean, fates, kept = zip(x.digests, x.chars, x.contaminated, strict=True), [], []
                 for piece in pieces:
                     what = piece.fault
                     if not what:
@@ -396,7 +404,8 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
                         kept.append(what == "kept")
                         if what == "kept":
                             seen.add(digest)
-                    ledger.add(what, piece.size)
+                    fates.append(what)
+                ledger.add(fates, [piece.size for piece in pieces])
                 ledger.changes.update(x.changes)
                 held = np.array(kept, bool)
                 writer.extend(x.ids[np.repeat(held, x.sizes)], x.sizes[held],

@@ -332,7 +332,7 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
                 bare = any(d.mask is not None and not any(d.mask) for d in x.documents)
                 same = kind == "pairs" and equal(x.documents)  # where they differ was cut away
                 what = "masked" if bare else "equal" if same else "cut"
-        ledger.add(what, row.size)
+        ledger.add([what], [row.size])
         ledger.changes.update(x.changes)
         first.setdefault(what, row.where)
         if what in ("kept", "cut"):

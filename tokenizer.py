@@ -13,6 +13,7 @@ possible where a document is cut between tokens.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -52,8 +53,11 @@ class Tokenizer:
     """Text to ids and back; open one with `Tokenizer.open(folder or file)`.
 
     `vocab_size` ids; `bos`, `eos` ids or None; `byte_lengths` (vocab_size,) int32, 0 for control
-    tokens; `fingerprint`, a sha256 of all that decides what text becomes.
+    tokens; `fingerprint`, a sha256 of all that decides what text becomes; `all_cores`: whether
+    threads on all of them encode a batch, which is for who sets it, not for one of several workers.
     """
+
+    all_cores = False
 
     @classmethod
     def open(cls, path: Path | str) -> Tokenizer:
@@ -192,7 +196,7 @@ class _SentencePiece(Tokenizer):
                          bytewise=False, begins=words.get("add_bos_token") is not False)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.sp.encode(list(texts), num_threads=1)
+        return self.sp.encode(list(texts), num_threads=-1 if self.all_cores else 1)
 
     def _wholes(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         if not any(control for _, control in texts):
@@ -222,10 +226,7 @@ class _Json(Tokenizer):
     """A `tokenizer.json`."""
 
     def __init__(self, file: Path):
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
-        import tokenizers
-
-        with _guarded(f"{file}: not a tokenizer.json that can be used", quiet=True):
+        with _guarded(f"{file}: not a tokenizer.json that can be used", quiet=True), _uncollected():
             content = file.read_bytes()
             raw = json.loads(content)
             kind = raw["model"].get("type", "BPE")
@@ -236,11 +237,9 @@ class _Json(Tokenizer):
             n = max([*raw["model"]["vocab"].values(), *added]) + 1
             if n > MOST:
                 raise ValueError(f"id {n - 1}, no tokenizer has above {MOST:,}")
-            self.tok = tokenizers.Tokenizer.from_buffer(content)
+            self.tok = _rust(content)
             if odd := [x for i, x in added.items() if self.tok.token_to_id(x["content"]) != i]:
                 raise ValueError(f"id {odd[0]['id']} of {odd[0]['content']!r} is another's, or far")
-            self.tok.no_padding()
-            self.tok.no_truncation()
             for text in (*PROBES, *(a["content"] for a in list(added.values())[:9])):
                 for as_text in (False, True):  # a control token's name in a text stays text
                     self.tok.encode_special_tokens = as_text
@@ -257,7 +256,13 @@ class _Json(Tokenizer):
             if i not in control:
                 self.byte_lengths[i] = len(a["content"].encode())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process is told what was found in the file, and need not look through it."""
+        found = {k: v for k, v in vars(self).items() if k not in ("tok", "all_cores")}
+        return _again, (self.file, found)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        os.environ["TOKENIZERS_PARALLELISM"] = str(self.all_cores).lower()  # read at each call
         with _guarded(f"{self.file}: the tokenizer fails on a text"):
             batch = self.tok.encode_batch_fast(list(texts), add_special_tokens=False)
         return [e.ids for e in batch]
@@ -277,6 +282,39 @@ class _Json(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self.tok.decode(
             [int(i) for i in ids if int(i) not in self.control], skip_special_tokens=False)
+
+
+def _rust(content: bytes) -> Any:
+    """The tokenizers library's own object, which pads and cuts nothing and reads text as text."""
+    import tokenizers
+
+    tok = tokenizers.Tokenizer.from_buffer(content)
+    tok.no_padding()
+    tok.no_truncation()
+    tok.encode_special_tokens = True
+    return tok
+
+
+def _again(file: Path, found: dict[str, Any]) -> _Json:
+    """A tokenizer.json that another process has opened: what it found, and the file."""
+    tokenizer = _Json.__new__(_Json)
+    vars(tokenizer).update(found)
+    with _guarded(f"{file}: cannot be opened again"):
+        tokenizer.tok = _rust(file.read_bytes())
+    return tokenizer
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the search for garbage, which half a million merges and none of it garbage would set
+    off again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextmanager

@@ -201,6 +201,22 @@ def test_a_jsonl_gives_its_text_whatever_is_in_it(tmp_path, suffix):
     assert corpus.texts(file) == [t for t in texts if t]
 
 
+@pytest.mark.parametrize("line", [
+    '{"text": "a"}', ' \t{"text": "a"}\r ', '{"text": "a"} {"text": "b"}', '{"text": "a"},', "[1]",
+    '\ufeff{"text": "a"}', '\u00a0{"text": "a"}', '{"text": "a"}\u00a0', '{"text": "a"', '"text"',
+    '{"text": "a", "text": "b"}', '{"text": "a\tb"}', '{"text": NaN}', '{"text": 1}', "nul", "{}"])
+def test_a_line_is_read_as_json_loads_reads_it(tmp_path, line):
+    file = write(tmp_path / "x.jsonl", b'{"text": ""}\n' + line.encode())
+    try:
+        wanted = json.loads(line)["text"]
+        assert isinstance(wanted, str)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        with pytest.raises(UserError, match="line 2: "):
+            list(corpus.read(file))
+    else:
+        assert [p.text for p in corpus.read(file)] == ["", wanted]
+
+
 def test_half_a_surrogate_pair_in_a_jsonl_is_counted_as_undecodable(tmp_path, tok):
     raw = b'{"text": "\\ud800"}\n{"text": "Amazi"}\n{"text": "\xff"}\n'
     file = write(tmp_path / "x.jsonl", raw)

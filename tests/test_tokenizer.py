@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -211,6 +213,36 @@ def test_a_fingerprint_follows_what_decides_the_ids_and_not_the_folder(model_fol
     (tmp_path / "a" / "tokenizer_config.json").write_text('{"bos_token": "</s>"}')
     changed = Tokenizer.open(tmp_path / "a")
     assert changed.bos == 2 and changed.fingerprint != sp.fingerprint
+
+
+def test_a_worker_gets_the_tokenizer_that_was_opened(both):
+    for tok in both:
+        tok.all_cores = True
+        again = pickle.loads(pickle.dumps(tok))
+        assert not again.all_cores  # it is one of several
+        assert again.encode_batch(ODD * 9) == tok.encode_batch(ODD * 9)
+        assert again.fingerprint == tok.fingerprint and again.ends == tok.ends
+        assert again.pieces == tok.pieces and again.control == tok.control
+        assert (again.byte_lengths == tok.byte_lengths).all()
+        assert again.dummy_prefix == tok.dummy_prefix
+        for control in (False, True):
+            parts = [Part(x, control, first) for x in ODD for first in (True, False)]
+            assert again.encode_parts(parts) == tok.encode_parts(parts)
+        tok.all_cores = False
+        assert tok.encode_batch(ODD * 9) == again.encode_batch(ODD * 9)
+
+
+def test_opening_leaves_the_search_for_garbage_as_it_was(json_folder, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            Tokenizer.open(json_folder)
+            with pytest.raises(UserError):
+                Tokenizer.open(tmp_path)
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
 
 
 def test_saving_copies_every_file_and_onto_itself_does_nothing(model_folder, tmp_path):
