@@ -105,13 +105,16 @@ def run_report(out: Path) -> Path:
         notes.append(f"Stopped at step {looks[-1]['step']} by a guard: {looks[-1]['stopped']}")
     about = _parsed(out / "run.json", json.loads, notes)
     settings = _parsed(out / "settings.toml", tomllib.loads, notes)
+    last = looks[-1]["step"] if looks else 0
+    if (step := about.get("model_step", last)) != last:
+        notes.append(f"The model is that of step {step}, the best of {settings.get('best')}.")
     chosen, command = about.pop("changed_settings", None) or {}, about.pop("command", "")
     shown = [(k.replace("_", "-"), _shown(v)) for k, v in settings.items()]
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         style=STYLE, title=f"{settings.get('mode', 'run')}: {out.resolve().name}", command=command, notes=notes,
         summary=_summary(about, steps), table=_table(looks, "bits_per_byte"),
         suites=_table(looks, "suites"), plots=plots(steps, looks),
-        first=looks[0]["step"] if looks else 0, last=looks[-1]["step"] if looks else 0,
+        first=looks[0]["step"] if looks else 0, last=last,
         samples=_samples(_text(out / "samples.txt")), settings=shown,
         chosen=[(k, v) for k, v in shown if k.replace("-", "_") in chosen],
         facts=[(k.replace("_", " "), _shown(v)) for k, v in about.items()])

@@ -353,8 +353,7 @@ class Run:
             log.say(f"--resume: {x}; from here on the numbers may differ from the run as it began")
 
     def begin(self) -> None:
-        """Write down what is run: settings.toml feeds back into train.py, run.json says with
-        what."""
+        """Write down what is run, and with what; settings.toml feeds back into train.py."""
         repo, commit = hub.source(self.folder)  # a resumed run is of this commit, wherever main is
         model = f"{repo}@{commit}" if commit else self.s.model
         s = dataclasses.replace(self.s, resume=False, plan=False, model=model)
@@ -429,9 +428,10 @@ class Run:
         if not writes:
             return
         self.write_prompt()
-        page = report.run_report(self.out)
         about = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
-        self.describe({**about, "model_step": step, "finished": time.strftime("%F %T")})
+        self.describe(about := {**about, "model_step": step})
+        page = report.run_report(self.out)
+        self.describe({**about, "finished": time.strftime("%F %T")})
         seen = evaluations(self.out / "metrics.jsonl")
         for name in self.held:
             before, after = (seen.get(k, {}).get(name) for k in (min(seen, default=0), step))

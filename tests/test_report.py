@@ -82,6 +82,16 @@ def test_before_after_and_best_are_those_of_the_metrics(tmp_path):
             "1,050 tokens a second (median) · 0.50 GB at most") in page.text
 
 
+def test_a_model_that_is_not_the_last_one_is_named(tmp_path):
+    assert "The model is that of" not in page_of(leave(tmp_path)).text
+    about = json.loads((tmp_path / "run.json").read_text())
+    for step in (20, 10):
+        (tmp_path / "run.json").write_text(json.dumps({**about, "model_step": step}))
+        (tmp_path / "settings.toml").write_text('best = "kin"\n')
+        said = "The model is that of step 10, the best of kin." in page_of(tmp_path).text
+        assert said == (step == 10)
+
+
 def test_a_text_first_seen_later_is_in_the_table_too(tmp_path):
     with open(leave(tmp_path) / "metrics.jsonl", "a") as f:
         f.write('{"step": 30, "bits_per_byte": {"kin": 1.0, "swa": 3.0}}\n')

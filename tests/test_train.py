@@ -163,6 +163,8 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(place):
         step = min(seen, key=lambda k: seen[k]["kin"]) if name == "best" else 4
         assert name == "last" or 0 < step < 10
         assert about(place / name)["model_step"] == step
+        said = f"The model is that of step {step}, the best of kin."
+        assert (said in (place / name / "report.html").read_text()) == (name == "best")
         call(command(place, f"after-{name}", "--steps", "1", "--model", f"{place}/{name}/model"))
         assert bits_per_byte(place / f"after-{name}")[0] == pytest.approx(seen[step], rel=1e-6)
 
