@@ -223,6 +223,7 @@ def peer(name: str, how: str, steps: int) -> dict[str, Any]:
     same_start(model)
     model.train()
     if how == "compiled":
+        torch._dynamo.config.recompile_limit = 32  # as ours: beyond it a layer runs plain
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
