@@ -5,7 +5,7 @@
 By one process and two, into a bin, and by datasets.map twice (tokenise, group into rows) into its
 cache; both must give the same number of tokens. Ours is timed as the command it is, Python's start
 and its imports included; the peer without Python's start. One process has its tokenizer on all
-cores, on both sides, of two each has one thread; ratios are to the peer's fastest row. It cleans
+cores, on both sides, of two each has one thread; ratios are to its best row. The peer cleans
 nothing, so neither do we, but in the rows that say so, which is the default. Every text stands in a
 file once, for a tokenizer with a memory for words is the faster the more is said again. documents:
 news and laws, some kilobytes each; lines: all there is, mostly single sentences; llama3: the
