@@ -13,6 +13,8 @@ from typing import Any
 from log import FLAGS, UserError
 
 LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_plus")
+PART = ("lora_layers", "rslora", "dora", "double_quant", "train_layers", "train_embeddings",
+        "train_norms")  # with LORA, all that only a run of a part of the weights is told
 
 
 def check(s: Any, kind: str) -> None:

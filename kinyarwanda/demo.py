@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flags
 import log
 import weights
 from corpus import prepare
@@ -85,8 +86,9 @@ def run(s: Any, origins: dict[str, str], train: Callable[[Any, dict[str, str]], 
             prepare([str(paths[name])], out / "seed", out / "text" / name, unit="line")
     base = dataclasses.replace(
         s, **{k: v for k, v in {**BOTH, **BASE}.items() if k not in given or k in BASE},
-        tune="full", model=str(out / "seed"), data=[str(out / "text/eng")], val=_val(out),
-        prompts=PROMPTS, out=str(out / "base"), suites=[], stop_if=[])
+        **{k: getattr(type(s)(), k) for k in (*flags.LORA, *flags.PART)},
+        tune="full", embedding_lr=0.0, model=str(out / "seed"), data=[str(out / "text/eng")],
+        val=_val(out), prompts=PROMPTS, out=str(out / "base"), suites=[], stop_if=[])
     if not (out / "base" / "model").exists():
         log.say("1. the base: English only")
         again = (out / "base" / "metrics.jsonl").exists()

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flags
+import train
 from kinyarwanda import agreement, demo, identify, lexicon, normalise
 from kinyarwanda import grammar as g
 from kinyarwanda.attest import WORD, counts
@@ -114,6 +116,24 @@ def test_every_word_form_is_attested_in_real_text():
     if not DATA.exists():
         pytest.skip(f"no real data at {DATA}")
     assert [w for w, n in counts(f"{DATA}/{x}" for x in REAL).items() if n == 0] == []
+
+
+def test_the_demo_goes_on_with_an_adapter_and_its_base_knows_of_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "DOCUMENTS", 300)
+    words = ["--tune", "lora", "--lora-rank", "8", "--dora", "--train-embeddings", "--plan",
+             "--embedding-lr", "1e-4", "--out", str(tmp_path)]
+    seen = []
+
+    def one(s, _):
+        flags.check(s, "text")
+        seen.append((s.tune, s.lora_rank, s.dora, s.train_embeddings))
+        (tmp_path / "base" / "model").mkdir(parents=True)
+        return 0
+
+    for _ in range(2):  # --plan ends with the first
+        assert demo.run(*train.read_settings(words), one if not seen else
+                        lambda s, _: seen.append((s.tune, s.lora_rank)) or 0) == 0
+    assert seen == [("full", 16, False, False), ("lora", 8)]
 
 
 def test_held_out_text_of_the_demo_is_not_trained_on(tmp_path, monkeypatch):
