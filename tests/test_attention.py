@@ -319,3 +319,21 @@ def test_flex_attention_is_as_exact_as_the_mask_on_a_gpu(window):
         for name, a, b, e in zip("y dq dk dv".split(), mine, slow, exact, strict=True):
             assert (a - e).norm() < 1.5 * (b - e).norm(), name
     assert graphs["unique_graphs"] - before == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D, scale", [(64, 0.125), (80, 80**-0.5)])
+def test_scores_are_float32s_whatever_kernel_makes_them(dtype, D, scale):
+    """Of narrow numbers too: no factor is rounded, nor a sum; and the process stays as it was."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 192, D, generator=g).to(dtype)
+    y = torch.randn(4, 256, D, generator=g).to(dtype)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    found = attention.scores(x, y.float(), scale)
+    exact = scale * x.double() @ y.double().mT
+    size = scale * x.double().abs() @ y.double().abs().mT  # of what is summed
+    assert found.dtype == torch.float32
+    assert ((found - exact).abs() <= 4e-7 * size).all()  # bf16's own rounding is 2e-3
+    with pytest.raises(RuntimeError):
+        attention.scores(x, y.float()[..., :-1], scale)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
