@@ -405,11 +405,11 @@ def scores(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
     three times as fast, and they leave them in float32 where they are told that float32 factors may
     be taken for bf16. That is a setting of the process: it stands for this product alone.
     """
-    matmul, x_ = torch.backends.mkldnn.matmul, x.float()
-    before = matmul.fp32_precision
-    try:
-        if x.dtype == torch.bfloat16:
-            matmul.fp32_precision = "bf16"
-        return torch.baddbmm(x_.new_empty(()), x_, y.mT, beta=0, alpha=scale)
+    if x.dtype != torch.bfloat16:
+        return torch.bmm(x.float() * scale, y.mT)
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:  # x times scale need not be a number of bf16
+        return torch.baddbmm(y.new_empty(()), x.float(), y.mT, beta=0, alpha=scale)
     finally:
         matmul.fp32_precision = before
