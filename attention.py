@@ -17,6 +17,8 @@ Scores and softmax are float32 on every path.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -321,9 +323,8 @@ class _Blocks(torch.autograd.Function):
     """q (P,N,H,D), k, v (P,N,K,D) -> (P,N,H,D), P parts side by side, P N = B T. Only q, k, v, y
     are kept: each pass makes the scores again.
 
-    Queries that share keys are rows of one product: a block is (P K, n H/K, D). Scores and their
-    gradient come from float32 factors, for a product's result has the dtype of its factors; the
-    other products are in q's dtype, as in the fused kernel.
+    Queries that share keys are rows of one product: a block is (P K, n H/K, D). Factors and sums
+    are float32, and so are scores and their gradient; `for_bf16` says how that is fast.
     """
 
     @staticmethod
@@ -339,19 +340,19 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y = ctx.saved_tensors
         K, dq = k.shape[2], torch.empty_like(q)
-        keys = by_head(k, k.dtype)  # (PK,N,D)
-        exact, values = keys.float(), by_head(v, torch.float32)
-        dk, dv = torch.zeros_like(exact), torch.zeros_like(exact)
+        keys, values = by_head(k), by_head(v)  # (PK,N,D)
+        dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
         mean = (g.float() * y).sum(-1, keepdim=True)  # (P,N,H,1): sum of p dp
-        for b in ctx.blocks:
-            seen = slice(b.first, b.end)
-            q_b, g_b = rows(q, b, K, q.dtype), rows(g, b, K, q.dtype)  # (PK,nG,D)
-            p = probabilities(q_b, exact, b, ctx.scale)  # (PK,nG,S)
-            dv[:, seen] += torch.bmm(p.to(q.dtype).mT, g_b)
-            dp = scores(g_b, values[:, seen])  # its mean is taken off: no rounding
-            ds = p.mul_(dp.sub_(rows(mean, b, K, torch.float32))).to(q.dtype)
-            put(dq, b, K, torch.bmm(ds, keys[:, seen]).mul_(ctx.scale))
-            dk[:, seen] += torch.bmm(ds.mT, q_b)
+        with for_bf16(q.dtype) as narrow:
+            for b in ctx.blocks:
+                seen = slice(b.first, b.end)
+                q_b, g_b = rows(q, b, K), rows(g, b, K)  # (PK,nG,D)
+                p = probabilities(q_b, keys, b, ctx.scale, narrow)  # (PK,nG,S)
+                dv[:, seen].baddbmm_(p.mT, g_b)
+                dp = torch.bmm(g_b, values[:, seen].mT)
+                ds = p.mul_(dp.sub_(rows(mean, b, K)))
+                put(dq, b, K, torch.bmm(ds, keys[:, seen]).mul_(ctx.scale))
+                dk[:, seen].baddbmm_(ds.mT, q_b)
         dk, dv = (x.view(len(k), K, *x.shape[1:]).transpose(1, 2).to(k.dtype)
                   for x in (dk.mul_(ctx.scale), dv))
         return dq, dk, dv, None, None
@@ -360,27 +361,28 @@ class _Blocks(torch.autograd.Function):
 def by_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], scale: float) -> Tensor:
     """What `_Blocks` gives, by its own products: q (P,N,H,D), k, v (P,N,K,D) -> (P,N,H,D)."""
     K, y = k.shape[2], torch.empty_like(q)
-    keys, values = by_head(k, torch.float32), by_head(v, v.dtype)  # (PK,N,D)
-    for b in blocks:
-        p = probabilities(rows(q, b, K, q.dtype), keys, b, scale)  # (PK,nG,S)
-        put(y, b, K, torch.bmm(p.to(v.dtype), values[:, b.first : b.end]))
+    keys, values = by_head(k), by_head(v)  # (PK,N,D)
+    with for_bf16(q.dtype) as narrow:
+        for b in blocks:
+            p = probabilities(rows(q, b, K), keys, b, scale, narrow)  # (PK,nG,S)
+            put(y, b, K, torch.bmm(p, values[:, b.first : b.end]))
     return y
 
 
-def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(P,N,K,D) -> (PK,N,D), end to end in memory."""
-    return copied(x.transpose(1, 2), dtype).flatten(0, 1)
+def by_head(x: Tensor) -> Tensor:
+    """(P,N,K,D) -> (PK,N,D) float32, end to end in memory."""
+    return widened(x.transpose(1, 2)).flatten(0, 1)
 
 
-def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x end to end in memory, in one pass whatever its strides and dtype."""
-    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+def widened(x: Tensor) -> Tensor:
+    """x in float32, end to end in memory, in one pass whatever its strides and dtype."""
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
 
 
-def rows(x: Tensor, b: Block, K: int, dtype: torch.dtype) -> Tensor:
-    """A block's queries (P,N,H,D) by the key head they share: (P K, n H/K, D)."""
+def rows(x: Tensor, b: Block, K: int) -> Tensor:
+    """A block's queries (P,N,H,D) by the key head they share: (P K, n H/K, D) float32."""
     part = x[:, b.begin : b.end].unflatten(2, (K, -1)).transpose(1, 2)  # (P,K,n,G,D)
-    return copied(part, dtype).flatten(2, 3).flatten(0, 1)
+    return widened(part).flatten(2, 3).flatten(0, 1)
 
 
 def put(x: Tensor, b: Block, K: int, part: Tensor) -> None:
@@ -389,27 +391,31 @@ def put(x: Tensor, b: Block, K: int, part: Tensor) -> None:
     into.copy_(part.view(len(x), K, b.end - b.begin, -1, part.shape[-1]).transpose(1, 2))
 
 
-def probabilities(q: Tensor, keys: Tensor, b: Block, scale: float) -> Tensor:
-    """Softmax over the keys a block sees: q (PK,nG,D), keys (PK,N,D) float32 -> (PK,nG,S) float32.
-    """
-    found = scores(q, keys[:, b.first : b.end], scale)
+def probabilities(q: Tensor, keys: Tensor, b: Block, scale: float, narrow: bool) -> Tensor:
+    """Softmax over the keys a block sees: q (PK,nG,D), keys (PK,N,D) -> (PK,nG,S), all float32;
+    `narrow`: their numbers are those of bf16, which q times scale need not be."""
+    keys = keys[:, b.first : b.end].mT
+    scores = torch.baddbmm(q.new_empty(()), q, keys, beta=0, alpha=scale) if narrow else \
+        torch.bmm(q * scale, keys)
     n, last = len(b.bias), b.bias.shape[-1]
-    found.unflatten(1, (n, -1))[..., -last:].add_(b.bias)
-    return torch.softmax(found, -1)
+    scores.unflatten(1, (n, -1))[..., -last:].add_(b.bias)
+    return torch.softmax(scores, -1)
 
 
-def scores(x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
-    """scale x y^T in float32: x (PK,n,D), y (PK,S,D) float32, of x's numbers -> (PK,n,S).
+@contextmanager
+def for_bf16(dtype: torch.dtype) -> Iterator[bool]:
+    """Whether factors came in bf16; while it lasts, products of float32 take theirs for such.
 
-    Of bf16's numbers the CPU's kernels for bf16 give the same sums, in another order and two to
-    three times as fast, and they leave them in float32 where they are told that float32 factors may
-    be taken for bf16. That is a setting of the process: it stands for this product alone.
+    A product's result has the dtype of its factors, and scores in bf16 would be too coarse. The
+    CPU's kernels for bf16 leave their float32 sums as they are where float32 factors may be rounded
+    to bf16: nothing happens to numbers that came from there, to probabilities what happens in the
+    fused kernel, and it is two to three times as fast. The setting is the whole process's.
     """
-    if x.dtype != torch.bfloat16:
-        return torch.bmm(x.float() * scale, y.mT)
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:  # x times scale need not be a number of bf16
-        return torch.baddbmm(y.new_empty(()), x.float(), y.mT, beta=0, alpha=scale)
+    matmul, narrow = torch.backends.mkldnn.matmul, dtype == torch.bfloat16
+    before = matmul.fp32_precision
+    try:
+        if narrow:
+            matmul.fp32_precision = "bf16"
+        yield narrow
     finally:
         matmul.fp32_precision = before

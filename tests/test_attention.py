@@ -322,18 +322,20 @@ def test_flex_attention_is_as_exact_as_the_mask_on_a_gpu(window):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("D, scale", [(64, 0.125), (80, 80**-0.5)])
-def test_scores_are_float32s_whatever_kernel_makes_them(dtype, D, scale):
-    """Of narrow numbers too: no factor is rounded, nor a sum; and the process stays as it was."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 192, D, generator=g).to(dtype)
-    y = torch.randn(4, 256, D, generator=g).to(dtype)
+@pytest.mark.parametrize("D", [64, 80])  # 80's scale is no power of two
+def test_products_of_narrow_numbers_are_float32s_whatever_kernel_makes_them(dtype, D):
+    """No factor is rounded, nor a sum; and the process stays as it was, whatever happens."""
+    q, keys = (tiny.drawn(4, n, D, seed=n).to(dtype) for n in (128, 256))
+    block = attention.blocks_of([256], 0)[-1]  # of 128 queries, one a head
     before = torch.backends.mkldnn.matmul.fp32_precision
-    found = attention.scores(x, y.float(), scale)
-    exact = scale * x.double() @ y.double().mT
-    size = scale * x.double().abs() @ y.double().abs().mT  # of what is summed
+    with attention.for_bf16(dtype) as narrow:
+        found = attention.probabilities(4 * q.float(), keys.float(), block, D**-0.5, narrow)
+        if narrow:
+            assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    scores = 4 * D**-0.5 * q.double() @ keys.double().mT
+    scores[..., 128:] += block.bias[:, 0]
     assert found.dtype == torch.float32
-    assert ((found - exact).abs() <= 4e-7 * size).all()  # bf16's own rounding is 2e-3
-    with pytest.raises(RuntimeError):
-        attention.scores(x, y.float()[..., :-1], scale)
+    torch.testing.assert_close(found.double(), scores.softmax(-1), rtol=1e-5, atol=1e-7)
+    with pytest.raises(RuntimeError), attention.for_bf16(dtype):
+        torch.bmm(q, keys)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
