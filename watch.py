@@ -204,8 +204,11 @@ def rows_that_fit(s: Any, model: nn.Module, objective: Any, ranks: Ranks,
         raise UserError("--rows auto: give --tokens-per-step too, which it divides", FLAGS)
     total, left = divmod(s.tokens_per_step, s.seq_len * ranks.world)
     tries = Memory(model, objective, ranks, s.optimizer, s.ema)
-    return 1 if left else most_rows(
+    found = 1 if left else most_rows(
         total, lambda n: tries.fits(n, min(2, total // n), load(n).next))
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)  # of the tries: no step of the run
+    return found
 
 
 def most_rows(total: int, fits: Callable[[int], bool]) -> int:

@@ -12,11 +12,14 @@ All sides start from the same weights, and the losses of the first step must agr
 the device's allocator held at most after two steps, and what memory.py predicts for ours, with the
 case's own flags, where nothing is compiled (of eight bits it says what it says of bf16).
 
-Then answers of the 1B in bf16: one stream, eight side by side, 200 uneven prompts, by steps as they
-are and recorded (sample.py --compile). The peer is
-transformers' generate as it comes, prompts of like lengths padded on the left, and with its static
-cache, which it compiles. Every first id of ours must be one that may come first: at most two steps
-of bf16 below the largest of the peer's logits.
+By name, answers of the 1B in bf16: one stream, eight side by side, 200 uneven prompts, by steps as
+they are and recorded (sample.py --compile). The peer is transformers' generate as it comes, prompts
+of like lengths padded on the left, and with its static cache, which it compiles. Every first id of
+ours must be one that may come first: at most two steps of bf16 below the largest of the peer's
+logits.
+
+Without --cases these are run, for ten minutes hold no more beside the tests: `full`, `packed`,
+`lora-recompute`, `qlora` (495 s on an H200, `fp8` with them).
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ CASES = {
     "lora": Case("8B", "lora", 4096, 4096, "", ("compiled",)),
     "lora-recompute": Case("8B", "lora", 4096, 4096, "--recompute", ("compiled", "liger")),
     "qlora": Case("8B", "qlora", 4096, 4096, "--recompute", ("compiled",))}
+USUAL = ["full", "packed", "lora-recompute", "qlora"]  # without --cases
 APART = 2e-3  # of the first loss, at most: bf16, and NF4 that is rounded alike on both sides
 ANSWERS = {  # prompts of least to most ids, rows, new ids; the peer's caches
     "stream": (1, 128, 128, 1, 128, ("dynamic", "static")),
@@ -403,7 +407,7 @@ def job(s: Settings) -> str:
         s.faults.append(f"the tests marked gpu fail, so no figure is worth it:\n{tests.stdout}")
         return tests.stdout[-2000:]
     rows, more = [], []
-    for name in s.cases or [*CASES, *ANSWERS]:
+    for name in s.cases or USUAL:
         if name in ANSWERS:
             more += answered(name, gpu, s)
             continue

@@ -313,23 +313,18 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
 
 
 def ratios(found: dict[str, tuple[list[float], float]]) -> str:
-    """Speed and memory of ours beside each peer's best, eager with eager and compiled with
-    compiled; {side: (each step's seconds, GB)}."""
+    """Speed and memory of ours beside each peer, the fastest first, eager with eager and compiled
+    with compiled; {side: (each step's seconds, GB)}."""
     said = []
-    for compiled in (False, True):
-        mine = f"ours{' + compile' if compiled else ''}"
-        peers = {k: v for k, v in found.items()
-                 if not k.startswith("ours") and ("compile" in k) == compiled}
-        if mine not in found or not peers:
+    for kind in ("eager", "compiled"):
+        alike = {k: v for k, v in found.items() if ("compile" in k) == (kind == "compiled")}
+        mine = next((k for k in alike if k.startswith("ours")), None)
+        if mine is None:
             continue
-        seconds, gb = found[mine]
-        fastest = min(peers, key=lambda k: statistics.median(peers[k][0]))
-        smallest, first = min(peers, key=lambda k: peers[k][1]), next(iter(peers))
-        said.append(f"{'compiled' if compiled else 'eager'} "
-                    f"{ratio(peers[fastest][0], seconds, ' times')} the speed of the fastest peer "
-                    f"({fastest}), in {gb / peers[smallest][1]:.2f} "
-                    f"of the memory of the smallest ({smallest}), {gb / peers[first][1]:.2f} of "
-                    f"{first}'s")
+        seconds, gb = alike.pop(mine)
+        said += [f"{kind} {ratio(took, seconds, ' times')} the speed of {side}, in {gb / more:.2f} "
+                 f"of its memory" for side, (took, more) in
+                 sorted(alike.items(), key=lambda x: statistics.median(x[1][0]))]
     return "; ".join(said)
 
 
