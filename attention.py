@@ -408,14 +408,16 @@ def for_bf16(dtype: torch.dtype) -> Iterator[bool]:
 
     A product's result has the dtype of its factors, and scores in bf16 would be too coarse. The
     CPU's kernels for bf16 leave their float32 sums as they are where float32 factors may be rounded
-    to bf16: nothing happens to numbers that came from there, to probabilities what happens in the
-    fused kernel, and it is two to three times as fast. The setting is the whole process's.
+    to bf16: nothing happens to numbers that came from there, to probabilities and their gradient
+    what happens in the fused kernel, and it is two to three times as fast. The setting is the whole
+    process's: not for two threads at once.
     """
-    matmul, narrow = torch.backends.mkldnn.matmul, dtype == torch.bfloat16
-    before = matmul.fp32_precision
+    if dtype != torch.bfloat16:
+        yield False
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
-        if narrow:
-            matmul.fp32_precision = "bf16"
-        yield narrow
+        yield True
     finally:
         matmul.fp32_precision = before

@@ -29,7 +29,7 @@ LICENCES = {
     r"LLAMA 3\.1 COMMUNITY": "llama3.1", r"LLAMA 3 COMMUNITY": "llama3",
     r"LLAMA 2 COMMUNITY": "llama2", r"Gemma Terms of Use": "gemma",
     r"Apache License\s+Version 2\.0": "apache-2.0", r"\A\s*(The )?MIT License": "mit"}
-PRIVATE = ("model", "data", "val", "out", "resume", "plan", "track")  # paths, and no training
+PRIVATE = ("model", "data", "val", "suite_data", "out", "resume", "plan", "track")  # paths, mostly
 
 
 def text(folder: Path, s: Any) -> Iterator[str]:
@@ -138,7 +138,7 @@ def run_lines(out: Path, run: dict[str, Any]) -> Iterator[str]:
     changed = run.get("changed_settings") or {}
     steps = []
     if (out / "metrics.jsonl").exists():
-        for line in (out / "metrics.jsonl").read_text().splitlines():
+        for line in (out / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
             try:
                 steps.append(json.loads(line))
             except ValueError:
@@ -180,7 +180,7 @@ def run_lines(out: Path, run: dict[str, Any]) -> Iterator[str]:
     seen = {x["step"]: x["bits_per_byte"] for x in steps if "bits_per_byte" in x}
     if len(seen) > 1:
         last = max(seen)
-        after = run.get("model_step", last)  # with --best not that of the last step
+        after = run.get("model_step", last) if changed.get("best") else last
         if after != last:
             yield from ["", f"The model is that of step {after}, the best that was evaluated."]
         yield from ["", "Bits per byte of text held out of training (lower is better), before and "
@@ -193,7 +193,7 @@ def run_lines(out: Path, run: dict[str, Any]) -> Iterator[str]:
 def bins(out: Path) -> Iterator[dict[str, Any]]:
     """meta.json of every bin that a run prepared, or named in its settings."""
     settings = out / "settings.toml"
-    specs = tomllib.loads(settings.read_text()).get("data", []) if settings.exists() else []
+    specs = tomllib.loads(settings.read_text("utf-8")).get("data", []) if settings.exists() else []
     named = [Path(x) for spec in specs for x in (spec, spec.rpartition(":")[0]) if x]
     for place in (*sorted((out / "bins").glob("*")), *named):
         if (place / "meta.json").is_file():

@@ -84,7 +84,7 @@ class Saver:
     def save(self, step: int, parts: Parts, state: dict[str, Any]) -> None:
         """Begin to write root/step-NNNNNN; the tensors may change as soon as this returns."""
         self.finish()
-        if self.root.is_symlink():
+        if os.path.islink(self.root):
             raise UserError(f"{self.root}: is a link, and a run writes nowhere but in its folder",
                             STORAGE)
         self.folder = self.root / f"step-{step:06}"
@@ -93,9 +93,10 @@ class Saver:
         self.state = json.dumps({"format": FORMAT, **state})  # now: the run goes on changing it
         self.need = sum(x.numel() * x.element_size() for t in parts.values() for x in t.values())
         pieces = {part: self._copied(tensors) for part, tensors in parts.items()}
-        if self.ranks.rank == 0:
-            self.root.mkdir(parents=True, exist_ok=True)
-            sweep(self.root)
+        with suppress(OSError):  # which _write meets too, and tells the other ranks
+            if self.ranks.rank == 0:
+                self.root.mkdir(parents=True, exist_ok=True)
+                sweep(self.root)
         self.ranks.barrier()
         self.work = self.pool.submit(self._write, pieces)
 
@@ -111,7 +112,7 @@ class Saver:
 
     def _write(self, pieces: Parts) -> dict[str, list]:
         """This rank's files, flushed: {name: [bytes, sha256]}."""
-        self.aside.mkdir(exist_ok=True)
+        self.aside.mkdir(parents=True, exist_ok=True)
         return {(name := f"{part}-{self.ranks.rank}.safetensors"):
                 write_tensors(self.aside / name, tensors, self._at_leisure)
                 for part, tensors in pieces.items()}
@@ -132,7 +133,7 @@ class Saver:
         try:
             files = self.work.result() or {}
         except OSError as e:  # of any kind, for the other ranks wait for what this one says
-            fault = str(e)
+            fault = str(e) or repr(e)
         said = [json.loads(x) for x in self.ranks.gather(json.dumps([files, fault]))]
         fault = next((f"rank {i}: {x}" if self.ranks.world > 1 else x
                       for i, (_, x) in enumerate(said) if x), "")
@@ -161,10 +162,11 @@ class Saver:
         if self.ranks.rank == 0:
             shutil.rmtree(self.aside, ignore_errors=True)
         self.failures += 1
-        there = next(x for x in (self.root, *self.root.absolute().parents) if x.exists())
+        there = next(x for x in (self.root, *self.root.absolute().parents)
+                     if os.path.exists(x))
         line = (f"{self.folder}: cannot be written: needs {self.need:,} bytes, "
-                f"{shutil.disk_usage(there).free:,} are free ({fault}); earlier checkpoints "
-                "are whole. Make room")
+                f"{shutil.disk_usage(there).free:,} are free ({fault}); what is there of "
+                "earlier checkpoints is whole. Make room")
         if self.failures == 3 or self.must or not self.saved:
             raise UserError(f"{line} and --resume", STORAGE)
         say(f"{line}; going on, the next save tries again")
@@ -188,11 +190,9 @@ class Saver:
         _flush(self.root)
         if replaced:
             _remove(replaced)
-        # a later step is a damaged one that this run went back behind: it must not push good ones
-        # out
-        steps = _steps(self.root)
+        steps = _steps(self.root)  # later ones are damaged, or of lost work: they push nothing out
         before = [x for x in steps if _step(x) <= self.step]
-        for old in before[:-self.keep] + steps[len(before) + len(steps) * self.later:]:
+        for old in before[:-self.keep] + ([] if self.later else steps[len(before):]):
             _remove(_put_aside(old))
 
 

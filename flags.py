@@ -30,12 +30,13 @@ def check(s: Any, kind: str) -> None:
            "eval-tokens": s.eval_tokens > 0, "nll-weight": s.nll_weight >= 0,
            "neftune": s.neftune >= 0, "label-smoothing": 0 <= s.label_smoothing < 1,
            "beta1": 0 <= s.beta1 < 1, "beta2": 0 <= s.beta2 < 1, "seed": s.seed >= 0,
-           "lora-dropout": 0 <= s.lora_dropout < 1, "weight-decay": s.weight_decay >= 0,
-           "min-lr-ratio": 0 <= s.min_lr_ratio <= 1, "eval-every": s.eval_every >= 0,
-           "save-every": s.save_every >= 0, "lora-rank": s.lora_rank >= 1,
-           "lora-alpha": s.lora_alpha > 0}
-    fit |= {k.replace("_", "-"): False for k, x in vars(s).items()
-            if x == math.inf and k != "clip"}  # which then cuts nothing
+           "lora-dropout": 0 <= s.lora_dropout < 1, "eval-every": s.eval_every >= 0,
+           "save-every": s.save_every >= 0}
+    if not s.resume:  # a run that began with a value before it was refused goes on, here and below
+        fit |= {"min-lr-ratio": 0 <= s.min_lr_ratio <= 1, "weight-decay": s.weight_decay >= 0,
+                "lora-rank": s.lora_rank >= 1, "lora-alpha": s.lora_alpha > 0}
+        fit |= {k.replace("_", "-"): False for k, x in vars(s).items()
+                if x == math.inf and k != "clip"}  # which then cuts nothing
     for name in (x for x, good in fit.items() if not good):
         raise UserError(f"--{name} {getattr(s, name.replace('-', '_'))}: out of range; seq-len and "
                         "keep are at least 2, hold-out, plan-share, ema, label-smoothing, "
@@ -51,7 +52,7 @@ def check(s: Any, kind: str) -> None:
     idle = ("lora_layers", "rslora", "dora") if s.tune == "full" else ("train_layers",)
     idle += ("double_quant",) * (s.tune != "qlora") + ("recompute_light",) * s.recompute
     idle += ("neftune", "label_smoothing") if kind == "pairs" else ()
-    if not s.resume:  # a run that began with them before they were refused goes on
+    if not s.resume:
         idle += LORA if s.tune == "full" else ()
         idle += ("beta",) if kind != "pairs" else ()
         if s.embedding_lr and not s.train_embeddings and (s.tune != "full" or s.train_layers):

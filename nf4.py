@@ -125,7 +125,8 @@ def kernels() -> bool:
         from bitsandbytes.cextension import lib  # which registers torch.ops.bitsandbytes
     except (ImportError, OSError, RuntimeError):
         return False
-    return getattr(lib, "compiled_with_cuda", False)
+    return getattr(lib, "compiled_with_cuda", False) \
+        and hasattr(torch.ops.bitsandbytes, "dequantize_4bit")
 
 
 class _Product(torch.autograd.Function):

@@ -106,7 +106,7 @@ def run_report(out: Path) -> Path:
     about = _parsed(out / "run.json", json.loads, notes)
     settings = _parsed(out / "settings.toml", tomllib.loads, notes)
     last = looks[-1]["step"] if looks else 0
-    if (step := about.get("model_step", last)) != last:
+    if settings.get("best") and (step := about.get("model_step", last)) != last:
         notes.append(f"The model is that of step {step}, the best of {settings.get('best')}.")
     chosen, command = about.pop("changed_settings", None) or {}, about.pop("command", "")
     shown = [(k.replace("_", "-"), _shown(v)) for k, v in settings.items()]

@@ -36,6 +36,7 @@ MOST = 1 << 22  # ids: a single wrong one must not become a table of gigabytes
 LARGEST = 64 << 20  # bytes of a tokenizer file: the largest known are 35 MB
 PROBES = ("", "a", " ", "é", "Amazi y'umugezi, n’inka 🦒\n\n 1. ")  # every tokenizer can these
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
+ALONE = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "0", "no", "off")
 BEGIN, END = (("<s>", "<|begin_of_text|>"),
               ("</s>", "<|end_of_text|>", "<|endoftext|>"))  # where no file says
 
@@ -262,7 +263,8 @@ class _Json(Tokenizer):
         return _again, (self.file, found)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        os.environ["TOKENIZERS_PARALLELISM"] = str(self.all_cores).lower()  # read at each call
+        together = self.all_cores and not ALONE
+        os.environ["TOKENIZERS_PARALLELISM"] = str(together).lower()  # read at each call
         with _guarded(f"{self.file}: the tokenizer fails on a text"):
             batch = self.tok.encode_batch_fast(list(texts), add_special_tokens=False)
         return [e.ids for e in batch]

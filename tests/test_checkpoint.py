@@ -398,15 +398,25 @@ def test_any_fault_of_a_disk_is_told_to_the_other_ranks_and_tried_again(tmp_path
         shutil.rmtree(saver.root)
         raise OSError(errno.ENOENT, "No such file or directory")
 
-    for step, fault in enumerate((None, stale, gone, None), 1):
+    def away(m):
+        """All that asks for the folder."""
+        for name in ("lstat", "stat", "mkdir", "iterdir"):
+            real = getattr(Path, name)
+            m.setattr(Path, name, lambda self, *args, real=real, **more: stale(self)
+                      if saver.root in (self, self.parent) else real(self, *args, **more))
+
+    for step, fault in enumerate((None, stale, gone, None, away, None), 1):
         with monkeypatch.context() as m:
-            if fault:
+            if fault is away:
+                away(m)
+            elif fault:
                 m.setattr(saver, "_write", fault)
             saver.save(step, parts(step), {"step": step})
             saver.finish()
     assert [json.loads(x)[1] for x in told if json.loads(x)[1]] == [
-        "[Errno 116] Stale file handle", "[Errno 2] No such file or directory"]
-    assert assert_whole(checkpoint.newest(saver.root)) == 4
+        f"[Errno {errno.ESTALE}] Stale file handle", "[Errno 2] No such file or directory",
+        f"[Errno {errno.ESTALE}] Stale file handle"]
+    assert assert_whole(checkpoint.newest(saver.root)) == 6
     first = checkpoint.Saver(tmp_path / "first", 2)
     monkeypatch.setattr(first, "_write", stale)
     first.save(1, parts(1), {"step": 1})

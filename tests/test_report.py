@@ -90,6 +90,8 @@ def test_a_model_that_is_not_the_last_one_is_named(tmp_path):
         (tmp_path / "settings.toml").write_text('best = "kin"\n')
         said = "The model is that of step 10, the best of kin." in page_of(tmp_path).text
         assert said == (step == 10)
+    (tmp_path / "settings.toml").write_text("")  # of a run whose last look was not its last step
+    assert "The model is that of" not in page_of(tmp_path).text
 
 
 def test_a_text_first_seen_later_is_in_the_table_too(tmp_path):

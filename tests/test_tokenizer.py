@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import pickle
 import random
 import shutil
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
+import tokenizer
 from log import UserError
 from tokenizer import Part, Tokenizer, learn
 
@@ -230,6 +232,18 @@ def test_a_worker_gets_the_tokenizer_that_was_opened(both):
             assert again.encode_parts(parts) == tok.encode_parts(parts)
         tok.all_cores = False
         assert tok.encode_batch(ODD * 9) == again.encode_batch(ODD * 9)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_threads_are_those_of_one_that_works_alone_and_nobody_forbids(json_folder, monkeypatch,
+                                                                      alone):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "")  # and as it was, afterwards
+    monkeypatch.setattr(tokenizer, "ALONE", alone)
+    tok = Tokenizer.open(json_folder)
+    for all_cores in (False, True, False):
+        tok.all_cores = all_cores
+        tok.encode_batch(ODD)
+        assert os.environ["TOKENIZERS_PARALLELISM"] == str(all_cores and not alone).lower()
 
 
 def test_opening_leaves_the_search_for_garbage_as_it_was(json_folder, tmp_path):
