@@ -165,8 +165,8 @@ class Saver:
         there = next(x for x in (self.root, *self.root.absolute().parents)
                      if os.path.exists(x))
         line = (f"{self.folder}: cannot be written: needs {self.need:,} bytes, "
-                f"{shutil.disk_usage(there).free:,} are free ({fault}); what is there of "
-                "earlier checkpoints is whole. Make room")
+                f"{shutil.disk_usage(there).free:,} are free ({fault}); earlier checkpoints "
+                "are whole. Make room")
         if self.failures == 3 or self.must or not self.saved:
             raise UserError(f"{line} and --resume", STORAGE)
         say(f"{line}; going on, the next save tries again")

@@ -438,7 +438,9 @@ def test_a_card_of_a_run_that_keeps_its_best_says_what_that_one_measured(run):
     whole = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([whole[0], json.dumps(lines[0]), *whole[1:3]]))
     about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**about, "model_step": 10}))
+    changed = {**about.get("changed_settings", {}), "best": "kin"}
+    (run / "run.json").write_text(json.dumps(
+        {**about, "model_step": 10, "changed_settings": changed}))
     text = card(run / "model", run=str(run))[1]
     assert "The model is that of step 10, the best that was evaluated." in text
     assert "| kin | 4.4020 | 2.0100 |" in text and "| eng | 3.0400 | 3.0700 |" in text

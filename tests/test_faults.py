@@ -534,7 +534,7 @@ def described(folder: Path) -> None:
     """Give a checkpoint's folder the manifest of the files that it holds."""
     names = [p for p in folder.iterdir() if p.name != "manifest.json"]
     (folder / "manifest.json").write_text(json.dumps(
-        {p.name: [p.stat().st_size, checkpoint._sha256(p)] for p in names}, indent=1))
+        {p.name: [p.stat().st_size, checkpoint.sha256(p)] for p in names}, indent=1))
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
