@@ -83,9 +83,9 @@ def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict
     at = torch.arange(T).expand(B, T)
     size = document or T
     batch = Batch(ids, ids, at // size, at % size)
-    held = [getattr(p, "_local_tensor", p) for p in model.parameters()]  # a cut one's own part
-    moments = sum(8 * p.numel() for p in held if p.requires_grad) / 2**30
-    kept = sum(p.numel() * p.element_size() for p in held) / 2**30 + moments
+    held = [(getattr(p, "_local_tensor", p), p.requires_grad) for p in model.parameters()]
+    moments = sum(8 * part.numel() for part, trains in held if trains) / 2**30  # of its own part
+    kept = sum(part.nbytes for part, _ in held) / 2**30 + moments
     before, seconds = held_gb() + moments, []
     for _ in range(3):
         begun = time.perf_counter()
