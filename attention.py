@@ -36,7 +36,7 @@ except ImportError:  # an older torch
     varlen_attn = None
 
 GROUPED = varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
-BLOCK = 128  # queries whose scores stand at once on a CPU
+BLOCK = 128  # queries whose scores stand at once on a CPU; 64 and 256 are slower in bf16
 TILE = 128  # queries, and keys, that flex_attention takes or leaves together: its own default
 SIDE = 4  # documents of one length that go through one product, side by side
 SHORT = 1024  # tokens: with a longer document among them, torch's kernel is the faster one

@@ -36,6 +36,7 @@ MOST = 1 << 22  # ids: a single wrong one must not become a table of gigabytes
 LARGEST = 64 << 20  # bytes of a tokenizer file: the largest known are 35 MB
 PROBES = ("", "a", " ", "é", "Amazi y'umugezi, n’inka 🦒\n\n 1. ")  # every tokenizer can these
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
+# whether a person forbade the library threads, before this program says what it wants itself
 ALONE = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "0", "no", "off")
 BEGIN, END = (("<s>", "<|begin_of_text|>"),
               ("</s>", "<|end_of_text|>", "<|endoftext|>"))  # where no file says
