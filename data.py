@@ -24,8 +24,10 @@ import hashlib
 import json
 import os
 import shutil
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -44,8 +46,7 @@ OPEN = 64  # rows that are filled at a time
 
 @dataclass
 class Document:
-    """Token ids with BOS and EOS in place, which of them are trained (None: all), UTF-8 bytes of
-    the text."""
+    """Token ids with BOS and EOS, which of them are trained (None: all), bytes of the text."""
 
     ids: Sequence[int]
     mask: Sequence[bool] | None
@@ -53,7 +54,7 @@ class Document:
 
 
 class BinWriter:
-    """Write a bin aside and rename it into place when it is whole; memory stays one document."""
+    """Write a bin aside and rename it when it is whole; held are 8 bytes a document, or 16."""
 
     def __init__(self, folder: Path, tokenizer_sha: str, vocab_size: int, kind: str = "text"):
         self.folder, self.kind = Path(folder), kind
@@ -61,14 +62,14 @@ class BinWriter:
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         if self.folder.exists() and not (self.folder / "meta.json").exists():
             raise UserError(f"{folder}: exists and is not a bin; name another --out", STORAGE)
-        self.aside = self.folder.with_name(f".tmp-{self.folder.name}-{os.getpid()}")
+        self.aside = self.folder.with_name(f".tmp-{self.folder.name}-{os.urandom(4).hex()}")
         try:
-            self.aside.mkdir(parents=True)
+            self.aside.mkdir(parents=True)  # a killed one's has another name, even of an equal PID
             self.tokens = open(self.aside / "tokens.bin", "wb")
         except OSError as e:
             raise UserError(
                 f"{folder}: cannot be written ({e.strerror}); name another", STORAGE) from e
-        self.starts, self.groups, self.n_bytes, self.trained = [0], bytearray(), 0, 0
+        self.starts, self.groups, self.n_bytes, self.trained = array("q", [0]), bytearray(), 0, 0
         self.mask: IO[bytes] | None = None  # begun with the first document that has one
 
     def add(self, document: Document, group: bytes = b"") -> None:
@@ -124,7 +125,8 @@ class BinWriter:
     def abandon(self) -> None:
         """Remove what was written so far."""
         for file in filter(None, (self.tokens, self.mask)):
-            file.close()
+            with suppress(OSError):  # a full disk still does not take what is in its buffer
+                file.close()
         shutil.rmtree(self.aside, ignore_errors=True)
 
 
@@ -182,8 +184,7 @@ class Bin:
         return np.ones(at.stop - at.start, bool) if self.mask is None else self.mask[at] > 0
 
     def check(self, tokenizer_sha: str, vocab_size: int) -> None:
-        """Refuse a bin of another tokenizer, of damaged files, or with ids the model has no row
-        for."""
+        """Refuse a bin of another tokenizer, damaged, or with ids the model has no row for."""
         if self.meta["tokenizer"] != tokenizer_sha:
             raise UserError(
                 f"{self.folder}: made with tokenizer {self.meta['tokenizer'][:12]}, the model has "
@@ -245,8 +246,7 @@ class Source:
 @dataclass
 class Batch:
     """Rows of packed documents; fields (B, T) int64. `doc` is -1 and `targets` IGNORE in an
-    unused tail. `reference`, (B, T) float32: a reference's NLL of each target, where one is kept.
-    """
+    unused tail. `reference`, (B, T) float32: a reference's NLL of each target, where kept."""
 
     tokens: Tensor
     targets: Tensor

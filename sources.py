@@ -21,7 +21,7 @@ import numpy as np
 
 import corpus
 import log
-from data import Bin, Document, Source, hold_out
+from data import Bin, Document, Source, hold_out, sha256
 from log import FLAGS, UserError
 from tokenizer import Tokenizer
 
@@ -83,6 +83,9 @@ def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int,
         name, _, spec = item.partition("=")
         if not spec:
             raise UserError(f"--val {item}: expected NAME=SPEC, as in kin=val.jsonl", FLAGS)
+        if name in held:
+            raise UserError(f"--val {item}: another is called {name}; give it a name of its own, "
+                            "or a glob or folder for both", FLAGS)
         bin = opened(spec, as_is=True)
         held[name] = held_of(bin, range(len(bin)))
     return sources, held
@@ -118,7 +121,7 @@ def stem(spec: str) -> str:
 
 def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int) -> bool:
     """Whether a bin prepared earlier is what preparing `spec` again would give, by its sources'
-    sizes, and by the row that its examples must fit if any does not fit both."""
+    sizes and sums, and by the row that its examples must fit if any does not fit both."""
     if not (bin / "meta.json").exists():
         return False
     found = Bin(bin)
@@ -126,7 +129,8 @@ def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int
     known = corpus.KINDS if kind == "text" else (*corpus.KINDS, ".json")
     now = [(str(p), p.stat().st_size) for p in corpus.files([spec], known)]
     same = (meta["tokenizer"], meta["kind"]) == (tokenizer.fingerprint, kind) and now == [
-        (x["path"], x["bytes"]) for x in meta["sources"]]
+        (x["path"], x["bytes"]) for x in meta["sources"]] and all(
+        sha256(Path(x["path"])) == x["sha256"] for x in meta["sources"])
     if not same or kind == "text" or ledger.get("max_tokens") == seq_len:
         return same
     sizes = (np.diff(found.starts) - 1).reshape(-1, 2 if kind == "pairs" else 1).sum(1)

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import resource
 import shutil
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sources
-from data import IGNORE, Bin, BinWriter, Document, Loader, Source, Stream, hold_out
+from data import IGNORE, Bin, BinWriter, Document, Loader, Source, Stream, hold_out, sha256
 from log import UserError
 
 
@@ -271,7 +274,7 @@ def test_a_bin_made_for_another_row_is_fresh_only_where_its_examples_fit_both(tm
         writer = BinWriter(tmp_path / "bin", "a" * 64, 99, kind)
         for n in (4, 4, 11, 11):
             writer.add(Document(range(n), [0] + [1] * (n - 1), n))
-        writer.close(ledger, [{"path": str(file), "bytes": 3}])
+        writer.close(ledger, [{"path": str(file), "bytes": 3, "sha256": sha256(file)}])
         return sources.is_fresh(tmp_path / "bin", str(file), tokenizer, kind, seq_len)
 
     whole, dropped = {"documents": {"read": 4}}, {"documents": {"read": 5, "too long": 1}}
@@ -279,6 +282,37 @@ def test_a_bin_made_for_another_row_is_fresh_only_where_its_examples_fit_both(tm
     assert fresh(most, {**dropped, "max_tokens": most})
     for made in ({}, {"max_tokens": most}):  # what was too long may fit now
         assert not fresh(999, {**dropped, **made})
+
+
+def test_a_file_changed_to_one_as_long_and_as_old_is_prepared_again(tmp_path):
+    file = tmp_path / "x.txt"
+    file.write_text("Amazi\n")
+    writer = BinWriter(tmp_path / "bin", "a" * 64, 99)
+    writer.add(Document([1, 5, 2], None, 5))
+    writer.close({}, [{"path": str(file), "bytes": 6, "sha256": sha256(file)}])
+
+    def fresh() -> bool:
+        return sources.is_fresh(tmp_path / "bin", str(file), SimpleNamespace(fingerprint="a" * 64),
+                                "text", 8)
+
+    assert fresh()
+    was = file.stat()
+    file.write_text("Inkas\n")
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert not fresh()
+    file.write_text("Amazi\n")
+    assert fresh(), "touched, and the same"
+
+
+def test_two_held_out_texts_of_one_name_are_refused(tmp_path):
+    for name in ("a", "b"):
+        make(tmp_path / name, [[1, 2, 3]])
+    s = SimpleNamespace(data=[f"{tmp_path}/a"], hold_out=0.1, seq_len=64, mode="cpt",
+                        eval_tokens=99, val=[f"kin={tmp_path}/a", f"kin={tmp_path}/b"])
+    tokenizer = SimpleNamespace(fingerprint="a" * 64, bos=1, eos=3)
+    with pytest.raises(UserError, match=r"--val kin=.*/b: another is called kin") as e:
+        sources.open_data(s, "text", tmp_path, tokenizer, 60000, tmp_path, None)
+    assert e.value.code == 2
 
 
 def test_a_source_of_one_token_documents_is_refused(tmp_path):
@@ -293,3 +327,43 @@ def test_a_writer_that_gives_up_leaves_nothing(tmp_path):
     writer.abandon()
     assert list(tmp_path.iterdir()) == []
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("mask", [None, [1] * 500])
+def test_a_writer_that_gives_up_leaves_nothing_on_a_full_disk_either(tmp_path, mask):
+    """A limit on a file's size is refused as a full disk is; what is left in a buffer stays there.
+    """
+    writer = BinWriter(tmp_path / "b", "a" * 64, 100)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match="too large"):
+            for _ in range(100):
+                writer.add(Document([1] * 500, mask, 1))
+        writer.abandon()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bin_is_written_beside_what_a_killed_one_left(tmp_path):
+    """In a container every run has the same process number."""
+    for _ in range(2):
+        BinWriter(tmp_path / "b", "a" * 64, 100).add(Document([1, 2], None, 1))
+    assert len(make(tmp_path / "b", [[1, 2, 3]])) == 1
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "b").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_writer_holds_few_bytes_for_a_document(tmp_path):
+    writer, n = BinWriter(tmp_path / "b", "a" * 64, 100), 1000
+    writer.extend(np.ones(n, int), np.ones(n, int), n)
+    tracemalloc.start()
+    try:
+        for _ in range(50):
+            writer.extend(np.ones(n, int), np.ones(n, int), n)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 12 * 50 * n
+    assert len(writer.close({}, [])) == 51 * n
