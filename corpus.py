@@ -24,7 +24,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -75,6 +75,13 @@ class Ledger:
         for what, size in zip(fates, sizes, strict=True):
             self.bytes[what] += size
 
+    def check(self, specs: Sequence[str], mend: str) -> None:
+        """UserError where more than BAD_SHARE of the documents are undecodable."""
+        bad, n = self.documents["undecodable"], self.documents["read"]
+        if bad > BAD_SHARE * n:
+            raise UserError(f"{', '.join(specs)}: {bad} of {n} documents are not UTF-8, more than "
+                            f"{BAD_SHARE:.1%}; {mend}")
+
     def to_json(self) -> dict[str, Any]:
         """As meta.json keeps it."""
         return {"documents": dict(self.documents), "bytes": dict(self.bytes),
@@ -91,21 +98,33 @@ def files(specs: Iterable[str], kinds: Sequence[str] = KINDS) -> list[Path]:
         elif (path := Path(spec)).is_dir():
             named = sorted(p for p in path.rglob("*") if kind_of(p) in kinds)
         else:
-            matched = [spec] if path.is_file() else glob.glob(spec, recursive=True)
-            named = sorted(Path(p) for p in matched)
+            named = [path] if path.is_file() else sorted(map(Path, glob.glob(spec, recursive=True)))
         if not named:
             raise UserError(f"{spec}: no such file, and no file matches it")
         for p in named:
             if kind_of(p) not in kinds:
                 raise UserError(f"{p}: unknown kind of file; known are {', '.join(kinds)}, and .gz "
-                                "of all but .json and .parquet")
+                                "of all but .parquet")
         found += named
     return found
 
 
 def kind_of(path: Path) -> str:
-    """A file's suffix, before .gz."""
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    """A file's suffix, before .gz; a .parquet is packed inside, and in a .gz of no known kind."""
+    packed = path.suffix == ".gz" and not path.stem.endswith(".parquet")
+    return Path(path.stem).suffix if packed else path.suffix
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, of a .gz unpacked; UserError on one that cannot be read."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+            yield f
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: not a whole gzip file ({e})") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
 
 
 def read(path: Path, unit: str = "auto", key: str = "text",
@@ -114,18 +133,14 @@ def read(path: Path, unit: str = "auto", key: str = "text",
     of no known kind; `key` names the text elsewhere, "" takes lines of a .tsv as they are."""
     kind = kind_of(path)
     if kind == ".parquet":
-        yield from _parquet(path, key)
+        yield from (_decoded(raw or b"") for batch in parquet(path, key)
+                    for raw in batch.column(0).cast("large_binary").to_pylist())
         return
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-            if kind == ".jsonl" or (kind == ".tsv" and key):
-                yield from (_jsonl if kind == ".jsonl" else _tsv)(_lines(f, max_bytes), path, key)
-            else:
-                yield from _txt(f, path, choose_unit(path) if unit == "auto" else unit, max_bytes)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{path}: not a whole gzip file ({e})") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    with opened(path) as f:
+        if kind == ".jsonl" or (kind == ".tsv" and key):
+            yield from (_jsonl if kind == ".jsonl" else _tsv)(_lines(f, max_bytes), path, key)
+        else:
+            yield from _txt(f, path, choose_unit(path) if unit == "auto" else unit, max_bytes)
 
 
 def texts(path: str | Path, unit: str = "auto", key: str = "text") -> list[str]:
@@ -146,11 +161,8 @@ def texts(path: str | Path, unit: str = "auto", key: str = "text") -> list[str]:
 def choose_unit(path: Path) -> str:
     """What a document of this .txt is: a block where blank lines part its beginning, else a line,
     else the file."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-            lines = f.read(1 << 20).strip().split(b"\n")
-    except (OSError, EOFError, zlib.error):
-        return "file"  # reading it will say what is wrong
+    with opened(path) as f:
+        lines = f.read(1 << 20).strip().split(b"\n")
     if any(not line.strip() for line in lines):
         return "block"
     return "line" if len(lines) > 1 else "file"
@@ -228,8 +240,15 @@ def _jsonl(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator
                             "--text-key") from None
 
 
+def named_once(names: Sequence[str], where: object) -> None:
+    """UserError where two columns have one name, for which of them would be meant?"""
+    if twice := [x for x in names if x and names.count(x) > 1]:
+        raise UserError(f"{where}: two columns are called {twice[0]!r}; rename one")
+
+
 def _tsv(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator[Piece]:
     header = next(lines, (b"", ""))[0].decode(errors="replace").split("\t")
+    named_once(header, path)
     if key not in header:
         raise UserError(f"{path}: no column {key!r} in its first line, which has "
                         f"{', '.join(header)}; name one with --text-key")
@@ -243,34 +262,22 @@ def _tsv(lines: Iterator[tuple[bytes, str]], path: Path, key: str) -> Iterator[P
             yield _decoded(cells[header.index(key)])
 
 
-def _parquet(path: Path, key: str) -> Iterator[Piece]:
-    import pyarrow
+def parquet(path: Path, key: str | None = None) -> Iterator[Any]:
+    """Batches of a parquet file's rows: all columns, or the text that is called `key`."""
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        if key not in table.schema_arrow.names:
-            raise UserError(f"{path}: no column {key!r}; it has "
-                            f"{', '.join(table.schema_arrow.names)}; name one with --text-key")
-        kind = str(table.schema_arrow.field(key).type)
+        names = table.schema_arrow.names
+        named_once(names, path)
+        if key is not None and key not in names:
+            raise UserError(f"{path}: no column {key!r}; it has {', '.join(names)}; name one with "
+                            "--text-key")
+        kind = "string" if key is None else str(table.schema_arrow.field(key).type)
         if kind not in ("string", "large_string", "null"):
             raise UserError(f"{path}: column {key!r} is {kind}, expected text; name another with "
                             "--text-key")
-        for batch in table.iter_batches(1024, columns=[key]):
-            for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                yield _decoded(raw or b"")
-    except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{path}: not a parquet file that can be read ({e})") from None
-
-
-def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file by column, streamed."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
+        yield from table.iter_batches(1024, columns=None if key is None else [key])
     except (pyarrow.ArrowException, OSError) as e:
         raise UserError(f"{path}: not a parquet file that can be read ({e})") from None
 
@@ -362,8 +369,7 @@ class _Cleaning:
             cleaned = list(map(self.normalise, texts))
             texts = [text for text, _ in cleaned]
             for _, counts in cleaned:
-                for step, n in counts.items():
-                    changes[step] += n
+                changes.update(counts)
         raw = [text.encode() for text in texts]
         found = map(self.contaminated, texts) if self.contaminated else repeat(False, len(texts))
         return _Clean([hashlib.blake2b(x, digest_size=16).digest() for x in raw],
@@ -381,8 +387,8 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
             key: str = "text", normalise: Normaliser | None = None, keep_duplicates: bool = False,
             contaminated: Contaminated | None = None, min_chars: int = 1, max_doc_mb: int = 64,
             on_bad: str = "stop", processes: int = 1) -> tuple[Bin, Ledger]:
-    """Prepare text into a bin; the same bytes for any number of processes, in memory bounded by the
-    largest document."""
+    """Prepare text into a bin; the same bytes for any number of processes. Memory is that of the
+    largest document, and of each that is kept 8 bytes, and a digest unless duplicates are kept."""
     tokenizer = Tokenizer.open(tokenizer_at)
     tokenizer.all_cores = True  # here, not in the workers
     sources = files(specs)
@@ -400,9 +406,9 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
                         digest, chars, contaminated = next(clean)
                         what = "empty" if not chars else "too short" if chars < min_chars else \
                             "contaminated" if contaminated else \
-                            "duplicate" if digest in seen and not keep_duplicates else "kept"
+                            "duplicate" if digest in seen else "kept"
                         kept.append(what == "kept")
-                        if what == "kept":
+                        if what == "kept" and not keep_duplicates:
                             seen.add(digest)
                     fates.append(what)
                 ledger.add(fates, [piece.size for piece in pieces])
@@ -410,14 +416,11 @@ def prepare(specs: list[str], tokenizer_at: Path, out: Path, *, unit: str = "aut
                 held = np.array(kept, bool)
                 writer.extend(x.ids[np.repeat(held, x.sizes)], x.sizes[held],
                               int(x.n_bytes[held].sum()))
-        bad, read_in = ledger.documents["undecodable"], ledger.documents["read"]
-        if on_bad == "stop" and bad > BAD_SHARE * read_in:
-            raise UserError(f"{', '.join(specs)}: {bad} of {read_in} documents are not UTF-8, more "
-                            f"than {BAD_SHARE:.1%}; mend them, or leave them out with --on-bad "
-                            "skip")
+        if on_bad == "stop":
+            ledger.check(specs, "mend them, or leave them out with --on-bad skip")
         if not ledger.documents["kept"]:
-            raise UserError(f"{', '.join(specs)}: no document left of {read_in} read; the corpus "
-                            "is empty")
+            raise UserError(f"{', '.join(specs)}: no document left of {ledger.documents['read']} "
+                            "read; the corpus is empty")
         described = [{"path": str(p), "bytes": p.stat().st_size, "sha256": sha256(p)}
                      for p in sources]
         return writer.close(ledger.to_json(), described), ledger

@@ -12,10 +12,8 @@ A row is a JSON object of .jsonl or .json (a list), a line of .tsv under its hea
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -64,23 +62,19 @@ class Example:
 def rows(path: Path) -> Iterator[Row]:
     """The rows of one file, in order; UserError, with the line, on what is none."""
     kind = corpus.kind_of(path)
-    try:
-        if kind == ".parquet":
-            yield from _parquet(path)
-        elif kind == ".json":
-            found = _json(path.read_bytes(), f"{path}")
+    if kind == ".parquet":
+        yield from _parquet(path)
+        return
+    with corpus.opened(path) as f:
+        if kind == ".json":
+            found = _json(f.read(), f"{path}")
             if not isinstance(found, list):
                 raise UserError(f"{path}: expected a list of objects; write one object a line into "
                                 "a .jsonl")
             for n, cells in enumerate(found, 1):
                 yield _row(cells, f"{path}, object {n}", len(json.dumps(cells).encode()))
         else:
-            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-                yield from (_jsonl if kind == ".jsonl" else _tsv)(f, path)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{path}: not a whole gzip file ({e})") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+            yield from (_jsonl if kind == ".jsonl" else _tsv)(f, path)
 
 
 def _json(raw: bytes, where: str) -> Any:
@@ -117,6 +111,7 @@ def _tsv(f: Iterable[bytes], path: Path) -> Iterator[Row]:
             if len(header) < 2:
                 raise UserError(f"{where}: one column, {header[0][:40]!r}; expected a header line "
                                 "with a name for each column, parted by tabs")
+            corpus.named_once(header, where)
         elif len(cells) != len(header):
             raise UserError(f"{where}: {len(cells)} columns, expected {len(header)} as in line 1")
         else:
@@ -124,9 +119,8 @@ def _tsv(f: Iterable[bytes], path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    n = 0
-    for cells in corpus.parquet_rows(path):
-        n += 1
+    found = (cells for batch in corpus.parquet(path) for cells in batch.to_pylist())
+    for n, cells in enumerate(found, 1):
         yield Row(f"{path}, row {n}", cells, len(str(cells).encode()))
 
 
@@ -135,9 +129,8 @@ def aligned(one: Path, other: Path, names: tuple[str, str]) -> Iterator[Row]:
     texts = []
     for path in (one, other):
         try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except OSError as e:
-            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+            with corpus.opened(path) as f:
+                text = f.read().decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise UserError(f"{path}: byte {e.start} is not UTF-8; save it as UTF-8") from None
         texts.append(text.removesuffix("\n").split("\n"))
@@ -153,8 +146,9 @@ def aligned(one: Path, other: Path, names: tuple[str, str]) -> Iterator[Row]:
 def text_at(row: Row, key: str) -> str:
     """A row's text under a name; UserError if there is none."""
     if not isinstance(found := row.cells.get(key), str):
-        known = ", ".join(map(str, row.cells))
-        raise UserError(f"{row.where}: no text under {key!r}; it has {known or 'nothing'}")
+        known = ", ".join(map(str, row.cells)) or "nothing"
+        there = f"found {str(found)[:40]!r}" if key in row.cells else f"it has {known}"
+        raise UserError(f"{row.where}: no text under {key!r}; {there}")
     return _whole(row, found)
 
 
@@ -322,7 +316,7 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
         sizes = [len(d.ids) - 1 for d in x.documents]
         size = sum(sizes) if kind == "pairs" else max(sizes, default=0)
         what = x.fault or "kept"
-        if what == "kept" and not keep_duplicates and x.key in seen:
+        if what == "kept" and x.key in seen:
             what = "duplicate"
         if what == "kept" and 0 < max_tokens < size and kind != "text":
             longest = max(longest, size)
@@ -336,7 +330,7 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
         ledger.changes.update(x.changes)
         first.setdefault(what, row.where)
         if what in ("kept", "cut"):
-            seen.add(x.key)
+            seen.update(() if keep_duplicates else (x.key,))
             kinds.update(x.kinds)
             for document in x.documents:
                 writer.add(document, x.key if x.kinds else b"")
@@ -361,7 +355,7 @@ def write(found: Iterable[Row], job: Callable[[list[Row]], list[Example]], out: 
                     f"{first[what]}: the first of {ledger.documents[what]:,} of {n:,} examples "
                     f"that {why.format(f'{most:,}')}; raise --max-tokens, or leave them out with "
                     "--too-long drop")
-        if not writer.starts[1:]:
+        if len(writer.starts) == 1:
             why = ", ".join(f"{ledger.documents[x]:,} {x}, the first {first[x]}" for x in first)
             raise UserError(f"{', '.join(map(str, sources))}: no example left of {n} read"
                             + (f" ({why})" if why else ""))

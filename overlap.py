@@ -12,6 +12,7 @@ Better than counting is leaving out: `prepare.py text --without TESTS` asks here
 
 from __future__ import annotations
 
+import csv
 import re
 import tomllib
 from collections import defaultdict
@@ -27,7 +28,7 @@ from sources import split_weight, stem
 from tokenizer import Tokenizer
 
 N, LEAST = 13, 5  # words
-KINDS = (".txt", *examples.KINDS)  # of tests
+KINDS = (".txt", ".csv", *examples.KINDS)  # of tests
 WORD = re.compile(r"[^\W_]+")
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
@@ -68,8 +69,8 @@ class Signs:
 
 
 def signs(files: Sequence[str]) -> Signs:
-    """The signs of test files: of each line, in a .tsv of each of its cells, and of every text in a
-    row of .jsonl, .json and .parquet."""
+    """The signs of test files: of each line, in a .tsv or .csv of each of its cells, and of every
+    text in a row of .jsonl, .json and .parquet."""
     tests = {}
     for file in files:
         # one that is named may be of any kind
@@ -86,10 +87,21 @@ def _items(path: Path) -> Iterator[list[str]]:
     if kind in (".jsonl", ".json", ".parquet"):
         yield from (list(_texts(row.cells)) for row in examples.rows(path))
         return
-    for n, piece in enumerate(corpus.read(path, "line", key=""), 1):
-        if piece.fault:
-            raise UserError(f"{path}, line {n}: {piece.fault}; a test leaves nothing out, mend it")
-        yield piece.text.split("\t") if kind == ".tsv" else [piece.text]
+
+    def lines() -> Iterator[str]:
+        for n, piece in enumerate(corpus.read(path, "line", key=""), 1):
+            if piece.fault:
+                raise UserError(
+                    f"{path}, line {n}: {piece.fault}; a test leaves nothing out, mend it")
+            yield piece.text
+
+    if kind == ".csv":
+        try:
+            yield from csv.reader(x + "\n" for x in lines())
+        except csv.Error as e:
+            raise UserError(f"{path}: not a .csv that can be read ({e})") from None
+    else:
+        yield from (x.split("\t") if kind == ".tsv" else [x] for x in lines())
 
 
 def _texts(cell: Any) -> Iterator[str]:

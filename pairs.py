@@ -169,6 +169,8 @@ def joined(found: Iterable[Row], keys: tuple[str, str], n: int = 1) -> Iterator[
 
     try:
         for row in _flat(found, keys):
+            # a null, as parquet has for it, is a side without words, and counted as one
+            row.cells = {k: "" if x is None else x for k, x in row.cells.items()}
             for name in keys:
                 text_at(row, name)
             if held and (len(held) == n or _file(row) != _file(held[0])):

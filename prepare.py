@@ -33,7 +33,7 @@ import pairs
 from chat import Template
 from data import Bin
 from kinyarwanda import normalise, prompts
-from log import FLAGS, UserError
+from log import FLAGS, STORAGE, UserError
 from tokenizer import Tokenizer, learn
 
 
@@ -60,6 +60,7 @@ class Text:
     min_chars: int = 1
     """Shorter documents are left out."""
     max_doc_mb: int = 64
+    """Longer ones are left out, or where a document is a file or block refused."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What more than 0.1 % undecodable documents do."""
     processes: int = os.cpu_count() or 1
@@ -95,7 +96,7 @@ class Mt:
     """Translation pairs to a bin: both directions of every pair, asked as ALMA does."""
 
     files: Positional[list[str]]
-    """Files, folders or globs: .tsv .jsonl .json .parquet; with --aligned two .txt files."""
+    """Files, folders or globs: .tsv .jsonl .json .parquet; with --aligned two .txt; and .gz."""
     tokenizer: str
     out: str
     aligned: bool = False
@@ -112,7 +113,8 @@ class Mt:
     as_chat: bool = False
     """As a conversation, by the model's chat template or ours."""
     as_text: bool = False
-    """As plain text, both sides trained, to join continued pretraining."""
+    """As plain text, both sides trained, to join continued pretraining; of --prompts it takes the
+    languages' names."""
     template: str = "model"
     """With --as-chat: model, plain, or a .jinja file."""
     shots: int = 0
@@ -205,6 +207,8 @@ class Fertility:
 
 
 def text(s: Text) -> None:
+    if s.max_doc_mb < 1:
+        raise UserError(f"--max-doc-mb {s.max_doc_mb}: expected 1 or more", FLAGS)
     bin, ledger = corpus.prepare(
         s.files, Path(s.tokenizer), Path(s.out), unit=s.documents, key=s.text_key,
         normalise=cleaning(s.normalise), keep_duplicates=s.keep_duplicates,
@@ -237,6 +241,11 @@ def chat(s: Chat) -> None:
 def mt(s: Mt) -> None:
     if s.as_chat and s.as_text:
         raise UserError("prepare.py mt: give one of --as-chat and --as-text", FLAGS)
+    if s.as_text and (s.shots or s.max_tokens or s.too_long != "stop"):
+        raise UserError("prepare.py mt: --as-text goes without --shots, --max-tokens and "
+                        "--too-long: no example stands before a text, and a row may cut it", FLAGS)
+    if s.template != "model" and not s.as_chat:
+        raise UserError(f"--template {s.template}: give --as-chat with it", FLAGS)
     tokenizer = Tokenizer.open(s.tokenizer)
     template = template_of(s.template, Path(s.tokenizer), tokenizer) if s.as_chat else None
     chosen = prompts_of(s.prompts)
@@ -279,7 +288,11 @@ def prefer(s: Prefer) -> None:
         references = [x.text for x in read]
         made = list(pairs.best_and_worst(found, references, score, s.gap))
     lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in made]
-    Path(s.out).write_text("".join(lines), encoding="utf-8")
+    try:
+        Path(s.out).write_text("".join(lines), encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"--out {s.out}: cannot be written ({e.strerror}); name another",
+                        STORAGE) from None
     print(f"{s.out}: {len(made):,} pairs from {len(found):,} prompts")
 
 
@@ -374,15 +387,19 @@ def show(s: Show) -> None:
 
 def vocab(s: Vocab) -> None:
     clean = normalise.normaliser([] if s.normalise == ["none"] else s.normalise)
-    pieces = (piece
-              for path in corpus.files(s.files)
-              for piece in corpus.read(path, s.documents, s.text_key))
-    lines = (line
-             for piece in pieces
-             if not piece.fault
-             for line in clean(piece.text)[0].split("\n")
-             if line)
-    tokenizer = learn(lines, s.size, Path(s.out))
+    ledger, paths = corpus.Ledger(), corpus.files(s.files)
+
+    def lines() -> Iterator[str]:
+        for path in paths:
+            for piece in corpus.read(path, s.documents, s.text_key):
+                text, changes = clean(piece.text)
+                ledger.add([piece.fault or ("kept" if text.strip() else "empty")], [piece.size])
+                ledger.changes.update(changes)
+                yield from filter(None, text.split("\n"))
+        ledger.check(s.files, "mend them")
+
+    tokenizer = learn(lines(), s.size, Path(s.out))
+    ledger_lines(ledger.to_json())
     print(f"{s.out}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:12]}")
 
 

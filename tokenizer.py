@@ -35,6 +35,8 @@ WORDS = FILES[2:4]  # where BOS and EOS are named
 MOST = 1 << 22  # ids: a single wrong one must not become a table of gigabytes
 LARGEST = 64 << 20  # bytes of a tokenizer file: the largest known are 35 MB
 PROBES = ("", "a", " ", "é", "Amazi y'umugezi, n’inka 🦒\n\n 1. ")  # every tokenizer can these
+# parts of a long line to learn from, cut at blanks: 2**18 characters have up to 2**20 bytes
+PART = re.compile(r"(?s)(.{1,262144}(?= |\Z)|.{262144}) ?")
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
 # whether a person forbade the library threads, before this program says what it wants itself
 ALONE = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "0", "no", "off")
@@ -66,9 +68,8 @@ class Tokenizer:
         """From a model's folder, or from a tokenizer.json or .model file itself; UserError if it
         cannot be used."""
         path = Path(path)
-        file = (path
-                if path.is_file()
-                else next((path / n for n in FILES[:2] if (path / n).exists()), None))
+        file = path if path.is_file() else next(
+            (path / n for n in FILES[:2] if (path / n).exists()), None)
         if file is None:
             raise UserError(
                 f"{path}: no tokenizer.json or tokenizer.model here; give a model's folder")
@@ -413,24 +414,32 @@ def _byte_pieces(bytewise: bool) -> set[str]:
 
 
 def learn(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
-    """Learn a SentencePiece BPE of `size` pieces (Kudo & Richardson 2018) and write it into a
-    folder.
+    """Learn a SentencePiece BPE of `size` pieces (Kudo & Richardson 2018) into a folder.
 
     As LLaMA's: bytes for what is rare, no normalising, digits one by one, a space before each text.
     """
     import sentencepiece
 
-    out = io.BytesIO()
+    out, faults = io.BytesIO(), []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from PART.findall(text)
+        except BaseException as e:  # the library tells it in words of its own
+            faults.append(e)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=out, vocab_size=size, model_type="bpe",
+            sentence_iterator=lines(), model_writer=out, vocab_size=size, model_type="bpe",
             byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
             split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.9999,
             max_sentence_length=1 << 20, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
     except RuntimeError as e:
-        raise UserError(
-            f"--size {size}: cannot be learned from these texts ({' '.join(str(e).split())[-120:]})"
-        ) from None
+        why = " ".join(str(e).split())[-120:]
+        raise next(iter(faults), UserError(
+            f"--size {size}: cannot be learned from these texts ({why})")) from None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(out.getvalue())

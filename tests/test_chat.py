@@ -4,6 +4,7 @@ with transformers' templates; and what a person gets wrong, in one line with its
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import random
@@ -286,12 +287,29 @@ def test_pairs_come_from_every_kind_of_file_alike(model, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     (tmp_path / "a.txt").write_text("\n".join(x["eng"] for x in rows) + "\n")
     (tmp_path / "b.txt").write_bytes(("\r\n".join(x["kin"] for x in rows) + "\r\n").encode())
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    for name in ("p.tsv", "p.jsonl", "p.json", "a.txt", "b.txt"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
     story = {"eng": [x["eng"] for x in rows], "kin": [x["kin"] for x in rows]}
     (tmp_path / "s.jsonl").write_text(json.dumps(story) + "\n")
     wanted = prepared(model, tmp_path, "mt", str(tsv))[0].tokens.tolist()
-    for words in (["p.jsonl"], ["p.parquet"], ["s.jsonl"], ["a.txt", "b.txt", "--aligned"]):
+    for words in (["p.jsonl"], ["p.parquet"], ["s.jsonl"], ["a.txt", "b.txt", "--aligned"],
+                  ["p.json"], ["p.tsv.gz"], ["p.jsonl.gz"], ["p.json.gz"],
+                  ["a.txt.gz", "b.txt.gz", "--aligned"]):
         words = [str(tmp_path / x) if "." in x else x for x in words]
         assert prepared(model, tmp_path, "mt", *words)[0].tokens.tolist() == wanted
+
+
+def test_a_side_that_is_null_is_counted_as_an_empty_one_is(model, tmp_path):
+    sides = [("A cow.", "Inka."), (None, "Amazi."), ("Water.", None), (None, None)]
+    rows = [dict(zip(("eng", "kin"), x, strict=True)) for x in sides]
+    (tmp_path / "x.tsv").write_text("eng\tkin\n" + "".join(
+        f"{e or ''}\t{k or ''}\n" for e, k in sides))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for name in ("x.tsv", "x.jsonl", "x.parquet"):
+        bin, _ = prepared(model, tmp_path, "mt", f"{tmp_path}/{name}")
+        assert bin.meta["ledger"]["documents"] == {"read": 4, "kept": 1, "empty": 3}, name
 
 
 def test_prompts_are_drawn_by_seed_and_each_is_filled(model, tmp_path):
@@ -598,6 +616,19 @@ FAULTS = {  # command, file, what is in it, more flags; what is said, behind the
                                   "x.tsv, line 1: one column, 'prompt'"),
     "another column": ("mt", "x.tsv", "en\tkin\na\tb\n", [],
                        "x.tsv, line 2: no text under 'eng'; it has"),
+    "two columns of a name": ("mt", "x.tsv", "eng\tkin\tkin\na\tb\tc\n", [],
+                              "x.tsv, line 1: two columns are called 'kin'"),
+    "a number": ("mt", "x.jsonl", '{"eng": 5, "kin": "b"}', [],
+                 "x.jsonl, line 1: no text under 'eng'; found '5'"),
+    "as text, with an example before it": (
+        "mt", "x.tsv", "eng\tkin\na\tb\n", ["--as-text", "--shots", "2"],
+        "prepare.py mt: --as-text goes without --shots, --max-tokens and --too-long"),
+    "as text, in a row": ("mt", "x.tsv", "eng\tkin\na\tb\n", ["--as-text", "--max-tokens", "9"],
+                          "prepare.py mt: --as-text goes without --shots, --max-tokens"),
+    "as text, cut": ("mt", "x.tsv", "eng\tkin\na\tb\n", ["--as-text", "--too-long", "cut"],
+                     "prepare.py mt: --as-text goes without --shots, --max-tokens"),
+    "a template and no chat": ("mt", "x.tsv", "eng\tkin\na\tb\n", ["--template", "plain"],
+                               "--template plain: give --as-chat with it"),
     "columns missing": ("mt", "x.tsv", "eng\tkin\na\tb\na\n", [],
                         "x.tsv, line 3: 1 columns, expected 2"),
     "no such direction": ("mt", "x.tsv", "eng\tkin\na\tb\n", ["--directions", "fra-kin"],
@@ -791,3 +822,12 @@ def test_samples_and_references_that_do_not_match_are_refused(tmp_path):
                           ({}, "one of --references FILE and --votes FILE")):
         with pytest.raises(UserError, match=wanted):
             prepare.prefer(prepare.Prefer([f"{tmp_path}/s.jsonl"], f"{tmp_path}/o", **words))
+
+
+def test_preferences_that_cannot_be_written_are_one_line(tmp_path):
+    samples_of(tmp_path / "s.jsonl", ["a"], 2, True)
+    (tmp_path / "v.tsv").write_text("prompt\tbest\tworst\n1\t1\t2\n")
+    with pytest.raises(UserError, match=r"^--out .*p\.jsonl: cannot be written \(No such") as e:
+        prepare.prefer(prepare.Prefer([f"{tmp_path}/s.jsonl"], f"{tmp_path}/nodir/p.jsonl",
+                                      votes=f"{tmp_path}/v.tsv"))
+    assert e.value.code == log.STORAGE

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -28,6 +30,7 @@ from hypothesis import strategies as st
 
 import corpus
 import overlap
+import prepare
 import tiny
 from data import Bin
 from kinyarwanda import normalise
@@ -407,6 +410,19 @@ def test_tests_of_every_form_are_sought_by_all_their_texts(tmp_path):
             overlap.signs([f"{tmp_path}/{name}"])
 
 
+@pytest.mark.parametrize("spec", ["t.csv", "t.csv.gz", "", "*.csv*"])
+def test_a_csvs_cells_are_sought_one_by_one(tmp_path, spec):
+    """As Python's csv writes them, quoted where a comma, a quote or a newline is in them."""
+    cells = ['Urebye, ntabwo nigeze "ntekereza" kuribyo rwose',
+             "Inka ebyiri zirya ubwatsi\nku musozi", "Abana babiri bagiye ku ishuri none"]
+    out = io.StringIO()
+    csv.writer(out).writerows([["premise", "hypothesis", "label"], cells])
+    write(tmp_path / ("t.csv.gz" if "gz" in spec else "t.csv"), out.getvalue().encode())
+    sought = overlap.signs([f"{tmp_path}/{spec}"])
+    assert sought(f"Yego. {cells[0]}.") and sought(cells[2]) and not sought(" ".join(cells[1:]))
+    assert overlap.words(cells[1]) in sought.whole
+
+
 def test_prepare_text_show_vocab_and_fertility_work_together(tmp_path):
     file = tmp_path / "kin.txt"
     file.write_text("\n".join(f"{x} n’{i}  a" for i, x in enumerate(tiny.SENTENCES * 20)) + "\n")
@@ -423,10 +439,26 @@ def test_prepare_text_show_vocab_and_fertility_work_together(tmp_path):
     assert re.search(r"kin.txt +tok +\d\.\d\d +\d\.\d\d", out)
 
 
-def numbers() -> bytes:
-    """A parquet file whose `text` is a number."""
-    out = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), out)
+def test_what_a_tokenizer_is_learned_from_is_accounted_for(tmp_path, capsys):
+    lines = [f"{x} {i}".encode() for i in range(110) for x in tiny.SENTENCES]
+    file, asked = tmp_path / "x.txt", prepare.Vocab([f"{tmp_path}/x.*"], f"{tmp_path}/tok", 400)
+    write(file, b"\n".join([*lines, b"\xff", b""]))
+    prepare.vocab(asked)
+    assert re.search(r"read +1,101 .*\nkept +1,100 .*\nundecodable +1 ", capsys.readouterr().out)
+    write(file, b"\n".join([*lines, b"\xff", b"\xff", b""]))
+    with pytest.raises(UserError, match=r"^/.*x\.\*: 2 of 1102 documents are not UTF-8, more than"):
+        prepare.vocab(asked)
+    file.unlink()
+    write(tmp_path / "x.jsonl", b'{"text": "Inka"}\n{"body": "Amazi"}\n')
+    with pytest.raises(UserError, match=r"^/.*x\.jsonl, line 2: no text under 'text'"):
+        prepare.vocab(asked)
+
+
+def columns(**cells: list) -> bytes:
+    """A parquet file of these columns; a name may end in _, which it then has not."""
+    out, names = pyarrow.BufferOutputStream(), [x.rstrip("_") for x in cells]
+    table = pyarrow.Table.from_arrays(list(map(pyarrow.array, cells.values())), names)
+    pyarrow.parquet.write_table(table, out)
     return out.getvalue().to_pybytes()
 
 
@@ -450,7 +482,15 @@ BAD = {  # file, what it holds, flags, exit code, what the one line says
     "no column": ("x.tsv", b"id\tkin\n1\ta\n", [], 3, "no column 'text'"),
     "a cell too many": ("x.tsv", b"id\ttext\n1\ta\tb\n", [], 3, "line 2: 3 columns, expected 2"),
     "no parquet": ("x.parquet", b"PAR1 no", [], 3, "not a parquet file"),
-    "no text column": ("x.parquet", numbers(), [], 3, "column 'text' is int64, expected text"),
+    "no text column": ("x.parquet", columns(text=[1, 2]), [], 3,
+                       "column 'text' is int64, expected text"),
+    "no column, parquet": ("x.parquet", columns(kin=["a"]), ["--text-key", ""], 3, "no column ''"),
+    "a packed parquet": ("x.parquet.gz", gzip.compress(columns(text=["a"])), [], 3,
+                         "x.parquet.gz: unknown kind of file"),
+    "two columns": ("x.tsv", b"text\ttext\na\tb\n", [], 3, "x.tsv: two columns are called 'text'"),
+    "two columns, parquet": ("x.parquet", columns(text=["a"], text_=["b"]), [], 3,
+                             "x.parquet: two columns are called 'text'"),
+    "no megabyte": ("x.txt", b"a\n", ["--max-doc-mb", "0"], 2, "--max-doc-mb 0: expected 1 or"),
     "no step": ("x.txt", b"a\n", ["--normalise", "magic"], 2, "--normalise magic: no such step"),
     "no flag": ("x.txt", b"a\n", ["--sise", "3"], 2, "--sise"),
     "no number": ("x.txt", b"a\n", ["--min-chars", "many"], 2, "--min-chars"),

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import tiny
 import tokenizer
 from log import UserError
-from tokenizer import Part, Tokenizer, learn
+from tokenizer import PART, Part, Tokenizer, learn
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TOKENIZERS = DATA / "tokenizers"
@@ -468,6 +468,18 @@ def test_a_learned_folder_opens_in_transformers_with_equal_ids(model_folder):
     for text in [*tiny.SENTENCES, *(t for t in ODD if "<" not in t and not t.startswith(" "))]:
         # before a blank transformers leaves out the blank that sentencepiece puts before all
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), text
+
+
+def test_a_line_of_megabytes_is_learned_from_as_short_ones_are(tmp_path):
+    texts = tiny.SENTENCES * 4000
+    long = " ".join(texts)
+    assert len(long) > 1 << 20
+    assert learn([long], 400, tmp_path / "a").fingerprint == learn(
+        texts, 400, tmp_path / "b").fingerprint
+    for unbroken in ("é" * 600_000, "é" * 300_000 + " a", "a  b "):
+        parts = PART.findall(unbroken)
+        assert max(len(x.encode()) for x in parts) <= 1 << 20
+        assert "".join(parts).replace(" ", "") == unbroken.replace(" ", "")
 
 
 @pytest.mark.parametrize("texts, size", [([], 400), (["a"], 100_000), (tiny.SENTENCES, 10)])
