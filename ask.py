@@ -51,30 +51,39 @@ class Way:
 
     @classmethod
     def of(cls, folder: Path, tokenizer: Tokenizer, direction: str = "") -> Way:
-        """As the model's folder says, or for an adapter its base's."""
+        """As the model's folder says, or for an adapter its base's; of a model that was taught no
+        translation, ALMA's."""
         plain = cls(folder, tokenizer, direction)
-        files = (x / "prompt.json" for x in plain.places)
-        file = next((x for x in files if direction and x.exists()), None)
-        if file is None:
-            return plain
-        try:
-            taught = json.loads(file.read_text(encoding="utf-8"))["translate"][0]
-            prompt = str(taught["text"])
-            languages = {k: str(taught["languages"][k]) for k in LANGUAGES}
-            if "{text}" not in prompt:
-                raise ValueError("no {text} in it")
-        except (OSError, ValueError, LookupError, TypeError) as e:
-            raise UserError(f"{file}: says not how a translation is asked for ({e}); mend it, or "
-                            "take it away and ALMA's prompt is used") from None
-        return cls(folder, tokenizer, direction, prompt, languages, bool(taught.get("as_chat")))
+        return (direction and plain._taught()) or plain
+
+    def _taught(self) -> Way | None:
+        """How a translation was asked for when the model was taught; None if it was not."""
+        for file in (x / "prompt.json" for x in self.places):
+            if not file.exists():
+                continue
+            try:
+                asked = json.loads(file.read_text(encoding="utf-8")).get("translate")
+                if asked is None:  # it was taught conversations
+                    continue
+                taught = asked[0]
+                prompt = str(taught["text"])
+                languages = {k: str(taught["languages"][k]) for k in LANGUAGES}
+                if "{text}" not in prompt:
+                    raise ValueError("no {text} in it")
+                return replace(self, prompt=prompt, languages=languages,
+                               as_chat=bool(taught.get("as_chat")))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+                raise UserError(f"{file}: says not how a translation is asked for ({e}); mend it, "
+                                "or take it away and ALMA's prompt is used") from None
+        return None
 
     @classmethod
     def taught(cls, folder: Path, tokenizer: Tokenizer) -> dict[str, Way]:
         """All ways that the model's folder speaks of, by name: a direction of translation, chat;
         and text, which every model continues."""
         plain = cls.of(folder, tokenizer)
-        translates = any((x / "prompt.json").exists() for x in plain.places)
-        ways = {x: cls.of(folder, tokenizer, x) for x in DIRECTIONS if translates}
+        taught = plain._taught()
+        ways = {x: replace(taught, direction=x) for x in DIRECTIONS} if taught else {}
         return {**ways, **({"chat": plain} if plain.own_template else {}), "text": plain}
 
     @property
@@ -127,13 +136,6 @@ class Way:
         words = {"{source}": source, "{target}": target, "{text}": " ".join(text.split())}
         return re.sub(r"\{(?:source|target|text)\}", lambda m: words[m[0]], self.prompt)
 
-    def turn_ends(self) -> set[int]:
-        """The control token that the template writes behind an answer, if it writes one."""
-        asked = [{"role": "user", "content": "a"}]
-        whole = self.template.encode([*asked, {"role": "assistant", "content": "b"}])
-        behind = whole[len(self.template.encode(asked, generation=True)) :]
-        return set([x for x in behind if x in self.tokenizer.control][:1])
-
 
 def pieces(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int],
            strings: Sequence[str] = ()) -> Iterator[str]:
@@ -159,6 +161,14 @@ def pieces(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int],
             yield text[shown:certain]
             shown = certain
     yield text[shown:]
+
+
+def whole(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int],
+          strings: Sequence[str] = ()) -> str:
+    """What `pieces` gives, of a continuation that is there to its end."""
+    begin = len(tokenizer.decode(list(prompt)))
+    text = tokenizer.decode([*prompt, *new])[begin:]
+    return text[: min((at for x in strings if (at := text.find(x)) >= 0), default=len(text))]
 
 
 class Manner(NamedTuple):

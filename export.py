@@ -99,7 +99,7 @@ from loss import capped  # noqa: E402
 from model import Llama  # noqa: E402
 from shards import DTYPES, INDEX, Slot, five, header, inside  # noqa: E402
 from tokenizer import FILES, Tokenizer  # noqa: E402
-from weights import ADAPTER, ADAPTER_CONFIG, CONFIG, MERGED  # noqa: E402
+from weights import ADAPTER, ADAPTER_CONFIG, MERGED  # noqa: E402
 
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEXT = "Umwana ajya ku ishuri. The child goes to school."
@@ -278,7 +278,7 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
         "BOS: the tokenizer has none" if tokenizer.bos is None
         else f"BOS: {begins[0]} in a document, expected one, at its beginning")
 
-    stops, where = stop_ids(folder, base)
+    stops, where = weights.named_stops(folder)
     template = Template.of(folder, tokenizer) or Template.of(base, tokenizer)
     yield chat_finding(template, stops, shape.vocab_size) if template else (
         True, "chat template: none, so this model continues text and does not converse")
@@ -319,17 +319,6 @@ def chat_finding(template: Template, stops: list[Any], vocab: int) -> tuple[bool
     name = "no control token" if end is None else tokenizer.pieces[end]
     return end in stops, f"chat template: ends a turn with {name}" + (
         "" if end in stops else ", which is no stop id")
-
-
-def stop_ids(folder: Path, base: Path) -> tuple[list[Any], str]:
-    """The ids at which other programs stop, and the file that says so: config.json where
-    generation_config.json does not."""
-    for file in (folder / "generation_config.json", base / "generation_config.json", base / CONFIG):
-        if file.exists():
-            found = weights.read_json(inside(file.parent, file.name)).get("eos_token_id")
-            if found is not None:
-                return found if type(found) is list else [found], file.name
-    return [], "no file"
 
 
 def card(s: Card) -> None:
@@ -382,7 +371,11 @@ def push(s: Push) -> None:
     if not s.yes:
         if not sys.stdin.isatty():
             raise UserError("nothing is sent: this is no terminal to ask at; give --yes", FLAGS)
-        if input("send? [y/N] ").strip().lower() not in ("y", "yes"):
+        try:
+            said = input("send? [y/N] ")
+        except EOFError:  # Ctrl-D
+            said = ""
+        if said.strip().lower() not in ("y", "yes"):
             print("nothing is sent")
             return
     print(send(folder, [f.name for f in files], s, token))

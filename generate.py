@@ -73,10 +73,12 @@ def fit_all(model: Llama, prompts: Sequence[Sequence[int]], new: int,
         raise UserError(f"--max-new-tokens {new}: the model's context of {context} tokens leaves "
                         f"no room for a prompt; at most {context - 1}", FLAGS)
     fitted = [fit(ids, context - new, bos) for ids in prompts]
-    for i, (ids, whole) in enumerate(zip(fitted, prompts, strict=True)):
-        if len(ids) < len(whole):
-            say(f"prompt {i + 1}: {len(whole) - len(ids)} of its {len(whole)} tokens are left out "
-                f"at the start; the context of {context} holds {context - new} and {new} new ones")
+    cut = [(len(whole) - len(ids), len(whole)) for ids, whole in zip(fitted, prompts, strict=True)
+           if len(ids) < len(whole)]
+    if cut:
+        most, of = max(cut)
+        say(f"{len(cut)} of {len(prompts)} prompts: up to {most} of {of} tokens are left out at "
+            f"the start; the context of {context} holds {context - new} and {new} new ones")
     return fitted
 
 

@@ -119,7 +119,9 @@ def run(command: Callable[[], T]) -> T:
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to end
         stream.reconfigure(errors="backslashreplace")
     try:
-        return command()
+        given = command()
+        sys.stdout.flush()  # a disk that is full says so here, not behind us
+        return given
     except UserError as e:
         if os.environ.get("DEBUG"):
             raise
@@ -135,6 +137,13 @@ def run(command: Callable[[], T]) -> T:
     except BrokenPipeError:  # `sample.py ... | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as e:
+        if e.errno not in REFUSALS or os.environ.get("DEBUG"):
+            raise
+        print(f"error: {e.filename or 'the output'}: cannot be written ({e.strerror})",
+              file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer
+        sys.exit(STORAGE)
 
 
 class Metrics:

@@ -23,7 +23,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -111,12 +111,14 @@ from ask import (  # noqa: E402
     facts,
     pieces,
     replies,
+    whole,
 )
 from decode import hasten, pack  # noqa: E402
-from generate import answers, stream  # noqa: E402
+from generate import Answer, answers, stream  # noqa: E402
 from model import Llama  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from sampling import Sampling, Stops, own_seeds  # noqa: E402
+from watch import memory_ends  # noqa: E402
 
 
 def sampling_of(s: Settings) -> Sampling:
@@ -157,6 +159,7 @@ def read_asked(s: Settings) -> list[Asked]:
     if not s.prompt:
         if sys.stdin.isatty():
             log.say("a text on each line; Ctrl-D ends")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # see `checked`
         return [line.rstrip("\r\n") for line in sys.stdin]
     return list(s.prompt)
 
@@ -205,7 +208,7 @@ def read_file(name: str, translate: str) -> list[Asked]:
 def done_before(file: Path, asked: Sequence[str], mark: str) -> int:
     """How many answers a file holds of those asked, in order; a line cut short by a kill goes.
 
-    UserError if it holds something else: other prompts, or other settings.
+    UserError if it holds something else: other prompts, settings or weights.
     """
     if not file.exists():
         return 0
@@ -220,35 +223,34 @@ def done_before(file: Path, asked: Sequence[str], mark: str) -> int:
             same = False
         if not same:
             raise UserError(f"--out {file}, line {n + 1}: answers another prompt, or was made with "
-                            "other settings; name another file, or delete it")
+                            "other settings or weights; name another file, or delete it")
         kept, n = kept + len(line), n + 1
     with open(file, "r+b") as f:
         f.truncate(kept)
     return n
 
 
-def mark_of(s: Settings) -> str:
-    """Eight hex digits for all that an answer depends on besides its prompt."""
-    apart = ("prompt", "file", "out", "rows", "json", "device", "chat", "compile", "web",
+def mark_of(s: Settings, folder: Path) -> str:
+    """Eight hex digits for all that an answer depends on besides its prompt: the settings, and the
+    weights, which are others when the model's folder has been trained into again."""
+    apart = ("model", "prompt", "file", "out", "rows", "json", "device", "chat", "compile", "web",
              "address")
-    values = {k: v for k, v in dataclasses.asdict(s).items() if k not in apart}
+    values: dict[str, Any] = {k: v for k, v in dataclasses.asdict(s).items() if k not in apart}
+    values["weights"] = weights.marks(folder)
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 def write_file(s: Settings, model: Llama, way: Way, asked: Sequence[Asked], sampling: Sampling,
                stops: Stops) -> None:
     """Answer into --out, behind what it already holds."""
-    texts, mark = [way.text(x) for x in asked], mark_of(s)
-    ids = [way.ids(x) for x in asked]
-    seeds = own_seeds(ids, s.seed)
+    texts, mark = [way.text(x) for x in asked], mark_of(s, way.folder)
     try:
         first = done_before(Path(s.out), texts, mark)
         if first:
             log.say(f"{s.out}: {first} of {len(asked)} answers are there")
         with open(s.out, "a", encoding="utf-8") as file, log.progress(s.out, len(asked),
                                                                       first) as move:
-            found = answers(model, ids[first:], sampling, stops, way.tokenizer.bos, seeds[first:],
-                            s.rows)
+            found = answered(s, model, way, asked, sampling, stops, first)
             for i, (new, end) in enumerate(found, first):
                 line = {**answer(way, asked[i], new, end, stops), "settings": mark,
                         "prompt_number": i // s.samples + 1}
@@ -259,9 +261,22 @@ def write_file(s: Settings, model: Llama, way: Way, asked: Sequence[Asked], samp
         raise UserError(f"--out {s.out}: cannot be written ({e.strerror})", STORAGE) from None
 
 
+def answered(s: Settings, model: Llama, way: Way, asked: Sequence[Asked], sampling: Sampling,
+             stops: Stops, first: int = 0) -> Iterator[Answer]:
+    """Answers in order, from `first` on; a blank line has no translation, and is not asked."""
+    ids = [way.ids(x) for x in asked]
+    seeds = own_seeds(ids, s.seed)
+    blank = [bool(way.direction) and not x.strip() for x in asked]
+    real = [i for i in range(first, len(asked)) if not blank[i]]
+    found = answers(model, [ids[i] for i in real], sampling, stops, way.tokenizer.bos,
+                    [seeds[i] for i in real], s.rows)
+    for nothing in blank[first:]:
+        yield Answer([], "eos") if nothing else next(found)
+
+
 def answer(way: Way, asked: Asked, new: Sequence[int], end: str, stops: Stops) -> dict[str, Any]:
     """An answer as a line of JSON holds it."""
-    text = "".join(pieces(way.tokenizer, way.ids(asked), new, stops.strings))
+    text = whole(way.tokenizer, way.ids(asked), new, stops.strings)
     source = {"source": asked} if way.direction else {} if isinstance(asked, str) else {
         "messages": asked}
     text = text.strip() if way.direction else text
@@ -295,7 +310,8 @@ def converse(model: Llama, way: Way, sampling: Sampling, stops: Stops,
             said, ids = way.recent(said, room)
             if len(said) < before:
                 log.say(OUTGROWN)
-            new = (token for _, token, _ in stream(model, [ids], sampling, stops))
+            new = (token for _, token, _ in stream(model, [ids], sampling, stops,
+                                                 way.tokenizer.bos))
             text = ""
             try:
                 for piece in pieces(way.tokenizer, ids, new, stops.strings):
@@ -335,13 +351,14 @@ def manners_of(s: Settings, ways: Mapping[str, Way], ends: set[int]) -> dict[str
 def stops_of(s: Settings, way: Way, ends: set[int], name: str = "") -> Stops:
     """What ends an answer: an EOS, in a conversation the end of a turn, in a translation a line."""
     if name == "chat" or way.as_chat:
-        ends = ends | way.turn_ends()
+        ends = ends | ({way.template.end} - {None})
     if not ends:
         log.say("the model has no EOS, so every answer goes on to --max-new-tokens")
     strings = [*s.stop, "\n"] if way.direction else s.stop  # ALMA cuts there too
     return Stops(ends, strings, way.tokenizer.decode)
 
 
+@memory_ends("lower --rows or --max-new-tokens, or take --quant int8")
 def main(s: Settings) -> None:
     """Read what is asked, load the model, answer."""
     if not s.model:
@@ -378,14 +395,14 @@ def main(s: Settings) -> None:
         return converse(model, way, sampling, stops, shown)
     if s.out:
         return write_file(s, model, way, asked, sampling, stops)
-    ids = [way.ids(x) for x in asked]
     if len(asked) == 1 and not s.json and not s.translate:
         show(way.text(asked[0]))
-        new = (token for _, token, _ in stream(model, ids, sampling, stops, tokenizer.bos))
-        for piece in pieces(tokenizer, ids[0], new, stops.strings):
+        ids = way.ids(asked[0])
+        new = (token for _, token, _ in stream(model, [ids], sampling, stops, tokenizer.bos))
+        for piece in pieces(tokenizer, ids, new, stops.strings):
             show(piece)
         return show("\n")
-    found = answers(model, ids, sampling, stops, tokenizer.bos, rows=s.rows)
+    found = answered(s, model, way, asked, sampling, stops)
     for i, (new, end) in enumerate(found):
         line = answer(way, asked[i], new, end, stops) | {"prompt_number": i // s.samples + 1}
         if s.json:

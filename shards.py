@@ -92,7 +92,8 @@ def contents(folder: Path) -> dict[str, Slot]:
         other = sorted(f.name for pattern in NOT_READ for f in folder.glob(pattern))
         why = f"only {five(other)}, not read because such files can run code when opened or are " \
               "quantised; convert with transformers: AutoModelForCausalLM.from_pretrained(A)" \
-              ".save_pretrained(B)" if other else "no weights at all; fetch the model again"
+              ".save_pretrained(B)" if other else "no weights that are read; fetch the model " \
+              "again, or, if its repository has only .bin files, convert those with transformers"
         raise UserError(f"{folder}: no {SINGLE} and no {INDEX} here, {why}")
     told, files = None, [SINGLE]
     if os.path.lexists(folder / INDEX):

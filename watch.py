@@ -148,6 +148,18 @@ def explained(cost: str, step: Callable[[], int], out: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def memory_ends(hint: str) -> Iterator[None]:
+    """Within it memory that ends is a line that says what helps, not a traceback."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        raise UserError(f"out of memory ({' '.join(str(e).split())[:120]}); {hint}",
+                        FLAGS) from None
+
+
 def out_of_memory(e: BaseException) -> bool:
     """Whether an error says that there is no memory left, on a GPU or for the CPU's allocator."""
     return isinstance(e, MemoryError | torch.OutOfMemoryError) or (

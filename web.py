@@ -7,7 +7,7 @@ no path names a file; and all is bounded: bytes, seconds, connections, questions
 model says is text to the page, never markup.
 
 It knows nothing of models: `reply` makes an answer's parts of a question. One question is answered
-at a time, in a thread of its own; who goes away ends the answer.
+at a time, in a thread of its own; who goes away ends the answer (a search, when its line is done).
 """
 
 from __future__ import annotations
@@ -121,6 +121,8 @@ async function ask(text) {
     {temperature: Number($("temperature").value), top_p: Number($("top_p").value)});
   if (way.kind === "chat") question.messages = [...said, {role: "user", content: text}];
   else question.text = text;
+  while (way.kind === "chat" && question.messages.length > 2 &&
+    new Blob([JSON.stringify(question)]).size > facts.most) question.messages.splice(0, 2);  // forgotten, as the context would
   const turn = put($("log"), "section", "turn " + way.kind, "");
   const both = way.kind === "text" ? put(turn, "div", "both", "") : turn;
   put(both, "p", "said asked", text);
@@ -211,7 +213,7 @@ PAGE = """<!doctype html>
 <link rel="icon" href="data:,"><title></title><style>{style}</style></head><body>
 <header><h1 id="title"></h1><nav id="ways" role="tablist" aria-label="What to ask for"></nav></header>
 <main><div id="log" aria-live="polite"><p id="empty"></p></div></main>
-<form id="form"><div class="box"><textarea id="text" aria-label="Text" maxlength="20000" dir="auto"></textarea>
+<form id="form" novalidate><div class="box"><textarea id="text" aria-label="Text" maxlength="20000" dir="auto"></textarea>
 <div id="more" hidden><label>most tokens<input id="new" type="number" min="1" step="1"></label>
 <label class="draws">temperature<input id="temperature" type="number" min="0" step="0.1"></label>
 <label class="draws">top-p<input id="top_p" type="number" min="0.05" max="1" step="0.05"></label>
@@ -280,7 +282,8 @@ class Door:
             raise UserError(f"--address {address}: {e.strerror or e}; is another page there? Name "
                             "another port", FLAGS) from None
         number = server.sockets[0].getsockname()[1]
-        self.names = {f"{x}:{number}" for x in (LOOPBACK if host in LOOPBACK else (host,))}
+        own = LOOPBACK if host in LOOPBACK else (host,)
+        self.names = {f"{x}:{number}" for x in own} | set(own if number == 80 else ())
         if host not in LOOPBACK:
             say(f"{host} is no address of this machine alone: all who reach it can ask the model")
         say(f"open http://{host}:{number} in a browser; Ctrl-C ends")
@@ -407,7 +410,7 @@ class Door:
 
     def page(self) -> str:
         """The page, with what it has to know; nothing in that can end its script."""
-        facts = json.dumps({**self.facts, "token": self.token}).replace("<", "\\u003c")
+        facts = json.dumps({**self.facts, "token": self.token, "most": BODY}).replace("<", "\\u003c")
         return PAGE.replace("{style}", STYLE).replace("{script}", SCRIPT).replace("{facts}", facts)
 
 

@@ -97,6 +97,13 @@ def check_base(folder: Path, base: Path) -> None:
                         f"the same shapes; name its base in {ADAPTER_CONFIG}")
 
 
+def marks(folder: Path) -> list[str]:
+    """By which the weights of a folder are known again: the model's, and an adapter's."""
+    base = base_of(folder)
+    adapter = [header(inside(folder, ADAPTER))] if folder != base else []
+    return list(map(mark, (tensors(base), *adapter)))
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The shape of the model in a folder; UserError on what would be computed wrongly."""
     words = read_json(inside(folder, CONFIG))
@@ -115,27 +122,34 @@ def tensors(folder: Path) -> dict[str, Slot]:
 
 
 def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """Ids that end an answer: the tokenizer's EOS, and what generation_config.json names besides.
-
-    A chat model ends a turn with another id than a document; the file may name one, or a list.
-    """
-    file = next((x / "generation_config.json" for x in (folder, base_of(folder))
-                 if (x / "generation_config.json").exists()), None)
-    named = read_json(file).get("eos_token_id") if file else None
-    named = named if type(named) is list else [] if named is None else [named]
+    """Ids that end an answer: the tokenizer's EOS, and what the folder's files name besides."""
+    named, file = named_stops(folder)
     if odd := [x for x in named if type(x) is not int or not 0 <= x < tokenizer.vocab_size]:
-        raise UserError(f"{file}: eos_token_id {odd[0]!r} is no id of the tokenizer, which has "
-                        f"{tokenizer.vocab_size}")
+        raise UserError(f"{folder / file}: eos_token_id {odd[0]!r} is no id of the tokenizer, "
+                        f"which has {tokenizer.vocab_size}")
     return {*named} | ({tokenizer.eos} - {None})
 
 
+def named_stops(folder: Path) -> tuple[list[Any], str]:
+    """eos_token_id, at which other programs stop, and the name of the file that says it: of
+    config.json where generation_config.json does not.
+
+    A chat model ends a turn with another id than a document; a file may name one, or a list.
+    """
+    base = base_of(folder)
+    for place, name in ((folder, CARRIED[0]), (base, CARRIED[0]), (base, CONFIG)):
+        if (place / name).exists():
+            found = read_json(inside(place, name)).get("eos_token_id")
+            if found is not None:
+                return found if type(found) is list else [found], name
+    return [], "no file"
+
+
 def add_stop_id(folder: Path, end: int) -> None:
-    """Have other programs end an answer at `end` as well: eos_token_id of generation_config.json,
-    which they take from config.json where there is no such file."""
+    """Have other programs end an answer at `end` as well."""
     file = folder / CARRIED[0]
     words = read_json(file) if file.exists() else {}
-    stops = words.get("eos_token_id", read_json(base_of(folder) / CONFIG).get("eos_token_id"))
-    stops = stops if type(stops) is list else [] if stops is None else [stops]
+    stops, _ = named_stops(folder)
     if end not in stops:
         text = json.dumps({**words, "eos_token_id": [*stops, end]}, indent=2)
         file.write_text(text + "\n", encoding="utf-8")

@@ -511,7 +511,7 @@ def test_a_tiny_temperature_is_greedy(temperature):
 def test_a_prompt_too_long_loses_its_beginning_but_not_its_bos_and_that_is_said(capsys):
     long = [BOS, *range(3, 63)]
     found = answers([long], Sampling(20, temperature=0), bos=BOS)[0]
-    assert "17 of its 61 tokens are left out at the start" in capsys.readouterr().err
+    assert "1 of 1 prompts: up to 17 of 61 tokens are left out" in capsys.readouterr().err
     assert found == greedily([BOS, *long[-43:]], 20)
     assert answers([long[1:]], Sampling(20, temperature=0))[0] == greedily(long[-44:], 20)
     assert answers([[]], Sampling(9, temperature=0), bos=BOS)[0] == greedily([BOS], 9)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,8 @@ import sample
 import tiny
 from chat import Template
 from generate import generate
-from log import UserError
-from sampling import Sampling
+from log import FLAGS, STORAGE, UserError
+from sampling import Sampling, Stops
 from test_eval import bytewise_folder, command
 from tokenizer import Tokenizer
 
@@ -202,7 +203,11 @@ def test_a_file_of_prompts_killed_and_begun_again_holds_what_one_run_writes(home
     sampled(home, **values, out=str(out))  # nothing is left to do
     assert out.read_bytes() == whole.read_bytes()
 
-    for other in ({"seed": 4}, {"temperature": 0.5}, {"samples": 1}):
+    shutil.copytree(home / "run", home / "moved")
+    sampled(home, **values, out=str(out), model=str(home / "moved"))  # the same weights
+    tiny.folder(home / "trained" / "model", seed=5)
+    trained = {"model": str(home / "trained")}
+    for other in ({"seed": 4}, {"temperature": 0.5}, {"samples": 1}, trained):
         with pytest.raises(UserError, match=r"line [12]: answers another prompt, or was made with"):
             sampled(home, **{**values, **other}, out=str(out))
     out.write_text("not ours\n")
@@ -280,7 +285,9 @@ def test_the_token_that_ends_a_turn_ends_an_answer_though_it_is_not_eos(tmp_path
     text = TEMPLATE.replace("eos_token", "'<end>'")
     (folder / "chat_template.jinja").write_text(text)
     tokenizer = Tokenizer.open(folder)
-    assert ask.Way(folder, tokenizer).turn_ends() == {tokenizer.pieces.index("<end>")}
+    way, end = ask.Way(folder, tokenizer), tokenizer.pieces.index("<end>")
+    assert sample.stops_of(sample.Settings(), way, {1}, "chat").ids == {1, end}
+    assert sample.stops_of(sample.Settings(), way, {1}).ids == {1}
 
 
 def test_a_base_without_a_template_is_asked_by_ours(home, monkeypatch, capsys):
@@ -306,13 +313,16 @@ def test_a_translation_is_asked_as_alma_does_and_ends_with_its_line(home, capsys
                             eos_token_id=tokenizer.eos, pad_token_id=0)[0].tolist()
         whole = tokenizer.decode(new)[len(tokenizer.decode(ids)):]
         if "\n" not in whole:
-            assert text == whole.strip()
+            assert text == (whole.strip() if line else "")  # a blank line is not asked about
     assert len(found) == 4 and found[3] == ""  # a line each
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Inka\nAmazi\n"))
+    lines = "\ufeffInka\r\n \nAmazi\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="ascii"))
     sampled(home, translate="kin-eng", json=True)
     rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
-    assert [x["source"] for x in rows] == ["Inka", "Amazi"]
+    assert [x["source"] for x in rows] == ["Inka", " ", "Amazi"]
+    assert [bool(x["tokens"]) for x in rows] == [True, False, True]
+    assert (rows[1]["text"], rows[1]["end"]) == ("", "eos")
     assert rows[0]["prompt"].endswith("\nKinyarwanda: Inka\nEnglish:")
 
 
@@ -335,8 +345,38 @@ def test_a_translation_is_asked_by_the_prompt_that_training_left(talker, tmp_pat
             (talker / "prompt.json").write_text(broken)
             with pytest.raises(UserError, match="says not how a translation is asked for"):
                 ask.Way.of(talker, tokenizer, "kin-eng")
+        (talker / "prompt.json").write_text('{"chat": "a template"}')  # a run of conversations
+        assert ask.Way.of(talker, tokenizer, "kin-eng") == ask.Way(talker, tokenizer, "kin-eng")
+        assert list(ask.Way.taught(talker, tokenizer)) == ["chat", "text"]
     finally:
         (talker / "prompt.json").unlink()
+
+
+def test_what_is_piped_in_and_is_not_utf8_is_one_line(home, monkeypatch):
+    piped = io.TextIOWrapper(io.BytesIO("Mwaramutse \xe9\n".encode("latin-1")), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    with pytest.raises(UserError, match="prompt 1: holds bytes that are not UTF-8"):
+        sampled(home, translate="kin-eng")
+
+
+def test_memory_that_ends_is_one_line(home, monkeypatch):
+    def grow(*_, **__):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(sample, "pack", grow)
+    with pytest.raises(UserError, match=r"out of memory .*; lower --rows") as e:
+        sampled(home, prompt=["Inka"])
+    assert e.value.code == FLAGS
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_output_that_is_full_is_one_line(home):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", home / "run",
+                               "--device", "cpu", "--prompt", "Inka"], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == STORAGE
+    assert done.stderr == "error: the output: cannot be written (No space left on device)\n"
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "bytewise"])
@@ -371,6 +411,18 @@ def test_pieces_end_before_a_stop_string_and_show_nothing_of_it(tokenizer, more,
     whole = tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
     wanted = whole[: min((whole.index(x) for x in strings if x in whole), default=len(whole))]
     assert "".join(ask.pieces(tokenizer, ids, tokens, strings)) == wanted
+    assert ask.whole(tokenizer, ids, tokens, strings) == wanted
+
+
+def test_a_stop_string_is_found_at_the_beginning_of_an_answer(tokenizer):
+    """Its first space too, which SentencePiece drops from a text of its own."""
+    ids, said = tokenizer.encode("Inka zacu"), tokenizer.encode("Inka")
+    stops = Stops((), [" zacu"], tokenizer.decode)
+    ends = [stops.end(ids[len(said) : n], 99) for n in range(len(said) + 1, len(ids) + 1)]
+    assert ends[-1] == "stop" and not any(ends[:-1])
+    begun = tokenizer.encode("zacu")  # without one, where the tokenizer can say so
+    told = tokenizer.decode(said + begun)[len("Inka"):]
+    assert stops.end(begun, 99) == ("stop" if told == " zacu" else "")
 
 
 def test_a_character_of_four_bytes_is_shown_when_its_last_byte_comes(tokenizer):

@@ -551,6 +551,13 @@ def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, widt
             assert messages[0]["content"] == HOSTILE
             assert HOSTILE in tab.run("document.querySelector('.asked').textContent")
             assert tab.run("document.title") == FACTS["title"]  # not taken
+            for _ in range(5):  # a conversation that outgrows what a question may hold
+                ask_for("Amazi ni meza. " * 1000)
+                tab.run(idle)
+            messages = served.asked.questions[-1]["messages"]
+            assert len(messages) < 9 and messages[0]["role"] == "user"
+            assert len(served.asked.questions) == 7
+            assert tab.run("document.querySelectorAll('.foot.bad').length") == 0
             assert tab.run("document.querySelectorAll('#log img, #log script').length") == 0
             assert tab.run("document.documentElement.scrollWidth") <= width
             assert tab.run("Math.round(document.querySelector('form').getBoundingClientRect()"
@@ -566,6 +573,12 @@ def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, widt
             assert left == right if width > 600 else left < right  # beside it, or under it
 
             tab.run("document.querySelector('[data-name=text]').click()")
+            tab.run("document.getElementById('temperature').value = 0.65; "
+                    "document.getElementById('top_p').value = 0.92")  # of no step of the fields
+            ask_for("Umwana")
+            tab.run(idle)
+            question = served.asked.questions[-1]
+            assert (question["temperature"], question["top_p"]) == (0.65, 0.92)
             ask_for("slow")
             tab.run("new Promise(r => {const look = () => document.querySelector('.busy')"
                     "?.textContent ? r() : setTimeout(look, 20); look()})")

@@ -184,13 +184,18 @@ def see_and_write(folder: Path, style: str) -> transformers.PreTrainedModel:
     (None, {2}), (2, {2}), ([2, 7], {2, 7}), (9, {2, 9}), ("2", "eos_token_id '2'"),
     ([1, tiny.V], f"is no id of the tokenizer, which has {tiny.V}")])
 def test_an_answer_ends_where_the_tokenizer_or_the_generation_config_says(copy, named, wanted):
+    """And config.json, as in transformers, where there is no generation_config.json."""
     folder = copy()
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     tokenizer = weights.load(folder)[1]
-    if isinstance(wanted, str):
-        assert wanted in refusal(weights.stop_ids, folder, tokenizer)
-    else:
-        assert weights.stop_ids(folder, tokenizer) == wanted
+    words = json.loads((folder / "config.json").read_text())
+    for file in ("config.json", "generation_config.json"):
+        (folder / file).write_text(json.dumps({**words, "eos_token_id": named}))
+        if isinstance(wanted, str):
+            said = refusal(weights.stop_ids, folder, tokenizer)
+            assert wanted in said and f"{folder / file}" in said
+        else:
+            assert weights.stop_ids(folder, tokenizer) == wanted
+        (folder / "config.json").write_text(json.dumps({**words, "eos_token_id": 11}))
 
 
 @pytest.mark.parametrize("style", ["hub", "new"])
