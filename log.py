@@ -140,7 +140,7 @@ def run(command: Callable[[], T]) -> T:
     except OSError as e:
         if e.errno not in REFUSALS or os.environ.get("DEBUG"):
             raise
-        print(f"error: {e.filename or 'the output'}: cannot be written ({e.strerror})",
+        print(f"error: {e.filename or 'the output'}: refused by the system ({e.strerror})",
               file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer
         sys.exit(STORAGE)

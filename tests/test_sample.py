@@ -164,6 +164,8 @@ def test_what_cannot_be_continued_is_one_line(home, monkeypatch, values, words, 
 def test_a_model_without_eos_is_said_to_have_none_and_one_without_bos_needs_text(home, capsys):
     neither = bytewise_folder(home / "neither", [])
     (neither / "generation_config.json").unlink()
+    words = json.loads((neither / "config.json").read_text())
+    (neither / "config.json").write_text(json.dumps({**words, "eos_token_id": None}))
     sampled(home, model=str(neither), prompt=["Inka"])
     assert "no EOS, so every answer goes on to --max-new-tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="no BOS to begin from"):
@@ -376,7 +378,7 @@ def test_an_output_that_is_full_is_one_line(home):
                                "--device", "cpu", "--prompt", "Inka"], stdout=full,
                               stderr=subprocess.PIPE, text=True)
     assert done.returncode == STORAGE
-    assert done.stderr == "error: the output: cannot be written (No space left on device)\n"
+    assert done.stderr == "error: the output: refused by the system (No space left on device)\n"
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "bytewise"])
