@@ -4,9 +4,8 @@ Nothing is padded: prompts are read packed, as training reads documents, and a r
 stands at position 0, whoever its neighbours are. Rows that are done leave the cache and others take
 their place, so it only ever holds rows that are being continued.
 
-On a CPU a step of few rows is bound by reading the weights. `pack` lays them out for that; `hasten`
-leaves them as they are and compiles, for one row, a loop that reads them as fast as memory does.
-On a GPU it is bound by the host, which starts a step's kernels one by one: `Steps` can record them.
+On a CPU a step of few rows is bound by reading the weights: `pack` chooses products for that. On a
+GPU it is bound by the host, which starts a step's kernels one by one: `Steps` can record them.
 """
 
 from __future__ import annotations
@@ -218,6 +217,22 @@ class Packed(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+class Alone(Linear):
+    """A linear layer that multiplies one row by a loop over the matrix as it is.
+
+    In bf16 that loop (torch.mv's) reads as fast as memory gives, where oneDNN's product of few
+    rows, made for tiles of sixteen, does not.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (...,in) -> (...,out)."""
+        if x.shape[:-1].numel() > 1:
+            return super().forward(x)
+        W, b, v = self.weight, self.bias, x.flatten()
+        y = torch.mv(W, v) if b is None else torch.addmv(b, W, v)
+        return y.view(*x.shape[:-1], -1)
+
+
 def packs(model: Llama) -> bool:
     """Whether there are such products for the model's device and dtype."""
     ops, dtype = torch.ops.mkldnn, model.compute_dtype
@@ -249,67 +264,30 @@ def settle(model: Llama) -> None:
 
 
 @torch.no_grad()
-def pack(model: Llama, losses: bool = False) -> None:
+def pack(model: Llama, losses: bool = False, alone: bool = False) -> None:
     """Lay a model's matrices out for products of few rows, where there is a way to. It can answer
-    then, and no longer train or be saved; `losses`: the head stays there for them as well."""
+    then, and no longer train or be saved; `losses`: the head stays there for them as well; `alone`:
+    no two rows are ever continued side by side."""
     settle(model)
-    if not packs(model):
+    if alone and (model.device.type, model.compute_dtype) == ("cpu", torch.bfloat16):
+        for name in matrices(model):
+            model.get_submodule(name).__class__ = Alone
+    elif packs(model):
+        for name in matrices(model):
+            layer = model.get_submodule(name)
+            model.set_submodule(name, Packed(layer))
+            if losses and name == "lm_head":
+                model.lm_head.weight = layer.weight
+    else:
         return
-    for name in matrices(model):
-        layer = model.get_submodule(name)
-        model.set_submodule(name, Packed(layer))
-        if losses and name == "lm_head":
-            model.lm_head.weight = layer.weight
-    for p in model.parameters():  # the rest is copied, so that the files' pages can go
+    for p in model.parameters():  # the files' pages can go; and a mapped matrix is read slower
         p.data = p.data.clone()
 
 
-def dot(W: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b in float32, rounded to x's dtype: (out,in), (in,), (out,) -> (out,).
-
-    The library's product reads a matrix in bf16 at half of what memory gives where x is one vector.
-    This plain sum, compiled, is a loop that reads it at full speed. In parts of at most 4,096: a
-    longer sum is compiled into one that is more exact and half as fast.
-    """
-    n = next(n for n in range(1, len(x) + 1) if len(x) % n == 0 and len(x) <= 4096 * n)
-    y = (W.view(len(W), n, -1).float() * x.view(1, n, -1).float()).sum(-1).sum(-1)
-    return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-class Hasty(Linear):
-    """A linear layer whose product with one row is `dot`, compiled."""
-
-    dot = staticmethod(torch.compile(dot, dynamic=False, fullgraph=True))  # a loop for each shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() > 1:
-            return super().forward(x)
-        return self.dot(self.weight, x.flatten(), self.bias).view(*x.shape[:-1], -1)
-
-
-@torch.inference_mode()
 def hasten(model: Llama) -> None:
-    """On a GPU, let steps be recorded and played back (`Steps`). On a CPU, let one row's products
-    read the weights as fast as memory does; the others stay as they are.
-
-    The latter compiles a loop for each shape of matrix, which takes seconds; for weights in 16
-    bits. UserError where it does not pay, cannot be, and where there is no compiler.
-    """
+    """On a GPU, let steps be recorded and played back (`Steps`); UserError where they cannot be."""
     settle(model)
-    if model.device.type == "cuda":
-        if not recordable(model):
-            raise UserError("--compile: on a GPU, not with a base in NF4 nor with `dynamic` rotary "
-                            "frequencies; leave it out here", FLAGS)
-        model.recorded = True
-        return
-    if model.device.type != "cpu" or model.compute_dtype not in (torch.bfloat16, torch.float16):
-        raise UserError("--compile: it pays on a CPU in bf16 or fp16; leave it out here", FLAGS)
-    found = [model.get_submodule(name) for name in matrices(model)]
-    for layer in found:
-        layer.__class__ = Hasty
-    try:
-        for layer in {m.weight.shape: m for m in found}.values():
-            layer(torch.zeros(1, layer.in_features, dtype=model.compute_dtype))
-    except Exception as e:  # the compiler's own, of many kinds
-        raise UserError(f"--compile: the C++ compiler that torch uses does not work here "
-                        f"({type(e).__name__}); leave it out, or install g++", FLAGS) from e
+    if not recordable(model):
+        raise UserError("--compile: on a GPU alone, and not with a base in NF4 nor with `dynamic` "
+                        "rotary frequencies; leave it out here", FLAGS)
+    model.recorded = True

@@ -87,9 +87,7 @@ class Settings:
     """A JSON object a line: prompt, text, tokens, end (eos, stop or length), prompt_number
     (from 1)."""
     compile: bool = False
-    """On a CPU in bf16, of one prompt, a conversation or --web: compiled, an id costs what reading
-    the weights takes; begins some seconds later, less the next time. On a GPU: steps are recorded
-    as CUDA graphs and played back."""
+    """On a GPU: steps are recorded as CUDA graphs and played back."""
     quant: Literal["none", "int8", "nf4"] = "none"
     """int8: matrices in eight bits a number, the head's too, half of what a CPU reads in bf16; nf4:
     the layers' matrices in four, which is for memory."""
@@ -366,17 +364,13 @@ def main(s: Settings) -> None:
     sampling = sampling_of(s)
     asked = [x for x in checked(read_asked(s)) for _ in range(s.samples)]
     ranks = Ranks.start(s.device)
-    if s.compile and ranks.device.type == "cpu" and not (
-            s.chat or s.web or len(s.prompt) == s.samples == s.beams == 1):
-        raise UserError("--compile: hastens one stream on a CPU, a single --prompt, --chat or "
-                        "--web; several side by side have no use for it", FLAGS)
-    if s.compile and ranks.device.type == "cpu" and s.quant == "int8":
-        raise UserError("--compile: on a CPU it reads weights in 16 bits, and --quant int8 leaves "
-                        "none; leave one of them out", FLAGS)
     dtype = ranks.compute_dtype(s.dtype)
     model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
-    (hasten if s.compile else pack)(model)
+    if s.compile:
+        hasten(model)
+    else:
+        pack(model, alone=s.beams == 1 and (s.chat or s.web or min(s.rows, len(asked)) == 1))
     folder = weights.find(s.model)
     way = Way.of(folder, tokenizer, s.translate)
     ends = weights.stop_ids(folder, tokenizer)

@@ -105,20 +105,19 @@ def asked_of(case: Case) -> tuple[list[list[int]], list[int]]:
     return prompts, chance.sample(range(V), V // 64)
 
 
-def ours(case: Case, folder: str, ends: list[int], compiled: bool = False,
-         quant: str = "none") -> Any:
+def ours(case: Case, folder: str, ends: list[int], quant: str = "none") -> Any:
     """A function that answers prompts with up to so many ids, as sample.py does."""
     import torch
 
     import weights
-    from decode import hasten, pack
+    from decode import pack
     from generate import answers
     from sampling import Sampling, Stops
 
     dtype = getattr(torch, case.dtype)
     model, _ = weights.load(folder, dtype=dtype, tokenizer=False, quant=quant)
     model.eval().model.compute_dtype = dtype
-    (hasten if compiled else pack)(model)
+    pack(model, alone=case.rows == 1)
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
         sampling = Sampling(new, case.temperature, beams=case.beams)
@@ -185,8 +184,7 @@ def measure(side: str, name: str, size: str, folder: str) -> Iterator[dict[str, 
     prompts, ends = asked_of(case)
     ends = [] if case.together else ends
     torch.manual_seed(0)
-    sides = {"ours": ours, "ours, compiled": partial(ours, compiled=True),
-             "ours, int8": partial(ours, quant="int8"), "transformers": theirs,
+    sides = {"ours": ours, "ours, int8": partial(ours, quant="int8"), "transformers": theirs,
              "transformers, continuous": continuous}
     run = sides[side](case, folder, ends)
     run(prompts[:1], 2)  # every weight is in memory, every thread has begun
@@ -254,7 +252,7 @@ def job(s: Settings) -> str:
                 child(HERE, "draw", case.shape, folder)
                 drawn.add(case.shape)
             narrow = case.dtype == "bfloat16"
-            here = [*sides, *["ours, compiled"] * (case.rows == 1), *["ours, int8"] * narrow,
+            here = [*sides, *["ours, int8"] * narrow,
                     *["transformers, continuous"] * (name == "ragged" and len(sides) > 1)]
             before = limits.measured(s.size)["read"] if case.together and rows else peaks["read"]
             done = alternate(HERE, s.rounds, {side: ("measure", [side, name, s.size, folder])
