@@ -71,14 +71,12 @@ class Stops:
 
         A string is looked for in the text of the last ids alone, which may be many for one
         character but never hold less than a byte each (control tokens apart, hence some more).
-        Some tokenizers drop a text's first space, so that these ids are read behind one of them.
         """
         if new[-1] in self.ids:
             return "eos"
         if self.strings:
             reach = max(len(x.encode()) for x in self.strings) + 4
-            last = new[-reach:]
-            tail = self.text([last[0], *last])[len(self.text(last[:1])) :]
+            tail = self.text(new[-reach:])
             if any(x in tail for x in self.strings):
                 return "stop"
         return "length" if len(new) == most else ""

@@ -184,18 +184,19 @@ def see_and_write(folder: Path, style: str) -> transformers.PreTrainedModel:
     (None, {2}), (2, {2}), ([2, 7], {2, 7}), (9, {2, 9}), ("2", "eos_token_id '2'"),
     ([1, tiny.V], f"is no id of the tokenizer, which has {tiny.V}")])
 def test_an_answer_ends_where_the_tokenizer_or_the_generation_config_says(copy, named, wanted):
-    """And config.json, as in transformers, where there is no generation_config.json."""
+    """And config.json, as in transformers, where generation_config.json names none."""
     folder = copy()
     tokenizer = weights.load(folder)[1]
     words = json.loads((folder / "config.json").read_text())
-    for file in ("config.json", "generation_config.json"):
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for file, there in (("config.json", None), ("generation_config.json", 11 if named else None)):
+        (folder / "config.json").write_text(json.dumps({**words, "eos_token_id": there}))
         (folder / file).write_text(json.dumps({**words, "eos_token_id": named}))
         if isinstance(wanted, str):
             said = refusal(weights.stop_ids, folder, tokenizer)
             assert wanted in said and f"{folder / file}" in said
         else:
             assert weights.stop_ids(folder, tokenizer) == wanted
-        (folder / "config.json").write_text(json.dumps({**words, "eos_token_id": 11}))
 
 
 @pytest.mark.parametrize("style", ["hub", "new"])
@@ -512,7 +513,7 @@ def test_a_folder_without_weights_says_so(copy):
     folder = copy()
     (folder / "model.safetensors").unlink()
     said = refusal(weights.load, folder)
-    assert "no model.safetensors" in said and "no weights at all" in said
+    assert "no model.safetensors" in said and "no weights that are read" in said
 
 
 HOSTILE = ["../canary.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", None, 7, ["a"],
