@@ -130,6 +130,11 @@ class Way:
         start = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         return start + self.tokenizer.encode(self.text(asked))
 
+    def tail(self, ids: Sequence[int]) -> str:
+        """The text of ids that stand behind others; of a text's beginning, a tokenizer may drop the
+        space."""
+        return self.tokenizer.decode([*self.tokenizer.encode("a"), *ids])[1:]
+
     def _filled(self, text: str) -> str:
         """The translation prompt of a text, its words parted by a blank each, as in training."""
         source, target = (self.languages[x] for x in self.direction.split("-"))

@@ -353,7 +353,7 @@ def stops_of(s: Settings, way: Way, ends: set[int], name: str = "") -> Stops:
     if not ends:
         log.say("the model has no EOS, so every answer goes on to --max-new-tokens")
     strings = [*s.stop, "\n"] if way.direction else s.stop  # ALMA cuts there too
-    return Stops(ends, strings, way.tokenizer.tail)
+    return Stops(ends, strings, way.tail)
 
 
 @memory_ends("lower --rows or --max-new-tokens, or take --quant int8")

@@ -116,11 +116,6 @@ class Tokenizer:
         """The text of ids; control tokens are left out."""
         raise AssertionError("a kind of file says how")
 
-    def tail(self, ids: Sequence[int]) -> str:
-        """The text of ids that stand behind others; of a text's beginning, `decode` may drop the
-        space."""
-        return self.decode([*self.encode("a"), *ids])[1:]
-
     def encode_parts(self, parts: Sequence[Part]) -> list[list[int]]:
         """Ids of parts of texts, all at once."""
         found: list[list[int]] = [[]] * len(parts)

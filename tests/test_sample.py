@@ -417,7 +417,7 @@ def test_pieces_end_before_a_stop_string_and_show_nothing_of_it(tokenizer, more,
 def test_a_stop_string_is_found_at_the_beginning_of_an_answer(tokenizer):
     """Its first space too, which SentencePiece drops from a text of its own."""
     ids, said = tokenizer.encode("Inka zacu"), tokenizer.encode("Inka")
-    stops = Stops((), [" zacu"], tokenizer.tail)
+    stops = Stops((), [" zacu"], ask.Way(Path(), tokenizer).tail)
     ends = [stops.end(ids[len(said) : n], 99) for n in range(len(said) + 1, len(ids) + 1)]
     assert ends[-1] == "stop" and not any(ends[:-1])
     begun = tokenizer.encode("zacu")  # without one, where the tokenizer can say so
