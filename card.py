@@ -146,22 +146,27 @@ def run_lines(out: Path, run: dict[str, Any]) -> Iterator[str]:
     trained = next((x for x in reversed(steps) if "tokens" in x), {})
     shares = trained.get("share") or {}
     yield from ["", "## Data"]
-    lines, unknown = [], []
+    lines, notes, unknown = [], [], []
     for name, sha in (run.get("data") or {}).items():
         meta = next((m for m in bins(out) if m["sha256"].get("tokens.bin") == sha), None)
         if meta is None:
             unknown.append(name)
             continue
         ledger = meta["ledger"]
-        counts = [{k: ledger[unit].get(k, 0) for k in ("read", "kept", "duplicate")}
-                  for unit in ("documents", "bytes")]
-        lines.append([name, *counts[0].values(), *counts[1].values(), meta["tokens"],
-                      shares.get(name, "unknown")])
+        counts = [(x.get("read", 0), x.get("kept", 0) + x.get("cut", 0), x.get("duplicate", 0))
+                  for x in (ledger["documents"], ledger["bytes"])]
+        lines.append([name, *counts[0], *counts[1], meta["tokens"], shares.get(name, "unknown")])
+        fates = {k: n for k, n in ledger["documents"].items() if n}
+        if fates.get("cut"):
+            notes.append(f"{fates['cut']:,} that were kept of {cell(name)} are cut to fit a row.")
+        if left := [f"{n:,} {cell(k)}" for k, n in fates.items()
+                    if k not in ("read", "kept", "cut", "duplicate")]:
+            notes.append(f"Also left out of {cell(name)}: {', '.join(left)}.")
     if lines:
         yield from rows(["source", "documents read", "kept", "duplicates", "bytes read", "kept",
                          "duplicates", "tokens in the bin", "share of what was trained"], lines)
-        yield from ["", "Read less kept and duplicates was left out for other reasons, such as "
-                    "being too short or no UTF-8."]
+    for note in notes:
+        yield from ["", note]
     if unknown:
         yield from ["", f"Of {cell(unknown)} the ledger is not there any more, so nothing is known "
                     "here."]
@@ -203,20 +208,48 @@ def bins(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def result_lines(file: Path) -> Iterator[str]:
-    """A results.json as a table."""
+    """A results.json as a table, and what is to be known of its figures."""
     try:
         found = strict_json(file.read_bytes(), file)
-        lines = [[x["suite"], x["metric"], x["value"],
+        lines = [[x["suite"] + " (PARTIAL)" * bool(x.get("partial")), what(x), x["metric"],
+                  x["value"],
                   f"{x['low']:.4f} to {x['high']:.4f}" if x.get("low") is not None else "unknown",
                   x["n"], x["signature"]] for x in found["results"]]
+        seen = contamination(found.get("contamination") or {})
     except OSError as e:
         raise UserError(f"--results {file}: cannot be read ({e.strerror})") from None
-    except (KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"--results {file}: not as eval.py writes it ({e!r})") from None
     yield from ["", f"## Evaluation: {cell(identity(str(found.get('model')))[0])}"]
-    yield from rows(["suite", "metric", "value", "95 % interval", "n", "signature"], lines)
+    yield from rows(["suite", "part, prompt", "metric", "value", "95 % interval", "n", "signature"],
+                    lines)
     if any(x.get("partial") for x in found["results"]):
-        yield from ["", "Partial: only the first documents of a text were measured."]
+        yield from ["", "PARTIAL: only the first items were measured; not for comparison."]
+    for note in dict.fromkeys(f"{x['suite']}, prompt {x.get('prompt')}: {x['aside']}"
+                              for x in found["results"] if "aside" in x):
+        yield from ["", f"{cell('*')} not in the mean: {cell(note)}."]
+    yield from ["", f"Contamination: {seen}."]
+
+
+def what(result: dict[str, Any]) -> str:
+    """Which of a suite's figures a result is: its part, prompt and group; * where it is in no
+    mean."""
+    prompt = f"mean of {result['prompts']}" if "prompts" in result else result.get("prompt", "")
+    named = (result.get("part"), prompt + "*" * ("aside" in result), result.get("group"))
+    return " ".join(filter(None, named)) or "-"
+
+
+def contamination(found: dict[str, Any]) -> str:
+    """What results.json says of test items in the training text; no path of it is told."""
+    gone, tests = found.get("gone") or [], found.get("tests") or {}
+    unread = f"; {len(gone)} source(s) of it could not be read, or not whole" if gone else ""
+    if not tests:
+        return "not known, the training text was not looked through" + unread
+    hits = [f"{x['any']:,} of {x['items']:,} items of {cell(k)} ({x['whole']:,} whole, "
+            f"{x['run']:,} by a run of words)" for k, x in tests.items() if x["any"]]
+    none = [cell(k) for k, x in tests.items() if not x["any"]]
+    said = [f"{', '.join(hits)} stand in the training text"] * bool(hits)
+    return "; ".join(said + [f"none found of {', '.join(none)}"] * bool(none)) + unread
 
 
 def use_lines(folder: Path, adapter: bool) -> list[str]:

@@ -24,6 +24,7 @@ import torch
 import transformers
 import yaml
 
+import card as card_of
 import export
 import log
 import shards
@@ -424,13 +425,60 @@ def test_a_card_holds_what_the_files_say_and_no_path(run, tmp_path):
     for fact in ("| kin | 55,291 | 55,139 | 152 | 12,749,818 | 12,719,284 | 30,534 | 3,593,584 | "
                  "0.7500 |", "Of gone the ledger is not there", "| lr | 0.0005 |", "c0ffee",
                  "81,920 trained tokens", "| kin | 4.4020 | 2.4020 |", "| eng | 3.0400 | 3.1000 |",
-                 "| text:kin | bits_per_byte | 2.3457 | 2.1000 to 2.5000 | 1,234 |",
+                 "| text:kin | - | bits_per_byte | 2.3457 | 2.1000 to 2.5000 | 1,234 |",
                  "Its base is base, a local folder, commit unknown", "## Limits", "sample.py",
                  "AutoModelForCausalLM.from_pretrained"):
         assert fact in text, f"{fact}\n{text}"
     assert "secret" not in text and str(tmp_path) not in text
     assert r"q\|v" in text
     assert checked_hub_card(run / "model/README.md")
+
+
+def test_a_card_says_which_figure_is_which_and_what_is_known_of_the_tests(run, tmp_path):
+    one = {"metric": "acc", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "signature": "s",
+           "partial": False}
+    found = {"model": "m", "results": [
+        {"suite": "flores", **one, "part": "eng-kin", "prompt": "1"},
+        {"suite": "flores", **one, "part": "kin-eng", "prompt": "1", "partial": True},
+        {"suite": "flores", **one, "part": "kin-eng", "prompt": "mean", "prompts": 3},
+        {"suite": "agreement", **one, "part": "", "prompt": "1", "group": "class 7"},
+        {"suite": "xnli", **one, "part": "", "prompt": "5", "aside": "its labels | are swapped"}]}
+    file = tmp_path / "found.json"
+
+    def lines(**more) -> list[str]:
+        file.write_text(json.dumps({**found, **more}))
+        return list(card_of.result_lines(file))
+
+    text = "\n".join(lines())
+    for fact in ("| flores | eng-kin 1 | acc |", "| flores (PARTIAL) | kin-eng 1 | acc |",
+                 "| flores | kin-eng mean of 3 | acc |", "| agreement | 1 class 7 | acc |",
+                 r"| xnli | 5\* | acc |", r"\* not in the mean: xnli, prompt 5: its labels \| are",
+                 "PARTIAL: only the first items", "Contamination: not known"):
+        assert fact in text, f"{fact}\n{text}"
+    assert text.count("(PARTIAL)") == 1
+    tests = {"flores": {"items": 1012, "whole": 3, "run": 2, "any": 4},
+             "xnli": {"items": 600, "whole": 0, "run": 0, "any": 0}}
+    *_, last = lines(contamination={"read": [str(run)], "gone": [f"{run}/x"], "tests": tests})
+    assert last == (
+        "Contamination: 4 of 1,012 items of flores (3 whole, 2 by a run of words) stand in the "
+        "training text; none found of xnli; 1 source(s) of it could not be read, or not whole.")
+    *_, last = lines(contamination={"read": [], "gone": [f"{run}/x"], "tests": {}})
+    assert "not known" in last and "none found" not in last and str(run) not in last
+
+
+def test_a_card_tells_what_became_of_each_document_and_what_is_cut_is_not_left_out(run):
+    """By a bin as prepare.py chat --too-long cut leaves it."""
+    file = run / "bins/kin/meta.json"
+    meta = json.loads(file.read_text())
+    meta["ledger"]["documents"] = {"read": 60, "kept": 40, "cut": 10, "duplicate": 3,
+                                   "contaminated": 5, "masked": 2}
+    meta["ledger"]["bytes"] = {"read": 600, "kept": 400, "cut": 100, "duplicate": 30,
+                               "contaminated": 50, "masked": 20}
+    file.write_text(json.dumps(meta))
+    text = card(run / "model", run=str(run))[1]
+    assert "| kin | 60 | 50 | 3 | 600 | 500 | 30 |" in text
+    assert "10 that were kept of kin are cut to fit a row." in text
+    assert "Also left out of kin: 5 contaminated, 2 masked." in text
 
 
 def test_a_card_of_a_run_that_keeps_its_best_says_what_that_one_measured(run):
