@@ -27,7 +27,6 @@ import config
 import log
 from log import FLAGS, STORAGE, UserError
 
-VERSION = 2  # of how a figure is computed: one more whenever it would come out otherwise
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -65,8 +64,8 @@ class Settings:
     baseline: str = ""
     """An earlier evaluation's --out, to compare with by a paired test."""
     trained_on: list[str] = field(default_factory=list)
-    """Bins or files of text the model was trained on, looked through for the tests' sentences;
-    without any, those that the run's own settings name."""
+    """Bins or files (text, conversations, pairs) the model was trained on, looked through for the
+    tests' sentences; without any, those that the run's own settings name."""
     overlap: bool = True
     """Look for the tests' sentences in the training text."""
     limit: int = 0
@@ -164,17 +163,15 @@ class Evaluation:
         """Judge the records of one suite's part with one prompt (or of a text), compare them with
         the baseline's, and keep all of it."""
         partial = more["partial"]
-        if partial:
-            choices = {**choices, "limit": len(records)}
+        choices = choices | ({"limit": len(records)} if partial else {})
         unit = "documents" if kind == "text" else "items"
-        choices |= {"ci": f"{unit},{metrics.RESAMPLES},{metrics.SEED}", "version": VERSION}
+        choices |= {"ci": f"{unit},{metrics.RESAMPLES},{metrics.SEED}", "version": judge.VERSION}
         signature = "|".join(f"{k}:{v}" for k, v in choices.items())
         wanted = suite.metrics if suite else ()
         self.wanted |= {*wanted}
         answers, part = (suite.answers if suite else ()), (prompt.part if prompt else "")
         said = {"prompt": prompt.name, "part": part} if prompt else {}
-        if prompt and prompt.aside:
-            said["aside"] = prompt.aside
+        said |= {"aside": prompt.aside} if prompt and prompt.aside else {}
         items = judge.stem(name, prompt)
         measures = judge.measures(kind, records, wanted, answers, part)
         found = [judge.result(name, m, signature, **said, **more, items=items) for m in measures]
@@ -211,13 +208,9 @@ def read_texts(s: Settings) -> list[Text]:
 
 def unit(files: list[Path], s: Settings) -> str:
     """What a document of these files is, in a word or two."""
-    chosen = set()
-    for file in files:
-        if not file.name.removesuffix(".gz").endswith(".txt"):
-            chosen.add(f"record.{s.text_key}")
-        else:
-            chosen.add(corpus.choose_unit(file) if s.documents == "auto" else s.documents)
-    return "+".join(sorted(chosen))
+    return "+".join(sorted({
+        f"record.{s.text_key}" if corpus.kind_of(file) != ".txt" else
+        corpus.choose_unit(file) if s.documents == "auto" else s.documents for file in files}))
 
 
 def read_suites(s: Settings) -> list[Suite]:
@@ -321,6 +314,9 @@ def measure_hypotheses(e: Evaluation, spec: str) -> None:
     if not file or suite.kind != "translate" or part not in parts:
         raise UserError(f"--hypotheses {spec}: expected SUITE/PART=FILE, as in "
                         f"flores/eng-kin=file.txt; {suite.name} has {', '.join(parts)}", FLAGS)
+    if [x.partition("=")[0] for x in e.s.hypotheses].count(name) > 1:
+        raise UserError(f"--hypotheses {spec}: {name} is given twice; judge one system at a time, "
+                        "each with its own --out", FLAGS)
     source, target = part.split("-")
     prompt = Prompt("file", "", "", part=part)
     rows = suite.rows[: e.s.limit or None]
@@ -355,8 +351,10 @@ def main(s: Settings) -> None:
         if getattr(s, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: expected {least} or "
                             "more", FLAGS)
-    if not s.model and (s.text or not s.hypotheses):
-        raise UserError("name a model: --model FOLDER or a hub id", FLAGS)
+    if not s.model and (s.text or {x.partition("=")[0] for x in s.suites}
+                        - {x.partition("/")[0] for x in s.hypotheses}):
+        raise UserError("name a model: --model FOLDER or a hub id; without one only what "
+                        "--hypotheses names is measured", FLAGS)
     if s.chat_template and not (s.model and s.suites):
         raise UserError("--chat-template: goes with --model and --suites; a text is measured as it "
                         "is", FLAGS)
@@ -376,7 +374,7 @@ def main(s: Settings) -> None:
         others, e.results = e.results, []
         if s.model:
             if s.overlap:
-                overlap.check(s.trained_on)
+                overlap.check(s.trained_on, s.documents, s.text_key)
             reader = open_model(s)
             settings |= {"dtype": name_of(reader.model), "max_length": reader.length,
                          "device": str(reader.model.device), "torch": torch.__version__,
@@ -412,15 +410,17 @@ def look_for_overlap(s: Settings, texts: list[Text], asked: list[Suite],
                      tokenizer: Tokenizer) -> dict[str, Any]:
     """Items of the tests that stand in the training text, as results.json keeps it."""
     specs, gone = (s.trained_on, []) if s.trained_on else overlap.trained_on(s.model)
+    read: list[str] = []
     tests = {f"text:{t.name}": [[x] for x in t.documents] for t in texts}
     tests |= {x.name: [[v for v in row.values() if isinstance(v, str)]
                        for row in x.rows[: s.limit or None]] for x in asked}
-    found = overlap.find(tests, overlap.texts(specs, tokenizer, gone)) if specs else {}
+    training = overlap.texts(specs, tokenizer, s.documents, s.text_key, read, gone)
+    found = overlap.find(tests, training) if specs else {}
     if not specs or gone:
-        log.say("contamination: " + (f"not there any more: {', '.join(gone)}" if gone else
+        log.say("contamination: " + (f"could not be read: {', '.join(gone)}" if gone else
                                      "what the model was trained on is not known; name it with "
                                      "--trained-on"))
-    return {"read": specs, "gone": gone, "tests": found}
+    return {"read": read, "gone": gone, "tests": found if read else {}}
 
 
 def open_model(s: Settings) -> Reader:

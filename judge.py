@@ -26,10 +26,11 @@ from log import FLAGS, UserError, say
 from metrics import Measure
 from suites import Prompt
 
+VERSION = 2  # of how a figure is computed: one more whenever it would come out otherwise
 Record = dict[str, Any]
 Result = dict[str, Any]
 # of a signature: what must agree
-ALIKE = ("suite", "prompt", "shots", "beams", "unit", "compat", "chat")
+ALIKE = ("version", "suite", "prompt", "shots", "beams", "new", "unit", "compat", "chat")
 
 
 def measures(kind: str, records: Sequence[Record], wanted: Sequence[str],
@@ -205,7 +206,8 @@ def stem(name: str, prompt: Prompt | None = None) -> str:
 
 
 def _choices_of(signature: str) -> dict[str, str]:
-    return dict(x.split(":", 1) for x in signature.split("|") if ":" in x)
+    """Its choices by name; ours come first, and sacrebleu's, behind, has a version of its own."""
+    return dict(x.split(":", 1) for x in reversed(signature.split("|")) if ":" in x)
 
 
 class Baseline:
@@ -239,7 +241,7 @@ class Baseline:
             raise UserError(f"--baseline {self.folder}: {file.name} is missing or damaged, and a "
                             "paired test needs it") from None
         before = _choices_of(parts[name]["signature"])
-        now = {k: str(v) for k, v in choices.items()}
+        now = {"version": str(VERSION)} | {k: str(v) for k, v in choices.items()}
         for of_a_model in (x for x in (now, before) if "dtype" in x):
             of_a_model.setdefault("compat", "none")
             of_a_model.setdefault("chat", "none")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import re
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tokenizer import Tokenizer
 
 N, LEAST = 13, 5  # words
 KINDS = (".txt", ".csv", *examples.KINDS)  # of tests
+TRAINED = (*corpus.KINDS, ".json")  # files of what was trained on
 WORD = re.compile(r"[^\W_]+")
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
@@ -154,26 +155,54 @@ def trained_on(model: str) -> tuple[list[str], list[str]]:
             return there, gone
 
 
-def check(specs: Sequence[str]) -> None:
-    """UserError for bins or files of text that are not there, before anything takes long."""
+def check(specs: Sequence[str], unit: str, key: str) -> None:
+    """UserError for bins or files that are not there, or of which no text comes, before anything
+    takes long."""
     for spec in specs:
         if (Path(spec) / "meta.json").is_file():
             Bin(spec)
-        else:
-            corpus.files([spec])
+        elif not [path for path in corpus.files([spec], TRAINED)
+                  if any(x.fault or x.text.strip() for x in _pieces(path, unit, key))]:
+            raise UserError(f"{spec}: no text in it")
 
 
-def texts(specs: Sequence[str], tokenizer: Tokenizer, gone: list[str]) -> Iterator[str]:
-    """Every document of bins, decoded, and of files of text; a bin of another tokenizer cannot be
-    read, and goes to `gone`."""
+def _pieces(path: Path, unit: str, key: str) -> Iterator[corpus.Piece]:
+    """The documents of a file, streamed; where rows have no `key` but several texts, as
+    conversations and pairs do, all of a row's."""
+    try:
+        kind = corpus.kind_of(path)
+        first = None if kind == ".txt" else next(examples.rows(path), None)
+    except (UserError, UnicodeDecodeError):
+        first = None  # reading it as text says what is wrong with it, or counts it
+    several = first and key not in first.cells and len(list(_texts(first.cells))) > 1
+    if kind != ".json" and not several:
+        yield from corpus.read(path, unit, key)
+        return
+    for row in examples.rows(path):
+        yield corpus.Piece("\n".join(_texts(row.cells)), row.size)
+
+
+def texts(specs: Sequence[str], tokenizer: Tokenizer, unit: str, key: str, read: list[str],
+          gone: list[str]) -> Iterator[str]:
+    """Every document of bins, decoded, and of files, streamed. What it comes from goes to `read`,
+    and what cannot be read to `gone`: a bin of another tokenizer, documents with a fault."""
     for spec in dict.fromkeys(specs):
         if not (Path(spec) / "meta.json").is_file():
-            yield from corpus.texts(spec)
+            say(f"contamination: reading {spec}")
+            fates: Counter[str] = Counter()
+            for path in corpus.files([spec], TRAINED):
+                for piece in _pieces(path, unit, key):
+                    fates[piece.fault] += 1
+                    if not piece.fault:
+                        yield piece.text
+            read += [spec] * bool(fates.pop("", 0))
+            gone += [f"{spec} ({n:,} {what})" for what, n in fates.items()]
             continue
         bin = Bin(spec)
         if bin.meta["tokenizer"] != tokenizer.fingerprint:
             gone.append(f"{spec} (another tokenizer)")
             continue
+        read.append(spec)
         say(f"contamination: reading {spec}, {bin.meta['tokens']:,} tokens")
         for i in range(len(bin)):
             yield tokenizer.decode(bin.document(i).tolist())

@@ -76,6 +76,7 @@ a quick look and not for publishing.</p>{% endif %}
 <td class="n">{{ x.whole }}</td><td class="n">{{ x.run }}</td>
 <td class="n {{ 'bad' if x.any else '' }}">{{ x.any }} ({{ "%.1f" % (100 * x.any / x["items"]) }} %)</td></tr>
 {% endfor %}</table></div><p class="soft">Items found in {{ read | join(", ") }}.</p>
+{% elif gone %}<p>Not known: nothing that the model was trained on could be read.</p>
 {% else %}<p>Not looked for: what the model was trained on is not known, or --no-overlap was given.</p>{% endif %}
 {% if gone %}<p class="bad">Could not be read: {{ gone | join(", ") }}.</p>{% endif %}
 {% if curves %}<h2>The run</h2><div class="plots">{% for title, svg in curves %}

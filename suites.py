@@ -27,7 +27,7 @@ from typing import Any
 
 import hub
 from kinyarwanda import identify
-from log import BAD_INPUT, FLAGS, UserError
+from log import BAD_INPUT, FLAGS, UserError, say
 
 HERE = Path(__file__).with_name("suites")
 KINDS = {"choose": ("acc", "acc_norm", "acc_bytes", "f1"), "match": ("exact_match", "f1"),
@@ -326,9 +326,7 @@ def read(file: Path, quoted: bool = False) -> list[Row]:
     if file.suffix not in (".tsv", ".csv"):
         raise UserError(f"{file}: expected .jsonl, .tsv, .csv or .parquet")
     plain = file.suffix == ".tsv" and not quoted
-    comma = "\t" if file.suffix == ".tsv" else ","
-    cells = [x.split("\t") for x in lines] if plain else \
-        list(csv.reader((x + "\n" for x in lines), delimiter=comma))
+    cells = [x.split("\t") for x in lines] if plain else _quoted(lines, file)
     rows = []
     for i, row in enumerate(cells[1:]):
         if row and row != [""]:
@@ -337,6 +335,22 @@ def read(file: Path, quoted: bool = False) -> list[Row]:
                                 f"{len(cells[0])}")
             rows.append(dict(zip(cells[0], row, strict=True)))
     return rows
+
+
+def _quoted(lines: list[str], file: Path) -> list[list[str]]:
+    """The cells of lines with quotes; says where lines go on within some, for a quote that nobody
+    meant makes one row of several."""
+    found = csv.reader((x + "\n" for x in lines), delimiter="\t" if file.suffix == ".tsv" else ",",
+                       strict=True)
+    try:
+        cells = list(found)
+    except csv.Error as e:
+        raise UserError(f"{file}, line {found.line_num}: its quotes cannot be read ({e}); a quote "
+                        "within a cell is written twice, in a cell within quotes") from None
+    if long := [i for i, row in enumerate(cells) if any("\n" in x for x in row)]:
+        say(f"{file}: quotes hold a line's end in {len(long):,} of {len(cells) - 1:,} rows, in row "
+            f"{long[0]} first")
+    return cells
 
 
 def _check(suite: Suite) -> None:

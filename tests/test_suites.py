@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import card
+import corpus
 import eval as evaluating
 import judge
 import metrics
@@ -143,6 +145,8 @@ def test_a_model_is_measured_on_a_suite_and_its_page_says_so(home, capsys):
     assert {"eos_rate", "copy_rate", "language_rate", "length_ratio"} <= {
         r["metric"] for r in found["results"]}
     assert "PARTIAL: the first 3 items only" in capsys.readouterr().out
+    shown = [x.split(" | ")[:3] for x in card.result_lines(home / "out/results.json") if " | " in x]
+    assert len({*map(tuple, shown[2:])}) == len(shown[2:]) == len(found["results"])  # told apart
     names = {p.name for p in (home / "out" / "items").iterdir()}
     assert "pairs.eng-kin.1.PARTIAL.hyp" in names
     page = (home / "out" / "report.html").read_text()
@@ -310,11 +314,13 @@ def test_rows_of_another_language_and_sides_that_do_not_match_are_one_line(home)
     ({"hypotheses": ["pairs/eng-kin=short.txt"]}, "19 lines, pairs/eng-kin has 20 sentences", 3),
     ({"hypotheses": ["pairs/eng-swa=good.txt"]}, "pairs has eng-kin, kin-eng", 2),
     ({"baseline": "nowhere"}, "no results.json there", 2),
+    ({"hypotheses": ["pairs/eng-kin=good.txt", "pairs/eng-kin=poor.txt"]}, "is given twice", 2),
+    ({"suites": ["pairs=pairs.tsv", "agreement=x"], "model": ""}, "name a model", 2),
     ({"shots": 2, "model": "model"}, "no examples beside its data", 2),
     ({"prompts": ["9"], "model": "model"}, "suite pairs has 1, 2, 3", 2)])
 def test_what_cannot_be_done_is_one_line(home, monkeypatch, values, words, code):
     monkeypatch.chdir(home)
-    values = {"hypotheses": [] if "model" in values else ["pairs/eng-kin=good.txt"], **values}
+    values = {"hypotheses": [] if values.get("model") else ["pairs/eng-kin=good.txt"], **values}
     if any("=" not in x for x in values.get("suites", [])):
         values |= {"model": "model", "hypotheses": []}
     with pytest.raises(UserError, match=words) as e:
@@ -328,6 +334,9 @@ def test_a_baseline_of_another_version_or_of_other_items_is_refused(home):
     text = file.read_text()
     file.write_text(text.replace("suite:pairs.1|", "suite:pairs.2|"))
     with pytest.raises(UserError, match=r"has suite pairs\.2 there and pairs\.1 here"):
+        judged(home, "poor", baseline=str(home / "good"))
+    file.write_text(text.replace("version:2", "version:1"))
+    with pytest.raises(UserError, match="has version 1 there and 2 here"):
         judged(home, "poor", baseline=str(home / "good"))
     file.write_text(text)
     with pytest.raises(UserError, match="other items"):
@@ -375,6 +384,25 @@ def test_a_file_that_is_named_is_read_as_the_suites_own_files_are(tmp_path):
     assert found.rows[0]["question"] == "Inka 3.\nZose?"
     with pytest.raises(UserError, match=r"no row of .* has a right answer"):
         asked(given(tmp_path, "afrimgsm", ".tsv", text.format("")))
+
+
+@pytest.mark.parametrize(("ending", "text", "words"), [
+    (".csv", 'eng,kin\nOur\rcows,Inka\n', "own.csv, line 2: its quotes cannot be read"),
+    (".csv", 'eng,kin\nOur cows,"Inka\nThe river,Amazi\n', "line 3: its quotes cannot be read"),
+    (".csv", 'eng,kin\nOur cows,"' + "Inka zacu\n" * 14000, "its quotes cannot be read"),
+    (".csv", 'eng,kin\nOur cows,"Inka" zacu\n', "line 2: its quotes cannot be read")])
+def test_quotes_that_cannot_be_read_are_one_line(tmp_path, ending, text, words):
+    with pytest.raises(UserError, match=words) as e:
+        given(tmp_path, "pairs", ending, text)
+    assert "\n" not in str(e.value)
+
+
+def test_quotes_that_make_one_row_of_three_are_told(tmp_path, capsys):
+    text = "eng,kin\nOur cows,{}Inka\nThe river,Amazi\nThe women,Abagore{}\nA day,Umunsi\n"
+    assert len(given(tmp_path, "pairs", ".csv", text.format("", "")).rows) == 4
+    assert "quotes" not in capsys.readouterr().err
+    assert len(given(tmp_path, "pairs", ".csv", text.format('"', '"')).rows) == 2
+    assert "quotes hold a line's end in 1 of 2 rows, in row 1 first" in capsys.readouterr().err
 
 
 def test_a_question_of_afriqa_without_an_answer_does_not_stop_the_suite(tmp_path):
@@ -450,6 +478,45 @@ def test_a_sentence_behind_a_languages_name_is_found_whole():
     assert found["a"] == {"items": 4, "whole": 2, "run": 0, "any": 2}
 
 
+def test_what_was_trained_on_is_streamed_by_its_key_and_faults_are_counted(tmp_path):
+    """Text under a name of its own with a line that is no UTF-8, conversations, pairs, a list."""
+    said = {"messages": [{"role": "user", "content": "Bite?"}, {"role": "assistant",
+                                                              "content": KIN[1]}]}
+    files = {"text.jsonl": json.dumps({"body": KIN[0]}).encode() + b'\n{"body": "\xff"}\n',
+             "chat.jsonl": json.dumps(said).encode() + b"\n",
+             "pairs.tsv": f"en\trw\n{ENG[2]}\t{KIN[2]}\n".encode(),
+             "chats.json": json.dumps([said, {"messages": [{"content": KIN[3]}]}]).encode()}
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+    specs, read, gone = [str(tmp_path / x) for x in files], [], []
+    overlap.check(specs, "auto", "body")
+    tests = {"kin": [[x] for x in KIN], "eng": [[x] for x in ENG]}
+    found = overlap.find(tests, overlap.texts(specs, None, "auto", "body", read, gone))
+    assert (found["kin"]["whole"], found["eng"]["whole"]) == (4, 1)
+    assert read == specs and gone == [f"{specs[0]} (1 undecodable)"]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"body": KIN[0]}) + "\nnot JSON\n")
+    stream = overlap.texts([str(tmp_path / "long.jsonl")], None, "auto", "body", [], [])
+    assert next(stream) == KIN[0]  # the rest is not read yet
+    with pytest.raises(UserError, match=r"long\.jsonl, line 2: not JSON"):
+        next(stream)
+
+
+def test_nothing_is_said_to_be_found_of_a_bin_that_could_not_be_read(home, tmp_path):
+    (tmp_path / "kin.txt").write_text("".join(x + "\n" for x in KIN))
+    corpus.prepare([str(tmp_path / "kin.txt")], home / "model", tmp_path / "bin", unit="line")
+    said = {"model": str(home / "model"), "suites": [], "text": [f"mine={tmp_path}/kin.txt"],
+            "trained_on": [str(tmp_path / "bin")], "limit": 2}
+    found = evaluated(home, **said)["contamination"]
+    assert (found["read"], found["gone"]) == (said["trained_on"], [])
+    assert found["tests"]["text:mine"]["whole"] == found["tests"]["text:mine"]["items"] > 0
+    file = tmp_path / "bin/meta.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer": "another"}))
+    found = evaluated(home, **said)["contamination"]
+    assert found == {"read": [], "gone": [f"{tmp_path}/bin (another tokenizer)"], "tests": {}}
+    page = (home / "out/report.html").read_text()
+    assert "nothing that the model was trained on could be read" in page and "0.0 %" not in page
+
+
 def no_model(*args) -> None:
     raise AssertionError("the model was loaded, or asked, first")
 
@@ -482,6 +549,7 @@ def test_what_cannot_be_compared_or_read_is_told_before_anything_is_measured(hom
     monkeypatch.setattr(tasks, "document_nats", no_model)
     for values, words in (({"limit": 3}, "pairs.eng-kin.1 was measured on other items .2 there, 3"),
                           ({"beams": 2}, "has beams 1 there and 2 here"),
+                          ({"max_new_tokens": 3}, "has new 2 there and 3 here"),
                           ({"documents": "file"}, "text.mine has unit block there and file here"),
                           ({"trained_on": [f"{home}/broken.jsonl"]}, "no text under 'text'")):
         with pytest.raises(UserError, match=words):
