@@ -120,8 +120,12 @@ def _tsv(f: Iterable[bytes], path: Path) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     found = (cells for batch in corpus.parquet(path) for cells in batch.to_pylist())
-    for n, cells in enumerate(found, 1):
-        yield Row(f"{path}, row {n}", cells, len(str(cells).encode()))
+    try:
+        for n, cells in enumerate(found, 1):
+            yield Row(f"{path}, row {n}", cells, len(str(cells).encode()))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: a text in it is not UTF-8; mend it, or leave its row out") \
+            from None
 
 
 def aligned(one: Path, other: Path, names: tuple[str, str]) -> Iterator[Row]:

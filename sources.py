@@ -43,13 +43,13 @@ def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int,
         raise UserError(
             "--data: give a weight to every source or to none, as in kin.txt:3 eng.txt:1", FLAGS)
 
-    def opened(spec: str, as_is: bool) -> Bin:
+    def opened(spec: str, held_as: str = "") -> Bin:
         # held-out text is text in every mode
-        bin = open_bin(spec, "text" if as_is and corpus.kind_of(Path(spec)) == ".txt" else kind,
-                       s.seq_len, folder, tokenizer, out, ranks, as_is)
+        bin = open_bin(spec, "text" if held_as and corpus.kind_of(Path(spec)) == ".txt" else kind,
+                       s.seq_len, folder, tokenizer, out, ranks, held_as)
         bin.check(tokenizer.fingerprint, vocab)
         fits = MIXED if kind in MIXED else (kind,)
-        if bin.meta["kind"] not in ((*MIXED, kind) if as_is else fits):
+        if bin.meta["kind"] not in ((*MIXED, kind) if held_as else fits):
             raise UserError(f"{bin.folder}: a bin of {bin.meta['kind']}, --mode {s.mode} trains on "
                             f"{', '.join(fits)}")
         return bin
@@ -63,7 +63,7 @@ def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int,
 
     sources, held = [], {}
     for spec, weight in specs:
-        bin = opened(spec, as_is=False)
+        bin = opened(spec)
         kept = hold_out(bin, 0.0 if s.val else s.hold_out)
         name = bin.folder.name
         if name in {x.name for x in sources}:
@@ -86,22 +86,22 @@ def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int,
         if name in held:
             raise UserError(f"--val {item}: another is called {name}; give it a name of its own, "
                             "or a glob or folder for both", FLAGS)
-        bin = opened(spec, as_is=True)
+        bin = opened(spec, name)
         held[name] = held_of(bin, range(len(bin)))
     return sources, held
 
 
 def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokenizer, out: Path,
-             ranks: Ranks, as_is: bool) -> Bin:
-    """A prepared bin, or files prepared once under OUT/bins by prepare.py; held-out text is left as
-    it is."""
+             ranks: Ranks, held_as: str) -> Bin:
+    """A prepared bin, or files prepared once under OUT/bins by prepare.py; held-out text, which has
+    a name, is left as it is."""
     if (Path(spec) / "meta.json").exists():
         return Bin(spec)
-    bin = out / "bins" / (f"{stem(spec)}-val" if as_is else stem(spec))
+    bin = out / "bins" / (f"{stem(held_as)}-val" if held_as else stem(spec))
     if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer, kind, seq_len):
         words = [kind, spec, "--tokenizer", str(folder), "--out", str(bin)]
         words += ["--max-tokens", str(seq_len)] if kind != "text" else []
-        words += ["--normalise", "none", "--keep-duplicates"] if as_is and kind == "text" else []
+        words += ["--normalise", "none", "--keep-duplicates"] if held_as and kind == "text" else []
         log.say("preparing: " + shlex.join(["python", "prepare.py", *words]))
         program = Path(__file__).with_name("prepare.py")
         code = subprocess.run([sys.executable, str(program), *words], stdout=sys.stderr).returncode

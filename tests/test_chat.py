@@ -312,6 +312,13 @@ def test_a_side_that_is_null_is_counted_as_an_empty_one_is(model, tmp_path):
         assert bin.meta["ledger"]["documents"] == {"read": 4, "kept": 1, "empty": 3}, name
 
 
+def test_a_parquet_row_that_is_not_utf8_is_one_line(tmp_path):
+    raw = pyarrow.array([b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"eng": raw}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x\.parquet: a text in it is not UTF-8"):
+        list(examples.rows(tmp_path / "x.parquet"))
+
+
 def test_prompts_are_drawn_by_seed_and_each_is_filled(model, tmp_path):
     file = str(write_pairs(tmp_path / "p.tsv", 60))
     drawn = [prepared(model, tmp_path, "mt", file, "--prompts", "all", "--seed", seed)[0]

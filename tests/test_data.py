@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sources
+import tiny
 from data import IGNORE, Bin, BinWriter, Document, Loader, Source, Stream, hold_out, sha256
 from log import UserError
+from tokenizer import Tokenizer
 
 
 def make(folder: Path, documents, vocab: int = 60000, masks=None, kind: str = "text") -> Bin:
@@ -254,6 +256,23 @@ def test_held_out_text_is_text_in_every_mode_packed_or_not(spec, kind, tmp_path,
     tokenizer = SimpleNamespace(fingerprint="a" * 64, bos=1, eos=3)
     _, held = sources.open_data(s, "chat", tmp_path, tokenizer, 60000, tmp_path, None)
     assert asked == ["chat", kind] and isinstance(held["kin"][0], Document) == (kind == "chat")
+
+
+def test_held_out_texts_of_one_file_name_have_bins_of_their_own(tmp_path, capfd):
+    folder = tmp_path / "model"
+    tiny.write_tokenizer(folder)
+    for name in ("kin", "eng", "more"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "val.txt").write_text(f"Inka {name}\nAmazi {name}\n" * 20)
+    s = SimpleNamespace(data=[str(tmp_path / "more/val.txt")], hold_out=0.1, seq_len=64,
+                        val=[f"{x}={tmp_path / x}/val.txt" for x in ("kin", "eng")], mode="cpt",
+                        eval_tokens=999)
+    tokenizer, ranks = Tokenizer.open(folder), SimpleNamespace(rank=0, barrier=lambda: None)
+    for prepared in (3, 0):  # once, and not again
+        _, held = sources.open_data(s, "text", folder, tokenizer, 60000, tmp_path / "out", ranks)
+        assert {k: tokenizer.decode(x[0].tolist()) for k, x in held.items()} == {
+            "kin": "Inka kin", "eng": "Inka eng"}
+        assert capfd.readouterr().err.count("preparing: ") == prepared
 
 
 @pytest.mark.parametrize(("spec", "name"), [
