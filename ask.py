@@ -198,7 +198,7 @@ def facts(title: str, manners: Mapping[str, Manner]) -> dict[str, Any]:
         ways.append({"name": name, "kind": name if name in words else "translate",
                      "label": label, "about": about, "hint": hint})
     usual = manners["text"].sampling
-    return {"title": title, "ways": ways, "new": usual.max_new_tokens,
+    return {"title": title, "ways": ways, "outgrown": OUTGROWN, "new": usual.max_new_tokens,
             "temperature": usual.temperature, "top_p": usual.top_p}
 
 

@@ -28,6 +28,8 @@ AHEAD = 4  # times as many prompts as there are places are put in order of lengt
 BUDGET = 4096  # tokens read at once: their activations are in memory together
 REACH = 256  # keys that a recorded step reads, or a multiple
 FEW = 8  # rows that a packed matrix is laid out for; any number may come
+COLUMNS = 64  # at the most; more rows are multiplied sooner as rows
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 def ragged(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -217,20 +219,24 @@ class Packed(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class Alone(Linear):
-    """A linear layer that multiplies one row by a loop over the matrix as it is.
+class Few(Linear):
+    """A linear layer that multiplies few rows as columns to the right of its matrix as it lies.
 
-    In bf16 that loop (torch.mv's) reads as fast as memory gives, where oneDNN's product of few
-    rows, made for tiles of sixteen, does not.
+    With AMX oneDNN's product in bf16 reads the matrix on its left in place, sooner than it reads
+    one laid out for the product of rows with it, which is the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """x (...,in) -> (...,out)."""
-        if x.shape[:-1].numel() > 1:
+        rows = x.flatten(0, -2)  # (n,in)
+        if len(rows) > COLUMNS:
             return super().forward(x)
-        W, b, v = self.weight, self.bias, x.flatten()
-        y = torch.mv(W, v) if b is None else torch.addmv(b, W, v)
-        return y.view(*x.shape[:-1], -1)
+        W, b = self.weight, self.bias
+        if len(rows) == 1:
+            y = torch.mv(W, rows[0]) if b is None else torch.addmv(b, W, rows[0])  # (out,)
+        else:
+            y = (W @ rows.T if b is None else torch.addmm(b[:, None], W, rows.T)).T  # (n,out)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def packs(model: Llama) -> bool:
@@ -264,22 +270,21 @@ def settle(model: Llama) -> None:
 
 
 @torch.no_grad()
-def pack(model: Llama, losses: bool = False, alone: bool = False) -> None:
-    """Lay a model's matrices out for products of few rows, where there is a way to. It can answer
-    then, and no longer train or be saved; `losses`: the head stays there for them as well; `alone`:
-    no two rows are ever continued side by side."""
+def pack(model: Llama, losses: bool = False) -> None:
+    """Let a model's matrices be multiplied with few rows as is fastest, where there is a way to. It
+    can answer then, and no longer train or be saved; `losses`: the head stays there for them as
+    well."""
     settle(model)
-    if alone and (model.device.type, model.compute_dtype) == ("cpu", torch.bfloat16):
-        for name in matrices(model):
-            model.get_submodule(name).__class__ = Alone
-    elif packs(model):
-        for name in matrices(model):
-            layer = model.get_submodule(name)
-            model.set_submodule(name, Packed(layer))
-            if losses and name == "lm_head":
-                model.lm_head.weight = layer.weight
-    else:
+    if not packs(model):
         return
+    for name in matrices(model):
+        layer = model.get_submodule(name)
+        if AMX and model.compute_dtype == torch.bfloat16:
+            layer.__class__ = Few
+            continue
+        model.set_submodule(name, Packed(layer))
+        if losses and name == "lm_head":
+            model.lm_head.weight = layer.weight
     for p in model.parameters():  # the files' pages can go; and a mapped matrix is read slower
         p.data = p.data.clone()
 

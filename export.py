@@ -285,7 +285,8 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
     eos = tokenizer.eos
     right = bool(stops) and all(type(x) is int and 0 <= x < shape.vocab_size for x in stops) and (
         eos is None or eos in stops)
-    yield right, f"stop ids: {stops} in {where}, vocabulary {shape.vocab_size}, EOS {eos}"
+    yield right, (f"stop ids: {stops} in {where.name if where else 'no file'}, vocabulary "
+                  f"{shape.vocab_size}, EOS {eos}")
     del model
 
     if odd or astray or bad or not fits or not right:

@@ -142,7 +142,10 @@ def run(command: Callable[[], T]) -> T:
             raise
         print(f"error: {e.filename or 'the output'}: refused by the system ({e.strerror})",
               file=sys.stderr, flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is stdout that takes no more: what it holds goes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(STORAGE)
 
 

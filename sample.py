@@ -229,9 +229,9 @@ def done_before(file: Path, asked: Sequence[str], mark: str) -> int:
 
 
 def mark_of(s: Settings, folder: Path) -> str:
-    """Eight hex digits for all that an answer depends on besides its prompt: the settings, and the
-    weights, which are others when the model's folder has been trained into again."""
-    apart = ("model", "prompt", "file", "out", "rows", "json", "device", "chat", "compile", "web",
+    """Eight hex digits for what an answer depends on besides its prompt: the settings, and rows of
+    all weights, which are others when the model's folder has been trained into again."""
+    apart = ("prompt", "file", "out", "rows", "json", "device", "chat", "compile", "web",
              "address")
     values: dict[str, Any] = {k: v for k, v in dataclasses.asdict(s).items() if k not in apart}
     values["weights"] = weights.marks(folder)
@@ -367,10 +367,7 @@ def main(s: Settings) -> None:
     dtype = ranks.compute_dtype(s.dtype)
     model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
-    if s.compile:
-        hasten(model)
-    else:
-        pack(model, alone=s.beams == 1 and (s.chat or s.web or min(s.rows, len(asked)) == 1))
+    (hasten if s.compile else pack)(model)
     folder = weights.find(s.model)
     way = Way.of(folder, tokenizer, s.translate)
     ends = weights.stop_ids(folder, tokenizer)

@@ -81,9 +81,9 @@ def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int,
                    weight or float(bin.meta["tokens"] - len(bin))))
     for item in s.val:
         name, _, spec = item.partition("=")
-        if not spec:
+        if not (name and spec):
             raise UserError(f"--val {item}: expected NAME=SPEC, as in kin=val.jsonl", FLAGS)
-        if name in held:
+        if plain(name) in map(plain, held):
             raise UserError(f"--val {item}: another is called {name}; give it a name of its own, "
                             "or a glob or folder for both", FLAGS)
         bin = opened(spec, name)
@@ -97,7 +97,7 @@ def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokeni
     a name, is left as it is."""
     if (Path(spec) / "meta.json").exists():
         return Bin(spec)
-    bin = out / "bins" / (f"{stem(held_as)}-val" if held_as else stem(spec))
+    bin = out / "bins" / (f"{plain(held_as)}-val" if held_as else stem(spec))
     if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer, kind, seq_len):
         words = [kind, spec, "--tokenizer", str(folder), "--out", str(bin)]
         words += ["--max-tokens", str(seq_len)] if kind != "text" else []
@@ -116,12 +116,18 @@ def stem(spec: str) -> str:
     folder."""
     names = (x.split(".")[0] for x in reversed(Path(spec).parts))
     named = next((x for x in names if any(map(str.isalnum, x))), "text")
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in named)
+    return plain(named)
+
+
+def plain(name: str) -> str:
+    """A name as a folder may have it: letters, digits, - and _."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
 
 
 def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int) -> bool:
     """Whether a bin prepared earlier is what preparing `spec` again would give, by its sources'
-    sizes and sums, and by the row that its examples must fit if any does not fit both."""
+    sizes and, of files that have changed since in any way, sums; and by the row that its examples
+    must fit if any does not fit both."""
     if not (bin / "meta.json").exists():
         return False
     found = Bin(bin)
@@ -129,8 +135,10 @@ def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int
     known = corpus.KINDS if kind == "text" else (*corpus.KINDS, ".json")
     now = [(str(p), p.stat().st_size) for p in corpus.files([spec], known)]
     same = (meta["tokenizer"], meta["kind"]) == (tokenizer.fingerprint, kind) and now == [
-        (x["path"], x["bytes"]) for x in meta["sources"]] and all(
-        sha256(Path(x["path"])) == x["sha256"] for x in meta["sources"])
+        (x["path"], x["bytes"]) for x in meta["sources"]]
+    made = (bin / "meta.json").stat().st_mtime
+    same = same and all(sha256(p) == x["sha256"] for x in meta["sources"]
+                        if (p := Path(x["path"])).stat().st_ctime >= made)
     if not same or kind == "text" or ledger.get("max_tokens") == seq_len:
         return same
     sizes = (np.diff(found.starts) - 1).reshape(-1, 2 if kind == "pairs" else 1).sum(1)

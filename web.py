@@ -122,14 +122,15 @@ async function ask(text) {
   if (way.kind === "chat") question.messages = [...said, {role: "user", content: text}];
   else question.text = text;
   while (way.kind === "chat" && question.messages.length > 2 &&
-    new Blob([JSON.stringify(question)]).size > facts.most) question.messages.splice(0, 2);  // forgotten, as the context would
+    new Blob([JSON.stringify(question)]).size > facts.most) question.messages.splice(0, 2);
   const turn = put($("log"), "section", "turn " + way.kind, "");
   const both = way.kind === "text" ? put(turn, "div", "both", "") : turn;
   put(both, "p", "said asked", text);
   const shown = put(both, "p", "said answer busy", ""), foot = put(turn, "p", "foot", "");
   const main = document.querySelector("main");
   turn.scrollIntoView({block: "nearest"});
-  let end = null, notes = [];
+  let end = null;
+  const notes = way.kind === "chat" && question.messages.length <= said.length ? [facts.outgrown] : [];
   const take = part => {
     const near = main.scrollHeight - main.scrollTop - main.clientHeight < 80;
     if (part.text) shown.append(part.text);  // a text node

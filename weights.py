@@ -125,14 +125,14 @@ def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Ids that end an answer: the tokenizer's EOS, and what the folder's files name besides."""
     named, file = named_stops(folder)
     if odd := [x for x in named if type(x) is not int or not 0 <= x < tokenizer.vocab_size]:
-        raise UserError(f"{folder / file}: eos_token_id {odd[0]!r} is no id of the tokenizer, "
+        raise UserError(f"{file}: eos_token_id {odd[0]!r} is no id of the tokenizer, "
                         f"which has {tokenizer.vocab_size}")
     return {*named} | ({tokenizer.eos} - {None})
 
 
-def named_stops(folder: Path) -> tuple[list[Any], str]:
-    """eos_token_id, at which other programs stop, and the name of the file that says it: of
-    config.json where generation_config.json does not.
+def named_stops(folder: Path) -> tuple[list[Any], Path | None]:
+    """eos_token_id, at which other programs stop, and the file that says it: config.json where
+    generation_config.json does not.
 
     A chat model ends a turn with another id than a document; a file may name one, or a list.
     """
@@ -141,8 +141,8 @@ def named_stops(folder: Path) -> tuple[list[Any], str]:
         if (place / name).exists():
             found = read_json(inside(place, name)).get("eos_token_id")
             if found is not None:
-                return found if type(found) is list else [found], name
-    return [], "no file"
+                return found if type(found) is list else [found], place / name
+    return [], None
 
 
 def add_stop_id(folder: Path, end: int) -> None:

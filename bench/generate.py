@@ -117,7 +117,7 @@ def ours(case: Case, folder: str, ends: list[int], quant: str = "none") -> Any:
     dtype = getattr(torch, case.dtype)
     model, _ = weights.load(folder, dtype=dtype, tokenizer=False, quant=quant)
     model.eval().model.compute_dtype = dtype
-    pack(model, alone=case.rows == 1)
+    pack(model)
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
         sampling = Sampling(new, case.temperature, beams=case.beams)

@@ -204,12 +204,15 @@ def test_a_file_of_prompts_killed_and_begun_again_holds_what_one_run_writes(home
     assert out.read_bytes() == whole.read_bytes()
 
     shutil.copytree(home / "run", home / "moved")
-    sampled(home, **values, out=str(out), model=str(home / "moved"))  # the same weights
-    tiny.folder(home / "trained" / "model", seed=5)
-    trained = {"model": str(home / "trained")}
-    for other in ({"seed": 4}, {"temperature": 0.5}, {"samples": 1}, trained):
+    moved = {"model": str(home / "moved")}
+    for other in ({"seed": 4}, {"temperature": 0.5}, {"samples": 1}, moved):
         with pytest.raises(UserError, match=r"line [12]: answers another prompt, or was made with"):
             sampled(home, **{**values, **other}, out=str(out))
+    tiny.folder(home / "moved" / "model", seed=5)  # trained further, say
+    sampled(home, **values, **moved, out=str(home / "other.jsonl"))
+    shutil.copytree(home / "run" / "model", home / "moved" / "model", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="with other settings or weights"):
+        sampled(home, **values, **moved, out=str(home / "other.jsonl"))
     out.write_text("not ours\n")
     with pytest.raises(UserError, match=r"killed\.jsonl, line 1: answers another prompt"):
         sampled(home, **values, out=str(out))

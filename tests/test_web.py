@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)>&amp;\u2028"
 WAYS = [{"name": n, "kind": k, "label": n, "about": f"about {n}", "hint": f"hint {n}"}
         for n, k in (("chat", "chat"), ("eng-kin", "translate"), ("text", "text"))]
-FACTS = {"title": f"out/kin {HOSTILE}", "ways": WAYS, "new": 64, "temperature": 0.8, "top_p": 0.95}
+FACTS = {"title": f"out/kin {HOSTILE}", "ways": WAYS, "outgrown": ask.OUTGROWN, "new": 64,
+         "temperature": 0.8, "top_p": 0.95}
 
 
 class Asked:
@@ -558,6 +559,8 @@ def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, widt
             assert len(messages) < 9 and messages[0]["role"] == "user"
             assert len(served.asked.questions) == 7
             assert tab.run("document.querySelectorAll('.foot.bad').length") == 0
+            last = tab.run("[...document.querySelectorAll('.foot')].at(-1).textContent")
+            assert last.startswith(ask.OUTGROWN)
             assert tab.run("document.querySelectorAll('#log img, #log script').length") == 0
             assert tab.run("document.documentElement.scrollWidth") <= width
             assert tab.run("Math.round(document.querySelector('form').getBoundingClientRect()"
