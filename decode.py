@@ -220,10 +220,10 @@ class Packed(nn.Module):
 
 
 class Few(Linear):
-    """A linear layer that multiplies few rows as columns to the right of its matrix as it lies.
+    """y = W x + b for few rows: W x^T in place of x W^T, with W as its file holds it.
 
-    With AMX oneDNN's product in bf16 reads the matrix on its left in place, sooner than it reads
-    one laid out for the product of rows with it, which is the same.
+    In bf16 with AMX, oneDNN reads a matrix on the left of a product where it lies, and sooner than
+    a `Packed` one on the right (bench.generate).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,8 +291,8 @@ def pack(model: Llama, losses: bool = False) -> None:
 
 def hasten(model: Llama) -> None:
     """On a GPU, let steps be recorded and played back (`Steps`); UserError where they cannot be."""
-    settle(model)
     if not recordable(model):
         raise UserError("--compile: on a GPU alone, and not with a base in NF4 nor with `dynamic` "
                         "rotary frequencies; leave it out here", FLAGS)
+    settle(model)
     model.recorded = True
