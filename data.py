@@ -34,7 +34,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from log import STORAGE, UserError
+from runtime.console import STORAGE, UserError
 
 if TYPE_CHECKING:  # preparing text must not wait for torch
     from torch import Tensor
@@ -264,7 +264,7 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""
-        from ahead import sent
+        from runtime.transfer import sent
 
         return Batch(*(x if x is None else sent(x, device) for x in vars(self).values()))
 

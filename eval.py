@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import config
-import log
-from log import FLAGS, STORAGE, UserError
+from runtime import console as log
+from runtime import flags as config
+from runtime.console import FLAGS, STORAGE, UserError
 
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -91,23 +91,21 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import corpus  # noqa: E402
-import judge  # noqa: E402
-import metrics  # noqa: E402
-import overlap  # noqa: E402
-import sheet  # noqa: E402
-import suites  # noqa: E402
-import tasks  # noqa: E402
-import weights  # noqa: E402
-from ask import Way  # noqa: E402
-from chat import Template  # noqa: E402
+from checkpoints import huggingface as weights  # noqa: E402
 from data import sha256  # noqa: E402
-from decode import pack  # noqa: E402
-from judge import Record, Result  # noqa: E402
+from evaluation import metrics, suites, tasks  # noqa: E402
+from evaluation import results as judge  # noqa: E402
+from evaluation.results import Record, Result  # noqa: E402
+from evaluation.suites import Prompt, Suite  # noqa: E402
+from inference.decode import pack  # noqa: E402
+from inference.prompt_format import Way  # noqa: E402
 from model import Llama  # noqa: E402
-from ranks import Ranks  # noqa: E402
-from suites import Prompt, Suite  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from preparation import contamination as overlap  # noqa: E402
+from preparation import text as corpus  # noqa: E402
+from reports import evaluation_report as sheet  # noqa: E402
+from runtime.distributed import Ranks  # noqa: E402
+from tokenization.chat_template import Template  # noqa: E402
+from tokenization.tokenizer import Tokenizer  # noqa: E402
 
 
 @dataclass

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import config
-import log
-from log import BAD_INPUT, FLAGS, STORAGE, UserError
+from runtime import console as log
+from runtime import flags as config
+from runtime.console import BAD_INPUT, FLAGS, STORAGE, UserError
 
 
 @dataclass
@@ -89,17 +89,17 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import lora  # noqa: E402
-import weights  # noqa: E402
-from card import WRITTEN, identity, merges  # noqa: E402
-from card import text as card_text  # noqa: E402
-from chat import GREETING, Template  # noqa: E402
+from checkpoints import huggingface as weights  # noqa: E402
+from checkpoints.huggingface import ADAPTER, ADAPTER_CONFIG, MERGED  # noqa: E402
+from checkpoints.safetensors_header import DTYPES, INDEX, Slot, five, header, inside  # noqa: E402
 from data import sha256  # noqa: E402
-from generate import Sampling, generate  # noqa: E402
-from loss import capped  # noqa: E402
+from inference.generate import Sampling, generate  # noqa: E402
+from layers.cross_entropy import capped  # noqa: E402
 from model import Llama  # noqa: E402
-from shards import DTYPES, INDEX, Slot, five, header, inside  # noqa: E402
-from tokenizer import FILES, Tokenizer  # noqa: E402
-from weights import ADAPTER, ADAPTER_CONFIG, MERGED  # noqa: E402
+from reports.model_card import WRITTEN, identity, merges  # noqa: E402
+from reports.model_card import text as card_text  # noqa: E402
+from tokenization.chat_template import GREETING, Template  # noqa: E402
+from tokenization.tokenizer import FILES, Tokenizer  # noqa: E402
 
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEXT = "Umwana ajya ku ishuri. The child goes to school."

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from log import FLAGS, UserError
-from nf4 import NF4Linear, made
+from layers.nf4 import NF4Linear, made
+from runtime.console import FLAGS, UserError
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 PLAIN = {  # what adapter_config.json may say besides nothing: all else changes what is computed

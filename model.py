@@ -32,12 +32,12 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import nf4
-from attention import Layout, attend, compiled, kernel
-from families import ModelConfig
-from layers import Embedding, Light, Linear, RMSNorm, gated, rotate, turns
-from log import FLAGS, UserError
-from loss import capped, token_nll
+from layers import nf4
+from layers.attention import Layout, attend, compiled, kernel
+from layers.config import ModelConfig
+from layers.cross_entropy import capped, token_nll
+from layers.functional import Embedding, Light, Linear, RMSNorm, gated, rotate, turns
+from runtime.console import FLAGS, UserError
 
 
 class KVCache:

@@ -24,17 +24,17 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-import config
-import corpus
-import examples
-import log
-import overlap
-import pairs
-from chat import Template
 from data import Bin
-from kinyarwanda import normalise, prompts
-from log import FLAGS, STORAGE, UserError
-from tokenizer import Tokenizer, learn
+from languages.kinyarwanda import normalise, prompts
+from preparation import contamination as overlap
+from preparation import conversations as examples
+from preparation import text as corpus
+from preparation import translation as pairs
+from runtime import console as log
+from runtime import flags as config
+from runtime.console import FLAGS, STORAGE, UserError
+from tokenization.chat_template import Template
+from tokenization.tokenizer import Tokenizer, learn
 
 
 @dataclass
@@ -276,7 +276,7 @@ def prefer(s: Prefer) -> None:
     if s.votes:
         made = list(pairs.by_votes(found, Path(s.votes)))
     else:
-        from metrics import sentence_scores
+        from evaluation.metrics import sentence_scores
 
         def score(text: str, reference: str) -> float:
             return sentence_scores([text], [reference])[0]

@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import config
-import log
-from log import FLAGS, STORAGE, UserError
+from runtime import console as log
+from runtime import flags as config
+from runtime.console import FLAGS, STORAGE, UserError
 
 COMMANDS = "/reset forgets what was said, /save FILE keeps it as a line of JSON, /quit ends"
 
@@ -98,9 +98,10 @@ class Settings:
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
     SETTINGS, _ = log.run(lambda: config.read(Settings, sys.argv[1:], "sample.py"))
 
-import web  # noqa: E402
-import weights  # noqa: E402
-from ask import (  # noqa: E402
+from checkpoints import huggingface as weights  # noqa: E402
+from inference.decode import hasten, pack  # noqa: E402
+from inference.generate import Answer, answers, stream  # noqa: E402
+from inference.prompt_format import (  # noqa: E402
     DIRECTIONS,
     OUTGROWN,
     Asked,
@@ -111,12 +112,11 @@ from ask import (  # noqa: E402
     replies,
     whole,
 )
-from decode import hasten, pack  # noqa: E402
-from generate import Answer, answers, stream  # noqa: E402
+from inference.sampling import Sampling, Stops, own_seeds  # noqa: E402
 from model import Llama  # noqa: E402
-from ranks import Ranks  # noqa: E402
-from sampling import Sampling, Stops, own_seeds  # noqa: E402
-from watch import memory_ends  # noqa: E402
+from runtime.distributed import Ranks  # noqa: E402
+from serving import server as web  # noqa: E402
+from training.monitor import memory_ends  # noqa: E402
 
 
 def sampling_of(s: Settings) -> Sampling:

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import config
-import log
-from log import BAD_INPUT, FLAGS, NON_FINITE, UserError
+from runtime import console as log
+from runtime import flags as config
+from runtime.console import BAD_INPUT, FLAGS, NON_FINITE, UserError
 
 
 @dataclass
@@ -202,17 +202,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import checkpoint  # noqa: E402
-import flags  # noqa: E402
-import optim  # noqa: E402
-import plan  # noqa: E402
-import preference  # noqa: E402
-from ahead import ahead, sent  # noqa: E402
+from checkpoints import resume_point as checkpoint  # noqa: E402
 from data import IGNORE, Batch  # noqa: E402
 from model import Llama  # noqa: E402
-from ranks import Ranks  # noqa: E402
-from run import Run  # noqa: E402
-from watch import NotFinite, Watch, explained  # noqa: E402
+from runtime.distributed import Ranks  # noqa: E402
+from runtime.transfer import ahead, sent  # noqa: E402
+from training import optimizer as optim  # noqa: E402
+from training import plan, preference  # noqa: E402
+from training import settings as flags  # noqa: E402
+from training.monitor import NotFinite, Watch, explained  # noqa: E402
+from training.run import Run  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -412,7 +411,7 @@ def main(s: Settings, origins: dict[str, str]) -> int:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(most)
         s, origins = read_settings(sys.argv[1:])
     if s.model == "demo" and not s.plan_for:
-        from kinyarwanda import demo
+        from training import demo
 
         return demo.run(s, origins, train)
     return train(s, origins)

@@ -30,7 +30,7 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
-import threads  # noqa: F401, of all sides
+from runtime import openmp as threads  # noqa: F401, of all sides
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/benchmarks.md"

@@ -37,9 +37,9 @@ def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> f
     """GB of 2^30 that a step holds at most."""
     import torch
 
-    import memory
     import train
-    from families import ModelConfig
+    from layers.config import ModelConfig
+    from training import memory_estimate as memory
 
     config = ModelConfig(**shape)
     s = dataclasses.replace(train.Settings(), recompute=True, seq_len=seq_len, rows=rows, **way)
@@ -48,7 +48,7 @@ def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> f
 
 def smallest(x: float) -> str:
     """The smallest card that holds so many GB."""
-    import plan
+    from training import plan
 
     return next((f"{card} GB" for card in CARDS if x <= plan.usable(card)), "none")
 

@@ -70,7 +70,7 @@ def draw(size: str, folder: str) -> None:
 
 def suite_of(name: str, size: str) -> Any:
     """A suite's first items, with its first prompt."""
-    import suites
+    from evaluation import suites
 
     if name == "belebele":
         with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
@@ -100,9 +100,9 @@ def questions() -> list[dict[str, str]]:
 
 def ours(name: str, size: str, folder: str) -> dict[str, Any]:
     """Seconds, and each item's log-likelihoods, as eval.py finds them."""
-    import tasks
-    import weights
-    from decode import pack
+    from checkpoints import huggingface as weights
+    from evaluation import tasks
+    from inference.decode import pack
 
     suite = suite_of(name, size)
     model, tokenizer = weights.load(folder)

@@ -109,10 +109,10 @@ def ours(case: Case, folder: str, ends: list[int], quant: str = "none") -> Any:
     """A function that answers prompts with up to so many ids, as sample.py does."""
     import torch
 
-    import weights
-    from decode import pack
-    from generate import answers
-    from sampling import Sampling, Stops
+    from checkpoints import huggingface as weights
+    from inference.decode import pack
+    from inference.generate import answers
+    from inference.sampling import Sampling, Stops
 
     dtype = getattr(torch, case.dtype)
     model, _ = weights.load(folder, dtype=dtype, tokenizer=False, quant=quant)

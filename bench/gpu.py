@@ -124,8 +124,8 @@ def predict(name: str) -> dict[str, float]:
     """GB that memory.py says of our side."""
     import torch
 
-    import memory
-    from families import ModelConfig
+    from layers.config import ModelConfig
+    from training import memory_estimate as memory
 
     case = CASES[name]
     found = memory.need(ModelConfig.from_hf(words(case)), settings(case), torch.bfloat16,
@@ -137,7 +137,7 @@ def drawn(case: Case) -> Any:
     """Our model of a case with random weights, on the device: those that all sides start from."""
     import torch
 
-    from families import ModelConfig
+    from layers.config import ModelConfig
     from model import Llama
 
     with torch.device(DEVICE):
@@ -152,14 +152,13 @@ def ours(name: str, steps: int) -> dict[str, Any]:
     """Steps of train.py, its blocks and its loss compiled; FLOP a step."""
     import torch
 
-    import fp8
     import lora
-    import nf4
-    import optim
     import train
     from bench.train_step import same_start
     from data import Batch
-    from ranks import Ranks
+    from layers import fp8, nf4
+    from runtime.distributed import Ranks
+    from training import optimizer as optim
 
     case = CASES[name]
     s, gpu, model = settings(case), Ranks.start(DEVICE), drawn(case)
@@ -251,11 +250,11 @@ def answers(name: str, cache: str) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from decode import hasten
-    from families import ModelConfig
-    from generate import answers
+    from inference.decode import hasten
+    from inference.generate import answers
+    from inference.sampling import Sampling
+    from layers.config import ModelConfig
     from model import Llama
-    from sampling import Sampling
 
     n, least, most, rows, new, _ = ANSWERS[name]
     case, chance = CASES["full"]._replace(T=4096), random.Random(1)

@@ -56,13 +56,13 @@ def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict
     import torch
 
     import lora
-    import optim
     import train
     from bench.memory import held_gb
     from data import Batch
-    from families import ModelConfig
+    from layers.config import ModelConfig
     from model import Llama
-    from ranks import Ranks
+    from runtime.distributed import Ranks
+    from training import optimizer as optim
 
     ranks = Ranks.start("cpu")
     model = Llama(ModelConfig.from_hf({

@@ -44,7 +44,7 @@ def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
     import torch
     from transformers import LlamaForCausalLM
 
-    import weights
+    from checkpoints import huggingface as weights
 
     kept = getattr(torch, dtype)
     ids = torch.tensor([[7]])

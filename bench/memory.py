@@ -69,8 +69,8 @@ def predict(case: str, name: str, folder: str) -> dict[str, float]:
     """GB of 2^30 by part, of config.json alone."""
     import torch
 
-    import memory
-    import weights
+    from checkpoints import huggingface as weights
+    from training import memory_estimate as memory
 
     need = memory.need(weights.read_config(Path(folder, name)), settings(case, name),
                        torch.bfloat16)
@@ -101,9 +101,9 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
     import torch
 
     import lora
-    import optim
-    import weights
-    from ranks import Ranks
+    from checkpoints import huggingface as weights
+    from runtime.distributed import Ranks
+    from training import optimizer as optim
 
     cpu = Ranks.start("cpu")
 

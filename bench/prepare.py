@@ -43,10 +43,10 @@ LONG = ["kin_news.jsonl", "kin_gov.jsonl"]
 
 def texts(kind: str, folder: str) -> list[str]:
     """Texts, each once: `documents`, `lines`, or, `tiny`, a few."""
-    import corpus
+    from preparation import text as corpus
 
     if not (DATA / "cpt").is_dir():
-        from kinyarwanda import demo
+        from training import demo
 
         return list(dict.fromkeys(corpus.texts(demo.texts(Path(folder), 1)["kin"], "line")))
     files = [DATA / "cpt" / x for x in LONG] if kind != "lines" else \
@@ -59,7 +59,7 @@ def texts(kind: str, folder: str) -> list[str]:
 def write_text(file: str, kind: str, mb: int, folder: str) -> str:
     """A .jsonl of texts, each once, or over and over with a number before each to `mb` MB, and a
     tokenizer learned from them in `folder`, unless it is there; what the text is."""
-    from tokenizer import learn
+    from tokenization.tokenizer import learn
 
     found = texts(kind, folder)
     real = (DATA / "cpt").is_dir()

@@ -27,9 +27,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import threads as waiting
 from bench import Child, Settings, Spread, child, in_turn, installed, limits, main, table
 from bench.train_step import MODELS, draw, tokens_of
+from runtime import openmp as waiting
 
 HERE = "bench.scale"
 LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
@@ -41,11 +41,11 @@ def ours(how: str, folder: str) -> Callable[[Any], float]:
     """A step of train.py on this rank's rows."""
     import torch
 
-    import optim
     import train
-    import weights
+    from checkpoints import huggingface as weights
     from data import IGNORE, Batch
-    from ranks import Ranks
+    from runtime.distributed import Ranks
+    from training import optimizer as optim
 
     ranks = Ranks.start("cpu")
     model, _ = weights.load(folder, dtype=torch.float32, tokenizer=False)
@@ -78,7 +78,7 @@ def accelerate(how: str, folder: str) -> Callable[[Any], float]:
     from torch.distributed.tensor import DTensor
     from transformers import LlamaForCausalLM
 
-    from ranks import keep_freed
+    from runtime.distributed import keep_freed
 
     keep_freed()  # as our ranks do
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
@@ -167,7 +167,7 @@ def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[s
     tokens = tokens_of(model)
 
     def rank() -> dict[str, Any]:
-        import checkpoint
+        from checkpoints import resume_point as checkpoint
 
         step: Any = ours(how, folder)
         rows = tokens.chunk(world)[int(os.environ.get("RANK", 0))]

@@ -69,9 +69,9 @@ def draw(size: str, folder: str) -> dict:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from chat import Template, documents
     from data import BinWriter
-    from tokenizer import Tokenizer
+    from tokenization.chat_template import Template, documents
+    from tokenization.tokenizer import Tokenizer
 
     name, most, _, T = SIZES[size]
     C, M, L, H, K = SHAPES[name]
@@ -114,11 +114,11 @@ def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
     import torch
 
     import lora
-    import optim
     import train
-    import weights
+    from checkpoints import huggingface as weights
     from data import Batch, Bin, Source, Whole
-    from ranks import Ranks
+    from runtime.distributed import Ranks
+    from training import optimizer as optim
 
     imports, cpu = peak_gb(), Ranks.start("cpu")
     model, _ = weights.load(folder, dtype=torch.bfloat16 if case == "lora" else torch.float32,
@@ -148,7 +148,7 @@ def theirs(side: str, case: str, folder: str, B: int, T: int, padded: int) -> di
     from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from ranks import keep_freed
+    from runtime.distributed import keep_freed
 
     keep_freed()  # as Ranks.start does for ours
     imports = peak_gb()

@@ -95,9 +95,9 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     import torch
 
     import lora
-    import optim
-    import weights
-    from ranks import Ranks
+    from checkpoints import huggingface as weights
+    from runtime.distributed import Ranks
+    from training import optimizer as optim
 
     adapted = case in ("lora", "large")
     cpu = Ranks.start("cpu")
@@ -132,7 +132,7 @@ def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     import torch
     from transformers import LlamaForCausalLM
 
-    from ranks import keep_freed
+    from runtime.distributed import keep_freed
 
     keep_freed()  # as Ranks.start does for ours
     adapted = case in ("lora", "large")
@@ -198,7 +198,7 @@ def litgpt(name: str, folder: str) -> Any:
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from safetensors.torch import load_file
 
-    from ranks import keep_freed
+    from runtime.distributed import keep_freed
 
     keep_freed()
     C, M, L, H, K, V, _, T = MODELS[name]

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sources
-import tiny
 from data import IGNORE, Bin, BinWriter, Document, Loader, Source, Stream, hold_out, sha256
-from log import UserError
-from tokenizer import Tokenizer
+from helpers import tiny
+from runtime.console import UserError
+from tokenization.tokenizer import Tokenizer
+from training import datasets as sources
 
 
 def make(folder: Path, documents, vocab: int = 60000, masks=None, kind: str = "text") -> Bin:

@@ -24,15 +24,15 @@ import torch
 import transformers
 import yaml
 
-import card as card_of
 import export
-import log
-import shards
-import tiny
-import weights
-from log import FLAGS, STORAGE, UserError
+from checkpoints import huggingface as weights
+from checkpoints import safetensors_header as shards
+from helpers import tiny
+from reports import model_card as card_of
+from runtime import console as log
+from runtime.console import FLAGS, STORAGE, UserError
+from runtime.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 IDS = tiny.tokens(2, 24)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

@@ -11,9 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lora
-import tiny
-import weights
-from log import UserError
+from checkpoints import huggingface as weights
+from helpers import tiny
+from runtime.console import UserError
 
 IDS = tiny.tokens(2, 24)
 DOC, POS = torch.zeros_like(IDS), torch.arange(24).repeat(2, 1)

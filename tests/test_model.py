@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import attention
-import layers
-import optim
-import tiny
 from data import IGNORE
-from log import UserError
+from helpers import tiny
+from layers import attention
+from layers import functional as layers
 from model import KVCache, Llama, ModelConfig
+from runtime.console import UserError
+from training import optimizer as optim
 
 SHAPES = list(tiny.SHAPES)
 GPU = pytest.param("gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(

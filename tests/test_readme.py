@@ -7,18 +7,17 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import config
 import eval as eval_command
 import export
 import prepare
 import sample
 import train
+from runtime import flags as config
+from runtime.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 SETTINGS = {"train.py": train.Settings, "sample.py": sample.Settings,
             "eval.py": eval_command.Settings,
             **{f"prepare.py {name}": cls for name, (cls, _) in prepare.COMMANDS.items()},

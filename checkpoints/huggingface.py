@@ -1,0 +1,423 @@
+"""Hugging Face folders in and out: config.json, safetensors in one file or many, PEFT adapters.
+
+One idea: the model must agree with its files, tensor for tensor. Every tensor is used exactly once,
+or an error names it: nothing is left at random, nothing is ignored, nothing outside the folder is
+opened. Formats that can run code when opened are not read at all.
+
+Reading maps a file into memory and moves tensor by tensor to its device and dtype, so the peak is
+the size of the result. On a CPU, in the file's own dtype, nothing is copied: a page is read when it
+is used, and copied when it is written to, so training such a model never touches the file. Writing
+lays tensors out as in the folder the model came from, aside, and renames when all is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lora
+from checkpoints.safetensors_header import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Slot,
+    contents,
+    five,
+    header,
+    inside,
+    mark,
+)
+from layers import config as families
+from layers import int8, nf4
+from layers.config import ModelConfig, read_json
+from layers.int8 import Int8Linear
+from layers.nf4 import NF4Linear
+from model import Llama
+from runtime import hub
+from runtime.console import STORAGE, UserError
+from runtime.distributed import whole
+from tokenization.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+ADAPTER_CONFIG, ADAPTER, MERGED = "adapter_config.json", "adapter_model.safetensors", "merge.json"
+CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+           "chat_template.json", "prompt.json", MERGED, "LICENSE*", "NOTICE*",
+           "USE_POLICY*")  # go with a model
+MODEL_FILES = (CONFIG, ADAPTER_CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", ADAPTER, *CARRIED)
+
+
+def find(name: str | Path, files: Sequence[str] = MODEL_FILES) -> Path:
+    """The folder of a model: a folder, a run's folder, or a hub id `org/name[@revision]`, of which
+    `files` are fetched.
+
+    A folder that is here never touches the network. UserError when there is no such model.
+    """
+    folder = Path(name).expanduser()
+    if str(name) and folder.is_dir():
+        for place in (folder, folder / "model"):
+            if (place / CONFIG).exists() or (place / ADAPTER_CONFIG).exists():
+                return place
+        raise UserError(f"{folder}: no config.json here; name a folder in Hugging Face's layout")
+    hub_id = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", str(name))
+    if hub_id is None or folder.exists():
+        raise UserError(f"model {str(name)!r}: no such folder, and no hub id (org/name@revision)")
+    if hub_id[2] is None and folder.parent.is_dir():
+        raise UserError(f"model {name!r}: not in {folder.parent}; for the hub's write {name}@main")
+    return hub.snapshot(hub_id[1], hub_id[2], files)
+
+
+def base_of(folder: Path, files: Sequence[str] = MODEL_FILES) -> Path:
+    """The model's folder that an adapter's folder belongs on; any other folder is its own."""
+    if not (folder / ADAPTER_CONFIG).exists():
+        return folder
+    words = read_json(inside(folder, ADAPTER_CONFIG))
+    name, revision = str(words.get("base_model_name_or_path") or ""), words.get("revision")
+    if not Path(name).is_dir() and (folder / name).is_dir():
+        name = folder / name
+    elif type(revision) is str and not Path(name).is_dir():
+        name = f"{name}@{revision}"
+    try:
+        base = find(name, files)
+    except UserError as e:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {e}") from None
+    if (base / ADAPTER_CONFIG).exists():
+        raise UserError(f"{folder}: its base {base} is an adapter itself; merge that one first")
+    return base
+
+
+def check_base(folder: Path, base: Path) -> None:
+    """UserError if an adapter's file is damaged, or says that it was trained on other weights."""
+    header(inside(folder, ADAPTER))
+    told = (safe_open(folder / ADAPTER, "pt").metadata() or {}).get("base")
+    if told is not None and told != mark(tensors(base)):
+        raise UserError(f"{folder}: was trained on other weights than those of {base}, which have "
+                        f"the same shapes; name its base in {ADAPTER_CONFIG}")
+
+
+def marks(folder: Path) -> list[str]:
+    """By which the weights of a folder are known again: the model's, and an adapter's."""
+    base = base_of(folder)
+    adapter = [header(inside(folder, ADAPTER))] if folder != base else []
+    return list(map(mark, (tensors(base), *adapter)))
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a folder; UserError on what would be computed wrongly."""
+    words = read_json(inside(folder, CONFIG))
+    try:
+        return ModelConfig.from_hf(words)
+    except UserError as e:
+        raise UserError(f"{folder}/{e}") from None
+
+
+def tensors(folder: Path) -> dict[str, Slot]:
+    """`contents` under our names: of a model that also sees pictures, the text part alone."""
+    found, words = contents(folder), read_json(inside(folder, CONFIG))
+    if families.text_words(words) is words:
+        return found
+    return {own: slot for k, slot in found.items() if (own := families.text_name(k)) is not None}
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Ids that end an answer: the tokenizer's EOS, and what the folder's files name besides."""
+    named, file = named_stops(folder)
+    if odd := [x for x in named if type(x) is not int or not 0 <= x < tokenizer.vocab_size]:
+        raise UserError(f"{file}: eos_token_id {odd[0]!r} is no id of the tokenizer, "
+                        f"which has {tokenizer.vocab_size}")
+    return {*named} | ({tokenizer.eos} - {None})
+
+
+def named_stops(folder: Path) -> tuple[list[Any], Path | None]:
+    """eos_token_id, at which other programs stop, and the file that says it: config.json where
+    generation_config.json does not.
+
+    A chat model ends a turn with another id than a document; a file may name one, or a list.
+    """
+    base = base_of(folder)
+    for place, name in ((folder, CARRIED[0]), (base, CARRIED[0]), (base, CONFIG)):
+        if (place / name).exists():
+            found = read_json(inside(place, name)).get("eos_token_id")
+            if found is not None:
+                return found if type(found) is list else [found], place / name
+    return [], None
+
+
+def add_stop_id(folder: Path, end: int) -> None:
+    """Have other programs end an answer at `end` as well."""
+    file = folder / CARRIED[0]
+    words = read_json(file) if file.exists() else {}
+    stops, _ = named_stops(folder)
+    if end not in stops:
+        text = json.dumps({**words, "eos_token_id": [*stops, end]}, indent=2)
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,
+         tokenizer: bool = True, quant: str = "none",
+         double: bool = False) -> tuple[Llama, Tokenizer | None]:
+    """A folder's or hub's model in `dtype` (None: the files'), and its tokenizer if wanted.
+
+    An adapter comes attached to its base, which is frozen. With `quant` "nf4" the layers' matrices
+    are kept in NF4, with `double` their scales in eight bits; with "int8" they and the head's are
+    in eight bits, an adapter merged before. UserError says what is wrong, and where.
+    """
+    folder = find(name)
+    base = base_of(folder)
+    merged = quant == "int8" and folder != base  # of the file's own numbers
+    model = _read_model(base, torch.device(device), None if merged else dtype,
+                        "none" if merged else quant, double)
+    if folder != base:
+        check_base(folder, base)
+        lora.load_adapter(model, folder)
+        for k, x in lora.adapter_state(model).items():
+            _check_finite(x, f"{folder / ADAPTER}: {k}")
+    if quant == "int8":
+        int8.use(model)
+    if not tokenizer:
+        return model, None
+    own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model"))
+    found = Tokenizer.open(folder if own else base)
+    # a control token beyond the vocabulary (an unused <pad>) is common and harmless: no text is one
+    given = (found.bos, found.eos, *found.byte_lengths.nonzero()[0][-1:])
+    top = max(x for x in given if x is not None)
+    if top >= model.config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer gives id {top}, the model's vocabulary ends at "
+                        f"{model.config.vocab_size - 1}; they do not belong together")
+    return model, found
+
+
+def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None, quant: str = "none",
+                double: bool = False) -> Llama:
+    """The model of a folder, every tensor of its files used exactly once."""
+    config, found = read_config(folder), tensors(folder)
+    found = {k: slot for k, slot in found.items() if not k.endswith("rotary_emb.inv_freq")}
+    layers = {m[1] for k in found if (m := re.match(r"model\.layers\.(\d+)\.", k))}
+    if len(layers) != config.num_hidden_layers:  # said before a billion of them are built
+        raise UserError(f"{folder}: num_hidden_layers is {config.num_hidden_layers} in "
+                        f"config.json, the files hold {len(layers)} layers")
+    try:
+        with torch.device("meta"):  # shapes only: Llama computes no initial weights
+            model = Llama(config)
+    except RuntimeError:
+        raise UserError(f"{folder / CONFIG}: sizes that no memory could hold") from None
+    head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    _compare(folder, config, dict(model.named_parameters()), found)
+    shard = file = None
+    for k, slot in found.items():
+        if file != slot.file:
+            shard, file = safe_open(slot.file, "pt"), slot.file
+        x = shard.get_tensor(slot.name)
+        parent, _, leaf = k.rpartition(".")
+        module = model.get_submodule(parent)
+        narrow = leaf == "weight" and (nf4.fits(parent, module) if quant == "nf4" else
+                                       quant == "int8" and int8.fits(module))
+        placed = x.to(device, x.dtype if narrow else dtype or x.dtype)
+        _check_finite(placed, f"{file}: {k}")
+        if narrow:  # of the file's own numbers, not of rounded ones
+            model.set_submodule(parent, NF4Linear(placed, module.bias, double) if quant == "nf4"
+                                else Int8Linear(placed, module.bias))
+        else:
+            setattr(module, leaf, nn.Parameter(placed))
+        if narrow or placed is not x:
+            shard = x = placed = file = None  # opened anew: the pages read so far can go
+    if head is not None:
+        x = safe_open(head.file, "pt").get_tensor(head.name)
+        if not torch.equal(x.to(device, model.head.dtype), model.head):
+            raise UserError(f"{folder}: tie_word_embeddings in config.json is true, but "
+                            "lm_head.weight is not model.embed_tokens.weight; false would use both")
+    return model
+
+
+def _compare(folder: Path, config: ModelConfig, wanted: dict[str, Tensor],
+             found: dict[str, Slot]) -> None:
+    """UserError unless the files hold just the config's tensors, in its shapes, as real numbers."""
+    if missing := [k for k in wanted if k not in found]:
+        hint = ", or tie_word_embeddings should be true" if missing == ["lm_head.weight"] else ""
+        raise UserError(f"{folder}: no {five(missing)} in the files; they are not complete{hint}")
+    if extra := [k for k in found if k not in wanted]:
+        raise UserError(f"{folder}: {five(extra)} in the files, but not in config.json's model")
+    words = {n: k for k, n in reversed(vars(config).items()) if type(n) is int}
+    for k, p in wanted.items():
+        shape, slot = tuple(p.shape), found[k]
+        if shape != slot.shape:
+            odd = [n for n, m in zip(shape, slot.shape, strict=False) if n != m and n in words]
+            by = f" by {words[odd[0]]}" if odd else ""
+            raise UserError(f"{slot.file}: {k} is {slot.shape}, config.json expects {shape}{by}")
+        if slot.dtype not in DTYPES:
+            raise UserError(f"{slot.file}: {k} is {slot.dtype}, expected {' '.join(DTYPES)}; take "
+                            "the model in its original precision")
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    """UserError if x holds a NaN or an infinity; no copy. A sum shows either and is the fastest
+    pass over memory there is; where it overflows by itself, the extremes decide."""
+    x = x.detach()
+    if not x.sum().isfinite() and not torch.stack(torch.aminmax(x)).isfinite().all():
+        raise UserError(f"{what} holds NaN or infinity in {x.dtype}; fetch it again or widen it")
+
+
+def save(model: Llama, folder: Path | str, like: Path | str,
+         dtype: torch.dtype | None = None, write: bool = True) -> None:
+    """Write a model's folder as `like` is laid out: its shards, dtypes (or `dtype`), other files.
+
+    A `like` that is only a shape, without weights, gives one file in the model's own dtype. A tied
+    head is not written. If a model is cut among ranks, all call this, and one has `write`.
+    UserError if an adapter is attached, or the folder cannot be written.
+    """
+    if lora.adapters(model):
+        raise UserError(f"{folder}: the model has an adapter; merge it, or save the adapter alone")
+    if any(isinstance(m, NF4Linear | Int8Linear) for m in model.modules()):
+        raise UserError(f"{folder}: the model is in int8 or NF4, less than its files hold; not "
+                        "written")
+    like = base_of(find(like))
+    index = read_json(inside(like, INDEX)) if (like / INDEX).exists() else None
+    before = _laid_out(like)
+    state = {k: p.detach() for k, p in model.named_parameters()}
+    kinds = _kinds(model, before, dtype)
+    shards: dict[str, list[str]] = {slot.file.name: [] for slot in before.values()} or {SINGLE: []}
+    for k in state:  # what `like` does not have goes to the last shard
+        shards[before[k].file.name if k in before else list(shards)[-1]].append(k)
+    if not write:
+        for k in (k for names in shards.values() for k in names):
+            whole(state[k])
+        return
+    with _aside(Path(folder)) as aside:
+        _write_config(aside, like, model.config, dtype or (None if before else model.head.dtype))
+        _carry(like, aside)
+        for file, names in shards.items():
+            part = {k: whole(state[k]).to("cpu", kinds[k]).contiguous() for k in names}
+            for k, x in part.items():
+                _check_finite(x, k)  # a narrower dtype overflows without a word
+            save_file(part, aside / file, metadata={"format": "pt"})
+        if index:
+            size = sum(x.numel() * kinds[k].itemsize for k, x in state.items())
+            index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+            index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
+            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def size(model: Llama, like: Path) -> int:
+    """Bytes of the weights that `save` writes."""
+    kinds = _kinds(model, _laid_out(base_of(like)))
+    return sum(p.numel() * kinds[k].itemsize for k, p in model.named_parameters())
+
+
+def _laid_out(like: Path) -> dict[str, Slot]:
+    """Where a folder has its tensors; of one that is only a shape, nowhere."""
+    return tensors(like) if (like / INDEX).exists() or (like / SINGLE).exists() else {}
+
+
+def _kinds(model: Llama, before: dict[str, Slot],
+           dtype: torch.dtype | None = None) -> dict[str, torch.dtype]:
+    """The dtype in which each tensor is written: `dtype`, or that of its file, or the model's."""
+    kept = {k: DTYPES[slot.dtype] for k, slot in before.items() if slot.dtype in DTYPES}
+    return {k: dtype or kept.get(k, model.head.dtype) for k, _ in model.named_parameters()}
+
+
+def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: int) -> None:
+    """Write the folder of a model that has learned nothing: float32 weights drawn from a seed."""
+    model, folder = Llama(config), Path(folder)
+    model.initialise(seed)
+    tokenizer.save(folder)
+    words = {**config.to_hf(), "dtype": "float32",
+             "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    (folder / CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    words = {k: words[k] for k in ("bos_token_id", "eos_token_id")}
+    (folder / CARRIED[0]).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    save(model, folder, like=folder)
+
+
+def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path | str) -> None:
+    """Write the attached adapter as a PEFT folder, with the tokenizer of `like`; it goes on `base`.
+
+    A base in the hub's cache is named by its id and commit, another folder by its whole path; its
+    mark goes with the adapter, so that other weights of that shape are not taken for it.
+    """
+    words, about = lora.adapter_config(model, str(base)), {"format": "pt"}
+    if (there := Path(base).expanduser().resolve()).is_dir():
+        repo, commit = hub.source(there)
+        words["base_model_name_or_path"] = repo or str(there)
+        words |= {"revision": commit} if commit else {}
+        about["base"] = mark(tensors(there))
+    with _aside(Path(folder)) as aside:
+        (aside / ADAPTER_CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+        _carry(find(like), aside)
+        state = {k: whole(x).cpu().contiguous() for k, x in lora.adapter_state(model).items()}
+        save_file(state, aside / ADAPTER, metadata=about)
+
+
+def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
+    """config.json as in `like`, with only what changed: the vocabulary's size, the weights' dtype.
+
+    Byte for byte if nothing did; the text part alone, of a model that also sees pictures.
+    """
+    raw = read_json(inside(like, CONFIG))
+    words = families.text_words(raw)
+    changed: dict[str, Any] = {}
+    if config != ModelConfig.from_hf(words):
+        changed["vocab_size"] = config.vocab_size
+        assert config == ModelConfig.from_hf({**words, **changed}), "another model than `like`"
+    key = "dtype" if "dtype" in words else "torch_dtype"  # transformers 5's word, and 4's
+    if dtype is not None and words.get(key) != str(dtype)[6:]:
+        changed[key] = str(dtype)[6:]
+    if changed or words is not raw:
+        text = json.dumps({**words, **changed}, indent=2, ensure_ascii=False) + "\n"
+        (aside / CONFIG).write_text(text, encoding="utf-8")
+    else:
+        shutil.copyfile(like / CONFIG, aside / CONFIG)
+
+
+def _carry(like: Path, aside: Path) -> None:
+    """Copy what goes with a model besides its weights."""
+    for file in [file for pattern in CARRIED for file in like.glob(pattern)]:
+        shutil.copyfile(inside(like, file.name), aside / file.name)
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A folder to write into: it takes `folder`'s place if all goes well, else it goes."""
+    folder = folder.expanduser().resolve()  # a link is followed here, once
+    aside, old = (folder.with_name(f".{x}-{folder.name}-{os.getpid()}") for x in ("tmp", "del"))
+    try:
+        if folder.exists():
+            known = (*MODEL_FILES, "README.md")
+            if lost := [f.name for f in folder.iterdir() if not any(f.match(p) for p in known)]:
+                raise UserError(f"{folder}: {five(lost)} would be lost; name another", STORAGE)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
+        for file in aside.iterdir():
+            file.chmod(aside.stat().st_mode & 0o666)  # as the umask has it; safetensors writes 0600
+            _flush(file)
+        _flush(aside)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"{folder}: cannot be written ({why})", STORAGE) from e
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)

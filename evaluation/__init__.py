@@ -1,0 +1,1 @@
+"""Benchmark suites, their tasks and metrics, results and their comparison."""

@@ -1,0 +1,1 @@
+"""Generation with a KV cache, sampling, beam search, scoring, prompt formats."""

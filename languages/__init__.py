@@ -1,0 +1,1 @@
+"""What knows a language; each language is a folder."""

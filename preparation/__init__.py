@@ -1,0 +1,1 @@
+"""Files of text, conversations, translations and preferences to token bins."""

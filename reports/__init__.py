@@ -1,0 +1,1 @@
+"""The training report, the evaluation report, the model card."""

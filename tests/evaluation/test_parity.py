@@ -1,0 +1,327 @@
+"""Equal to lm-evaluation-harness 0.4.13: every request's text and ids, likelihoods, answers and
+metrics, for two kinds of tokenizer. tests/goldens.py made what is compared with; a slow test makes
+it again where lm_eval is installed. Seven mistakes, put in on purpose, are each noticed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluating
+from checkpoints import huggingface as weights
+from evaluation import metrics, suites, tasks
+from evaluation import results as judge
+from goldens import lm_eval_goldens as goldens
+from goldens.lm_eval_goldens import KINDS, TASKS
+from helpers import tiny
+from tokenization import chat_template as chat
+from tokenization.tokenizer import Tokenizer
+
+GOLDEN = json.loads(goldens.FILE.read_text(encoding="utf-8"))
+CASES = [(key, shots) for shots in (0, goldens.SHOTS)
+         for key in (goldens.WITH_SHOTS if shots else TASKS)]
+NAMES = {"acc,none": "acc", "acc_norm,none": "acc_norm", "acc_bytes,none": "acc_bytes",
+         "f1,none": "f1", "bleu,none": "BLEU", "chrf,none": "chrF2",
+         "exact_match,none": "exact_match", "exact_match,remove_whitespace": "exact_match",
+         "exact_match,flexible-extract": "exact_match, last number", "f1,remove_whitespace": "f1"}
+FILES = {"belebele": "belebele/kin_Latn.jsonl", "afrixnli": "afrixnli/{}.jsonl",
+         "sib200": "sib200/{}.jsonl", "afrimmlu": "afrimmlu/{}.jsonl",
+         "afrisenti": "afrisenti_kin/{}.tsv", "injongo": "injongo_intent/kin.{}.jsonl",
+         "piqa-nonparallel": "global_piqa/nonparallel/kin_latn.jsonl",
+         "piqa-parallel": "global_piqa/parallel/kin_latn.jsonl", "afrimgsm": "afrimgsm/{}.jsonl",
+         "afriqa": "afriqa_kin/gold_passages.{}.jsonl", "ntrex": "ntrex/{}.jsonl",
+         "mafand": "mafand/{}.jsonl"}
+SPLITS = {"injongo": ("test", "dev"), "piqa-parallel": ("test",),
+          "piqa-nonparallel": ("test",)} | goldens.SPLITS
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The made-up rows, laid out as the suites look for them."""
+    home = tmp_path_factory.mktemp("suites")
+    for suite in dict.fromkeys(key[0] for key in TASKS):
+        both = dict(zip(SPLITS.get(suite, ("test", "validation")), goldens.rows(suite),
+                        strict=False))
+        for split, rows in both.items():
+            if suite == "flores":
+                for side in ("kin_Latn", "eng_Latn"):
+                    file = home / "flores200_dataset" / split / f"{side}.{split}"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text("".join(r[f"sentence_{side}"] + "\n" for r in rows))
+                continue
+            file = home / FILES[suite].format(split)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(r) for r in rows]
+            if file.suffix == ".tsv":
+                lines = ["\t".join(x) for x in (rows[0], *(r.values() for r in rows))]
+            file.write_text("".join(x + "\n" for x in lines))
+    return home
+
+
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory) -> dict[str, Path]:
+    """The models' folders, by kind of tokenizer."""
+    home = tmp_path_factory.mktemp("models")
+    return {kind: goldens.model(home / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def readers(homes):
+    """The models, by kind of tokenizer."""
+    return {kind: weights.load(str(folder), torch.device("cpu"), torch.float32)
+            for kind, folder in homes.items()}
+
+
+def items_of(key, shots, data):
+    suite = suites.load(key[0], str(data))
+    prompt = next(p for p in suite.prompts if (p.name, p.part) == key[1:])
+    return suite, prompt, suite.items(prompt, shots)
+
+
+@pytest.mark.parametrize(("key", "shots"), CASES, ids=lambda x: str(x))
+def test_texts_are_those_of_the_harness(key, shots, data):
+    suite, _, items = items_of(key, shots, data)
+    golden = GOLDEN["tasks"][goldens.name(key, shots)]["texts"]
+    assert [x.context for x in items] == [x["context"] for x in golden]
+    if suite.kind == "choose":
+        assert [[suite.delimiter + c for c in x.choices] for x in items] == \
+            [x["continuations"] for x in golden]
+
+
+def compare(key, shots, kind, data, readers, template=None) -> None:
+    """Ids, likelihoods to 1e-5 with the same best choice, answers, and metrics of one task."""
+    model, tokenizer = readers[kind]
+    suite, prompt, items = items_of(key, shots, data)
+    golden = (GOLDEN["chat"][kind] if template else GOLDEN["tasks"])[goldens.name(key, shots)]
+    contexts, delimiter = tasks.contexts(items, template), "" if template else suite.delimiter
+    assert contexts == [x["context"] for x in golden["texts"]]
+    golden = golden[kind]
+    if suite.kind == "choose":
+        pairs = [[tasks.split(tokenizer, text, delimiter + c) for c in x.choices]
+                 for text, x in zip(contexts, items, strict=True)]
+        assert [[goldens.digest([a, b]) for a, b in x] for x in pairs] == golden["ids"]
+        found = tasks.choose(model, tokenizer, [(text, x.choices) for text, x in zip(
+            contexts, items, strict=True)], delimiter, goldens.CONTEXT)
+        for ours, theirs in zip(found, golden["resps"], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+            assert np.argmax(ours) == np.argmax(theirs)
+        records = [{"gold": x.gold, "logp": y, "choices": x.choices}
+                   for x, y in zip(items, found, strict=True)]
+    else:
+        ids = [goldens.digest(tasks.begun(tokenizer, x)) for x in contexts]
+        assert ids == golden["ids"]
+        said = tasks.answer(model, tokenizer, contexts, suite.stop, goldens.NEW, goldens.CONTEXT)
+        assert [text for text, _ in said] == golden["resps"]
+        records = [{"gold": x.gold, "answer": t, "source": "", "reference": x.gold,
+                    "hypothesis": t, "end": ""} for x, (t, _) in zip(items, said, strict=True)]
+    measured = judge.measures(suite.kind, records, suite.metrics, suite.answers, prompt.part)
+    ours = {m.name: m.value for m in measured}
+    compared = {NAMES[k]: v for k, v in golden["metrics"].items() if k in NAMES}
+    assert compared and all(name in ours for name in compared if name != "acc_norm")
+    for name, value in compared.items():
+        if name in ours:  # Belebele's acc_norm is its acc: all choices are one letter
+            assert ours[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("key", "shots"), CASES, ids=lambda x: str(x))
+def test_ids_likelihoods_answers_and_metrics_are_those_of_the_harness(key, shots, kind, data,
+                                                                      readers):
+    compare(key, shots, kind, data, readers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("key", "shots"), [(key, shots) for shots in (0, goldens.SHOTS) for key in
+                                            goldens.IN_CHAT if not shots or
+                                            key in goldens.WITH_SHOTS], ids=lambda x: str(x))
+def test_a_conversation_is_that_of_the_harness_with_apply_chat_template(key, shots, kind, data,
+                                                                        readers, homes):
+    template = chat.Template.of(homes[kind], readers[kind][1])
+    compare(key, shots, kind, data, readers, template)
+
+
+def bits(kind, readers) -> tuple[np.ndarray, float]:
+    model, tokenizer = readers[kind]
+    documents = goldens.texts()
+    ids = tokenizer.encode_batch(documents)
+    assert max(map(len, ids)) > goldens.CONTEXT
+    nats = tasks.document_nats(model, ids, tasks.start_token(tokenizer), goldens.CONTEXT)
+    n_bytes = np.array([len(x.encode()) for x in documents])
+    return nats, metrics.of_text(nats, n_bytes).value
+
+
+def compare_texts(kind, readers) -> None:
+    nats, value = bits(kind, readers)
+    np.testing.assert_allclose(nats, GOLDEN["texts"][kind]["nats"], rtol=1e-5)
+    assert value == pytest.approx(GOLDEN["texts"][kind]["bits_per_byte"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rolling_bits_per_byte_are_those_of_the_harness(kind, readers):
+    compare_texts(kind, readers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "key", "rel"), [("fp32", "texts_as_it_comes", 1e-6),
+                                                   ("bf16", "texts_bf16", 5e-3)])
+def test_compat_is_the_harness_as_it_comes_which_scores_bos(kind, dtype, key, rel, tmp_path):
+    """Through eval.py. In bf16 our products round otherwise than transformers', in some digit."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": x}) + "\n" for x in goldens.texts()))
+    evaluating.main(evaluating.Settings(
+        model=str(goldens.model(tmp_path / "model", kind)), text=[f"a={file}"], dtype=dtype,
+        lm_eval_compat=True, device="cpu", overlap=False, out=str(tmp_path / "out")))
+    found = json.loads((tmp_path / "out/results.json").read_text())["results"][0]
+    golden = GOLDEN[key][kind]
+    assert found["value"] == pytest.approx(golden["bits_per_byte"], rel=rel)
+    assert golden["bits_per_byte"] > GOLDEN["texts"][kind]["bits_per_byte"] * 1.001
+    lines = (tmp_path / "out/items/text.a.jsonl").read_text().splitlines()
+    nats = [json.loads(x)["nats"] for x in lines]
+    np.testing.assert_allclose(nats, golden["nats"], rtol=10 * rel)
+    assert found["signature"].count(f"dtype:{dtype}|sum:{dtype}|compat:lm-eval,0.4.13") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compat_rounds_log_p_to_the_dtype_of_products(kind, data, tmp_path):
+    """As the harness's formula does with the same logits, exactly; and beside its own in bf16."""
+    model, tokenizer = weights.load(str(goldens.model(tmp_path, kind)), dtype=torch.bfloat16)
+    model.eval().model.compute_dtype = torch.bfloat16
+    for key in goldens.IN_BF16:
+        suite, prompt, items = items_of(key, 0, data)
+        found = tasks.records(model, tokenizer, suite, prompt, items, goldens.CONTEXT,
+                              kept=torch.bfloat16)
+        golden = GOLDEN["bf16"][kind][goldens.name(key, 0)]
+        for x, theirs in zip(found, golden, strict=True):
+            assert x["logp"] == torch.tensor(x["logp"]).bfloat16().tolist()
+            np.testing.assert_allclose(x["logp"], theirs, rtol=0.02)
+        before, ids = tasks.split(tokenizer, items[0].context,
+                                  suite.delimiter + items[0].choices[0])
+        with torch.inference_mode():
+            logits = tiny.logits(model, torch.tensor([before + ids]))[0].bfloat16()
+        logp = logits[len(before) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
+        (alone,), _ = tasks.generate.score(model, [before], [ids], kept=torch.bfloat16)
+        assert float(alone) == float(logp.sum())
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory) -> Path:
+    """A tokenizer.model, which puts a blank of its own before every text."""
+    global PIECES
+    PIECES = tmp_path_factory.mktemp("pieces")
+    tiny.write_tokenizer(PIECES)
+    return PIECES
+
+
+def compare_boundary(pieces: Path) -> None:
+    """A continuation is what is left of one text, as sentencepiece itself encodes it."""
+    import sentencepiece
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "tokenizer.model"))
+    before, ids = tasks.split(Tokenizer.open(pieces), "Inka za", "cu zirya ubwatsi")
+    assert before == [1, *sp.encode("Inka za")]
+    assert ids == [1, *sp.encode("Inka zacu zirya ubwatsi")][len(before) :]
+
+
+def compare_norm(pieces: Path) -> None:
+    """acc_norm divides by characters, acc_bytes by bytes, of the choice without its blank."""
+    records = [{"gold": 0, "logp": [-12.0, -4.0], "choices": ["ubwatsi ku", "zxq"]},
+               {"gold": 1, "logp": [-4.0, -12.0], "choices": ["zxq", "ikirere \u2600\ufe0f"]}]
+    found = {m.name: m.counts[:, 0].tolist()
+             for m in judge.measures("choose", records, ["acc", "acc_norm", "acc_bytes"])}
+    assert found == {"acc": [0.0, 0.0], "acc_norm": [1.0, 1.0], "acc_bytes": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize("check", [compare_boundary, compare_norm])
+def test_the_boundary_and_the_lengths_are_those_of_the_rule(check, pieces):
+    check(pieces)
+
+
+SPLIT, BEGUN, SCORE = tasks.split, tasks.begun, tasks.generate.score
+
+
+def strip_the_prompt(patch):
+    patch(tasks, "split", lambda t, context, cont: SPLIT(t, context.rstrip(), cont))
+
+
+def encode_the_choice_alone(patch):
+    patch(tasks, "split", lambda t, context, cont: (
+        [tasks.start_token(t)] if not context else tasks.begun(t, context.rstrip()),
+        t.encode(context[len(context.rstrip()) :] + cont)))
+
+
+def drop_bos(patch):
+    patch(tasks, "begun", lambda t, text: t.encode(text))
+
+
+def bos_twice(patch):
+    patch(tasks, "begun", lambda t, text: [t.bos, *BEGUN(t, text)])
+
+
+def mean_of_documents(patch):
+    patch(metrics, "of_text", lambda nats, n: metrics.mean(
+        "bits_per_byte", nats / n / np.log(2)))
+
+
+def half_precision_softmax(patch):
+    def rough(*args):
+        nats, greedy = SCORE(*args)
+        return nats.bfloat16().double(), greedy
+    patch(tasks.generate, "score", rough)
+
+
+def divide_by_tokens(patch):
+    def choices(records, wanted):
+        tokenizer = Tokenizer.open(PIECES)
+        return CHOICES([{**r, "choices": ["x" * len(tokenizer.encode(c)) for c in r["choices"]]}
+                        for r in records], wanted)
+    patch(judge, "_choices", choices)
+
+
+CHOICES, PIECES = judge._choices, Path()
+MUTANTS = [strip_the_prompt, encode_the_choice_alone, drop_bos, bos_twice, mean_of_documents,
+           half_precision_softmax, divide_by_tokens]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda f: f.__name__)
+def test_each_of_the_seven_mistakes_is_noticed(mutant, data, readers, pieces, monkeypatch):
+    mutant(monkeypatch.setattr)
+    for kind in KINDS:
+        for check, args in ((compare_boundary, (pieces,)), (compare_norm, (pieces,)),
+                            (compare_texts, (kind, readers)), *(
+                (compare, (key, 0, kind, data, readers)) for key in
+                (("sib200", "1", ""), ("afrixnli", "3", ""), ("piqa-parallel", "cloze", ""),
+                 ("flores", "1", "kin-eng")))):
+            try:
+                check(*args)
+            except AssertionError:
+                return
+    pytest.fail(f"{mutant.__name__} makes no difference")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+def test_the_goldens_are_what_the_harness_gives():
+    again = goldens.make()
+    assert again["tasks"].keys() == GOLDEN["tasks"].keys()
+    for key in ("texts", "texts_as_it_comes", "texts_bf16"):
+        for kind in KINDS:
+            np.testing.assert_allclose(again[key][kind]["nats"], GOLDEN[key][kind]["nats"],
+                                       rtol=1e-5)
+    pairs = [(task, GOLDEN["tasks"][name], KINDS) for name, task in again["tasks"].items()]
+    pairs += [(task, GOLDEN["chat"][kind][name], (kind,)) for kind in KINDS
+              for name, task in again["chat"][kind].items()]
+    for task, golden, kinds in pairs:
+        assert task["texts"] == golden["texts"]
+        for kind in kinds:
+            assert task[kind]["ids"] == golden[kind]["ids"]
+            assert task[kind]["metrics"] == pytest.approx(golden[kind]["metrics"])
+            if isinstance(golden[kind]["resps"][0], str):
+                assert task[kind]["resps"] == golden[kind]["resps"]
+            else:
+                for a, b in zip(task[kind]["resps"], golden[kind]["resps"], strict=True):
+                    np.testing.assert_allclose(a, b, rtol=1e-5)

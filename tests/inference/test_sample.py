@@ -1,0 +1,435 @@
+"""sample.py as it is run: prompts, files that are taken up again, conversations, translations."""
+
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_eval import bytewise_folder, command
+
+import sample
+from helpers import tiny
+from inference import prompt_format as ask
+from inference.generate import generate
+from inference.sampling import Sampling, Stops
+from runtime import flags as config
+from runtime.console import FLAGS, STORAGE, UserError
+from runtime.paths import ROOT
+from tokenization.chat_template import Template
+from tokenization.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a tiny model (context 128)."""
+    home = tmp_path_factory.mktemp("sample")
+    tiny.folder(home / "run" / "model")
+    return home
+
+
+def test_a_wrong_flag_of_sampling_stops_with_the_nearest_name():
+    with pytest.raises(UserError, match="did you mean prompt"):
+        config.read(sample.Settings, ["--promt", "a"], "sample.py")
+
+
+def sampled(home: Path, **values) -> None:
+    """sample.py in this process."""
+    usual = {"model": str(home / "run"), "device": "cpu", "dtype": "fp32", "max_new_tokens": 12}
+    sample.main(sample.Settings(**{**usual, **values}))
+
+
+def continued(home: Path, prompt: str, sampling: Sampling, peer=tiny.peer) -> str:
+    """A prompt with its continuation, decoded at once."""
+    tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(peer())
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    new = [t for _, t in generate(model, [ids], sampling, {tokenizer.eos})]
+    return prompt + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)):]
+
+
+def test_one_prompt_streams_and_on_a_terminal_nothing_steers_it(home):
+    ours, theirs = pty.openpty()
+    at = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    flags = ["--model", home / "run", "--prompt", "\x1b[31mInka\x9b2J", "--max-new-tokens", "60",
+             "--temperature", "2", "--dtype", "fp32"]
+    with subprocess.Popen([sys.executable, ROOT / "sample.py", *flags], stdout=theirs,
+                          stderr=subprocess.PIPE, env=at) as running:
+        os.close(theirs)
+        said = b""
+        try:
+            while more := os.read(ours, 4096):
+                said += more
+        except OSError:  # the terminal's other end is closed
+            pass
+        assert running.wait() == 0, running.stderr.read()
+    os.close(ours)
+    text = said.decode()
+    assert text.startswith("\\x1b[31mInka\\x9b2J") and len(text) > 30
+    assert all(c.isprintable() or c in "\r\n\t" for c in text)
+
+
+def test_prompts_of_a_file_are_answered_in_order_as_alone(home):
+    prompts = ["Inka", "", "Amazi y'umugezi", "Inka"]
+    (home / "prompts.txt").write_bytes("\ufeffInka\r\n\r\nAmazi y'umugezi\r\nInka\r\n".encode())
+    done = command("sample.py", "--model", home / "run/model", "--file", "prompts.txt", "--json",
+                   "--seed", "4", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.9",
+                   "--max-new-tokens", "20", "--dtype", "fp32", "--device", "cpu", cwd=home)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [x["prompt"] for x in found] == prompts
+    assert [x["prompt_number"] for x in found] == [1, 2, 3, 4]
+    sampling = Sampling(20, 1.5, 50, 0.9, seed=4)
+    for x in found[:3]:
+        assert x["prompt"] + x["text"] == continued(home, x["prompt"], sampling)
+        assert x["tokens"] == 20 if x["end"] == "length" else x["tokens"] <= 20
+    assert found[3]["text"] != found[0]["text"]  # a copy is another draw
+
+
+def test_several_prompts_are_printed_one_after_another_and_each_as_alone(home, capsys):
+    prompts = ["Inka", "Abana babiri", "Umugore"]
+    sampled(home, prompt=prompts, temperature=1.2)
+    wanted = [continued(home, p, Sampling(12, 1.2, 0, 0.95)) for p in prompts]
+    assert capsys.readouterr().out == "".join(
+        f"== {i} of 3\n{text}\n" for i, text in enumerate(wanted, 1))
+    sampled(home, prompt=prompts[:1], temperature=1.2)
+    assert capsys.readouterr().out == wanted[0] + "\n"
+
+
+def test_in_eight_bits_it_says_what_the_rounded_model_does(home, capsys):
+    prompts = ["Inka", "Abana babiri", "Umugore"]
+    sampled(home, prompt=prompts, temperature=0.0, quant="int8", rows=2, max_new_tokens=40)
+    wanted, plain = ([continued(home, p, Sampling(40, 0), peer) for p in prompts]
+                     for peer in (lambda: tiny.rounded(tiny.peer()), tiny.peer))
+    assert capsys.readouterr().out == "".join(
+        f"== {i} of 3\n{text}\n" for i, text in enumerate(wanted, 1))
+    assert wanted != plain
+
+
+def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
+    prompt = "Inka zacu " * 40
+    sampled(home, prompt=[prompt], max_new_tokens=100, temperature=0.0)
+    said = capsys.readouterr()
+    assert "tokens are left out at the start; the context of 128 holds 28" in said.err
+    tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
+    read = [tokenizer.bos, *tokenizer.encode(prompt)[-27:]]
+    new = [t for _, t in generate(model, [read], Sampling(100, 0), {tokenizer.eos})]
+    assert said.out == prompt + tokenizer.decode(read + new)[len(tokenizer.decode(read)):] + "\n"
+
+
+@pytest.mark.parametrize(("values", "words", "code"), [
+    ({}, "give one of --prompt", 2), ({"prompt": ["a"], "file": "x"}, "give one of --prompt", 2),
+    ({"file": "none.txt"}, "none.txt: cannot be read", 3),
+    ({"file": "nil.txt"}, "nil.txt: empty", 3), ({"file": "latin.txt"}, "byte 2 is not UTF-8", 3),
+    ({"prompt": ["a"], "model": ""}, "name a model", 2),
+    ({"prompt": ["a"], "top_p": 2.0}, "--top-p 2.0", 2),
+    ({"prompt": ["a"], "model": "nowhere"}, "nowhere", 3),
+    ({"prompt": ["a"], "chat": True}, "give one of --prompt", 2),
+    ({"prompt": ["a"], "out": "x"}, "goes with --file", 2),
+    ({"prompt": ["a"], "compile": True}, "--compile: on a GPU alone", 2),
+    ({"web": True, "chat": True}, "give one of --prompt", 2),
+    ({"web": True, "samples": 2}, "--web: a page takes no --json or --samples", 2),
+    ({"web": True, "address": "8000"}, "--address 8000: expected one address", 2),
+    ({"web": True, "beams": 2}, "a page searches only for translations", 2),
+    ({"prompt": ["a"], "address": "127.0.0.1:1"}, "--address 127.0.0.1:1: goes with --web", 2),
+    ({"chat": True, "json": True}, "a conversation takes no --json", 2),
+    ({"prompt": ["a"], "samples": 2, "temperature": 0.0}, "without chance all are the same", 2),
+    ({"prompt": ["a"], "beams": 2, "temperature": 0.7}, "--beams 2 searches", 2),
+    ({"prompt": ["a"], "stop": [""]}, "an empty string ends every answer", 2),
+    ({"prompt": ["a\udcff"]}, "prompt 1: holds bytes that are not UTF-8", 3),
+    ({"file": "odd.jsonl"}, "odd.jsonl, line 2: expected a JSON object with 'prompt' or", 3),
+    ({"file": "odd.jsonl", "translate": "kin-eng"}, "line 2: expected a JSON object", 3),
+    ({"prompt": ["a"], "max_new_tokens": 128}, "leaves no room", 2)])
+def test_what_cannot_be_continued_is_one_line(home, monkeypatch, values, words, code):
+    monkeypatch.chdir(home)
+    (home / "nil.txt").write_text("")
+    (home / "odd.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    (home / "latin.txt").write_bytes(b"ca\xe9\n")
+    with pytest.raises(UserError) as e:
+        sampled(home, **values)
+    assert words in str(e.value) and e.value.code == code and "\n" not in str(e.value)
+
+
+def test_a_model_without_eos_is_said_to_have_none_and_one_without_bos_needs_text(home, capsys):
+    neither = bytewise_folder(home / "neither", [])
+    (neither / "generation_config.json").unlink()
+    words = json.loads((neither / "config.json").read_text())
+    (neither / "config.json").write_text(json.dumps({**words, "eos_token_id": None}))
+    sampled(home, model=str(neither), prompt=["Inka"])
+    assert "no EOS, so every answer goes on to --max-new-tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no BOS to begin from"):
+        sampled(home, model=str(neither), prompt=[""])
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_of_prompts_killed_and_begun_again_holds_what_one_run_writes(home):
+    rows = [{"prompt": f"{x} {i}"} for i in range(8) for x in tiny.SENTENCES[:5]]
+    (home / "asked.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows * 2))
+    values = {"file": str(home / "asked.jsonl"), "samples": 2, "max_new_tokens": 60, "rows": 4,
+              "seed": 3}
+    flags = [x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    out, whole = home / "killed.jsonl", home / "whole.jsonl"
+    run = [sys.executable, ROOT / "sample.py", "--model", home / "run", "--dtype", "fp32",
+           "--device", "cpu", "--out", out, *flags]
+    with subprocess.Popen(run, stderr=subprocess.DEVNULL) as running:
+        while not out.exists() or out.read_bytes().count(b"\n") < 3:
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+    done = out.read_bytes().count(b"\n")
+    assert 3 <= done < 160
+    with open(out, "ab") as f:
+        f.write(b'{"prompt": "half a li')
+    sampled(home, **values, out=str(out))
+    sampled(home, **values, out=str(whole))
+    assert out.read_bytes() == whole.read_bytes()
+    found = lines_of(out)
+    assert [x["prompt"] for x in found] == [x["prompt"] for x in rows * 2 for _ in range(2)]
+    assert [x["prompt_number"] for x in found] == [i // 2 + 1 for i in range(160)]
+    same = [x["text"] for x in found if x["prompt"] == found[0]["prompt"]]
+    assert len(same) == len(set(same)) == 4  # copies, and samples of each, are all other draws
+    sampled(home, **values, out=str(out))  # nothing is left to do
+    assert out.read_bytes() == whole.read_bytes()
+
+    shutil.copytree(home / "run", home / "moved")
+    moved = {"model": str(home / "moved")}
+    for other in ({"seed": 4}, {"temperature": 0.5}, {"samples": 1}, moved):
+        with pytest.raises(UserError, match=r"line [12]: answers another prompt, or was made with"):
+            sampled(home, **{**values, **other}, out=str(out))
+    tiny.folder(home / "moved" / "model", seed=5)  # trained further, say
+    sampled(home, **values, **moved, out=str(home / "other.jsonl"))
+    shutil.copytree(home / "run" / "model", home / "moved" / "model", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="with other settings or weights"):
+        sampled(home, **values, **moved, out=str(home / "other.jsonl"))
+    out.write_text("not ours\n")
+    with pytest.raises(UserError, match=r"killed\.jsonl, line 1: answers another prompt"):
+        sampled(home, **values, out=str(out))
+    assert out.read_text() == "not ours\n"
+
+
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}"
+            "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory) -> Path:
+    """A tiny model with a chat template."""
+    folder = tiny.folder(tmp_path_factory.mktemp("talker"), seed=2)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def said(folder: Path, messages: list[dict], new: int) -> str:
+    """The greedy answer to a conversation."""
+    tokenizer, model = Tokenizer.open(folder), tiny.ours(tiny.peer(seed=2))
+    ids = Template.of(folder, tokenizer).encode(messages, generation=True)
+    more = [t for _, t in generate(model, [ids], Sampling(new, 0), {tokenizer.eos})]
+    return tokenizer.decode(ids + more)[len(tokenizer.decode(ids)):]
+
+
+def talk(monkeypatch, folder: Path, lines: list[str], **values) -> None:
+    """A conversation with these lines typed."""
+    typed = io.TextIOWrapper(io.BytesIO("".join(x + "\n" for x in lines).encode()))
+    monkeypatch.setattr(sys, "stdin", typed)
+    sampled(folder, model=str(folder), chat=True, temperature=0.0, **values)
+
+
+def test_a_conversation_goes_on_is_saved_and_is_forgotten(talker, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    talk(monkeypatch, talker, ["Muraho", "", "Amakuru?", f"/save {file}", "/save", "/sav x",
+                               "/reset", "Muraho", "/quit", "never read"])
+    first = said(talker, [{"role": "user", "content": "Muraho"}], 12)
+    messages = [{"role": "user", "content": "Muraho"},
+                {"role": "assistant", "content": first.strip()},
+                {"role": "user", "content": "Amakuru?"}]
+    second = said(talker, messages, 12)
+    shown = capsys.readouterr()
+    assert shown.out == f"{first}\n{second}\n{first}\n"
+    messages.append({"role": "assistant", "content": second.strip()})
+    assert lines_of(file) == [{"messages": messages}]
+    assert "/save: name a file" in shown.err and "/sav: no such command; /reset" in shown.err
+    talk(monkeypatch, talker, ["/save /no/such/folder/x"])
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_conversation_that_outgrows_the_context_forgets_its_first_exchange(talker, monkeypatch,
+                                                                           capsys):
+    talk(monkeypatch, talker, ["Inka zacu zirya ubwatsi"] * 5, max_new_tokens=24)
+    shown = capsys.readouterr()
+    assert "outgrows the context; what was said first is forgotten" in shown.err
+    assert "left out at the start" not in shown.err and shown.out.count("\n") >= 5
+
+
+def test_messages_of_a_file_are_answered_by_the_template(talker):
+    asked = [[{"role": "user", "content": "Muraho"}],
+             [{"role": "system", "content": "</s>"}, {"role": "user", "content": "Amakuru?"}]]
+    (talker / "asked.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in asked))
+    sampled(talker, model=str(talker), file=str(talker / "asked.jsonl"), temperature=0.0,
+            out=str(talker / "out.jsonl"))
+    found = lines_of(talker / "out.jsonl")
+    assert [x["text"] for x in found] == [said(talker, x, 12) for x in asked]
+    assert found[0]["prompt"] == "<s>[user] Muraho</s>[assistant] "
+
+
+def test_the_token_that_ends_a_turn_ends_an_answer_though_it_is_not_eos(tmp_path):
+    folder = bytewise_folder(tmp_path, ["<s>", "</s>", "<end>"])
+    text = TEMPLATE.replace("eos_token", "'<end>'")
+    (folder / "chat_template.jinja").write_text(text)
+    tokenizer = Tokenizer.open(folder)
+    way, end = ask.Way(folder, tokenizer), tokenizer.pieces.index("<end>")
+    assert sample.stops_of(sample.Settings(), way, {1}, "chat").ids == {1, end}
+    assert sample.stops_of(sample.Settings(), way, {1}).ids == {1}
+
+
+def test_a_base_without_a_template_is_asked_by_ours(home, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Muraho\n")))
+    sampled(home, chat=True, temperature=0.0)
+    tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
+    ids = Template.plain(tokenizer).encode([{"role": "user", "content": "Muraho"}], generation=True)
+    more = [t for _, t in generate(model, [ids], Sampling(12, 0), {tokenizer.eos})]
+    assert capsys.readouterr().out == tokenizer.decode(ids + more)[len(tokenizer.decode(ids)):] \
+        + "\n"
+
+
+def test_a_translation_is_asked_as_alma_does_and_ends_with_its_line(home, capsys, monkeypatch):
+    lines = ["Our cows eat grass.", "The water is {text} {good}.", ""]
+    (home / "eng.txt").write_text("\n".join(lines) + "\n")
+    sampled(home, file=str(home / "eng.txt"), translate="eng-kin", beams=3, max_new_tokens=40)
+    found = capsys.readouterr().out.split("\n")
+    tokenizer, peer = Tokenizer.open(home / "run" / "model"), tiny.peer()
+    for line, text in zip(lines, found, strict=False):
+        prompt = f"Translate this from English to Kinyarwanda:\nEnglish: {line}\nKinyarwanda:"
+        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+        new = peer.generate(torch.tensor([ids]), num_beams=3, do_sample=False, max_new_tokens=40,
+                            eos_token_id=tokenizer.eos, pad_token_id=0)[0].tolist()
+        whole = tokenizer.decode(new)[len(tokenizer.decode(ids)):]
+        if "\n" not in whole:
+            assert text == (whole.strip() if line else "")  # a blank line is not asked about
+    assert len(found) == 4 and found[3] == ""  # a line each
+
+    lines = "\ufeffInka\r\n \nAmazi\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="ascii"))
+    sampled(home, translate="kin-eng", json=True)
+    rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    assert [x["source"] for x in rows] == ["Inka", " ", "Amazi"]
+    assert [bool(x["tokens"]) for x in rows] == [True, False, True]
+    assert (rows[1]["text"], rows[1]["end"]) == ("", "eos")
+    assert rows[0]["prompt"].endswith("\nKinyarwanda: Inka\nEnglish:")
+
+
+def test_a_translation_is_asked_by_the_prompt_that_training_left(talker, tmp_path):
+    taught = {"translate": [{"name": "x", "text": "Shyira mu {target}: {text}\n",
+                             "languages": {"eng": "Cyongereza", "kin": "Kinyarwanda"}}]}
+    tokenizer = Tokenizer.open(talker)
+    (talker / "prompt.json").write_text(json.dumps(taught))
+    try:
+        way = ask.Way.of(talker, tokenizer, "kin-eng")
+        assert way.text("Inka\n{source}") == "Shyira mu Cyongereza: Inka {source}\n"
+        assert way.ids("a") == [tokenizer.bos, *tokenizer.encode("Shyira mu Cyongereza: a\n")]
+        assert way.ids(" a\u00a0 b\t\r\nc ") == way.ids("a b c"), "as pairs are trained"
+        taught["translate"][0]["as_chat"] = True
+        (talker / "prompt.json").write_text(json.dumps(taught))
+        way = ask.Way.of(talker, tokenizer, "kin-eng")
+        message = {"role": "user", "content": "Shyira mu Cyongereza: a\n"}
+        assert way.ids("a") == way.template.encode([message], generation=True)
+        for broken in ("{", "[]", '{"translate": []}', '{"translate": [{"text": "no place"}]}'):
+            (talker / "prompt.json").write_text(broken)
+            with pytest.raises(UserError, match="says not how a translation is asked for"):
+                ask.Way.of(talker, tokenizer, "kin-eng")
+        (talker / "prompt.json").write_text('{"chat": "a template"}')  # a run of conversations
+        assert ask.Way.of(talker, tokenizer, "kin-eng") == ask.Way(talker, tokenizer, "kin-eng")
+        assert list(ask.Way.taught(talker, tokenizer)) == ["chat", "text"]
+    finally:
+        (talker / "prompt.json").unlink()
+
+
+def test_what_is_piped_in_and_is_not_utf8_is_one_line(home, monkeypatch):
+    piped = io.TextIOWrapper(io.BytesIO("Mwaramutse \xe9\n".encode("latin-1")), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    with pytest.raises(UserError, match="prompt 1: holds bytes that are not UTF-8"):
+        sampled(home, translate="kin-eng")
+
+
+def test_memory_that_ends_is_one_line(home, monkeypatch):
+    def grow(*_, **__):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(sample, "pack", grow)
+    with pytest.raises(UserError, match=r"out of memory .*; lower --rows") as e:
+        sampled(home, prompt=["Inka"])
+    assert e.value.code == FLAGS
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_output_that_is_full_is_one_line(home):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", home / "run",
+                               "--device", "cpu", "--prompt", "Inka"], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == STORAGE
+    assert done.stderr == "error: the output: refused by the system (No space left on device)\n"
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "bytewise"])
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "bytewise":
+        return Tokenizer.open(bytewise_folder(folder, ["<s>", "</s>"]))
+    tiny.write_tokenizer(folder)
+    return Tokenizer.open(folder)
+
+
+MIXED = st.text(st.sampled_from("Inka zi\u0301\u00e9 \u2600\U0001f600\n  '\u4e2d"), max_size=30)
+
+
+@given(MIXED, MIXED)
+@settings(max_examples=150, deadline=None)
+def test_pieces_joined_are_the_text_and_none_ends_in_half_a_character(tokenizer, prompt, more):
+    ids = tokenizer.encode(prompt)
+    tokens = tokenizer.encode(prompt + more)[len(ids):]
+    pieces = list(ask.pieces(tokenizer, ids, tokens))
+    assert "".join(pieces) == tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
+    assert not any(p.endswith("\ufffd") for p in pieces[:-1])
+    assert all(pieces[:-1])  # nothing is printed for nothing
+
+
+@given(st.text("ab\n\u4e2d", max_size=12),
+       st.lists(st.text("ab\n\u4e2d", min_size=1, max_size=3), max_size=1))
+@settings(max_examples=150, deadline=None)
+def test_pieces_end_before_a_stop_string_and_show_nothing_of_it(tokenizer, more, strings):
+    ids = tokenizer.encode("Inka")
+    tokens = tokenizer.encode("Inka" + more)[len(ids):]
+    whole = tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
+    wanted = whole[: min((whole.index(x) for x in strings if x in whole), default=len(whole))]
+    assert "".join(ask.pieces(tokenizer, ids, tokens, strings)) == wanted
+    assert ask.whole(tokenizer, ids, tokens, strings) == wanted
+
+
+def test_a_stop_string_is_found_at_the_beginning_of_an_answer(tokenizer):
+    """Its first space too, which SentencePiece drops from a text of its own."""
+    ids, said = tokenizer.encode("Inka zacu"), tokenizer.encode("Inka")
+    stops = Stops((), [" zacu"], ask.Way(Path(), tokenizer).tail)
+    ends = [stops.end(ids[len(said) : n], 99) for n in range(len(said) + 1, len(ids) + 1)]
+    assert ends[-1] == "stop" and not any(ends[:-1])
+    begun = tokenizer.encode("zacu")  # without one, where the tokenizer can say so
+    told = tokenizer.decode(said + begun)[len("Inka"):]
+    assert stops.end(begun, 99) == ("stop" if told == " zacu" else "")
+
+
+def test_a_character_of_four_bytes_is_shown_when_its_last_byte_comes(tokenizer):
+    tokens = tokenizer.encode("a\U0001f600b")
+    found = list(ask.pieces(tokenizer, tokenizer.encode("Inka"), tokens))
+    assert "\U0001f600" in found and "".join(found).endswith("a\U0001f600b")
+    stopped = list(ask.pieces(tokenizer, tokenizer.encode("Inka"), tokens[:-2]))
+    assert "".join(stopped).endswith("\ufffd")  # the end came before the character was whole

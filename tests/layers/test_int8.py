@@ -1,0 +1,189 @@
+"""Matrices in eight bits: the plain formula's numbers, and transformers' answers with them."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers
+
+import lora
+from checkpoints import huggingface as weights
+from helpers import tiny
+from inference import decode
+from inference.generate import answers
+from inference.sampling import Sampling
+from layers import int8
+from layers.int8 import Int8Linear
+from runtime.console import UserError
+
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # half a step
+IDS = tiny.tokens(2, 24)
+DOC, POS = torch.zeros_like(IDS), torch.arange(24).repeat(2, 1)
+MANY = tiny.tokens(16, 24), torch.zeros(16, 24, dtype=torch.long), torch.arange(24).repeat(16, 1)
+BY = pytest.mark.parametrize("whole", [
+    pytest.param(True, marks=pytest.mark.skipif(not int8.multiplies(torch.device("cpu")),
+                                                reason="no products of eight bits here")), False])
+
+
+@pytest.fixture
+def by(whole, monkeypatch):
+    """Products in whole numbers, or as where there are none."""
+    monkeypatch.setattr(int8, "SMALL", 0)
+    if not whole:
+        monkeypatch.setattr(int8, "multiplies", lambda device: False)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def formula(W):
+    """W with each row in whole steps of a 127th of its largest, float64."""
+    step = W.float().abs().amax(1, keepdim=True) / 127
+    return (W.float() / step).round().double() * step
+
+
+@BY
+@pytest.mark.parametrize("shape", [(48, 32), (30, 52), (7, 13), (256, 2048)])
+def test_the_matrix_is_the_plain_formulas_and_as_near_as_steps_of_that_size_are(shape, by):
+    W = drawn(*shape)
+    found, step = Int8Linear(W, None).dense(torch.float32), W.abs().amax(1, keepdim=True) / 127
+    torch.testing.assert_close(found.double(), formula(W), rtol=1e-6, atol=0)
+    assert ((found - W).abs() <= 0.5001 * step).all()
+    uniform = ((found - W) / step).square().mean().sqrt() * 12**0.5  # 1, of an even error
+    assert abs(uniform - 1) < (0.01 if W.numel() > 1e5 else 0.2)
+    W[1] = 0
+    assert not Int8Linear(W, None).dense(torch.float32)[1].any()
+
+
+@BY
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("shape", [(48, 32), (30, 52), (7, 13), (300, 2048)])
+@pytest.mark.parametrize("rows", [1, 2, 600])
+def test_a_product_is_the_plain_formulas_to_rounding(rows, shape, dtype, whole, by):
+    """Also where one number of a row is a thousand times the others, as in real models."""
+    W, bias = drawn(*shape).to(dtype), drawn(shape[0], seed=1).to(dtype)
+    x = drawn(rows, shape[1], seed=2)
+    x[:, 3] *= 1000
+    x = x.to(dtype)
+    found = Int8Linear(W, bias)(x.view(rows, 1, -1))
+    assert found.dtype == dtype and found.shape == (rows, 1, shape[0])
+    exact, squares = x.double() @ formula(W).T + bias.double(), formula(W).square()
+    if whole:  # what is left out of x is at most so much of its row's largest
+        left = 0.5 / 127 / 254 ** (2 if dtype == torch.float32 else 1)
+        spread = left * x.double().abs().amax(1, keepdim=True) * squares.sum(1).sqrt()
+    else:  # each weight is rounded to the dtype; in float32, each sum
+        steps = shape[1] ** 0.5 if dtype == torch.float32 else 1
+        spread = steps * ROUNDING[dtype] * (x.double().square() @ squares.T).sqrt()
+    most = 2 * ROUNDING[dtype] * exact.abs() + 4 * spread  # seven deviations of an even error
+    assert ((found[:, 0].double() - exact).abs() <= most).all()
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_in_whole_numbers_only_the_weights_and_the_result_are_rounded(dtype):
+    """What digits leave out of x is little beside the rounding of the result to its dtype; in
+    float32, no more than a plain product's own error."""
+    if not int8.multiplies(torch.device("cpu")):
+        pytest.skip("no products of eight bits here")
+    W, x = drawn(512, 2048).to(dtype), drawn(8, 2048, seed=2).to(dtype)
+    exact = x.double() @ formula(W).T
+    error, least, plain = (y.double() - exact for y in (
+        Int8Linear(W, None)(x), exact.to(dtype), x.float() @ formula(W).float().T))
+    assert error.norm() < (1.1 * least.norm() if dtype != torch.float32 else plain.norm())
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_no_row_knows_of_another(dtype):
+    if not int8.multiplies(torch.device("cpu")):
+        pytest.skip("no products of eight bits here")
+    q, x = Int8Linear(drawn(300, 64), drawn(300)), drawn(300, 64, seed=2).to(dtype)
+    x[7], x[8, 3], x[9, 3] = 0, float("nan"), float("inf")
+    together = q(x)
+    assert not together[8:10].isfinite().any() and together[10:].isfinite().all()
+    assert torch.equal(together[7], q.bias.to(dtype))
+    for i in (0, 7, 11, 299):
+        assert torch.equal(together[i], q(x[i]))
+
+
+@BY
+@pytest.mark.parametrize("shape", ["biases", "llama32", "gemma2"])  # the last two: a tied head
+def test_many_prompts_are_answered_as_by_transformers_with_those_weights(shape, by, tmp_path):
+    """Of unlike lengths, two side by side, each place taken again."""
+    peer = tiny.rounded(transformers.AutoModelForCausalLM.from_pretrained(
+        tiny.folder(tmp_path, shape), dtype=torch.float32, attn_implementation="eager"))
+    model, _ = weights.load(tmp_path, quant="int8")
+    decode.pack(model.eval())
+    prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (30, 3, 17, 9, 1)]
+    found = answers(model, prompts, Sampling(12, temperature=0), rows=2)
+    for prompt, mine in zip(prompts, found, strict=True):
+        out = peer.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
+                            pad_token_id=0, eos_token_id=[],
+                            attention_mask=torch.ones(1, len(prompt), dtype=torch.long))
+        assert mine.ids == out[0, len(prompt):].tolist()
+    with torch.inference_mode():
+        torch.testing.assert_close(tiny.logits(model, IDS), peer(IDS).logits, atol=1e-3, rtol=1e-3)
+    plain, _ = weights.load(tmp_path)  # that the test can tell: the rounding is far above that
+    with torch.inference_mode():
+        assert (tiny.logits(plain, IDS) - peer(IDS).logits).abs().max() > 0.02
+
+
+def test_all_matrices_are_in_eight_bits_from_the_files_own_numbers(tmp_path):
+    """Whatever the dtype of products; embeddings are as without, a tied head is made of them."""
+    folder = tiny.folder(tmp_path, "llama32")  # float32, tied
+    plain, _ = weights.load(folder)
+    model, _ = weights.load(folder, dtype=torch.bfloat16, quant="int8")
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
+    found = {k: m for k, m in model.named_modules() if isinstance(m, Int8Linear)}
+    assert len(found) == 7 * model.config.num_hidden_layers + 1
+    for name, m in found.items():
+        W = model.model.embed_tokens.weight if name == "lm_head" else \
+            plain.get_submodule(name).weight
+        torch.testing.assert_close(m.weight.double(), formula(W), rtol=1e-6, atol=0)
+    table = model.model.embed_tokens.weight
+    assert torch.equal(table, plain.model.embed_tokens.weight.bfloat16())
+
+
+@BY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_sixteen_bits_a_model_is_as_near_to_float32_as_one_of_plain_weights(dtype, whole, by,
+                                                                               tmp_path):
+    """Where a matrix is made for the product, it is rounded to sixteen bits once more."""
+    folder, distances = tiny.folder(tmp_path, "llama3", dtype=torch.bfloat16), []
+    for quant in ("none", "int8"):
+        exact, _ = weights.load(folder, quant=quant)
+        model, _ = weights.load(folder, dtype=dtype, quant=quant)
+        model.model.compute_dtype = dtype
+        with torch.inference_mode():
+            apart = model(*MANY) - exact(*MANY)
+        distances.append(apart.square().mean().sqrt())
+    assert 0 < distances[1] < (1.2 if whole else 1.5) * distances[0]
+
+
+@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"whole": ["embed_tokens", "lm_head"]}],
+                         ids=str)
+def test_an_adapter_is_merged_before_its_base_is_rounded(kind, tmp_path):
+    base = tiny.folder(tmp_path / "base", "biases")
+    model, _ = weights.load(base)
+    lora.attach(model, 4, 8.0, 0.0, ["all-linear"], **kind)
+    with torch.no_grad():
+        for m in lora.adapters(model).values():
+            m.lora_B.weight.normal_(0, 0.1)
+        for name in lora.trained_whole(model):
+            model.get_parameter(name).mul_(1.1)
+    weights.save_adapter(model, tmp_path / "adapter", str(base), base)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    peer = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval().merge_and_unload()
+    merged, _ = weights.load(tmp_path / "adapter", quant="int8")
+    assert not lora.adapters(merged) and not lora.trained_whole(merged)
+    with torch.inference_mode():
+        torch.testing.assert_close(merged(IDS, DOC, POS), tiny.rounded(peer)(IDS).logits[:, -1],
+                                   atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_in_eight_bits_is_not_written(tmp_path):
+    folder = tiny.folder(tmp_path / "model")
+    model, _ = weights.load(folder, quant="int8")
+    with pytest.raises(UserError, match="is in int8 or NF4, less than its files hold"):
+        weights.save(model, tmp_path / "out", folder)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,202 @@
+"""The page a run ends with: it shows what is in the files, runs none of it, and never fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from helpers.browser import CHROMIUM, browser
+from reports.training_report import run_report
+
+HOSTILE = "<script>alert(1)</script>&\"'$x^2$"
+SAMPLES = """== step 0
+-- Umwana
+ one
+two
+-- == step 5 <b>
+eng
+== step 20
+-- Umwana
+ ari mu rugo
+-- == step 5 <b>
+kin
+"""
+
+
+class Page(HTMLParser):
+    """A page's tags with their attributes, its visible text, and its table rows."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        rows = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
+        self.rows = [[re.sub(r"<[^>]*>", "", cell).strip()
+                      for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)] for row in rows]
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+def step(n: int, **more: object) -> dict:
+    return {"step": n, "tokens": 64 * n, "loss": 9 / n, "lr": 1e-3 / n, "grad_norm": 2.0,
+            "tokens_per_second": 100.0 * n, "mfu": None, "memory_gb": 0.5,
+            "share": {"kin": 0.75, "eng": 0.25}, **more}
+
+
+def leave(out: Path, name: str = "kin", samples: str = SAMPLES) -> Path:
+    """What a run of 20 steps leaves behind."""
+    lines = [{"step": 0, "bits_per_byte": {name: 4.0, "eng": 1.0}}, *map(step, range(1, 11)),
+             {"step": 10, "bits_per_byte": {name: 1.5, "eng": 1.2}}, *map(step, range(11, 21)),
+             {"step": 20, "bits_per_byte": {name: 2.0, "eng": 1.1}}]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (out / "run.json").write_text(json.dumps({
+        "command": f"python train.py --out '{name}'", "device": "CPU", "model": name,
+        "parameters": {"total": 2000, "trained": 1000}, "changed_settings": {"lr": 1e-3}}))
+    (out / "settings.toml").write_text(
+        f'mode = "cpt"\nlr = 0.001\nseq_len = 128\nval = [{json.dumps(name)}]\n')
+    (out / "samples.txt").write_text(samples)
+    return out
+
+
+def page_of(out: Path) -> Page:
+    path = run_report(out)
+    assert path == out / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_before_after_and_best_are_those_of_the_metrics(tmp_path):
+    page = page_of(leave(tmp_path))
+    assert ["kin", "4.0000", "2.0000", "-50.0 %", "1.5000 step 10"] in page.rows
+    assert ["eng", "1.0000", "1.1000", "+10.0 %", "1.0000 step 0"] in page.rows
+    assert ("1,000 of 2,000 parameters trained · 20 steps, 1,280 tokens · "
+            "1,050 tokens a second (median) · 0.50 GB at most") in page.text
+
+
+def test_a_model_that_is_not_the_last_one_is_named(tmp_path):
+    assert "The model is that of" not in page_of(leave(tmp_path)).text
+    about = json.loads((tmp_path / "run.json").read_text())
+    for step in (20, 10):
+        (tmp_path / "run.json").write_text(json.dumps({**about, "model_step": step}))
+        (tmp_path / "settings.toml").write_text('best = "kin"\n')
+        said = "The model is that of step 10, the best of kin." in page_of(tmp_path).text
+        assert said == (step == 10)
+    (tmp_path / "settings.toml").write_text("")  # of a run whose last look was not its last step
+    assert "The model is that of" not in page_of(tmp_path).text
+
+
+def test_a_text_first_seen_later_is_in_the_table_too(tmp_path):
+    with open(leave(tmp_path) / "metrics.jsonl", "a") as f:
+        f.write('{"step": 30, "bits_per_byte": {"kin": 1.0, "swa": 3.0}}\n')
+    assert ["swa", "3.0000", "3.0000", "+0.0 %", "3.0000 step 30"] in page_of(tmp_path).rows
+
+
+def test_all_curves_are_drawn_in_the_page(tmp_path):
+    page = page_of(leave(tmp_path))
+    assert [a["aria-label"] for tag, a in page.tags if tag == "figure"] == [
+        "bits per byte", "loss, nats a token", "learning rate", "gradient norm", "tokens a second",
+        "share of tokens"]
+    assert sum(tag == "svg" for tag, _ in page.tags) == 6
+
+
+def test_samples_stand_side_by_side_under_their_prompt(tmp_path):
+    text = " ".join(page_of(leave(tmp_path)).text.split())
+    assert ("Umwana … step 0 one two step 20 ari mu rugo "
+            "== step 5 <b> … step 0 eng step 20 kin") in text
+
+
+def test_chosen_settings_come_first_and_all_can_be_unfolded(tmp_path):
+    rows = page_of(leave(tmp_path)).rows
+    assert rows.count(["lr", "0.001"]) == 2 and rows.count(["seq-len", "128"]) == 1
+
+
+def test_the_page_needs_no_other_file_and_its_ids_are_its_own(tmp_path):
+    page = page_of(leave(tmp_path))
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    refs = [v for _, a in page.tags for k, v in a.items() if k in ("href", "src", "xlink:href")]
+    assert refs and all(v.startswith("#") for v in refs)
+    ids = Counter(a["id"] for _, a in page.tags if "id" in a)
+    assert max(ids.values()) == 1
+    assert {v[1:] for v in refs} <= ids.keys()
+
+
+def test_names_texts_and_commands_are_shown_and_not_run(tmp_path):
+    samples = f"== step 0\n-- {HOSTILE}\n{HOSTILE}\n"
+    out = leave(tmp_path, name=HOSTILE, samples=samples)
+    page = page_of(out)
+    assert "script" not in {tag for tag, _ in page.tags}
+    page = re.sub(r"(?s).*?</style>", "", (out / "report.html").read_text(), count=1)
+    legend = Page(page[page.index("<svg"):page.rindex("</svg>")])
+    assert HOSTILE in legend.text and HOSTILE in Page(page).text
+    assert "<script" not in (out / "report.html").read_text()
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    first = run_report(leave(tmp_path)).read_bytes()
+    assert run_report(tmp_path).read_bytes() == first
+
+
+def test_steps_that_were_not_finite_leave_a_gap_and_no_word(tmp_path):
+    with open(leave(tmp_path) / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(step(21, loss=None, grad_norm=None)) + "\n")
+        f.write('{"step": 22, "bits_per_byte": {"kin": NaN, "eng": null}}\n')
+    page = page_of(tmp_path)
+    assert ["kin", "4.0000", "2.0000", "-50.0 %", "1.5000 step 10"] in page.rows
+    assert "nan" not in page.text.lower() and "left out" not in page.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "settings.toml", "samples.txt"])
+def test_what_is_missing_is_said(tmp_path, name):
+    (leave(tmp_path) / name).unlink()
+    assert name in page_of(tmp_path).text
+
+
+def test_an_empty_folder_still_gives_a_page(tmp_path):
+    assert "No evaluation in metrics.jsonl." in page_of(tmp_path).text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json", "settings.toml"])
+@pytest.mark.parametrize("junk", [
+    b'{"step": 2, "tok', b"3\n[]\nnull", b"\xff\xfe\x00", b"[" * 99_999, b'{"step": "x"'])
+def test_what_is_damaged_is_said_and_left_out(tmp_path, name, junk):
+    (leave(tmp_path) / name).write_bytes(junk)
+    text = page_of(tmp_path).text
+    assert re.search(rf"{re.escape(name)}.*left out", text)
+
+
+def test_a_line_cut_short_by_a_kill_costs_only_itself(tmp_path):
+    with open(leave(tmp_path) / "metrics.jsonl", "a") as f:
+        f.write('{"step": 21, "loss": 0.')
+    page = page_of(tmp_path)
+    assert "metrics.jsonl: 1 unreadable line left out." in page.text
+    assert ["kin", "4.0000", "2.0000", "-50.0 %", "1.5000 step 10"] in page.rows
+
+
+@pytest.mark.parametrize("text", [
+    "", "== step 0\n", "-- a\nb\n", "== step 0\n-- a\nb\n== step 5\n", "== step x\n-- a\n"])
+def test_samples_of_any_shape_are_no_error(tmp_path, text):
+    page_of(leave(tmp_path, samples=text))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here to open the page")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_all_of_it_on_a_wide_and_on_a_narrow_screen(tmp_path, width):
+    """Not wider than the screen, plots drawn, and no name broken into a column of letters."""
+    long = "kin_news_val " + "mu-rwanda/" * 30
+    run_report(leave(tmp_path, "kin_news_validation", f"== step 0\n-- a\n{long}\n"))
+    with browser(tmp_path / "profile") as tab:
+        tab.open((tmp_path / "report.html").as_uri(), width)
+        plots, rows = (tab.run(f"[...document.querySelectorAll({q!r})]"
+                               ".map(x => x.getBoundingClientRect().height)")
+                       for q in ("figure svg", "table:not(.facts) tr"))
+        wide = tab.run("document.documentElement.scrollWidth")
+    assert wide <= width and min(plots) > 100 and max(rows) < 80

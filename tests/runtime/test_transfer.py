@@ -1,0 +1,242 @@
+"""A step waits for the device once, and batches come ahead; no GPU is needed to count."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lora
+import train
+from data import IGNORE, Batch
+from helpers import tiny
+from layers import attention
+from layers import cross_entropy as loss
+from layers.attention import causal_mask
+from runtime import transfer as ahead
+from runtime.distributed import Ranks
+from training import monitor as watch
+from training import optimizer as optim
+from training import preference
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+aten = torch.ops.aten
+ASK = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
+       aten.repeat_interleave.Tensor, aten._unique2.default, aten.unique_dim.default}
+
+
+def batch(seed: int, rows: int = 2, T: int = 32) -> Batch:
+    """Rows of pairs of documents with uneven masks, and an unused tail."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for _ in range(rows):
+        row = np.full((4, T), [[0], [IGNORE], [-1], [0]], np.int64)
+        ends = np.sort(draw.choice(np.arange(2, T - 1), 3, replace=False))
+        for doc, (a, b) in enumerate(zip((0, *ends), (*ends, T - 1), strict=True)):
+            row[0, a:b], row[1, a:b] = (draw.integers(3, tiny.V, b - a) for _ in range(2))
+            row[2, a:b], row[3, a:b] = doc, np.arange(b - a)
+            row[1, a : b - 1][draw.random(b - 1 - a) < 0.5] = IGNORE
+        made.append(row)
+    return Batch.of(made, [draw.random(T).astype(np.float32) for _ in range(rows)])
+
+
+class Waits(TorchDispatchMode):
+    """Takes what was sent for something on a device, and all that is computed of it; notes each
+    time that the host asks for one of its numbers, or for a shape that depends on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.there: set[int] = set()  # storages
+        self.asked: list[str] = []
+
+    def keep(self, x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in self.there:
+            self.there.add(storage._cdata)
+            weakref.finalize(storage, self.there.discard, storage._cdata)
+        return x
+
+    def sent(self, x: torch.Tensor, device: object) -> torch.Tensor:
+        y = self.keep(x.clone())
+        y.host = x
+        return y
+
+    def is_there(self, x: object) -> bool:
+        return isinstance(x, torch.Tensor) and x.untyped_storage()._cdata in self.there
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = tree_leaves((args, kwargs))
+        there = any(map(self.is_there, given))
+        masks = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1]))
+        if there and (func in ASK or masks):
+            self.asked.append(str(func))
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out) if there else ():
+            if isinstance(x, torch.Tensor):
+                self.keep(x)
+        return out
+
+
+class Read(TorchFunctionMode):
+    """The same for what reads memory itself, and is no operation."""
+
+    def __init__(self, waits: Waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu) \
+                and self.waits.is_there(args[0]):
+            self.waits.asked.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def kernel(q, k, v, at, at_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
+    """In place of the GPU's: a mask of all pairs, made without asking for a number."""
+    doc = (torch.arange(len(q))[:, None] >= at).sum(1)
+    seen = (doc[:, None] == doc) & causal_mask(len(q), window_size[0] + 1, None)
+    return torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), seen, scale=scale,
+        enable_gqa=enable_gqa)[0].transpose(0, 1)
+
+
+def counted(monkeypatch, model, objective, batches) -> tuple[list[str], float]:
+    """What a step, as it is on a GPU, asks of the device; and its loss."""
+    waits = Waits()
+    for module in (ahead, attention, loss, preference, train):
+        monkeypatch.setattr(module, "sent", waits.sent)
+    monkeypatch.setattr(attention, "ONE_BY_ONE", ())
+    for x in (*model.parameters(), *model.buffers()):
+        waits.keep(x.data)
+    optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    found = None
+    for _ in range(2):  # the first makes the moments
+        waits.asked.clear()
+        with waits, Read(waits):
+            found, norm = train.train_step(model, objective, batches, optimizer, ALONE, clip=1.0)
+        assert math.isfinite(norm)
+    return waits.asked, found
+
+
+@pytest.mark.parametrize("shape, path", [
+    ("llama32", "mask"), ("llama32", "flash"), ("gemma2", "mask"), ("smollm3-window", "flash"),
+    ("dynamic", "mask")])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_step_asks_the_device_once(monkeypatch, shape, path, tune):
+    model = tiny.ours(tiny.peer(shape), shape).train()
+    if tune == "lora":
+        lora.attach(model, 4, 8, 0.0, ["all-linear"])
+    monkeypatch.setattr("model.kernel", lambda *_: "offsets" if path == "flash" else "")
+    monkeypatch.setattr(attention, "varlen", lambda: (kernel, True))
+    asked, _ = counted(monkeypatch, model, train.NLL, [batch(1), batch(2), batch(3)])
+    assert asked == ["tolist"]
+
+
+@pytest.mark.parametrize("mode", ["dpo", "cpo"])
+def test_a_step_of_preference_pairs_asks_once_too(monkeypatch, mode):
+    model = tiny.ours(tiny.peer("llama3"), "llama3").train()
+    objective = train.pairs(train.Settings(mode=mode))
+    asked, _ = counted(monkeypatch, model, objective, [batch(1), batch(2)])
+    assert asked == ["tolist"]
+
+
+def test_what_the_host_is_asked_instead_changes_nothing(monkeypatch):
+    found = []
+    for host in (ahead.host, lambda x: x):  # of each batch's copy, or of the batch itself
+        with monkeypatch.context() as patched:
+            for module in (attention, loss, preference):
+                patched.setattr(module, "host", host)
+            model = tiny.ours(tiny.peer("llama3"), "llama3").train()
+            asked, value = counted(patched, model, train.NLL, [batch(1), batch(2)])
+            found.append((value, *model.parameters()))
+        assert (len(asked) == 1) == (host is ahead.host), "what counts can count more than one"
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+               for a, b in zip(*found, strict=True))
+
+
+def test_one_wait_tells_what_was_not_finite_and_in_which_micro_batch():
+    model = tiny.ours(tiny.peer("llama3"), "llama3").train()
+    optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    batches, before = [batch(1), batch(2), batch(3)], [p.clone() for p in model.parameters()]
+    odd = train.Objective(
+        lambda m, b: train.NLL.total(m, b) * (
+            math.inf if b.tokens is batches[1].tokens else 1),
+        train.trained)
+    with pytest.raises(watch.NotFinite) as fault:
+        train.train_step(model, odd, batches, optimizer, ALONE, clip=1.0)
+    assert fault.value.batches == [1] and not optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class Noted:
+    """A batch that notes when it is sent."""
+
+    def __init__(self, number: int, said: list[str]):
+        self.number, self.said = number, said
+
+    def to(self, device: torch.device) -> Noted:
+        self.said.append(f"send {self.number}")
+        return self
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_batch_is_sent_before_the_one_before_it_is_computed(n):
+    said: list[str] = []
+    for x in ahead.ahead([Noted(i, said) for i in range(n)], torch.device("cpu")):
+        said.append(f"compute {x.number}")
+    wanted = ["send 0"]
+    for i in range(n):
+        wanted += [f"send {i + 1}"] * (i + 1 < n) + [f"compute {i}"]
+    assert said == wanted
+
+
+def test_on_a_cpu_nothing_is_copied():
+    here = batch(1)
+    (there,) = ahead.ahead([here], torch.device("cpu"))
+    for name, x in vars(here).items():
+        assert getattr(there, name) is x and ahead.host(x) is x
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_batches_that_come_ahead_arrive_whole_and_nobody_waits():
+    gpu, batches = torch.device("cuda"), [batch(i, 4, 4096) for i in range(8)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = []
+        for there in ahead.ahead(batches, gpu):
+            found.append([x * 1 for x in vars(there).values()])  # read in the other queue
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for here, there in zip(batches, found, strict=True):
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(vars(here).values(), there, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("mode", ["cpt", "dpo"])
+def test_a_gpu_is_waited_for_once_a_step(mode):
+    model = tiny.ours(tiny.peer("llama3"), "llama3").train().cuda()
+    model.model.compute_dtype = torch.bfloat16
+    gpu, objective = Ranks.start("cuda"), train.MODES[mode][1](train.Settings(mode=mode))
+    optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    step = lambda: train.train_step(  # noqa: E731
+        model, objective, [batch(1), batch(2)], optimizer, gpu, 1.0)
+    step()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("called a synchronizing" in str(x.message) for x in said) == 1

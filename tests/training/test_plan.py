@@ -1,0 +1,97 @@
+"""What is foretold of GPUs that are not here: the work of a real step, over a peak and a share."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import lora
+import train
+from helpers import tiny
+from layers.config import ModelConfig
+from runtime.console import UserError
+from runtime.distributed import PEAKS, GiB
+from training import memory_estimate as memory
+from training import plan
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder that holds its config.json and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config("llama32", **WIDE)))
+    return tmp_path
+
+
+def settings(folder, **words):
+    return train.Settings(**{"model": str(folder), "rows": 2, "seq_len": 32, "steps": 1000,
+                             "lora_rank": 8, "plan_for": "h100", **words})
+
+
+@pytest.mark.parametrize("words", [{}, {"recompute": True}, {"tune": "lora"},
+                                   {"tune": "lora", "recompute": True},
+                                   {"tune": "lora", "recompute_light": True}], ids=str)
+def test_the_work_foretold_is_what_a_real_step_multiplies(folder, words):
+    s = settings(folder, **words)
+    model = tiny.ours(tiny.peer("llama32", **WIDE), "llama32", **WIDE).train()
+    if s.tune == "lora":
+        lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
+    model.model.recompute, model.model.light = s.recompute, s.recompute_light
+    model.model.compute_dtype = torch.bfloat16
+    ids = tiny.tokens(s.rows, s.seq_len)
+    doc, pos = torch.zeros_like(ids), torch.arange(s.seq_len).expand_as(ids)
+    with FlopCounterMode(display=False) as counted:
+        model(ids, doc, pos, ids).sum().backward()
+    per_token = counted.get_total_flops() / ids.numel()
+    assert plan.flops(model, s) == pytest.approx(per_token, rel=0.05)
+
+
+def said(s, capsys) -> tuple[str, dict[str, float]]:
+    plan.foretell(s)
+    text = capsys.readouterr().out
+    numbers = {"hours": r"time +([\d,.]+) hours", "gb": r"memory +([\d,.]+) GB",
+               "tokens": r"([\d,]+) in all", "rows": r"rows (\d+)", "cost": r"cost +([\d,.]+) at"}
+    found = {k: re.search(x, text) for k, x in numbers.items()}
+    return text, {k: float(m[1].replace(",", "")) for k, m in found.items() if m}
+
+
+def test_hours_and_cost_are_the_work_over_a_share_of_the_peak(folder, capsys):
+    s = settings(folder, steps=2_000_000, plan_share=0.5, plan_price=2.0)
+    text, found = said(s, capsys)
+    config = ModelConfig.from_hf(tiny.config("llama32", **WIDE))
+    work = plan.flops(memory.shaped(config, s, torch.bfloat16), s) * found["tokens"]
+    assert found["tokens"] == 2 * 32 * 2_000_000
+    assert found["hours"] == pytest.approx(work / (PEAKS["H100"] * 0.5) / 3600, abs=0.06)
+    assert found["cost"] == pytest.approx(2 * work / (PEAKS["H100"] * 0.5) / 3600, abs=0.01)
+    assert "50% of the peak, which is assumed" in text and " fits:" in text
+
+
+def test_rows_are_as_many_as_the_card_holds_and_what_does_not_fit_is_said(
+        folder, capsys, monkeypatch):
+    s = settings(folder, rows="auto", tokens_per_step=32 * 64, plan_for="t4")
+    config = ModelConfig.from_hf(tiny.config("llama32", **WIDE))
+    sizes = [memory.need(config, settings(folder, rows=n), torch.float16, 2, path="mask").total
+             for n in (8, 16)]
+    monkeypatch.setattr(plan, "usable", lambda gb: sum(sizes) / 2 / GiB)
+    assert said(s, capsys)[1]["rows"] == 8
+    monkeypatch.setattr(plan, "usable", lambda gb: 1e-3)
+    assert "does not fit" in said(settings(folder), capsys)[0]
+    with pytest.raises(UserError, match="not even one row fits"):
+        plan.foretell(s)
+
+
+@pytest.mark.parametrize("words, match", [
+    ({"plan_for": "b17"}, "expected one of t4, l4"), ({"plan_for": "0xh100"}, "several as in"),
+    ({"steps": 0}, "give --steps"), ({"plan_for": "t4", "dtype": "bf16"}, "that of float16"),
+    ({"seq_len": 1 << 20}, "the model's context is"),
+    ({"tokens_per_step": 100}, "no multiple of rows 2 x seq-len 32"),
+    ({"rows": "auto"}, "no multiple")])
+def test_what_cannot_be_foretold_is_refused_in_one_line(folder, words, match):
+    with pytest.raises(UserError, match=match) as e:
+        plan.foretell(settings(folder, **words))
+    assert e.value.code == 2 and "\n" not in str(e.value)

@@ -1,0 +1,755 @@
+"""train.py as a person runs it: real processes, real files, real kills."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora
+import train
+from checkpoints import huggingface as weights
+from checkpoints import resume_point as checkpoint
+from data import IGNORE, Batch, Bin
+from helpers import tiny
+from layers import nf4
+from model import Llama, ModelConfig
+from preparation import text as corpus
+from runtime import flags as config
+from runtime.console import UserError
+from runtime.distributed import Ranks
+from runtime.paths import ROOT
+from tokenization.tokenizer import Tokenizer
+from training import monitor as watch
+from training import optimizer as optim
+from training import plan
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny model, two text files of unequal size, and their bins."""
+    root = tmp_path_factory.mktemp("train")
+    tiny.folder(root / "model", "llama32", max_position_embeddings=64)
+    draw = random.Random(0)
+    for name, n in (("kin", 60), ("eng", 30)):
+        lines = [" ".join(draw.choice(tiny.SENTENCES) for _ in range(draw.randint(1, 4))) + f" {i}"
+                 for i in range(n)]
+        (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        corpus.prepare([str(root / f"{name}.txt")], root / "model", root / name)
+    words = json.loads((shutil.copytree(root / "model", root / "quantised") / "config.json")
+                       .read_text())
+    words["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (root / "quantised/config.json").write_text(json.dumps(words))
+    return root
+
+
+def command(place: Path, out: str, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), "--model", str(place / "model"), "--data",
+            f"{place}/kin:3", f"{place}/eng:1", "--out", str(place / out), "--seq-len", "32",
+            "--rows", "2", "--tokens-per-step", "128", "--lr", "1e-3", "--hold-out", "0.1",
+            "--dtype", "fp32", "--device", "cpu", *flags]
+
+
+def call(args: list[str], code: int = 0) -> str:
+    """Run a command, check its exit code, and give what it said on stderr."""
+    done = subprocess.run(args, capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=120)
+    assert done.returncode == code, done.stderr[-2000:]
+    return done.stderr
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [x["step"] for x in lines if "loss" in x]
+    assert steps == list(range(1, len(steps) + 1)), "each step stands once, in order"
+    return {x["step"]: x["loss"] for x in lines if "loss" in x}
+
+
+TUNES = {
+    "full": ["--tune", "full"], "lora": ["--tune", "lora", "--lora-dropout", "0.1"],
+    "bf16": ["--optimizer", "adamw-bf16", "--dtype", "bf16"],
+    "averaged": ["--ema", "0.9", "--label-smoothing", "0.1", "--best", "kin"],
+    "qlora": ["--tune", "qlora", "--double-quant", "--lora-dropout", "0.1", "--optimizer",
+              "adamw8bit", "--lora-rank", "32"],
+    "all of LoRA": ["--tune", "lora", "--lora-dropout", "0.1", "--rslora", "--dora", "--lora-plus",
+                    "4", "--train-embeddings", "--embedding-lr", "5e-4", "--train-norms",
+                    "--ema", "0.9", "--best", "eng"]}
+SLOW = {"bf16", "averaged"}
+
+
+@pytest.mark.parametrize("tune", [
+    pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in TUNES])
+def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, tune):
+    """20 steps = some + kill -9 + resume, bit for bit, past the end of an epoch of the smaller
+    source."""
+    flags = ["--steps", "20", *TUNES[tune], "--save-every", "5", "--eval-every", "10"]
+    call(command(place, f"whole-{tune}", *flags))
+    cut = place / f"cut-{tune}"
+    going = subprocess.Popen(
+        command(place, cut.name, *flags), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (cut / "checkpoints/step-000010").exists():
+        assert going.poll() is None
+        time.sleep(0.01)
+    going.send_signal(signal.SIGKILL)
+    assert going.wait() == -signal.SIGKILL, "it was to be killed before it was done"
+    call([sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(cut)])
+    whole = place / f"whole-{tune}"
+    assert losses(cut) == losses(whole)
+    said = [about(x)["changed_settings"] for x in (cut, whole)]
+    assert [x.pop("out") for x in said] == [str(cut), str(whole)] and said[0] == said[1]
+    assert "keep" not in said[0] and said[0]["save_every"] == 5
+    assert (cut / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    file = "model.safetensors" if tune in ("full", *SLOW) else "adapter_model.safetensors"
+    one, two = load_file(whole / "model" / file), load_file(cut / "model" / file)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert sum(1 for _ in (cut / "checkpoints").iterdir()) == 2, "--keep 2"
+
+
+def test_sigterm_saves_and_says_so_and_the_run_goes_on(place):
+    out = place / "term"
+    going = subprocess.Popen(command(place, "term", "--steps", "5000"), env=ENV, cwd=ROOT,
+                             stderr=subprocess.PIPE, text=True)
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and '"loss"' in metrics.read_text()):
+        assert going.poll() is None
+        time.sleep(0.01)
+    going.send_signal(signal.SIGTERM)
+    said = going.communicate(timeout=60)[1]
+    assert going.returncode == 143 and "--resume" in said
+    step = max(losses(out))
+    assert (out / f"checkpoints/step-{step:06}").exists()
+
+
+def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(place):
+    call(command(place, "done", "--steps", "2"))
+    assert "nothing to do" in call(
+        [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(place / "done")])
+    assert "holds a run" in call(command(place, "done", "--steps", "2"), code=2)
+
+
+def about(out: Path) -> dict:
+    return json.loads((out / "run.json").read_text())
+
+
+def bits_per_byte(out: Path) -> dict[int, dict[str, float]]:
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return {x["step"]: x["bits_per_byte"] for x in lines if "bits_per_byte" in x}
+
+
+def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(place):
+    """As the next run finds it at its step 0. The last is not the best: a decay of half the step's
+    number shrinks strong weights first, and from the fifth step on makes them many times as
+    strong."""
+    call(command(place, "best", "--steps", "10", "--eval-every", "2", "--best", "kin", "--ema",
+                 "0.5", "--lr", "0.05", "--weight-decay", "100", "--warmup", "10"))
+    call(command(place, "last", "--steps", "4", "--eval-every", "2", "--ema", "0.9"))
+    for name in ("best", "last"):
+        seen = bits_per_byte(place / name)
+        step = min(seen, key=lambda k: seen[k]["kin"]) if name == "best" else 4
+        assert name == "last" or 0 < step < 10
+        assert about(place / name)["model_step"] == step
+        said = f"The model is that of step {step}, the best of kin."
+        assert (said in (place / name / "report.html").read_text()) == (name == "best")
+        call(command(place, f"after-{name}", "--steps", "1", "--model", f"{place}/{name}/model"))
+        assert bits_per_byte(place / f"after-{name}")[0] == pytest.approx(seen[step], rel=1e-6)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--best", "fra"], "--best fra: no held-out text of that name; there are kin, eng"),
+    (["--ema", "1.0"], "--ema 1.0: out of range"),
+    (["--label-smoothing", "-0.1"], "--label-smoothing -0.1: out of range"),
+    (["--ema", "0.9", "--optimizer", "adamw-bf16"], "an average, are kept in float32"),
+    (["--mode", "dpo", "--neftune", "5"], "--neftune: says nothing here, with --mode dpo"),
+    (["--mode", "cpo", "--label-smoothing", "0.1"],
+     "--label-smoothing: says nothing here, with --mode cpo"),
+    (["--recompute", "--recompute-light"], "--tune full and --recompute; leave it out"),
+    (["--lora-rank", "64"], "--lora-rank: says nothing here, with --mode cpt and --tune full"),
+    (["--lora-plus", "16"], "--lora-plus: says nothing here, with --mode cpt and --tune full"),
+    (["--beta", "0.3"], "--beta: says nothing here, with --mode cpt"),
+    (["--beta1", "1.5"], "--beta1 1.5: out of range"), (["--beta2", "1"], "--beta2 1.0: out of"),
+    (["--seed", "-1"], "--seed -1: out of range"),
+    (["--weight-decay", "-0.1"], "--weight-decay -0.1: out of range"),
+    (["--warmup", "inf"], "--warmup inf: out of range"),
+    (["--tune", "lora", "--embedding-lr", "1e-5"], "--embedding-lr: is of what --train-embeddings"),
+    (["--tune", "lora", "--lora-dropout", "5"], "--lora-dropout 5.0: out of range"),
+    (["--dtype", "fp8"], "--dtype fp8: needs a GPU that multiplies eight bits")])
+def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(place, flags, said):
+    lines = call(command(place, "refused", *flags), code=2).strip().splitlines()
+    assert said in lines[-1] and lines[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("min_lr_ratio", -1.0), ("min_lr_ratio", 3.0), ("lr", math.inf), ("epochs", math.inf),
+    ("eval_every", -3), ("save_every", -3), ("lora_rank", 0), ("lora_alpha", math.nan),
+    ("weight_decay", math.nan), ("plan_price", math.inf)])
+def test_a_number_that_no_run_could_have_is_out_of_range(name, value):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: out of range") as e:
+        train.flags.check(train.Settings(**{name: value}), "text")
+    assert e.value.code == 2
+    train.flags.check(train.Settings(clip=math.inf, min_lr_ratio=1.0), "text")
+
+
+def test_a_run_on_pairs_names_its_bin_as_the_bin_does(place):
+    """Of a bin with groups too: by that a card finds the ledger."""
+    lines = [f"a child {i}\tumwana {i}\n" for i in range(40)]
+    (place / "pairs.tsv").write_text("eng\tkin\n" + "".join(lines))
+    wide = tiny.folder(place / "wide", "llama32", max_position_embeddings=256)
+    args = command(place, "mt", "--mode", "mt", "--steps", "1", "--seq-len", "256",
+                   "--tokens-per-step", "512", "--model", str(wide))
+    at = args.index("--data")
+    call([*args[: at + 1], f"{place}/pairs.tsv", *args[at + 3:]])
+    meta = json.loads((place / "mt/bins/pairs/meta.json").read_text())
+    assert "groups.bin" in meta["sha256"]
+    assert about(place / "mt")["data"] == {"pairs": meta["sha256"]["tokens.bin"]}
+
+
+def test_an_adapter_goes_on_in_its_own_shape_or_is_refused(place):
+    call(command(place, "adapter", "--steps", "2", "--tune", "lora", "--lora-rank", "4"))
+    more = ["--steps", "2", "--tune", "lora", "--model", f"{place}/adapter/model"]
+    for flags, said in ((["--lora-rank", "8"], "--lora-rank: "), (["--dora"], "--dora: "),
+                        (["--train-embeddings"], "--train-embeddings: "),
+                        (["--lora-targets", "q_proj"], "--lora-targets: ")):
+        assert said in call(command(place, "other", *more, *flags), code=2).splitlines()[-1]
+    call(command(place, "further", *more, "--lora-rank", "4"))
+    assert json.loads((place / "further/model/adapter_config.json").read_text())["r"] == 4
+
+
+def test_what_a_resumed_run_may_change_is_in_range_too(place):
+    call(command(place, "ranged", "--steps", "2"))
+    again = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(place / "ranged")]
+    for flags in (["--keep", "1"], ["--eval-tokens", "0"], ["--rank-timeout", "0"]):
+        assert f"{flags[0]} {flags[1]}" in call([*again, *flags], code=2).splitlines()[-1]
+
+
+def test_settings_of_a_run_are_a_recipe_for_it(place):
+    call(command(place, "first", "--steps", "3"))
+    call([sys.executable, str(ROOT / "train.py"), str(place / "first/settings.toml"), "--out",
+          str(place / "again")])
+    assert losses(place / "first") == losses(place / "again")
+
+
+def test_the_saved_model_opens_in_transformers_and_the_adapter_in_peft_with_equal_logits(place):
+    import peft
+    import transformers
+
+    call(command(place, "open-full", "--steps", "3"))
+    call(command(place, "open-lora", "--steps", "3", "--tune", "lora", "--lora-rank", "4"))
+    ids = tiny.tokens(2, 20)
+    doc, pos = torch.zeros_like(ids), torch.arange(20).repeat(2, 1)
+    full = transformers.AutoModelForCausalLM.from_pretrained(
+        place / "open-full/model", dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, place / "open-lora/model")
+    call(command(place, "open-all", "--steps", "3", *TUNES["all of LoRA"]))
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    more = peft.PeftModel.from_pretrained(base, place / "open-all/model")
+    for peer, folder in ((full, "open-full"), (adapted, "open-lora"), (more, "open-all")):
+        model, _ = weights.load(place / folder / "model")
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model.eval()(ids, doc, pos), peer.eval()(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
+    moved = load_file(place / "open-lora/model/adapter_model.safetensors")
+    assert all(x.abs().sum() > 0 for x in moved.values()), "every B has left zero"
+
+
+def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(place, tmp_path):
+    """In memory, in the resume point, in the adapter as peft opens it, and merged."""
+    import peft
+    import transformers
+
+    flags = ["--tune", "lora", "--lora-rank", "4", "--train-embeddings", "--steps", "3"]
+    said = call(command(place, "tied", *flags))
+    assert said.count("the head is tied to the embeddings") == 1
+    plan = subprocess.run(command(place, "tied-plan", *flags, "--plan"), capture_output=True,
+                          text=True, env=ENV, cwd=ROOT)
+    assert "model.embed_tokens.weight (the head too, tied)" in plan.stdout
+    name, out = "model.embed_tokens.weight", place / "tied"
+    moved = load_file(out / "model/adapter_model.safetensors")[lora.PREFIX + name]
+    assert not torch.equal(moved, load_file(place / "model/model.safetensors")[name])
+
+    model, _ = weights.load(out / "model")
+    assert model.lm_head is None and model.head is model.model.embed_tokens.weight
+    assert torch.equal(model.head, moved) and not any("head" in k for k in model.state_dict())
+    saved, _ = checkpoint.read(checkpoint.newest(out / "checkpoints"))
+    assert torch.equal(saved["model"][name], moved)
+    assert not any("lm_head" in k for part in saved.values() for k in part)
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    peer = peft.PeftModel.from_pretrained(base, out / "model").eval()
+    weight = {k: p for k, p in peer.named_parameters(remove_duplicate=False)
+              if k.endswith(("embed_tokens.modules_to_save.default.weight",
+                             "lm_head.modules_to_save.default.weight"))}
+    assert len(weight) == 2 and len({p.data_ptr() for p in weight.values()}) == 1
+    ids = tiny.tokens(2, 20)
+    with torch.no_grad():
+        wanted = tiny.logits(model, ids)
+        torch.testing.assert_close(peer(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+
+    call([sys.executable, str(ROOT / "export.py"), "merge", "--model", str(out / "model"), "--out",
+          str(tmp_path / "merged")])
+    assert "lm_head.weight" not in load_file(tmp_path / "merged/model.safetensors")
+    for opened in (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+                   peer.merge_and_unload()):
+        head, table = opened.get_output_embeddings().weight, opened.get_input_embeddings().weight
+        assert torch.equal(head, moved) and torch.equal(table, moved)
+    merged, _ = weights.load(tmp_path / "merged")
+    assert merged.lm_head is None
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.logits(merged, ids), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_fp16_that_overflows_at_every_step_ends_with_4_and_no_nan_is_saved(place):
+    """Weights of which a product is beyond fp16, as a process that trains them meets them."""
+    model = Path(shutil.copytree(place / "model", place / "loud"))
+    tensors = load_file(model / "model.safetensors")
+    save_file({k: 2000 * x if "up_proj" in k or "gate_proj" in k else x
+               for k, x in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    said = call(command(place, "overflow", "--steps", "20", "--dtype", "fp16", "--hold-out", "0",
+                        "--model", str(model)), code=4)
+    lines = [x for x in said.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1 and "three steps in a row were not finite, 3 in all" in lines[0]
+    assert "--dtype fp32" in lines[0]
+    out = place / "overflow"
+    steps = [x for x in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+             if "loss" in x]
+    assert [(x["loss"], x["skipped"]) for x in steps] == [(None, 1), (None, 2)]
+    odd = [json.loads(x) for x in (out / "odd_steps.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in odd] == [1, 2, 3]
+    saved, state = checkpoint.read(checkpoint.newest(out / "checkpoints"))
+    assert all(x.isfinite().all() for part in saved.values() for x in part.values())
+    assert state["skipped"] == state["step"] and not (out / "model").exists()
+
+
+def test_only_the_chosen_layers_and_embeddings_move(place):
+    call(command(place, "some", "--steps", "3", "--train-layers", "1", "--train-embeddings",
+                 "--embedding-lr", "1e-4"))
+    before = load_file(place / "model/model.safetensors")
+    after = load_file(place / "some/model/model.safetensors")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved == {k for k in before if ".layers.1." in k or "embed_tokens" in k}
+    step = (after["model.embed_tokens.weight"] - before["model.embed_tokens.weight"]).abs().max()
+    assert 0 < step < 4 * 1e-4, "its own, smaller learning rate"
+
+
+def test_shares_evaluations_and_samples_are_in_the_run(place):
+    call(command(place, "look", "--steps", "16", "--eval-every", "8"))
+    lines = [json.loads(x) for x in (place / "look/metrics.jsonl").read_text().splitlines()]
+    looks = [x for x in lines if "bits_per_byte" in x]
+    assert [x["step"] for x in looks] == [0, 8, 16]
+    assert set(looks[0]["bits_per_byte"]) == {"kin", "eng"}
+    assert all(looks[-1]["bits_per_byte"][k] < looks[0]["bits_per_byte"][k] for k in ("kin", "eng"))
+    assert abs([x for x in lines if "share" in x][-1]["share"]["kin"] - 0.75) < 32 / 2000
+    samples = (place / "look/samples.txt").read_text()
+    assert samples.count("== step ") == 3 and samples.count("\n-- ") in (9, 12), (
+        "two a text, if it has two")
+    made = json.loads((place / "look/run.json").read_text())
+    assert made["parameters"]["total"] == made["parameters"]["trained"] > 0
+    assert set(made["data"]) == {"kin", "eng"}
+
+
+def test_held_out_bits_per_byte_are_those_that_eval_prints(place):
+    val = place / "val.txt"
+    val.write_text("\n".join(tiny.SENTENCES[:6]) + "\n")
+    call(command(place, "same", "--steps", "2", "--val", f"v={val}"))
+    last = [json.loads(x)
+            for x in (place / "same/metrics.jsonl").read_text().splitlines()
+            if "bits_per" in x][-1]
+    call([sys.executable, str(ROOT / "eval.py"), "--model", str(place / "same/model"), "--text",
+          f"v={val}", "--out", str(place / "same-eval"), "--dtype", "fp32", "--device", "cpu"])
+    result = json.loads((place / "same-eval/results.json").read_text())["results"][0]
+    assert result["value"] == pytest.approx(last["bits_per_byte"]["v"], abs=1e-5)
+
+
+def packed(seed: int, rows: int, T: int = 24) -> Batch:
+    """Rows of several documents with uneven masks."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for _ in range(rows):
+        row = np.zeros((4, T), np.int64)
+        row[0], row[1] = draw.integers(3, tiny.V, T), draw.integers(3, tiny.V, T)
+        cut = int(draw.integers(1, T))
+        row[2, cut:], row[3] = 1, np.r_[np.arange(cut), np.arange(T - cut)]
+        row[1][draw.random(T) < draw.random()] = IGNORE
+        made.append(row)
+    return Batch.of(made)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_step_of_eight_rows_equals_two_times_four_with_uneven_masks(tune):
+    batch = packed(3, 8)
+    halves = [Batch(*(x[i : i + 4] for x in (batch.tokens, batch.targets, batch.doc, batch.pos)))
+              for i in (0, 4)]
+    results = []
+    for batches in ([batch], halves):
+        model = tiny.ours(tiny.peer("llama3"), "llama3")
+        torch.manual_seed(0)
+        if tune == "lora":
+            lora.attach(model, 4, 8, 0.0, ["all-linear"])
+        optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
+        loss, norm = train.train_step(model, train.NLL, batches, optimizer, ALONE, clip=1.0)
+        results.append((loss, norm, {n: p.detach().clone() for n, p in model.named_parameters()}))
+    (l1, n1, p1), (l2, n2, p2) = results
+    assert l1 == pytest.approx(l2, rel=1e-6) and n1 == pytest.approx(n2, rel=1e-5)
+    for name in p1:
+        torch.testing.assert_close(p1[name], p2[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_that_is_not_finite_moves_nothing():
+    model = tiny.ours(tiny.peer())
+    optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    bad = train.Objective(
+        total=lambda m, b: train.NLL.total(m, b) * float("nan"), count=train.NLL.count)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(FloatingPointError):
+        train.train_step(model, bad, [packed(0, 2)], optimizer, ALONE, clip=1.0)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert not optimizer.state and all(p.grad is None for p in model.parameters())
+
+
+def test_an_fp16_scale_gives_way_at_overflow_until_it_cannot_and_then_it_is_a_failure():
+    model = tiny.ours(tiny.peer())
+    model.model.compute_dtype = torch.float16
+    optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    steep = train.Objective(  # a finite loss whose gradients are beyond fp16 at any scale
+        total=lambda m, b: train.NLL.total(m, b) * 1e9, count=train.NLL.count)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    scale, narrow = optim.LossScale(2.0**16), []
+    for _ in range(20):
+        with pytest.raises(watch.NotFinite) as fault:
+            train.train_step(model, steep, [packed(0, 2)], optimizer, ALONE, 1.0, scale)
+        narrow.append(fault.value.narrow)
+    assert narrow == [True] * 15 + [False] * 5 and scale.value == 2  # the third of these ends a run
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("change", [{"compile": True}, {"recompute": True}])
+def test_compile_and_recompute_change_nothing_but_the_cost(change):
+    def gradients(**flags):
+        model = tiny.ours(tiny.peer("llama31"), "llama31").train()
+        model.model.recompute = flags.get("recompute", False)
+        if flags.get("compile"):
+            model.model.compile_blocks(torch.device("cpu"))
+        for seed in (1, 2):  # another layout of documents: must not be another graph's mistake
+            train.NLL.total(model, packed(seed, 2)).backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    plain, changed = gradients(), gradients(**change)
+    for name in plain:
+        torch.testing.assert_close(plain[name], changed[name], atol=1e-4, rtol=1e-4)
+
+
+def small(tune: str, dtype: torch.dtype) -> Llama:
+    """One layer that trains with all weights or an adapter that is not zero, as a run has it."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = tiny.ours(tiny.peer("llama31", **shape), "llama31", **shape).train()
+    model.model.compute_dtype = dtype
+    if tune == "full":
+        return model
+    for name, m in list(model.to(dtype).named_modules()) if tune == "qlora" else ():
+        if nf4.fits(name, m):
+            model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, double=True))
+    torch.manual_seed(0)
+    lora.attach(model, 4, 8.0, 0.0, ["all-linear"], dora=tune == "dora")
+    for m in lora.adapters(model).values():
+        torch.nn.init.normal_(m.lora_B.weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tune", ["full", "lora", "qlora",
+                                  pytest.param("dora", marks=pytest.mark.slow)])
+def test_compiled_steps_are_as_exact_as_plain_ones(tune, dtype):
+    """Losses and gradients beside those of products in float32, at the weights of three steps."""
+    torch._dynamo.reset()
+    graphs, made = torch._dynamo.utils.counters["stats"], []
+    models = exact, _, fast = tuple(small(tune, dtype) for _ in range(3))
+    exact.model.compute_dtype = torch.float32
+    fast.model.compile_blocks(torch.device("cpu"))
+    optimizer, batch = optim.adamw(fast, 1e-2, (0.9, 0.95), 0.1), packed(1, 2)
+    for _ in range(3):
+        found = []
+        for m in models:
+            m.zero_grad(set_to_none=True)
+            nll = m(batch.tokens, batch.doc, batch.pos, batch.targets)
+            nll.sum().backward()
+            found.append({"loss": nll.detach(), **{
+                name: p.grad for name, p in m.named_parameters() if p.requires_grad}})
+        for name, truth in found[0].items():
+            near, far = (tiny.apart(x[name], truth) for x in found[1:])
+            assert far <= 1.5 * near + 1e-5, name
+        optimizer.step()
+        for m in models[:2]:
+            m.load_state_dict(fast.state_dict())
+        made.append(graphs["unique_graphs"])
+    assert made[0] == made[-1], "what repeats is not compiled anew"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_compiled_on_a_gpu_it_is_one_graph_that_finds_the_same(tune):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    found = []
+    for compiled in (False, True):
+        model = tiny.ours(tiny.peer("llama31"), "llama31").train().cuda()
+        model.model.compute_dtype = torch.bfloat16
+        if tune == "lora":
+            torch.manual_seed(0)
+            lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+            for m in lora.adapters(model).values():
+                torch.nn.init.normal_(m.lora_B.weight, std=0.1)
+        if compiled:
+            model.model.compile_blocks(torch.device("cuda"))
+        before = graphs["unique_graphs"]
+        for seed in (1, 2, 3):  # the third has other numbers of documents and of trained tokens
+            train.NLL.total(model, packed(seed, 2).to("cuda")).backward()
+            made = graphs["unique_graphs"] - before
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert made <= (0, 4)[compiled]  # a block and the loss, each of one size and of any
+    for a, b in zip(*found, strict=True):
+        assert tiny.apart(b, a) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_narrow_products_train_float32_weights(place, dtype):
+    call(command(place, f"dtype-{dtype}", "--steps", "12", "--lr", "1e-2", "--dtype", dtype))
+    seen = losses(place / f"dtype-{dtype}")
+    assert seen[12] < seen[1] - 0.2
+    saved = load_file(place / f"dtype-{dtype}/model/model.safetensors")
+    assert {x.dtype for x in saved.values()} == {torch.float32}
+
+
+def test_tensorboard_holds_the_numbers_of_metrics_jsonl(place):
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    call(command(place, "board", "--steps", "4", "--track", "tensorboard"))
+    events = loading.EventAccumulator(str(place / "board/tensorboard"))
+    events.Reload()
+    assert [x.value for x in events.Scalars("loss")] == pytest.approx(
+        list(losses(place / "board").values()), rel=1e-6)
+    assert len(events.Scalars("bits_per_byte/kin")) >= 2
+
+
+@pytest.mark.parametrize("mode", ["sft", "dpo"])
+def test_mfu_is_of_all_tokens_of_documents_and_the_logits_of_those_that_are_trained(
+        place, monkeypatch, tmp_path, mode):
+    """A step's time and the peak are taken out again."""
+    from data import BinWriter, Document
+
+    monkeypatch.setattr(Ranks, "peak_flops", lambda self: 1e9)
+    draw, sha = np.random.default_rng(0), Tokenizer.open(place / "model").fingerprint
+    kind, masks = {"sft": ("chat", {"all": None, "half": [0] * 6 + [1] * 5}),
+                   "dpo": ("pairs", {"half": [0] * 6 + [1] * 5})}[mode]
+    for name, mask in masks.items():
+        writer = BinWriter(tmp_path / name, sha, tiny.V, kind)
+        for _ in range(42):  # whole rows
+            writer.add(Document([1, *draw.integers(3, tiny.V, 10).tolist()], mask, 11))
+        writer.close({}, [])
+        words = command(place, f"mfu-{mode}-{name}", "--mode", mode, "--steps", "2", "--tune",
+                        "lora", "--lora-rank", "4", "--hold-out", "0", "--prompts", "Umugore")[2:]
+        at = words.index("--data")
+        words[at + 1 : at + 3] = [str(tmp_path / name)]
+        assert train.train(*train.read_settings(words)) == 0
+        model, _ = weights.load(place / "model")
+        lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+        work = model.flops_per_token(10) + (mode == "dpo") * model.flops_per_token(10, False)
+        head = (4 + 2 * (mode == "dpo")) * model.head.numel()  # an untrained token has no logits
+        lines = [json.loads(x) for x in
+                 (place / f"mfu-{mode}-{name}/metrics.jsonl").read_text().splitlines()]
+        one, two = (x for x in lines if "mfu" in x)
+        documents = 4 * (3 if mode == "sft" else 2)  # in four rows of 32, of 10 predictions each
+        assert one["tokens"] == documents * (10 if name == "all" else 5)
+        for x, trained in ((one, one["tokens"]), (two, two["tokens"] - one["tokens"])):
+            seconds = trained / x["tokens_per_second"]
+            done = documents * 10 * work - (documents * 10 - trained) * head
+            assert x["mfu"] * 1e9 * seconds == pytest.approx(done, rel=1e-2)
+
+
+def test_documents_packed_into_a_row_cost_less_attention_than_one_that_fills_it():
+    ids = tiny.tokens(1, 24)
+    one = Batch(ids, ids, torch.zeros_like(ids), torch.arange(24)[None])
+    two = Batch(ids, ids, torch.arange(24)[None] // 12, torch.arange(24)[None] % 12)
+    tail = Batch(ids, ids, two.doc.where(two.doc == 0, -1), two.pos)
+    assert [plan.inside(x) for x in (one, two, tail)] == [(24, 576), (24, 288), (12, 144)]
+
+
+def test_the_plan_says_what_it_takes_and_writes_no_run(place):
+    done = subprocess.run(command(place, "plan", "--steps", "7", "--plan", "--seq-len", "64"),
+                          capture_output=True, text=True, env=ENV, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for word in ("steps        7 of 128 tokens", "parameters", "memory", "minutes", "disk",
+                 "seq-len          64", "flag"):
+        assert word in done.stdout
+    assert any(s in done.stdout for s in tiny.SENTENCES), "the first row stands there to be read"
+    assert not (place / "plan/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("words, flag", [(["train.py"], "--tokens-per-step"),
+                                         (["prepare.py", "text"], "--without")])
+def test_help_answers_at_once(words, flag):
+    """prepare.py's workers begin with the same imports."""
+    command = [str(ROOT / words[0]), *words[1:], "--help"]
+    begun = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0 and flag in done.stdout
+    imported = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True,
+                              text=True, env=ENV).stderr
+    assert "torch" not in imported, (
+        f"torch was imported for --help ({time.perf_counter() - begun:.1f} s)")
+
+
+BAD = {"an unknown flag": (["--stepps", "3"], 2, "did you mean steps"),
+       "a flag of a wrong type": (["--steps", "three"], 2, "--steps"),
+       "a row too short": (["--seq-len", "1"], 2, "seq-len"),
+       "a row too long": (["--seq-len", "128"], 2, "context is 64"),
+       "tokens that are no whole micro-batches": (["--tokens-per-step", "100"], 2,
+                                                  "no multiple of 64"),
+       "no such model": (["--model", "nowhere"], 3, "nowhere"),
+       "no such data": (["--data", "nowhere.txt"], 3, "nowhere.txt"),
+       "a weight below zero": (["--data", "x.txt:-1"], 2, "above 0"),
+       "an unknown target": (["--tune", "lora", "--lora-targets", "q_pro"], 2, "q_proj"),
+       "a rank too high": (["--tune", "lora", "--lora-rank", "999"], 2, "rank"),
+       "no such layer": (["--tune", "lora", "--lora-layers", "0-7"], 2, "they are 0 to 1"),
+       "layers that are no range": (["--train-layers", "3-1"], 2, "0-7 or 30"),
+       "DoRA on embeddings": (["--tune", "lora", "--dora", "--lora-targets", "embed_tokens"], 2,
+                              "--train-embeddings"),
+       "a base that is quantised": (["--tune", "full", "--model", "QUANTISED"], 3,
+                                    "quantization_config"),
+       "a flag that says nothing": (["--dora"], 2, "--dora"),
+       "four bits with all weights": (["--double-quant"], 2, "--double-quant"),
+       "bf16 AdamW on an adapter": (["--tune", "lora", "--optimizer", "adamw-bf16"], 2,
+                                    "adamw or adamw8bit"),
+       "one checkpoint kept": (["--keep", "1"], 2, "keep"),
+       "a held-out text without a name": (["--val", "val.txt"], 2, "NAME=SPEC"),
+       "no GPU": (["--device", "cuda"], 2, "--device cpu")}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(place, name):
+    flags, code, word = BAD[name]
+    flags = [str(place / "quantised") if x == "QUANTISED" else x for x in flags]
+    said = call(command(place, "bad", "--steps", "2", *flags), code=code)
+    lines = [x for x in said.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1 and word in lines[0] and "Traceback" not in said
+    assert not (place / "bad/metrics.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(place):
+    (place / "file").write_text("not a folder")
+    assert "cannot be written" in call(command(place, "file/out", "--steps", "2"), code=2)
+
+
+def test_a_bin_of_another_tokenizer_is_refused(place, tmp_path):
+    from data import BinWriter, Document
+
+    writer = BinWriter(tmp_path / "other", "f" * 64, 100)
+    writer.add(Document([1, 5, 6, 2], None, 3))
+    writer.close({}, [])
+    assert "tokenizer" in call(command(place, "other", "--data", str(tmp_path / "other")), code=3)
+
+
+@pytest.fixture(scope="module")
+def stopped(place) -> Path:
+    """A run of 6 steps whose last checkpoint is that of step 3."""
+    call(command(place, "stopped", "--steps", "6", "--save-every", "3"))
+    shutil.rmtree(place / "stopped/checkpoints/step-000006")
+    shutil.rmtree(place / "stopped/model")
+    return place / "stopped"
+
+
+def test_resume_refuses_other_flags_and_other_data_and_takes_free_ones(place, stopped):
+    again = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(stopped)]
+    assert "lr was 0.001, now 0.01" in call([*again, "--lr", "0.01"], code=2)
+    kin = place / "kin"
+    kin.rename(place / "aside")
+    corpus.prepare([str(place / "eng.txt")], place / "model", kin)
+    assert "the data are not those" in call(again, code=3)
+    shutil.rmtree(kin)
+    (place / "aside").rename(kin)
+    before = losses(stopped)
+    call(
+        [*again, "--rows", "4", "--eval-every", "2"]
+    )  # the same tokens a step, in one micro-batch less
+    after = losses(stopped)
+    assert after.keys() == before.keys() and all(
+        after[k] == pytest.approx(before[k], rel=1e-5) for k in after)
+
+
+def test_resume_without_a_run_says_so(tmp_path):
+    said = call(
+        [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(tmp_path / "none")],
+        code=3)
+    assert "holds no run" in said
+
+
+def test_every_setting_is_fixed_or_free_on_resume_and_is_read_somewhere():
+    names = {f.name for f in dataclasses.fields(train.Settings)}
+    assert train.FREE <= names
+    modules = ("train", "run", "sources", "plan", "memory", "guards")
+    code = "".join((ROOT / f"{x}.py").read_text() for x in modules)
+    assert [n for n in names if f"s.{n}" not in code and f"settings.{n}" not in code] == []
+
+
+def test_two_ranks_train_as_one(place):
+    """torchrun with two real processes gives the losses of one, and writes the run once."""
+    call(command(place, "one-rank", "--steps", "6"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2"]
+    call([*launcher, *command(place, "two-ranks", "--steps", "6")[1:]])
+    one, two = losses(place / "one-rank"), losses(place / "two-ranks")
+    assert one.keys() == two.keys() and all(one[k] == pytest.approx(two[k], rel=1e-5) for k in one)
+    assert (place / "two-ranks/model/model.safetensors").exists()
+
+
+def test_the_seed_model_learns_from_nothing(tmp_path):
+    from tokenization.tokenizer import Tokenizer
+
+    tiny.write_tokenizer(tmp_path / "tok")
+    tokenizer = Tokenizer.open(tmp_path / "tok")
+    shape = ModelConfig(tokenizer.vocab_size, 32, 64, 2, 4, 2, 8, max_position_embeddings=64)
+    weights.fresh(shape, tokenizer, tmp_path / "seed", seed=1)
+    model, _ = weights.load(tmp_path / "seed")
+    assert isinstance(model, Llama) and model.config == shape
+    weights.fresh(shape, tokenizer, tmp_path / "twin", seed=1)
+    twin, _ = weights.load(tmp_path / "twin")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_bins_are_prepared_once_and_prepared_again_when_the_text_changed(place):
+    data = ["--data", f"{place}/kin.txt", "--steps", "1"]
+    call(command(place, "bins", *data))
+    first = Bin(place / "bins/bins/kin").meta
+    text = (place / "kin.txt").read_text()
+    try:
+        (place / "kin.txt").write_text(text + "Umwana mushya yaje.\n")
+        said = call(command(place, "bins", *data, "--plan"))
+        assert ("preparing" in said
+                and Bin(place / "bins/bins/kin").meta["documents"] == first["documents"] + 1)
+        assert "preparing" not in call(command(place, "bins", *data, "--plan"))
+    finally:
+        (place / "kin.txt").write_text(text)
+
+
+def test_origins_are_told(tmp_path):
+    (tmp_path / "r.toml").write_text("lr = 1e-4\nsteps = 5\n")
+    settings, origins = config.read(
+        train.Settings, [str(tmp_path / "r.toml"), "--steps", "7"], "train.py")
+    assert (settings.lr, settings.steps) == (1e-4, 7)
+    assert (origins["lr"].endswith("r.toml") and origins["steps"] == "flag"
+            and origins["seed"] == "default")

@@ -1,0 +1,1 @@
+"""SentencePiece and tokenizer.json behind one interface, and chat templates."""

@@ -1,0 +1,1 @@
+"""Settings, set-up, optimizer, data, validation and monitoring of a training run."""

@@ -1,0 +1,357 @@
+"""What a training step holds, said from config.json alone: nothing is read, nothing multiplied.
+
+One idea: the real blocks, adapters and loss run once over tensors that have a shape, a dtype and no
+memory (torch's fake tensors), while the bytes they would hold are counted as they come and go. So
+whatever the code keeps for a gradient is counted, in whichever family, dtype or adapter, and no
+formula of it has to be kept true.
+
+Of a model that is cut among ranks (`Cut`) the blocks compute as ever, and what fully_shard holds
+for them is counted beside it.
+
+Not seen: what a kernel uses within itself, an allocator's holes (on a CPU glibc's heap keeps a
+third beside what it gives out), what the process or a CUDA context holds before; compiled blocks,
+which hold less.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lora
+from layers import fp8, nf4
+from layers.attention import kernel
+from layers.config import ModelConfig
+from layers.cross_entropy import Sizes, _TokenNLL, at_once, cpo, document_logp, dpo
+from model import Layout, Llama
+from runtime.console import FLAGS, UserError
+from runtime.distributed import BUCKET, GiB, Ranks, meets_often, stays_whole, way
+from training import optimizer as optim
+
+PARTS = ("weights", "optimizer", "gradients", "activations", "logits")
+APART = "apart"  # what is not counted
+NEAR = 64  # tokens at least whose logits are walked at once: real steps take fewer, and longer
+SMALL = 1e9  # parameters that a CPU trains without being asked to
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the moment when a step holds the most, by what they are for."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part) for part in PARTS)
+
+    def __str__(self) -> str:
+        """GB of 2^30, by part."""
+        return ", ".join(f"{part} {getattr(self, part) / GiB:.2f}" for part in PARTS)
+
+
+def shaped(config: ModelConfig, s: Any, dtype: torch.dtype, adapter: Path | None = None) -> Llama:
+    """The model that settings `s` (train.Settings) would train, without its numbers; products are
+    in `dtype`. An adapter that is trained further is of its own folder's shape."""
+    with torch.device("meta"):
+        model = Llama(config)
+        kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
+        model.to(kept if s.tune == "full" and not s.train_layers else dtype)
+        if s.tune == "qlora":
+            for name, m in list(model.named_modules()):
+                if nf4.fits(name, m):
+                    model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, s.double_quant))
+        whole = lora.whole_parts(model, s.train_embeddings, s.train_norms)
+        if s.tune != "full" and adapter:
+            lora.load_adapter(model, adapter)
+        elif s.tune != "full":
+            lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
+                        s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
+        if s.train_layers:
+            lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
+    model.model.recompute, model.model.light = s.recompute, s.recompute_light
+    model.model.compute_dtype, model.model.neftune = dtype, s.neftune
+    if s.dtype == "fp8":
+        fp8.use(model)
+    return model.train()
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of every tensor that is born, until it is gone, by what they are for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.what = "activations"
+        self.kinds: dict[int, str] = {}
+        self.bytes = dict.fromkeys((*PARTS, APART), 0)
+        self.most = dict(self.bytes)
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes[part] for part in PARTS)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.see(x, self.what)
+        return out
+
+    def see(self, x: Tensor, what: str, again: bool = False) -> None:
+        """Count a tensor's storage, once; `again`: it is now for something else."""
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.kinds:
+            if again:
+                self.bytes[self.kinds[key]] -= size
+                self.bytes[what] += size
+                self.kinds[key] = what
+            return
+        self.kinds[key] = what
+        self.bytes[what] += size
+        weakref.finalize(storage, self.gone, key, size)
+        if self.total > sum(self.most[part] for part in PARTS):
+            self.most = dict(self.bytes)
+
+    def gone(self, key: int, size: int) -> None:
+        self.bytes[self.kinds.pop(key)] -= size
+
+
+class Cut:
+    """What torch's fully_shard holds for a model that is cut among ranks, on one of them.
+
+    Of each matrix a part; of blocks two at a time whole, in the dtype of products: one in use and
+    one on its way; embeddings and head whole as they are kept, from the first product to the last.
+    A block's gradients are summed in float32, a buffer that stands until the next block's.
+    Micro-batches that do not meet leave whole gradients in float32, unless they are too much to
+    keep (`often`). `copied`: gloo, between CPUs, sends copies.
+    """
+
+    def __init__(self, model: nn.Module, world: int, dtype: torch.dtype, held: _Held, copied: bool,
+                 often: bool):
+        self.held, self.summed, self.copies, self.often = held, None, 2 if copied else 1, often
+        self.parts: dict[nn.Parameter, Tensor] = {}
+        self.groups: dict[int, list[nn.Parameter]] = {}  # by layer; -1: embeddings and head
+        for name, p in model.named_parameters():
+            if stays_whole(name, p):
+                continue
+            self.parts[p] = p.new_empty(-(-len(p) // world), *p.shape[1:])
+            layer = lora.layer_of(name)
+            if layer >= 0:
+                p.data = p.data.to(dtype)
+                held.see(p.data, APART, again=True)
+            self.groups.setdefault(layer, []).append(p)
+        self.group = {p: group for group in self.groups.values() for p in group}
+        most = max((sum(p.numel() for p in x) for i, x in self.groups.items() if i >= 0),
+                   default=0)  # QLoRA's blocks are cut by none of theirs
+        self.gathered = torch.empty((1 + self.copies) * most, dtype=dtype)
+        self.whole: dict[nn.Parameter, Tensor] = {}
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+
+    def arrived(self, p: nn.Parameter, last: bool) -> None:
+        """A gradient is there, whole; where they meet, a block's are summed and cut."""
+        before, self.held.what = self.held.what, "gradients"
+        group = self.group[p]
+        if not (last or self.often):
+            if p not in self.whole:
+                self.whole[p] = torch.empty_like(p, dtype=torch.float32)
+            p.grad = None
+        elif all(x.grad is not None for x in group if x.requires_grad):
+            self.summed = None
+            numbers = sum(x.numel() for x in group if x.requires_grad)
+            self.summed = torch.empty(self.copies * numbers, dtype=torch.float32)
+            for x in group:
+                if x.requires_grad:
+                    x.grad = None
+                    self.whole.pop(x, None)
+                    self.gradients[x] = torch.empty_like(self.parts[x])
+        self.held.what = before
+
+
+def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
+         adapter: Path | None = None, path: str = "blocks", world: int = 1,
+         gb: float = math.inf) -> Need:
+    """The most that one of `world` ranks holds in a step of settings `s`, of so many micro-batches.
+
+    Rows are two documents of unlike lengths, as packed rows are several. `path` of attention.py:
+    blocks (a CPU), offsets or tiles (a GPU's kernels) or mask (a GPU without). `gb`: of a GPU, for
+    --shard auto.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, device = shaped(config, s, dtype, adapter), torch.device("cpu")
+    how = way(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
+    whole = bool(lora.trained_whole(model))
+    beside = s.mode == "dpo" and s.tune != "full" and not adapter and not (how == "fsdp" and whole)
+    some, many, near = at_once("cpu" if path == "blocks" else "cuda", *model.head.shape)
+    sizes = some, many, max(near, NEAR)
+    B, T = s.rows, s.seq_len
+    doc = (torch.arange(T, device=device) > T // 2).long().expand(B, T)  # (B,T)
+    pos = torch.arange(T, device=device).expand(B, T)
+    _, *turning = model.model.shared(doc, pos, None)
+    layouts = {w: _layout(path, doc, pos, w, bool(config.attention_cap))
+               for w in set(config.windows) or {0}}
+    model.model.shared = lambda *_: (layouts, *turning)  # found where tensors have numbers
+    with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
+        held.what = "weights"
+        _place(model, device)
+        for x in lora.trained_whole(model).values():
+            held.see(x, "weights")
+        cut = Cut(model, world, dtype, held, path == "blocks", meets_often(model, gb)) \
+            if how == "fsdp" else None
+        held.what = "optimizer"
+        parts = cut.parts if cut else {}
+        moving = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        kept = [torch.empty(optim.bytes_held(name, parts.get(p, p), s.optimizer, s.ema),
+                            dtype=torch.uint8) for name, p in moving]
+        held.what = "activations"
+        for x in (*(x for pair in turning for x in pair),
+                  *(x for each in layouts.values() for x in each.tensors)):
+            held.see(x, "activations")  # of the batch, for all layers
+        held.most = dict(held.bytes)
+        for i in range(min(passes, 2)):
+            last = i == min(passes, 2) - 1
+            _step(model, s, held, doc, pos, sizes, cut, last, last and world > 1, beside)
+        for p in model.parameters():
+            p.grad = None
+        del kept
+    return Need(**{part: held.most[part] for part in PARTS})
+
+
+def _layout(path: str, doc: Tensor, pos: Tensor, window: int, plain: bool) -> Layout:
+    """A batch's layout by one of attention.py's paths; there is no kernel for `plain` scores."""
+    B, T = doc.shape
+    if path == "blocks":
+        return Layout.of(doc, pos, None, window, plain)
+    if path == "offsets" and not plain:
+        return Layout(offsets=torch.zeros(4 * B, dtype=torch.int32), window=window)
+    if path == "tiles" and not plain:
+        return Layout()  # a causal kernel keeps what that one does, which runs only compiled
+    return Layout(mask=torch.ones(B, 1, T, T, dtype=torch.bool), window=window)
+
+
+def path_of(device: torch.device, dtype: torch.dtype, D: int) -> str:
+    """The path that attention takes on a device."""
+    if device.type == "cpu":
+        return "blocks"
+    return kernel(device, dtype, D) or "mask"
+
+
+def numbers(config: ModelConfig) -> int:
+    """How many numbers a model has."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters())
+
+
+def willing(config: ModelConfig, s: Any, ranks: Ranks) -> None:
+    """UserError (FLAGS) if nobody asked for the CPU that is to train a large model."""
+    if s.device == "auto" and ranks.device.type == "cpu" and (n := numbers(config)) > SMALL:
+        raise UserError(f"--device auto: no GPU that this torch can use, and {n / 1e9:.1f}B "
+                        "parameters are slow on a CPU; take --device cpu if that is meant, or "
+                        "install a CUDA build of torch", FLAGS)
+
+
+def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes: int,
+          adapter: Path | None = None) -> None:
+    """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory; before a weight is
+    read. A bound that is never too low lets most models pass at once. Rows that are to be found
+    are not refused."""
+    if s.ignore_memory or s.rows == "auto":
+        return
+    B, T, L = s.rows, s.seq_len, config.num_hidden_layers
+    wide = config.hidden_size + config.intermediate_size
+    room = ranks.memory_limit_gb()
+    if 32 * numbers(config) + 64 * B * T * L * wide + 8192 * config.vocab_size < room * GiB:
+        return
+    found = on(ranks, config, s, dtype, passes, adapter)
+    if found.total > room * GiB:
+        among = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
+        raise UserError(
+            f"--rows {B} x --seq-len {T}, --tune {s.tune}: a step needs {found.total / GiB:.1f} GB"
+            f"{among} ({found}), {ranks.device} has {room:.1f}; take fewer --rows, --recompute, "
+            "--tune qlora, --optimizer adamw8bit or adamw-bf16, or try all the same with "
+            "--ignore-memory", FLAGS)
+
+
+def on(ranks: Ranks, config: ModelConfig, s: Any, dtype: torch.dtype, passes: int,
+       adapter: Path | None = None) -> Need:
+    """The need of one of these ranks."""
+    gpu = ranks.device.type == "cuda"
+    return need(config, s, dtype, passes, adapter, path_of(ranks.device, dtype, config.head_dim),
+                ranks.world, ranks.memory_limit_gb() if gpu else math.inf)
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Give meta parameters and buffers a (fake) device: they are born, and counted."""
+    for m in model.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                m._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype,
+                                                               device=device), p.requires_grad)
+        for name, x in [*m._buffers.items(), *vars(m).items()]:
+            if isinstance(x, Tensor):
+                setattr(m, name, torch.empty(x.shape, dtype=x.dtype, device=device))
+    if whole := lora.trained_whole(model):
+        model.whole = {k: torch.empty(x.shape, dtype=x.dtype, device=device)
+                       for k, x in whole.items()}
+
+
+def _step(model: Llama, s: Any, held: _Held, doc: Tensor, pos: Tensor, sizes: Sizes,
+          cut: Cut | None, last: bool, meet: bool, beside: bool) -> None:
+    """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`, in
+    messages that hold them a second time until they stand in for them.
+
+    Every token is trained; in preference pairs a row is one pair. `beside`: DPO's reference is the
+    model with its adapter off, in the same step.
+    """
+    moving = [p for p in model.parameters() if p.requires_grad]
+    whole, size = len(moving), 0
+
+    def arrived(p: nn.Parameter) -> None:
+        nonlocal whole, size
+        whole -= 1
+        if cut and p in cut.parts:
+            cut.arrived(p, last)
+            return
+        held.see(p.grad, "gradients", True)
+        size += p.grad.nbytes
+        if meet and (size >= BUCKET or not whole):
+            torch.empty(size, dtype=torch.uint8)
+            size = 0
+
+    each = s.mode in ("dpo", "cpo")
+
+    def nll() -> Tensor:
+        h = model.model(doc, doc, pos).flatten(0, 1)  # (B T,C)
+        held.what = "logits"
+        found = _TokenNLL.apply(h, model.head, doc.flatten(), model.config.logit_cap, 0.0,
+                                sizes, False, each)
+        held.what = "activations"
+        return found.view(doc.shape)  # (B,T)
+
+    hooks = [p.register_post_accumulate_grad_hook(arrived) for p in moving]
+    if each:
+        before = None
+        if beside:
+            with torch.no_grad(), lora.disabled(model):
+                before = nll()
+        logp = document_logp(nll(), doc, 2)  # (B,2)
+        losses, _ = cpo(logp, logp.detach(), s.beta, s.arpo) if s.mode == "cpo" else \
+            dpo(logp, logp.detach() if before is None else document_logp(before, doc, 2), s.beta)
+        loss = losses.sum() - (s.nll_weight * logp[:, 0].sum() if s.mode == "cpo" else 0)
+    else:
+        loss = nll().sum()
+    loss.backward()
+    for hook in hooks:
+        hook.remove()

@@ -1,0 +1,123 @@
+"""Preference pairs: what DPO and CPO sum over a packed batch, and the reference DPO compares with.
+
+One idea: a pair is two documents side by side in one row (2i chosen, 2i + 1 rejected), so that both
+log-probabilities come out of one forward pass over packed rows, as sums by document. Every sum
+has its own count over the whole step, pairs or chosen tokens, and accumulation changes nothing.
+
+The reference is the model that the run starts from. Where a fresh adapter trains, that is the model
+with its adapter off. Otherwise its NLLs are computed once before step 1, and kept row by row under
+OUT/reference. An adapter that is trained further is no exception: without it, it is another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lora
+from data import IGNORE, Batch, Document, Whole
+from layers.cross_entropy import cpo, document_logp, dpo
+from model import Llama
+from runtime.console import say
+from runtime.distributed import Ranks
+from runtime.transfer import host, sent
+
+REPORTED = ("margin", "accuracy", "chosen_logp", "rejected_logp")  # means over pairs
+
+
+def total(model: Llama, b: Batch, s: Any) -> Tensor:
+    """Sums over a batch of pairs: the loss's, then REPORTED; settings `s` as in train.py.
+
+    DPO's loss is one sum, over pairs; CPO's are two, the second the NLL of the chosen, over its
+    tokens.
+    """
+    doc = host(b.doc)
+    N = int(doc.max()) + 1
+
+    def by_pair(x: Tensor) -> Tensor:
+        """Sums over each document, (B,T) -> (P,2)."""
+        return -document_logp(x, b.doc, N).view(-1, 2)[there]  # (P,2)
+
+    there = document_logp((doc >= 0).float(), doc, N).view(-1, 2)[:, 0] < 0  # (B*N/2,)
+    there = sent(there.nonzero().squeeze(-1), b.doc.device)  # (P,)
+    before = b.reference
+    if s.mode == "dpo" and before is None:
+        with torch.no_grad(), lora.disabled(model):
+            before = model(b.tokens, b.doc, b.pos, b.targets)  # (B,T)
+    logp = -by_pair(model(b.tokens, b.doc, b.pos, b.targets, each=True))  # (P,2)
+    if s.mode == "dpo":
+        losses, margin = dpo(logp, -by_pair(before), s.beta)
+        sums = [losses.sum()]
+    else:
+        losses, margin = cpo(logp, by_pair((b.targets != IGNORE).float()), s.beta, s.arpo)
+        sums = [losses.sum(), -s.nll_weight * logp[:, 0].sum()]
+    seen = [margin.sum(), (margin > 0).float().sum(), *logp.sum(0)]
+    return torch.stack([*sums, *(x.detach() for x in seen)])
+
+
+def count(b: Batch, s: Any) -> list[int]:
+    """How many terms each sum of `total` has."""
+    chosen = (b.doc >= 0) & (b.doc % 2 == 0)  # (B,T)
+    pairs, tokens = int((chosen & (b.pos == 0)).sum()), int((chosen & (b.targets != IGNORE)).sum())
+    return [pairs] * (1 + len(REPORTED)) if s.mode == "dpo" else \
+        [pairs, tokens, *[pairs] * len(REPORTED)]
+
+
+def keep_reference(model: Llama, streams: Sequence[Whole], folder: Path, name: str, rows: int,
+                   ranks: Ranks) -> None:
+    """Compute what the model, as it is now, makes of every row, and keep it for the loader.
+
+    `name` says which model it is; each rank does its part, `rows` at a time.
+    """
+    model.eval()
+    for stream in streams:
+        shape, said = (stream.rows, stream.T), (name, stream.source.sha, stream.T, stream.seed)
+        key = hashlib.sha256(repr((*said, stream.source.documents.tolist())).encode()).hexdigest()
+        file = folder / f"{stream.source.name}-{key[:12]}.bin"
+        if not file.exists():
+            say(f"{stream.source.name}: log-probabilities of the reference, {stream.rows} rows")
+            aside = file.with_suffix(".tmp")
+            if ranks.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                np.memmap(aside, "<f4", "w+", shape=shape).flush()
+            ranks.barrier()
+            kept = np.memmap(aside, "<f4", "r+", shape=shape)
+            for first in range(0, stream.rows, rows * ranks.world):  # as many turns on each rank
+                mine = [min(first + ranks.rank * rows + i, stream.rows - 1) for i in range(rows)]
+                b = Batch.of([stream.row(i) for i in mine]).to(ranks.device)
+                with torch.no_grad():
+                    nll = model(b.tokens, b.doc, b.pos, b.targets).cpu().numpy()  # (rows,T)
+                for i, x in zip(mine, nll, strict=True):
+                    kept[stream.number(i)] = x
+            kept.flush()
+            ranks.barrier()
+            if ranks.rank == 0:
+                aside.rename(file)
+            ranks.barrier()
+        stream.source.reference = np.memmap(file, "<f4", "r", shape=shape)
+    for m in ranks.shards:
+        m.reshard()  # what a pass leaves whole is freed by the next: nobody may hold it
+
+
+@torch.inference_mode()
+def answer_nats(model: Llama, documents: Sequence[Document], tokens: int = 4096) -> float:
+    """-log p of the trained tokens of documents, in nats, given all that stands before each."""
+    left, nats = sorted(documents, key=lambda d: len(d.ids)), 0.0
+    while left:
+        T = max(1, len(left[-1].ids) - 1)
+        part, left = left[-max(1, tokens // T):], left[: -max(1, tokens // T)]
+        rows = np.empty((len(part), 4, T), np.int64)
+        rows[:] = np.array([0, IGNORE, -1, 0])[None, :, None]
+        for row, d in zip(rows, part, strict=True):
+            n = len(d.ids) - 1
+            row[0, :n], row[2, :n], row[3, :n] = d.ids[:-1], 0, np.arange(n)
+            row[1, :n] = np.where(d.mask[1:], d.ids[1:], IGNORE)
+        b = Batch.of(list(rows)).to(model.device)
+        nats += float(model(b.tokens, b.doc, b.pos, b.targets).double().sum())
+    return nats

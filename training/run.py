@@ -1,0 +1,453 @@
+"""What stands around the loop: a run is set up, looked at, saved, resumed and finished here.
+
+train.py is the loop and nothing else, so that it can be read in one go; this is the rest of a run's
+life. Its one idea: everything that can be wrong is found in `Run.start`, before step 1, and
+everything that a run leaves behind is a file in its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lora
+from checkpoints import huggingface as weights
+from checkpoints import resume_point as checkpoint
+from checkpoints import safetensors_header as shards
+from data import Loader
+from layers import fp8, nf4
+from model import Llama
+from reports import training_report as report
+from runtime import console as log
+from runtime import distributed as shares
+from runtime import flags as config
+from runtime import hub
+from runtime.console import FLAGS, UserError
+from runtime.distributed import Ranks
+from runtime.paths import ROOT, source_files
+from tokenization.chat_template import Template
+from tokenization.tokenizer import Tokenizer
+from training import datasets as sources
+from training import memory_estimate as memory
+from training import monitor as watch
+from training import optimizer as optim
+from training import preference
+from training import settings as flags
+from training import validation as looks
+from training.early_stopping import Guards, evaluations, finite
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass
+class Run:
+    """A run that is set up: its settings (train.Settings), its parts, and how far it has come."""
+
+    s: Any
+    out: Path
+    ranks: Ranks
+    model: Llama
+    folder: Path  # the model's files: its tokenizer, and how to lay out the result
+    tokenizer: Tokenizer
+    loader: Loader
+    held: sources.Held  # held-out documents by name
+    guards: Guards
+    optimizer: torch.optim.Optimizer
+    average: optim.Average
+    scale: optim.LossScale
+    saver: checkpoint.Saver
+    steps: int
+    micro_batches: int
+    past: watch.Past = field(default_factory=watch.Past)
+    step: int = 0
+    tokens: int = 0  # trained so far
+    skipped: int = 0  # steps whose gradient was not finite
+    best: float = math.inf  # the lowest bits per byte of --best so far
+
+    @classmethod
+    def start(cls, s: Any, kind: str, objective: Any) -> Run:
+        """Load, wrap, open and check everything; `kind` is that of the bins, `objective` what is
+        minimised. UserError on what is wrong."""
+        out, ranks = Path(s.out), Ranks.start(s.device, s.rank_timeout)
+        for folder in (out, out / "bins") if ranks.rank == 0 else ():
+            checkpoint.sweep(folder)
+        ranks.agree({f"--{f.name.replace('_', '-')}": str(getattr(s, f.name))
+                     for f in dataclasses.fields(s) if f.name != "out"}  # links, by machine
+                    | {"code": code_sha(), "torch": torch.__version__})
+        if ranks.world > 1:  # several machines must see one folder
+            if ranks.rank == 0:
+                (out / ".ranks").write_text(str(time.time_ns()), encoding="utf-8")
+            ranks.barrier()
+            mark = out / ".ranks"
+            ranks.agree({"folder at --out": mark.read_text("utf-8") if mark.exists() else "none"})
+        torch.manual_seed(s.seed)
+        torch.use_deterministic_algorithms(s.deterministic)
+        dtype = ranks.compute_dtype(s.dtype)
+        guards = Guards.start(s)
+        folder = weights.find(s.model)
+        base = weights.base_of(folder)
+        shape = weights.read_config(base)
+        if not s.plan:  # which says so at its end
+            memory.willing(shape, s, ranks)
+        memory.check(shape, s, dtype, ranks, passes=2 if s.tokens_per_step else 1,
+                     adapter=folder if base != folder else None)
+        # what trains is float32; frozen weights are kept as products need them
+        trained = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
+        kept = dtype if s.tune != "full" else None if s.train_layers else trained
+        # of several ranks, each reads the files as they are and keeps its share
+        at = ranks.device if ranks.world == 1 or s.tune == "qlora" else torch.device("cpu")
+        kept = kept if ranks.world == 1 or s.tune != "full" else None
+        model, tokenizer = weights.load(folder, at, kept, quant="nf4" if s.tune == "qlora"
+                                        else "none", double=s.double_quant)
+        if s.tune == "full" and lora.adapters(model):
+            raise UserError(
+                f"--model {s.model}: an adapter; go on training it with --tune lora", FLAGS)
+        whole = lora.whole_parts(model, s.train_embeddings, s.train_norms)
+        fresh = s.tune != "full" and not lora.adapters(model)
+        if fresh:
+            lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
+                        s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
+        elif s.tune != "full":
+            flags.check_adapter(s, lora.adapter_config(model, ""))
+        if s.train_layers:
+            lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
+        if model.lm_head is None and model.head.requires_grad:
+            log.say("the head is tied to the embeddings: one tensor, trained and saved once")
+        model.model.recompute, model.model.light = s.recompute, s.recompute_light
+        model.model.compute_dtype = dtype
+        if s.dtype == "fp8":
+            fp8.check(model, ranks.device, s.seq_len)
+            fp8.use(model)
+        model.model.neftune, model.smoothing = s.neftune, s.label_smoothing
+        context, vocab = model.config.max_position_embeddings, model.config.vocab_size
+        if s.seq_len > context:
+            raise UserError(f"--seq-len {s.seq_len}: the model's context is {context}", FLAGS)
+        mixed, held = sources.open_data(s, kind, folder, tokenizer, vocab, out, ranks)
+        guards.check(held)
+        if s.best and s.best not in held:
+            raise UserError(f"--best {s.best}: no held-out text of that name; there are "
+                            f"{', '.join(held) or 'none'}", FLAGS)
+        ranks.agree({f"sha256 of {x.name}": x.sha for x in mixed}
+                    | {"model": f"{model.config}", "tokenizer": tokenizer.fingerprint})
+        ranks.share(model, s.shard, dtype, trained)
+
+        def load(rows: int) -> Loader:
+            return Loader(mixed, s.seq_len, rows, s.seed, ranks.rank, ranks.world)
+
+        each = s.seq_len * ranks.world  # tokens of a row on every rank
+        if s.rows == "auto":
+            s = dataclasses.replace(s, rows=watch.rows_that_fit(s, model, objective, ranks, load))
+            log.say(f"--rows auto: {s.rows}")
+        if s.compile:  # for these rows
+            model.model.compile_blocks(ranks.device)
+        micro = s.rows * each
+        per_step = s.tokens_per_step or micro
+        if per_step % micro:
+            would = [n for n in range(1, per_step // each + 1) if per_step % (n * each) == 0][-8:]
+            raise UserError(
+                f"--tokens-per-step {per_step}: no multiple of {micro} (rows {s.rows} x seq-len "
+                f"{s.seq_len} x ranks {ranks.world}); " + (
+                    f"--rows {' or '.join(map(str, would))} would do" if would else
+                    f"multiples of {each} can be divided among the ranks"), FLAGS)
+        # a run that goes on elsewhere must not choose anew
+        s = dataclasses.replace(s, tokens_per_step=per_step,
+                                dtype=s.dtype if s.dtype == "fp8" else DTYPES[dtype])
+        if s.max_epochs_per_source:
+            sources.cap(mixed, s.steps * per_step, s.max_epochs_per_source)
+        loader = load(s.rows)
+        first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
+        steps = s.steps or max(1, round(first / per_step))
+        if ranks.how == "fsdp" and s.optimizer == "adamw8bit":
+            raise UserError("--optimizer adamw8bit: not with --shard fsdp; take adamw or "
+                            "adamw-bf16, whose state is cut among the ranks, or --shard ddp", FLAGS)
+        optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
+                                s.embedding_lr / s.lr or 1.0, s.lora_plus, s.optimizer, s.seed)
+        scale = optim.LossScale(65536.0 if dtype == torch.float16 else 1.0)
+        saver = checkpoint.Saver(out / "checkpoints", s.keep, ranks)
+        # what trains as it is and is cut cannot be changed for its frozen values in a forward pass
+        if s.mode == "dpo" and not s.plan and (not fresh or (ranks.how == "fsdp" and whole)):
+            preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
+                                      ranks)
+        return cls(s, out, ranks, model, folder, tokenizer, loader, held, guards, optimizer,
+                   optim.Average(model, s.ema), scale, saver, steps, per_step // micro)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.s.rows * self.s.seq_len * self.ranks.world * self.micro_batches
+
+    @property
+    def save_every(self) -> int:
+        """Steps between resume points; the first and the last have one too."""
+        return self.s.save_every or max(1, self.steps // 5)
+
+    @property
+    def products(self) -> str:
+        """The dtype of products, in torch's word."""
+        return "float8" if self.s.dtype == "fp8" else str(self.model.compute_dtype)[6:]
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many numbers the model has, and how many of them train."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return {"total": sum(n for n, _ in sizes) + sum(m.numel for m in nf4.found(self.model)),
+                "trained": sum(n for n, trained in sizes if trained)}
+
+    @functools.cached_property
+    def mark(self) -> str:
+        """By which the weights are known that the run begins with."""
+        return shards.mark(weights.tensors(weights.base_of(self.folder)))
+
+    @property
+    def data(self) -> dict[str, str]:
+        """What the run is trained on, by sha256."""
+        return {s.name: s.sha for s in self.loader.sources}
+
+    def look(self) -> dict[str, Any]:
+        """An evaluation: bits per byte, suites, samples; whether a guard ends the run with it. What
+        metrics.jsonl keeps; of several ranks, what the first found."""
+        with self.averaged():
+            found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
+            if self.guards.suites:
+                self.model.eval()
+                ends = weights.stop_ids(self.folder, self.tokenizer)
+                found["suites"] = finite(self.guards.measure(self.model, self.tokenizer, self.ranks,
+                                                             ends))
+                self.model.train()
+            found = json.loads(self.ranks.gather(json.dumps(found))[0])
+            block = looks.samples(self.model, self.held, self.tokenizer, self.s.prompts)
+            if self.ranks.rank == 0:
+                looks.add(self.out / "samples.txt", self.step, block)
+            self.keep_best(found["bits_per_byte"])
+        self.guards.look(self.step, {**found.get("suites", {}), **found["bits_per_byte"]})
+        said = [f"{name} {x}" if x is None else f"{name} {x:.4f}"
+                for name, x in found["bits_per_byte"].items()]
+        log.say(f"step {self.step}: " + "; ".join(filter(None, (
+            "bits per byte " * bool(said) + ", ".join(said),
+            self.guards.words(found.get("suites", {}))))))
+        return found | ({"stopped": self.guards.stopped} if self.guards.stopped else {})
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model is the average of its steps, where one is kept: what is evaluated is
+        what will be saved."""
+        self.exchange()
+        yield
+        self.exchange()
+
+    def exchange(self) -> None:
+        for m in self.ranks.shards:
+            m.reshard()  # what an evaluation left whole is of the other weights
+        self.average.exchange()
+
+    @property
+    def end(self) -> str:
+        """How the run ended, and what to do about it where a guard did."""
+        if not self.guards.stopped:
+            return "is finished"
+        return (f"was stopped at step {self.step} of {self.steps} by --stop-if "
+                f"{self.guards.stopped} (to go on: --resume --out {self.out} --stop-if, with other "
+                "guards or none)")
+
+    def seed(self) -> None:
+        """Dropout of the coming step is a function of seed, step and rank: there is no random state
+        to be saved."""
+        words = [self.s.seed, self.step, self.ranks.rank]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What trains, by name."""
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def keep_best(self, found: dict[str, float | None]) -> None:
+        """Keep the weights as they are, under OUT/best, if no evaluation before was as good."""
+        value = found.get(self.s.best)
+        if value is not None and value < self.best:
+            self.best = value
+            saver = checkpoint.Saver(self.out / "best", 2, self.ranks, later=False)
+            saver.save(self.step, {"model": self.trained}, {"step": self.step, "best": value})
+            saver.finish(must=True)
+
+    def save(self) -> None:
+        """Begin to write the resume point: what trains, the optimizer, and where the data stand."""
+        parts = {"model": self.trained, "optimizer": optim.state(self.model, self.optimizer)}
+        parts |= {"average": self.average.tensors} if self.average.tensors else {}
+        state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
+                 "settings": dataclasses.asdict(self.s),
+                 "served": self.loader.served, "data": self.data, "model": self.mark,
+                 "ranks": self.ranks.world, "scale": dataclasses.astuple(self.scale),
+                 "losses": list(self.past.losses), "failures": self.past.failures}
+        self.saver.save(self.step, parts, state)
+
+    def newest(self, name: str) -> Path | None:
+        """The newest checkpoint under OUT/name that verifies; rank 0 looks, clears up what a kill
+        left there, and all are told."""
+        newest, root = None, self.out / name
+        if self.ranks.rank == 0:
+            newest = checkpoint.newest(root)
+            checkpoint.sweep(root)
+        newest = self.ranks.gather(str(newest or ""))[0]
+        return Path(newest) if newest else None
+
+    def resume(self, free: set[str], warned: set[str]) -> None:
+        """Go on from the newest checkpoint that verifies; each rank reads what it needs.
+
+        UserError where the settings are not those it was written with, but for `free` ones and
+        `warned`, which are said, whether a flag changed them or a hand.
+        """
+        if self.s.best and (kept := self.newest("best")):
+            with checkpoint.Saved(kept) as saved:
+                self.best = saved.state["best"]
+        newest = self.newest("checkpoints")
+        if not newest:
+            log.say("no checkpoint yet: starting from step 0")
+            return
+        with checkpoint.Saved(newest) as saved:
+            state = saved.state
+            changed = config.changes(state.get("settings", {}), dataclasses.asdict(self.s))
+            if refused := [x for name, x in changed if name not in free | warned | {"model"}]:
+                raise UserError(f"{self.out / 'settings.toml'}: not as {newest} was written with "
+                                f"({'; '.join(refused)}); that is another run: put it back, or "
+                                "start anew with another --out", FLAGS)
+            if state["data"] != self.data:
+                was, now = (", ".join(f"{k} {v[:12]}" for k, v in x.items())
+                            for x in (state["data"], self.data))
+                raise UserError(f"--resume: the data are not those of {newest} (sha256 of the bins "
+                                f"was {was}, now {now}); start anew with another --out")
+            if state.get("model", self.mark) != self.mark:  # older ones do not say
+                raise UserError(f"--resume: {self.folder} holds other weights than those {newest} "
+                                f"goes on from (their mark was {state['model'][:12]}, now "
+                                f"{self.mark[:12]}); put those back, or start anew with another "
+                                "--out")
+            named = self.trained
+            for part, tensors in (("model", named), ("average", self.average.tensors)):
+                for name, x in tensors.items():
+                    x.copy_(saved.like(part, name, x))
+            optim.load_state(self.model, self.optimizer, {
+                key: saved.like("optimizer", key, named[key.rsplit("/", 1)[0]])
+                for key in saved.pieces.get("optimizer", {})})
+        self.scale = optim.LossScale(*state.get("scale", dataclasses.astuple(self.scale)))
+        self.past.losses.extend(state.get("losses", []))
+        self.past.failures = state.get("failures", 0)
+        self.loader.seek(state["served"])
+        self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
+        self.guards.resume(self.out / "metrics.jsonl", self.step)
+        log.say(f"resumed from {newest}")
+        for x in (x for name, x in changed if name in warned):
+            log.say(f"--resume: {x}; from here on the numbers may differ from the run as it began")
+
+    def begin(self) -> None:
+        """Write down what is run, and with what; settings.toml feeds back into train.py."""
+        repo, commit = hub.source(self.folder)  # a resumed run is of this commit, wherever main is
+        model = f"{repo}@{commit}" if commit else self.s.model
+        s = dataclasses.replace(self.s, resume=False, plan=False, model=model)
+        checkpoint.write_text(self.out / "settings.toml", config.to_toml(s))
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        about = {
+            "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
+            "commit": git.stdout.strip() or None, "started": time.strftime("%F %T"),
+            "python": platform.python_version(), "torch": torch.__version__,
+            "device": str(self.ranks), "ranks": self.ranks.world,
+            "dtype": self.products, "model": str(self.folder),
+            "model_commit": commit,
+            "tokenizer": self.tokenizer.fingerprint, "steps": self.steps,
+            "data": {x.name: x.bin.meta["sha256"]["tokens.bin"] for x in self.loader.sources},
+            "tokens_per_step": self.tokens_per_step, "parameters": self.parameters,
+            "changed_settings": {k: getattr(s, k) for k in flags.changed(s, vars(s))}}
+        self.describe(about)
+
+    def describe(self, about: dict[str, Any]) -> None:
+        """Write run.json."""
+        text = json.dumps(about, indent=1, ensure_ascii=False)
+        checkpoint.write_text(self.out / "run.json", text + "\n")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result was written, to its last file."""
+        about = self.out / "run.json"
+        return about.exists() and "finished" in json.loads(about.read_text(encoding="utf-8")) \
+            and (self.out / "model").exists()
+
+    def write_prompt(self) -> None:
+        """Beside the result, how it was asked while it was taught: prompt.json, the chat template,
+        and what ends a turn among the stop ids."""
+        before, result = self.folder / "prompt.json", self.out / "model"
+        prompt = json.loads(before.read_text(encoding="utf-8")) if before.exists() else {}
+        prompt |= sources.prompts_of(self.loader.sources)
+        if prompt:
+            text = json.dumps(prompt, indent=1, ensure_ascii=False)
+            (result / "prompt.json").write_text(text + "\n", encoding="utf-8")
+        if "chat" in prompt:
+            (result / "chat_template.jinja").write_text(prompt["chat"], encoding="utf-8")
+            if (end := Template.of(result, self.tokenizer).end) is not None:
+                weights.add_stop_id(result, end)
+
+    def finish(self) -> None:
+        """Give the result: the best evaluated weights with --best, else the last, averaged if so
+        kept."""
+        if self.s.best and (kept := self.newest("best")):
+            with checkpoint.Saved(kept) as saved:
+                step = saved.state["step"]
+                for name, x in self.trained.items():
+                    x.copy_(saved.like("model", name, x))
+            log.say(f"the model is that of step {step}, the best of {self.s.best}")
+            self.write(step)
+        else:
+            with self.averaged():
+                self.write(self.step)
+
+    def write(self, step: int) -> None:
+        """Write the weights, which are those evaluated at a step, as an HF or PEFT folder, and the
+        report; say what changed."""
+        writes = self.ranks.rank == 0
+        if not lora.adapters(self.model):
+            weights.save(self.model, self.out / "model", self.folder, write=writes)
+        elif writes:
+            base = weights.base_of(self.folder)
+            weights.save_adapter(self.model, self.out / "model", str(base), self.folder)
+        else:
+            for x in lora.adapter_state(self.model).values():
+                shares.whole(x)
+        if not writes:
+            return
+        self.write_prompt()
+        about = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+        self.describe(about := {**about, "model_step": step})
+        page = report.run_report(self.out)
+        self.describe({**about, "finished": time.strftime("%F %T")})
+        seen = evaluations(self.out / "metrics.jsonl")
+        for name in self.held:
+            before, after = (seen.get(k, {}).get(name) for k in (min(seen, default=0), step))
+            if before and after:
+                log.say(f"{name}: {before:.4f} -> {after:.4f} bits per byte "
+                        f"({after / before - 1:+.1%})")
+        if self.guards.stopped:
+            log.say(f"{self.out} {self.end}")
+        log.say(f"the model: {self.out / 'model'}   the report: {page}   "
+                f"samples: {self.out / 'samples.txt'}")
+
+
+def code_sha() -> str:
+    """The sha256 of the program: every Python file of the commands and packages, with its path."""
+    digest = hashlib.sha256()
+    for file in source_files():
+        digest.update(f"{file.relative_to(ROOT)} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
