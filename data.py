@@ -22,19 +22,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.console import STORAGE, UserError
+from runtime.console import UserError
 
 if TYPE_CHECKING:  # preparing text must not wait for torch
     from torch import Tensor
@@ -42,92 +38,6 @@ if TYPE_CHECKING:  # preparing text must not wait for torch
 FORMAT = 1
 IGNORE = -100  # a target that is not trained: torch's own ignore_index
 OPEN = 64  # rows that are filled at a time
-
-
-@dataclass
-class Document:
-    """Token ids with BOS and EOS, which of them are trained (None: all), bytes of the text."""
-
-    ids: Sequence[int]
-    mask: Sequence[bool] | None
-    n_bytes: int
-
-
-class BinWriter:
-    """Write a bin aside and rename it when it is whole; held are 8 bytes a document, or 16."""
-
-    def __init__(self, folder: Path, tokenizer_sha: str, vocab_size: int, kind: str = "text"):
-        self.folder, self.kind = Path(folder), kind
-        self.tokenizer_sha, self.vocab_size = tokenizer_sha, vocab_size
-        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-        if self.folder.exists() and not (self.folder / "meta.json").exists():
-            raise UserError(f"{folder}: exists and is not a bin; name another --out", STORAGE)
-        self.aside = self.folder.with_name(f".tmp-{self.folder.name}-{os.urandom(4).hex()}")
-        try:
-            self.aside.mkdir(parents=True)  # a killed one's has another name, even of an equal PID
-            self.tokens = open(self.aside / "tokens.bin", "wb")
-        except OSError as e:
-            raise UserError(
-                f"{folder}: cannot be written ({e.strerror}); name another", STORAGE) from e
-        self.starts, self.groups, self.n_bytes, self.trained = array("q", [0]), bytearray(), 0, 0
-        self.mask: IO[bytes] | None = None  # begun with the first document that has one
-
-    def add(self, document: Document, group: bytes = b"") -> None:
-        """Append one document; those of one `group`, eight bytes, are held out together."""
-        self.groups += group[:8]
-        mask = None if document.mask is None else np.asarray(document.mask, np.uint8)
-        assert mask is None or len(mask) == len(document.ids)
-        self.extend(np.asarray(document.ids), np.array([len(document.ids)]), document.n_bytes, mask)
-
-    def extend(self, ids: np.ndarray, sizes: np.ndarray, n_bytes: int,
-               mask: np.ndarray | None = None) -> None:
-        """Append D documents end to end: ids (N,), how many each has (D,), the bytes of all; mask
-        (N,) as a document's."""
-        # numpy would wrap 128256 into 62720 without a word
-        assert not ids.size or 0 <= ids.min() <= ids.max() < self.vocab_size, "id out of vocabulary"
-        self.tokens.write(ids.astype(self.dtype).tobytes())
-        if self.mask is None and mask is not None:
-            self.mask = open(self.aside / "mask.bin", "wb")
-            self.mask.write(b"\1" * self.starts[-1])
-        mask = np.ones(len(ids), np.uint8) if mask is None else mask
-        if self.mask:
-            self.mask.write(mask.tobytes())
-        ends = np.cumsum(sizes)
-        self.starts.extend((self.starts[-1] + ends).tolist())
-        self.n_bytes += n_bytes
-        first = (ends - sizes)[sizes > 0]  # nothing predicts a document's first token
-        self.trained += int(mask.sum() - mask[first].sum())
-
-    def close(self, ledger: dict[str, Any], sources: list[dict[str, Any]],
-              prompt: dict[str, Any] | None = None) -> Bin:
-        """Flush, name, describe and open the bin; `prompt`: what questions were written with."""
-        np.array(self.starts, "<i8").tofile(self.aside / "starts.bin")
-        if self.groups:
-            (self.aside / "groups.bin").write_bytes(self.groups)
-        for file in filter(None, (self.tokens, self.mask)):
-            file.close()
-        if self.trained == np.maximum(np.diff(self.starts) - 1, 0).sum():
-            (self.aside / "mask.bin").unlink(missing_ok=True)  # all is trained: it says nothing
-        files = sorted(self.aside.glob("*.bin"))
-        meta = {
-            "format": FORMAT, "kind": self.kind, "dtype": {2: "u16", 4: "u32"}[self.dtype.itemsize],
-            "vocabulary": self.vocab_size, "tokenizer": self.tokenizer_sha,
-            "documents": len(self.starts) - 1, "tokens": self.starts[-1], "trained": self.trained,
-            "bytes": self.n_bytes, "ledger": ledger, "sources": sources,
-            "sha256": {f.name: sha256(f) for f in files}} | ({"prompt": prompt} if prompt else {})
-        text = json.dumps(meta, indent=1, ensure_ascii=False)
-        (self.aside / "meta.json").write_text(text + "\n", encoding="utf-8")
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.aside.rename(self.folder)
-        return Bin(self.folder)
-
-    def abandon(self) -> None:
-        """Remove what was written so far."""
-        for file in filter(None, (self.tokens, self.mask)):
-            with suppress(OSError):  # a full disk still does not take what is in its buffer
-                file.close()
-        shutil.rmtree(self.aside, ignore_errors=True)
 
 
 def sha256(file: Path) -> str:

@@ -69,7 +69,7 @@ def draw(size: str, folder: str) -> dict:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from data import BinWriter
+    from preparation.bin_writer import BinWriter
     from tokenization.chat_template import Template, documents
     from tokenization.tokenizer import Tokenizer
 

@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from data import Bin, BinWriter, Document, sha256
+from data import Bin, sha256
 from preparation import text as corpus
+from preparation.bin_writer import BinWriter
 from runtime.console import UserError, say
 from tokenization.chat_template import Template, documents
+from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 
 KINDS = (".jsonl", ".json", ".tsv", ".parquet")

@@ -32,7 +32,8 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from data import Bin, BinWriter, sha256
+from data import Bin, sha256
+from preparation.bin_writer import BinWriter
 from runtime import hub
 from runtime.console import UserError, say
 from tokenization.tokenizer import Tokenizer

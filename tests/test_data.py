@@ -18,9 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import IGNORE, Bin, BinWriter, Document, Loader, Source, Stream, hold_out, sha256
+from data import IGNORE, Bin, Loader, Source, Stream, hold_out, sha256
 from helpers import tiny
+from preparation.bin_writer import BinWriter
 from runtime.console import UserError
+from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training import datasets as sources
 

@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data import Document
 from runtime.console import UserError
+from tokenization.document import Document
 from tokenization.tokenizer import Part, Tokenizer, read_words
 
 # for a base without a template: Llammas' tags, plain text, each answer ended by EOS (TartuNLP)

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data import Bin, Document, Source, hold_out, sha256
+from data import Bin, Source, hold_out, sha256
 from preparation import text as corpus
 from runtime import console as log
 from runtime.console import FLAGS, UserError
 from runtime.paths import ROOT
+from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # torch would come with it, into each process that prepares text

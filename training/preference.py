@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 import lora
-from data import IGNORE, Batch, Document, Whole
+from data import IGNORE, Batch, Whole
 from layers.cross_entropy import cpo, document_logp, dpo
 from model import Llama
 from runtime.console import say
 from runtime.distributed import Ranks
 from runtime.transfer import host, sent
+from tokenization.document import Document
 
 REPORTED = ("margin", "accuracy", "chosen_logp", "rejected_logp")  # means over pairs
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints import resume_point as checkpoint
-from data import Document
 from evaluation import tasks
 from inference.generate import Sampling, generate
 from layers.cross_entropy import bits_per_byte
 from model import Llama
 from runtime import console as log
+from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training import datasets as sources
 from training import preference

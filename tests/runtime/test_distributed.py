@@ -25,11 +25,12 @@ import tyro  # noqa: F401
 from safetensors.torch import load_file
 
 import train
-from data import BinWriter, Document
 from helpers import fork, tiny
 from preparation import text as corpus
+from preparation.bin_writer import BinWriter
 from runtime import console as log
 from runtime.distributed import Ranks
+from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training import run as life
 

@@ -24,7 +24,7 @@ from sacrebleu.metrics import CHRF
 from test_chat_template import KINDS, TEMPLATES, folders, pair, said  # noqa: F401
 
 import prepare
-from data import Bin, Document, Source, hold_out
+from data import Bin, Source, hold_out
 from helpers import fork, tiny
 from languages.kinyarwanda import prompts
 from preparation import conversations as examples
@@ -34,6 +34,7 @@ from runtime import console as log
 from runtime.console import UserError
 from runtime.paths import ROOT
 from tokenization.chat_template import PLAIN, Template, documents
+from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 
 KIN, ENG = tiny.SENTENCES[:5], tiny.SENTENCES[5:]

@@ -1022,7 +1022,9 @@ def test_the_plan_of_several_ranks_is_printed_once(place):  # noqa: F811
 
 def test_the_documents_of_a_row_are_those_whose_tokens_it_holds(place):  # noqa: F811
     """Found without reading the row, and found by looking every token up."""
-    from data import Bin, BinWriter, Document, Loader, Source
+    from data import Bin, Loader, Source
+    from preparation.bin_writer import BinWriter
+    from tokenization.document import Document
 
     sources = []
     for kind in ("text", "pairs"):

@@ -26,15 +26,17 @@ import lora
 import prepare
 import sample
 import train
-from data import IGNORE, Batch, Bin, BinWriter, Document, Loader, Source, Whole, hold_out
+from data import IGNORE, Batch, Bin, Loader, Source, Whole, hold_out
 from goldens import trl_goldens as goldens_trl
 from helpers import fork, tiny
+from preparation.bin_writer import BinWriter
 from runtime import console as log
 from runtime import flags as config
 from runtime.console import UserError
 from runtime.distributed import Ranks
 from runtime.paths import ROOT
 from tokenization.chat_template import Template, documents
+from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training import datasets as sources
 from training import optimizer as optim

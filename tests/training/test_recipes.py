@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 import train
-from data import BinWriter, Document
 from helpers import tiny
 from preparation import text as corpus
+from preparation.bin_writer import BinWriter
 from runtime import flags as config
 from runtime.paths import ROOT
+from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"), key=lambda r: r.stem)

@@ -549,7 +549,8 @@ def test_tensorboard_holds_the_numbers_of_metrics_jsonl(place):
 def test_mfu_is_of_all_tokens_of_documents_and_the_logits_of_those_that_are_trained(
         place, monkeypatch, tmp_path, mode):
     """A step's time and the peak are taken out again."""
-    from data import BinWriter, Document
+    from preparation.bin_writer import BinWriter
+    from tokenization.document import Document
 
     monkeypatch.setattr(Ranks, "peak_flops", lambda self: 1e9)
     draw, sha = np.random.default_rng(0), Tokenizer.open(place / "model").fingerprint
@@ -655,7 +656,8 @@ def test_a_folder_that_cannot_be_written_is_refused(place):
 
 
 def test_a_bin_of_another_tokenizer_is_refused(place, tmp_path):
-    from data import BinWriter, Document
+    from preparation.bin_writer import BinWriter
+    from tokenization.document import Document
 
     writer = BinWriter(tmp_path / "other", "f" * 64, 100)
     writer.add(Document([1, 5, 6, 2], None, 3))
