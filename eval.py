@@ -27,8 +27,6 @@ from runtime import console as log
 from runtime import flags as config
 from runtime.console import FLAGS, STORAGE, UserError
 
-NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
 
 @dataclass
 class Settings:
@@ -104,6 +102,7 @@ from preparation import contamination as overlap  # noqa: E402
 from preparation import text as corpus  # noqa: E402
 from reports import evaluation_report as sheet  # noqa: E402
 from runtime.distributed import Ranks  # noqa: E402
+from runtime.dtypes import FLAG_NAMES  # noqa: E402
 from tokenization.chat_template import Template  # noqa: E402
 from tokenization.tokenizer import Tokenizer  # noqa: E402
 
@@ -338,7 +337,7 @@ def _finite(values: np.ndarray, name: str, r: Reader) -> None:
 
 def name_of(model: Llama) -> str:
     """The model's compute dtype as --dtype calls it."""
-    return NAMES[str(model.compute_dtype).removeprefix("torch.")]
+    return FLAG_NAMES[model.compute_dtype]
 
 
 def main(s: Settings) -> None:

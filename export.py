@@ -91,17 +91,18 @@ from torch import Tensor, nn  # noqa: E402
 import lora  # noqa: E402
 from checkpoints import huggingface as weights  # noqa: E402
 from checkpoints.huggingface import ADAPTER, ADAPTER_CONFIG, MERGED  # noqa: E402
-from checkpoints.safetensors_header import DTYPES, INDEX, Slot, five, header, inside  # noqa: E402
+from checkpoints.safetensors_header import INDEX, Slot, five, header, inside  # noqa: E402
 from data import sha256  # noqa: E402
 from inference.generate import Sampling, generate  # noqa: E402
 from layers.cross_entropy import capped  # noqa: E402
 from model import Llama  # noqa: E402
 from reports.model_card import WRITTEN, identity, merges  # noqa: E402
 from reports.model_card import text as card_text  # noqa: E402
+from runtime.dtypes import FLAG_DTYPES, SAFETENSORS_FLOATS  # noqa: E402
+from runtime.strict_json import read_json  # noqa: E402
 from tokenization.chat_template import GREETING, Template  # noqa: E402
 from tokenization.tokenizer import FILES, Tokenizer  # noqa: E402
 
-KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEXT = "Umwana ajya ku ishuri. The child goes to school."
 
 
@@ -169,14 +170,14 @@ def write_merged(model: Llama, base: Path, aside: Path, dtype: str) -> None:
     shards: dict[str, list[str]] = {}
     for k, slot in found.items():
         shards.setdefault(slot.file.name, []).append(k)
-    weights._write_config(aside, base, model.config, KINDS.get(dtype))
+    weights._write_config(aside, base, model.config, FLAG_DTYPES.get(dtype))
     size = 0
     with log.progress("merging", len(found)) as move:
         for file, names in shards.items():
             part: dict[str, Tensor] = {}
             for k in names:
                 x = read(found[k])
-                kind = KINDS.get(dtype, x.dtype)  # a sum is in float32, and rounded once
+                kind = FLAG_DTYPES.get(dtype, x.dtype)  # a sum is in float32, and rounded once
                 if k.endswith(".weight") and k.removesuffix(".weight") in adapters:
                     one = nn.Module()
                     one.layer = adapters[k.removesuffix(".weight")]
@@ -192,7 +193,7 @@ def write_merged(model: Llama, base: Path, aside: Path, dtype: str) -> None:
                 move(1)
             save_file(part, aside / file, metadata={"format": "pt"})
     if (base / INDEX).exists():
-        index = weights.read_json(inside(base, INDEX))
+        index = read_json(inside(base, INDEX))
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
         index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
         (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -208,9 +209,9 @@ def slots(folder: Path, model: Llama) -> dict[str, Slot]:
 
 def read(slot: Slot) -> Tensor:
     """One tensor; the file is opened for it alone, so that the pages it read can go with it."""
-    if slot.dtype not in DTYPES:
+    if slot.dtype not in SAFETENSORS_FLOATS:
         raise UserError(f"{slot.file}: {slot.name} is {slot.dtype}, expected "
-                        f"{' '.join(DTYPES)}; take the model in its original precision")
+                        f"{' '.join(SAFETENSORS_FLOATS)}; take the model in its original precision")
     return safe_open(slot.file, "pt").get_tensor(slot.name)
 
 
@@ -360,7 +361,7 @@ def push(s: Push) -> None:
     if folder / "README.md" not in files:
         log.say("no README.md: python export.py card writes one")
     if folder / ADAPTER_CONFIG in files:
-        name = str(weights.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+        name = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
         if Path(name).is_absolute():
             log.say(f"{ADAPTER_CONFIG} names its base {name}, a folder that nobody else has; name "
                     "one on the hub there, or merge")

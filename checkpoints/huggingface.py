@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 import lora
 from checkpoints.safetensors_header import (
-    DTYPES,
     INDEX,
     SINGLE,
     Slot,
@@ -40,13 +39,15 @@ from checkpoints.safetensors_header import (
 )
 from layers import config as families
 from layers import int8, nf4
-from layers.config import ModelConfig, read_json
+from layers.config import ModelConfig
 from layers.int8 import Int8Linear
 from layers.nf4 import NF4Linear
 from model import Llama
 from runtime import hub
 from runtime.console import STORAGE, UserError
 from runtime.distributed import whole
+from runtime.dtypes import SAFETENSORS_FLOATS
+from runtime.strict_json import read_json
 from tokenization.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -255,9 +256,10 @@ def _compare(folder: Path, config: ModelConfig, wanted: dict[str, Tensor],
             odd = [n for n, m in zip(shape, slot.shape, strict=False) if n != m and n in words]
             by = f" by {words[odd[0]]}" if odd else ""
             raise UserError(f"{slot.file}: {k} is {slot.shape}, config.json expects {shape}{by}")
-        if slot.dtype not in DTYPES:
-            raise UserError(f"{slot.file}: {k} is {slot.dtype}, expected {' '.join(DTYPES)}; take "
-                            "the model in its original precision")
+        if slot.dtype not in SAFETENSORS_FLOATS:
+            raise UserError(f"{slot.file}: {k} is {slot.dtype}, expected "
+                            f"{' '.join(SAFETENSORS_FLOATS)}; take the model in its original "
+                            "precision")
 
 
 def _check_finite(x: Tensor, what: str) -> None:
@@ -322,7 +324,8 @@ def _laid_out(like: Path) -> dict[str, Slot]:
 def _kinds(model: Llama, before: dict[str, Slot],
            dtype: torch.dtype | None = None) -> dict[str, torch.dtype]:
     """The dtype in which each tensor is written: `dtype`, or that of its file, or the model's."""
-    kept = {k: DTYPES[slot.dtype] for k, slot in before.items() if slot.dtype in DTYPES}
+    kept = {k: SAFETENSORS_FLOATS[slot.dtype] for k, slot in before.items()
+            if slot.dtype in SAFETENSORS_FLOATS}
     return {k: dtype or kept.get(k, model.head.dtype) for k, _ in model.named_parameters()}
 
 

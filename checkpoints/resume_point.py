@@ -39,6 +39,7 @@ from data import sha256
 from runtime import distributed as shares
 from runtime.console import FLAGS, STORAGE, UserError, say
 from runtime.distributed import Ranks
+from runtime.dtypes import SAFETENSORS_NAMES
 
 FORMAT = 2  # 1: one file a part, whole tensors under their names
 NAME = re.compile(r"step-(\d{6,})")
@@ -46,9 +47,6 @@ ASIDE = re.compile(r"\.(?:tmp|del)-(.+)-(\d+)")  # with the process that made it
 MANIFEST = "manifest.json"
 CHUNK = 4 << 20  # bytes written and hashed at a time
 RESTS = 39  # on a CPU: seconds that a second's writing is followed by
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-          torch.uint8: "U8", torch.bool: "BOOL"}
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -220,7 +218,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor],
     tensors = dict(sorted(tensors.items(), key=lambda x: -x[1].element_size()))  # keeps alignment
     for name, x in tensors.items():
         end = at + x.numel() * x.element_size()
-        header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [at, end]}
+        header[name] = {"dtype": SAFETENSORS_NAMES[x.dtype], "shape": list(x.shape),
+                        "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from layers.config import read_json, strict_json
 from runtime.console import UserError
+from runtime.strict_json import read_json, strict_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100 << 20  # bytes: safetensors' own limit
 
 

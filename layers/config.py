@@ -8,11 +8,9 @@ quantisation) is refused: never load what would be computed wrongly.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from runtime.console import UserError
@@ -182,36 +180,6 @@ class ModelConfig:
         if ModelConfig.from_hf(words) != self:
             raise UserError("config.json: only a plain LLaMA's can be written")
         return words
-
-
-def strict_json(text: bytes, where: Any) -> dict[str, Any]:
-    """A JSON object with each key once and no NaN; UserError on what Python's reader would take."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for k, v in pairs:
-            if k in found:
-                raise ValueError(f"the key {k!r} stands twice")
-            found[k] = v
-        return found
-
-    def not_json(word: str) -> None:
-        raise ValueError(f"{word} is no number")
-
-    try:
-        words = json.loads(text.decode(), object_pairs_hook=once, parse_constant=not_json)
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply; this is no model's file") from None
-    except ValueError as e:  # broken, not UTF-8, or one of the two above
-        raise UserError(f"{where}: not proper JSON ({e}); fetch it again") from None
-    if type(words) is not dict:
-        raise UserError(f"{where}: a JSON {type(words).__name__}, expected an object")
-    return words
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A file's JSON object, read strictly."""
-    return strict_json(file.read_bytes(), file)
 
 
 def text_words(raw: dict[str, Any]) -> dict[str, Any]:

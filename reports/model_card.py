@@ -18,9 +18,9 @@ import torch
 from checkpoints import huggingface as weights
 from checkpoints.huggingface import ADAPTER_CONFIG, CONFIG, MERGED
 from checkpoints.safetensors_header import inside
-from layers.config import read_json, strict_json
 from runtime import console as log
 from runtime.console import UserError
+from runtime.strict_json import read_json, strict_json
 from tokenization.tokenizer import FILES
 
 WRITTEN = "# written by export.py card"  # in the front matter: this README.md may be replaced

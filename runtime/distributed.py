@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.console import FLAGS, UserError, say
+from runtime.dtypes import FLAG_DTYPES
 
 # bf16 (T4: fp16) tensor-core peaks without sparsity, FLOP/s, from the makers' data sheets: the
 # limit of an MFU
@@ -316,8 +317,7 @@ class Ranks:
                 "auto" else "--dtype bf16 is slow on it; --dtype fp16 would not be"))
         if name == "auto":
             name = "bf16" if native else "fp16" if gpu else "fp32"
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
-                "fp8": torch.bfloat16}[name]  # between products
+        return torch.bfloat16 if name == "fp8" else FLAG_DTYPES[name]  # fp8: between products
 
     def peak_flops(self) -> float | None:
         """What this GPU can multiply in a second at most; None where no data sheet says."""

@@ -40,6 +40,7 @@ from runtime import flags as config
 from runtime import hub
 from runtime.console import FLAGS, UserError
 from runtime.distributed import Ranks
+from runtime.dtypes import FLAG_NAMES
 from runtime.paths import ROOT, source_files
 from tokenization.chat_template import Template
 from tokenization.tokenizer import Tokenizer
@@ -51,8 +52,6 @@ from training import preference
 from training import settings as flags
 from training import validation as looks
 from training.early_stopping import Guards, evaluations, finite
-
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass
@@ -167,7 +166,7 @@ class Run:
                     f"multiples of {each} can be divided among the ranks"), FLAGS)
         # a run that goes on elsewhere must not choose anew
         s = dataclasses.replace(s, tokens_per_step=per_step,
-                                dtype=s.dtype if s.dtype == "fp8" else DTYPES[dtype])
+                                dtype=s.dtype if s.dtype == "fp8" else FLAG_NAMES[dtype])
         if s.max_epochs_per_source:
             sources.cap(mixed, s.steps * per_step, s.max_epochs_per_source)
         loader = load(s.rows)

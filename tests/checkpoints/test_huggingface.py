@@ -729,9 +729,9 @@ def test_random_damage_to_a_header_is_refused_or_changes_nothing_that_is_read(co
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    (b"", "not proper JSON"), (b"{", "not proper JSON"), (b"[]", "expected an object"),
-    (b"\xff\xfe", "not proper JSON"), (b'{"rms_norm_eps": NaN}', "NaN"),
-    (b'{"vocab_size": 320, "vocab_size": 320}', "'vocab_size' stands twice"),
+    (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"[]", "expected an object"),
+    (b"\xff\xfe", "not valid JSON"), (b'{"rms_norm_eps": NaN}', "NaN"),
+    (b'{"vocab_size": 320, "vocab_size": 320}', "duplicate key 'vocab_size'"),
     (b'{"a": -Infinity}', "-Infinity"), (b'{"a":' * 100000, "JSON|nested"),
     (b'{"vocab_size": ' + b"9" * 5000 + b"}", "JSON")])
 def test_a_config_that_is_no_strict_json_is_refused(copy, text, says):
@@ -838,7 +838,7 @@ def test_a_model_with_an_adapter_is_saved_only_once_merged(adapter, tmp_path):
     (lambda a, b: shutil.rmtree(b), "base_model_name_or_path"),
     (lambda a, b: words(a, CONFIG, base_model_name_or_path=None), "base_model_name_or_path"),
     (lambda a, b: words(a, CONFIG, base_model_name_or_path=str(a)), "is an adapter itself"),
-    (lambda a, b: (a / CONFIG).write_text("{"), f"{CONFIG}: not proper JSON"),
+    (lambda a, b: (a / CONFIG).write_text("{"), f"{CONFIG}: not valid JSON"),
     (lambda a, b: (a / weights.ADAPTER).unlink(), f"{weights.ADAPTER}: no such file"),
     (lambda a, b: (a / weights.ADAPTER).rename(a / "adapter_model.bin"), weights.ADAPTER),
     (lambda a, b: os.truncate(a / weights.ADAPTER, 2000), "2000 bytes, expected"),
