@@ -1,1 +1,2 @@
-"""What knows a language; each language is a folder."""
+"""What the project knows about languages: a table of codes and names, and a folder for each
+language that it knows more about."""

@@ -1,0 +1,1 @@
+"""English: translation prompts and frequent words."""
