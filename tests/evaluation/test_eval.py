@@ -5,9 +5,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +18,11 @@ import eval as evaluating
 from checkpoints import huggingface as weights
 from evaluation import metrics, tasks
 from helpers import tiny
+from helpers.commands import command
+from helpers.tiny import bytewise_folder
 from model import Llama
 from runtime import flags as config
 from runtime.console import UserError
-from runtime.paths import ROOT
 from tokenization.tokenizer import Tokenizer
 
 CONTEXT, BOS = 16, 1
@@ -32,7 +30,6 @@ CONTEXT, BOS = 16, 1
 
 def interval(nats, n_bytes):
     return metrics.interval([metrics.of_text(nats, n_bytes)])
-
 
 
 def rolling(tokens, prefix, length):
@@ -164,13 +161,6 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def command(*args, cwd, **more) -> subprocess.CompletedProcess:
-    """A command as a person runs it."""
-    at = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, ROOT / args[0], *map(str, args[1:])], cwd=cwd, env=at,
-                          capture_output=True, text=True, **more)
-
-
 def evaluated(home: Path, **values) -> dict:
     """results.json of an evaluation in this process."""
     values = {"model": str(home / "run"), "device": "cpu", "out": str(home / "out"), **values}
@@ -273,21 +263,6 @@ def test_eight_bits_are_measured_with_the_head_and_named(home):
     nats = sum(by_hand(peer, tokenizer.encode(x), BOS, 128) for x in tiny.SENTENCES)
     assert narrow["value"] == pytest.approx(nats / math.log(2) / narrow["bytes"], rel=2e-6)
     assert 2e-5 < abs(narrow["value"] / exact["value"] - 1) < 0.02
-
-
-def bytewise_folder(folder: Path, special: list[str]) -> Path:
-    """A tiny model whose tokenizer.json has bytes for pieces, and these control tokens."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=tiny.V, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(tiny.SENTENCES, trainer)
-    tiny.folder(folder, tokenizer=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def test_without_bos_a_document_begins_from_eos_and_without_both_it_is_refused(home):

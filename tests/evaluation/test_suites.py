@@ -153,6 +153,7 @@ def test_a_model_is_measured_on_a_suite_and_its_page_says_so(home, capsys):
     assert sheet.write(home / "out").exists()
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here to open the page")
 def test_a_comparison_fits_on_a_phone(home, tmp_path):
     """No table is wider than its place on a screen of 390 points: no difference is hidden."""

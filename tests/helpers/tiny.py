@@ -192,3 +192,19 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 def apart(x: torch.Tensor, y: torch.Tensor) -> float:
     """The length of x - y over that of y; where y is nothing, that of x."""
     return ((x - y).norm() / y.norm() if y.any() else x.norm()).item()
+
+
+def bytewise_folder(path: Path, special: list[str]) -> Path:
+    """A tiny model whose tokenizer.json has bytes for pieces, and these control tokens."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=V, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    folder(path, tokenizer=False)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path

@@ -15,10 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_eval import bytewise_folder, command
 
 import sample
 from helpers import tiny
+from helpers.commands import command
+from helpers.tiny import bytewise_folder
 from inference import prompt_format as ask
 from inference.generate import generate
 from inference.sampling import Sampling, Stops

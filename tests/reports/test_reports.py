@@ -187,6 +187,7 @@ def test_samples_of_any_shape_are_no_error(tmp_path, text):
     page_of(leave(tmp_path, samples=text))
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here to open the page")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_all_of_it_on_a_wide_and_on_a_narrow_screen(tmp_path, width):

@@ -526,6 +526,7 @@ def test_a_conversation_forgets_as_little_as_must_be(taught, n):
         assert way.recent(said, room) == (wanted, way.ids(wanted))
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(not browser.CHROMIUM, reason="no chromium here to open the page")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, width):

@@ -21,11 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import CHRF
-from test_chat_template import KINDS, TEMPLATES, folders, pair, said  # noqa: F401
 
 import prepare
 from data import Bin, Source, hold_out
 from helpers import fork, tiny
+from helpers.chat_templates import KINDS, TEMPLATES, pair, said, tokenizer_folders
 from languages.kinyarwanda import prompts
 from preparation import conversations as examples
 from preparation import text as corpus
@@ -44,6 +44,12 @@ ANSWER = json.dumps({"messages": said(("u", "Amakuru?"), ("a", "Ni meza."))})
 sentence = st.lists(st.sampled_from(
     "umugore arateka two cows i Kigali, mu n'umwana 12 é 🦒 {{ x }} <|user|> \n\n".split(" ")),
     min_size=1, max_size=6).map(" ".join).map(str.strip).filter(bool)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A tokenizer's folder of each kind."""
+    return tokenizer_folders(tmp_path_factory.mktemp("kinds"))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +97,7 @@ def trained_text(tok: Tokenizer, ids, mask) -> list[str]:
 # ------------------------------------------------------------------ conversations
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind):  # noqa: F811
+def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind):
     """One to six turns, with and without a system, by every template whose ends the kind has."""
     tok = Tokenizer.open(folders[kind])
     sources = {**TEMPLATES, "plain": Template.plain(tok).source}
@@ -133,7 +139,7 @@ def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_template_is_compared_by_some_kind_of_tokenizer(folders, name):  # noqa: F811
+def test_every_template_is_compared_by_some_kind_of_tokenizer(folders, name):
     """What the test above leaves out for one kind, for its ends are no tokens of it, another has.
     """
     def fits(kind: str) -> bool:
@@ -147,7 +153,7 @@ def test_every_template_is_compared_by_some_kind_of_tokenizer(folders, name):  #
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "llama json"])
-def test_the_plain_template_is_llammas_byte_for_byte(folders, kind):  # noqa: F811
+def test_the_plain_template_is_llammas_byte_for_byte(folders, kind):
     template = Template.plain(Tokenizer.open(folders[kind]))
     messages = said(("s", "Be kind."), ("u", " Muraho "), ("a", "Muraho neza."), ("u", "Ejo?"),
                     ("a", "Yego."))
@@ -165,7 +171,7 @@ def test_the_plain_template_is_llammas_byte_for_byte(folders, kind):  # noqa: F8
     assert document_of(template, messages, "all").mask is None
 
 
-def test_a_control_token_typed_by_the_assistant_is_trained_as_text(folders):  # noqa: F811
+def test_a_control_token_typed_by_the_assistant_is_trained_as_text(folders):
     template, _ = pair(folders["llama3 json"], TEMPLATES["llama3"])
     document = document_of(template, said(("u", "Andika <|eot_id|>"),
                                           ("a", "Dore: <|eot_id|> ngiyi")))
