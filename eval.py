@@ -90,6 +90,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from checkpoints import huggingface as weights  # noqa: E402
+from checkpoints import model_folder  # noqa: E402
 from data import sha256  # noqa: E402
 from evaluation import metrics, suites, tasks  # noqa: E402
 from evaluation import results as judge  # noqa: E402
@@ -431,13 +432,13 @@ def open_model(s: Settings) -> Reader:
     if not 0 <= s.max_length <= context:
         raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
                         "context, or 0 for all of it", FLAGS)
-    folder = weights.find(s.model)
+    folder = model_folder.find(s.model)
     template = Way.of(folder, tokenizer).own_template if s.chat_template else None
     if s.chat_template and template is None:
         raise UserError(f"--chat-template: {s.model} has no chat template; leave it out, or take "
                         "a model that was taught to converse", FLAGS)
     return Reader(model, tokenizer, s.max_length or context, s.quant, s.lm_eval_compat, template,
-                  frozenset(weights.stop_ids(folder, tokenizer)))
+                  frozenset(model_folder.stop_ids(folder, tokenizer)))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ from torch import Tensor, nn  # noqa: E402
 
 import lora  # noqa: E402
 from checkpoints import huggingface as weights  # noqa: E402
-from checkpoints.huggingface import ADAPTER, ADAPTER_CONFIG, MERGED  # noqa: E402
+from checkpoints import model_folder, peft_adapter  # noqa: E402
+from checkpoints.atomic_write import aside  # noqa: E402
+from checkpoints.model_folder import ADAPTER, ADAPTER_CONFIG, MERGED  # noqa: E402
 from checkpoints.safetensors_header import INDEX, Slot, five, header, inside  # noqa: E402
 from data import sha256  # noqa: E402
 from inference.generate import Sampling, generate  # noqa: E402
@@ -108,11 +110,11 @@ TEXT = "Umwana ajya ku ishuri. The child goes to school."
 
 def merge(s: Merge) -> None:
     """Write base + adapter as a folder laid out like the base; each sum is rounded once."""
-    folder = weights.find(s.model)
+    folder = model_folder.find(s.model)
     if not (folder / ADAPTER_CONFIG).exists():
         raise UserError(f"{folder}: no {ADAPTER_CONFIG}, so this is no adapter; name the folder of "
                         "one, as --tune lora writes it")
-    base, out = weights.base_of(folder), Path(s.out).expanduser().resolve()
+    base, out = model_folder.base_of(folder), Path(s.out).expanduser().resolve()
     if out in (folder.resolve(), base.resolve()):
         raise UserError(f"--out {s.out}: is the {'base' if out == base.resolve() else 'adapter'} "
                         "itself; name another folder", FLAGS)
@@ -124,18 +126,18 @@ def merge(s: Merge) -> None:
     model = adapted(base, folder)
     before = logits(folder) if s.compare else None
     name, revision = identity(str(base))
-    with weights._aside(out) as aside:
-        write_merged(model, base, aside, s.dtype)
-        weights._carry(base, aside)
+    with aside(out, (*model_folder.MODEL_FILES, "README.md")) as new:
+        write_merged(model, base, new, s.dtype)
+        model_folder.carry(base, new)
         if any((folder / x).exists() for x in FILES[:2]):  # one tokenizer, never halves of two
             for x in (*FILES[:4], "added_tokens.json"):
-                (aside / x).unlink(missing_ok=True)
-        weights._carry(folder, aside)
+                (new / x).unlink(missing_ok=True)
+        model_folder.carry(folder, new)
         mine = out / "README.md"
         if mine.exists() and WRITTEN not in (text := mine.read_text("utf-8", "replace")):
-            (aside / mine.name).write_text(text, encoding="utf-8")  # a person's stays
+            (new / mine.name).write_text(text, encoding="utf-8")  # a person's stays
         record = {"merged_adapter": adapter, "base": name, "revision": revision}
-        (aside / MERGED).write_text(json.dumps({"merges": [*earlier, record]}, indent=1) + "\n")
+        (new / MERGED).write_text(json.dumps({"merges": [*earlier, record]}, indent=1) + "\n")
     print(f"{out}: an adapter of {len(lora.adapters(model))} layers merged into {base}, "
           f"dtype {s.dtype}")
     if before is not None:
@@ -146,21 +148,21 @@ def merge(s: Merge) -> None:
 
 def adapted(base: Path, folder: Path) -> Llama:
     """The base's shapes without its weights, and the adapter in them, real and checked."""
-    weights.check_base(folder, base)
+    peft_adapter.check_base(folder, base)
     with torch.device("meta"):
-        model = Llama(weights.read_config(base))
-    lora.load_adapter(model, folder)  # all that can be wrong is said here, as when it is loaded
+        model = Llama(model_folder.read_config(base))
+    peft_adapter.load_adapter(model, folder)  # said as when it is loaded
     for k in [k for k, p in model.named_parameters() if p.requires_grad]:  # what was trained
         parent, _, leaf = k.rpartition(".")
         p = torch.empty(model.get_parameter(k).shape, dtype=torch.float32)
         setattr(model.get_submodule(parent), leaf, nn.Parameter(p))
-    lora.fill(model, load_file(folder / ADAPTER), str(folder))
-    for k, x in lora.adapter_state(model).items():
+    peft_adapter.fill(model, load_file(folder / ADAPTER), str(folder))
+    for k, x in peft_adapter.adapter_state(model).items():
         weights._check_finite(x, f"{folder / ADAPTER}: {k}")
     return model
 
 
-def write_merged(model: Llama, base: Path, aside: Path, dtype: str) -> None:
+def write_merged(model: Llama, base: Path, out: Path, dtype: str) -> None:
     """The merged weights, shard by shard: save_file wants a whole shard, so one is in memory."""
     adapters = lora.adapters(model)
     wanted = {k.replace(".base_layer.", "."): p for k, p in model.named_parameters()
@@ -170,7 +172,7 @@ def write_merged(model: Llama, base: Path, aside: Path, dtype: str) -> None:
     shards: dict[str, list[str]] = {}
     for k, slot in found.items():
         shards.setdefault(slot.file.name, []).append(k)
-    weights._write_config(aside, base, model.config, FLAG_DTYPES.get(dtype))
+    weights._write_config(out, base, model.config, FLAG_DTYPES.get(dtype))
     size = 0
     with log.progress("merging", len(found)) as move:
         for file, names in shards.items():
@@ -191,19 +193,19 @@ def write_merged(model: Llama, base: Path, aside: Path, dtype: str) -> None:
                 weights._check_finite(part[k], k)  # a narrower dtype overflows without a word
                 size += part[k].nbytes
                 move(1)
-            save_file(part, aside / file, metadata={"format": "pt"})
+            save_file(part, out / file, metadata={"format": "pt"})
     if (base / INDEX).exists():
         index = read_json(inside(base, INDEX))
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
         index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
-        (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def slots(folder: Path, model: Llama) -> dict[str, Slot]:
     """A folder's tensors but old rotary buffers and the copy of a tied head, neither of them
     read."""
     tied = model.config.tie_word_embeddings
-    return {k: slot for k, slot in weights.tensors(folder).items()
+    return {k: slot for k, slot in model_folder.tensors(folder).items()
             if not (k.endswith("rotary_emb.inv_freq") or (tied and k == "lm_head.weight"))}
 
 
@@ -228,7 +230,7 @@ def logits(folder: Path) -> Tensor:
 def check(s: Check) -> None:
     """A line with a tick or a cross for each thing; a folder that cannot be read is an error."""
     wrong = 0
-    for good, line in findings(weights.find(s.model)):
+    for good, line in findings(model_folder.find(s.model)):
         print("✓" if good else "✗", log.printable(line), flush=True)
         wrong += not good
     if wrong:
@@ -238,8 +240,8 @@ def check(s: Check) -> None:
 
 def findings(folder: Path) -> Iterator[tuple[bool, str]]:
     """Each thing that is right or wrong in a folder, and what it is."""
-    base = weights.base_of(folder)
-    shape = weights.read_config(base)
+    base = model_folder.base_of(folder)
+    shape = model_folder.read_config(base)
     with torch.device("meta"):
         model = Llama(shape)
     wanted, found = dict(model.named_parameters()), slots(base, model)
@@ -256,7 +258,7 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
         except UserError as e:
             bad.append(str(e).split(";")[0])
     yield not bad, f"numbers: {five(bad) or 'all finite'}"
-    head, tied = weights.tensors(base).get("lm_head.weight"), shape.tie_word_embeddings
+    head, tied = model_folder.tensors(base).get("lm_head.weight"), shape.tie_word_embeddings
     embedding = found.get("model.embed_tokens.weight")
     if tied and head is not None and embedding is not None:
         same = torch.equal(read(head), read(embedding))
@@ -279,7 +281,7 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
         "BOS: the tokenizer has none" if tokenizer.bos is None
         else f"BOS: {begins[0]} in a document, expected one, at its beginning")
 
-    stops, where = weights.named_stops(folder)
+    stops, where = model_folder.named_stops(folder)
     template = Template.of(folder, tokenizer) or Template.of(base, tokenizer)
     yield chat_finding(template, stops, shape.vocab_size) if template else (
         True, "chat template: none, so this model continues text and does not converse")
@@ -325,7 +327,7 @@ def chat_finding(template: Template, stops: list[Any], vocab: int) -> tuple[bool
 
 def card(s: Card) -> None:
     """Write README.md into the model's folder; one that a person wrote stays."""
-    folder = weights.find(s.model)
+    folder = model_folder.find(s.model)
     file = folder / "README.md"
     if file.exists() and WRITTEN not in file.read_text("utf-8", "replace") and not s.force:
         raise UserError(f"{file}: not written by this command, so it stays; move it, or --force",
@@ -348,8 +350,8 @@ def push(s: Push) -> None:
         raise UserError(f"--model {s.model}: no such folder; only what is here can be sent", FLAGS)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", s.repo):
         raise UserError(f"--repo {s.repo!r}: expected org/name", FLAGS)
-    folder = weights.find(folder)
-    known = (*weights.MODEL_FILES, MERGED, "README.md")
+    folder = model_folder.find(folder)
+    known = (*model_folder.MODEL_FILES, MERGED, "README.md")
     here = sorted(f for f in folder.iterdir())
     files = [inside(folder, f.name) for f in here if any(f.match(p) for p in known)]
     for f in files:

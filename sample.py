@@ -99,6 +99,7 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
     SETTINGS, _ = log.run(lambda: config.read(Settings, sys.argv[1:], "sample.py"))
 
 from checkpoints import huggingface as weights  # noqa: E402
+from checkpoints import model_folder  # noqa: E402
 from inference.decode import hasten, pack  # noqa: E402
 from inference.generate import Answer, answers, stream  # noqa: E402
 from inference.prompt_format import (  # noqa: E402
@@ -234,7 +235,7 @@ def mark_of(s: Settings, folder: Path) -> str:
     apart = ("prompt", "file", "out", "rows", "json", "device", "chat", "compile", "web",
              "address")
     values: dict[str, Any] = {k: v for k, v in dataclasses.asdict(s).items() if k not in apart}
-    values["weights"] = weights.marks(folder)
+    values["weights"] = model_folder.marks(folder)
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
@@ -368,9 +369,9 @@ def main(s: Settings) -> None:
     model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
     (hasten if s.compile else pack)(model)
-    folder = weights.find(s.model)
+    folder = model_folder.find(s.model)
     way = Way.of(folder, tokenizer, s.translate)
-    ends = weights.stop_ids(folder, tokenizer)
+    ends = model_folder.stop_ids(folder, tokenizer)
     if s.web:
         ways = {**({s.translate: way} if s.translate else {}), **Way.taught(folder, tokenizer)}
         manners = manners_of(s, ways, ends)

@@ -69,10 +69,10 @@ def predict(case: str, name: str, folder: str) -> dict[str, float]:
     """GB of 2^30 by part, of config.json alone."""
     import torch
 
-    from checkpoints import huggingface as weights
+    from checkpoints import model_folder
     from training import memory_estimate as memory
 
-    need = memory.need(weights.read_config(Path(folder, name)), settings(case, name),
+    need = memory.need(model_folder.read_config(Path(folder, name)), settings(case, name),
                        torch.bfloat16)
     return {part: getattr(need, part) / 2**30 for part in (*memory.PARTS, "total")}
 

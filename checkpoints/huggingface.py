@@ -13,29 +13,36 @@ lays tensors out as in the folder the model came from, aside, and renames when a
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora
+from checkpoints import peft_adapter
+from checkpoints.atomic_write import aside
+from checkpoints.model_folder import (
+    ADAPTER,
+    CARRIED,
+    CONFIG,
+    MODEL_FILES,
+    base_of,
+    carry,
+    find,
+    read_config,
+    tensors,
+)
 from checkpoints.safetensors_header import (
     INDEX,
     SINGLE,
     Slot,
-    contents,
     five,
-    header,
     inside,
-    mark,
 )
 from layers import config as families
 from layers import int8, nf4
@@ -43,126 +50,11 @@ from layers.config import ModelConfig
 from layers.int8 import Int8Linear
 from layers.nf4 import NF4Linear
 from model import Llama
-from runtime import hub
-from runtime.console import STORAGE, UserError
+from runtime.console import UserError
 from runtime.distributed import whole
 from runtime.dtypes import SAFETENSORS_FLOATS
 from runtime.strict_json import read_json
 from tokenization.tokenizer import Tokenizer
-
-CONFIG = "config.json"
-ADAPTER_CONFIG, ADAPTER, MERGED = "adapter_config.json", "adapter_model.safetensors", "merge.json"
-CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-           "chat_template.json", "prompt.json", MERGED, "LICENSE*", "NOTICE*",
-           "USE_POLICY*")  # go with a model
-MODEL_FILES = (CONFIG, ADAPTER_CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", ADAPTER, *CARRIED)
-
-
-def find(name: str | Path, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The folder of a model: a folder, a run's folder, or a hub id `org/name[@revision]`, of which
-    `files` are fetched.
-
-    A folder that is here never touches the network. UserError when there is no such model.
-    """
-    folder = Path(name).expanduser()
-    if str(name) and folder.is_dir():
-        for place in (folder, folder / "model"):
-            if (place / CONFIG).exists() or (place / ADAPTER_CONFIG).exists():
-                return place
-        raise UserError(f"{folder}: no config.json here; name a folder in Hugging Face's layout")
-    hub_id = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", str(name))
-    if hub_id is None or folder.exists():
-        raise UserError(f"model {str(name)!r}: no such folder, and no hub id (org/name@revision)")
-    if hub_id[2] is None and folder.parent.is_dir():
-        raise UserError(f"model {name!r}: not in {folder.parent}; for the hub's write {name}@main")
-    return hub.snapshot(hub_id[1], hub_id[2], files)
-
-
-def base_of(folder: Path, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The model's folder that an adapter's folder belongs on; any other folder is its own."""
-    if not (folder / ADAPTER_CONFIG).exists():
-        return folder
-    words = read_json(inside(folder, ADAPTER_CONFIG))
-    name, revision = str(words.get("base_model_name_or_path") or ""), words.get("revision")
-    if not Path(name).is_dir() and (folder / name).is_dir():
-        name = folder / name
-    elif type(revision) is str and not Path(name).is_dir():
-        name = f"{name}@{revision}"
-    try:
-        base = find(name, files)
-    except UserError as e:
-        raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {e}") from None
-    if (base / ADAPTER_CONFIG).exists():
-        raise UserError(f"{folder}: its base {base} is an adapter itself; merge that one first")
-    return base
-
-
-def check_base(folder: Path, base: Path) -> None:
-    """UserError if an adapter's file is damaged, or says that it was trained on other weights."""
-    header(inside(folder, ADAPTER))
-    told = (safe_open(folder / ADAPTER, "pt").metadata() or {}).get("base")
-    if told is not None and told != mark(tensors(base)):
-        raise UserError(f"{folder}: was trained on other weights than those of {base}, which have "
-                        f"the same shapes; name its base in {ADAPTER_CONFIG}")
-
-
-def marks(folder: Path) -> list[str]:
-    """By which the weights of a folder are known again: the model's, and an adapter's."""
-    base = base_of(folder)
-    adapter = [header(inside(folder, ADAPTER))] if folder != base else []
-    return list(map(mark, (tensors(base), *adapter)))
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The shape of the model in a folder; UserError on what would be computed wrongly."""
-    words = read_json(inside(folder, CONFIG))
-    try:
-        return ModelConfig.from_hf(words)
-    except UserError as e:
-        raise UserError(f"{folder}/{e}") from None
-
-
-def tensors(folder: Path) -> dict[str, Slot]:
-    """`contents` under our names: of a model that also sees pictures, the text part alone."""
-    found, words = contents(folder), read_json(inside(folder, CONFIG))
-    if families.text_words(words) is words:
-        return found
-    return {own: slot for k, slot in found.items() if (own := families.text_name(k)) is not None}
-
-
-def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """Ids that end an answer: the tokenizer's EOS, and what the folder's files name besides."""
-    named, file = named_stops(folder)
-    if odd := [x for x in named if type(x) is not int or not 0 <= x < tokenizer.vocab_size]:
-        raise UserError(f"{file}: eos_token_id {odd[0]!r} is no id of the tokenizer, "
-                        f"which has {tokenizer.vocab_size}")
-    return {*named} | ({tokenizer.eos} - {None})
-
-
-def named_stops(folder: Path) -> tuple[list[Any], Path | None]:
-    """eos_token_id, at which other programs stop, and the file that says it: config.json where
-    generation_config.json does not.
-
-    A chat model ends a turn with another id than a document; a file may name one, or a list.
-    """
-    base = base_of(folder)
-    for place, name in ((folder, CARRIED[0]), (base, CARRIED[0]), (base, CONFIG)):
-        if (place / name).exists():
-            found = read_json(inside(place, name)).get("eos_token_id")
-            if found is not None:
-                return found if type(found) is list else [found], place / name
-    return [], None
-
-
-def add_stop_id(folder: Path, end: int) -> None:
-    """Have other programs end an answer at `end` as well."""
-    file = folder / CARRIED[0]
-    words = read_json(file) if file.exists() else {}
-    stops, _ = named_stops(folder)
-    if end not in stops:
-        text = json.dumps({**words, "eos_token_id": [*stops, end]}, indent=2)
-        file.write_text(text + "\n", encoding="utf-8")
 
 
 def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,
@@ -180,9 +72,9 @@ def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torc
     model = _read_model(base, torch.device(device), None if merged else dtype,
                         "none" if merged else quant, double)
     if folder != base:
-        check_base(folder, base)
-        lora.load_adapter(model, folder)
-        for k, x in lora.adapter_state(model).items():
+        peft_adapter.check_base(folder, base)
+        peft_adapter.load_adapter(model, folder)
+        for k, x in peft_adapter.adapter_state(model).items():
             _check_finite(x, f"{folder / ADAPTER}: {k}")
     if quant == "int8":
         int8.use(model)
@@ -295,19 +187,19 @@ def save(model: Llama, folder: Path | str, like: Path | str,
         for k in (k for names in shards.values() for k in names):
             whole(state[k])
         return
-    with _aside(Path(folder)) as aside:
-        _write_config(aside, like, model.config, dtype or (None if before else model.head.dtype))
-        _carry(like, aside)
+    with aside(Path(folder), (*MODEL_FILES, "README.md")) as new:
+        _write_config(new, like, model.config, dtype or (None if before else model.head.dtype))
+        carry(like, new)
         for file, names in shards.items():
             part = {k: whole(state[k]).to("cpu", kinds[k]).contiguous() for k in names}
             for k, x in part.items():
                 _check_finite(x, k)  # a narrower dtype overflows without a word
-            save_file(part, aside / file, metadata={"format": "pt"})
+            save_file(part, new / file, metadata={"format": "pt"})
         if index:
             size = sum(x.numel() * kinds[k].itemsize for k, x in state.items())
             index["metadata"] = {**index.get("metadata", {}), "total_size": size}
             index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
-            (aside / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def size(model: Llama, like: Path) -> int:
@@ -342,26 +234,7 @@ def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: i
     save(model, folder, like=folder)
 
 
-def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path | str) -> None:
-    """Write the attached adapter as a PEFT folder, with the tokenizer of `like`; it goes on `base`.
-
-    A base in the hub's cache is named by its id and commit, another folder by its whole path; its
-    mark goes with the adapter, so that other weights of that shape are not taken for it.
-    """
-    words, about = lora.adapter_config(model, str(base)), {"format": "pt"}
-    if (there := Path(base).expanduser().resolve()).is_dir():
-        repo, commit = hub.source(there)
-        words["base_model_name_or_path"] = repo or str(there)
-        words |= {"revision": commit} if commit else {}
-        about["base"] = mark(tensors(there))
-    with _aside(Path(folder)) as aside:
-        (aside / ADAPTER_CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
-        _carry(find(like), aside)
-        state = {k: whole(x).cpu().contiguous() for k, x in lora.adapter_state(model).items()}
-        save_file(state, aside / ADAPTER, metadata=about)
-
-
-def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
+def _write_config(new: Path, like: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
     """config.json as in `like`, with only what changed: the vocabulary's size, the weights' dtype.
 
     Byte for byte if nothing did; the text part alone, of a model that also sees pictures.
@@ -377,50 +250,8 @@ def _write_config(aside: Path, like: Path, config: ModelConfig, dtype: torch.dty
         changed[key] = str(dtype)[6:]
     if changed or words is not raw:
         text = json.dumps({**words, **changed}, indent=2, ensure_ascii=False) + "\n"
-        (aside / CONFIG).write_text(text, encoding="utf-8")
+        (new / CONFIG).write_text(text, encoding="utf-8")
     else:
-        shutil.copyfile(like / CONFIG, aside / CONFIG)
+        shutil.copyfile(like / CONFIG, new / CONFIG)
 
 
-def _carry(like: Path, aside: Path) -> None:
-    """Copy what goes with a model besides its weights."""
-    for file in [file for pattern in CARRIED for file in like.glob(pattern)]:
-        shutil.copyfile(inside(like, file.name), aside / file.name)
-
-
-@contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into: it takes `folder`'s place if all goes well, else it goes."""
-    folder = folder.expanduser().resolve()  # a link is followed here, once
-    aside, old = (folder.with_name(f".{x}-{folder.name}-{os.getpid()}") for x in ("tmp", "del"))
-    try:
-        if folder.exists():
-            known = (*MODEL_FILES, "README.md")
-            if lost := [f.name for f in folder.iterdir() if not any(f.match(p) for p in known)]:
-                raise UserError(f"{folder}: {five(lost)} would be lost; name another", STORAGE)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        yield aside
-        for file in aside.iterdir():
-            file.chmod(aside.stat().st_mode & 0o666)  # as the umask has it; safetensors writes 0600
-            _flush(file)
-        _flush(aside)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-        _flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise UserError(f"{folder}: cannot be written ({why})", STORAGE) from e
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from checkpoints import huggingface as weights
-from checkpoints.huggingface import ADAPTER_CONFIG, CONFIG, MERGED
+from checkpoints import model_folder
+from checkpoints.model_folder import ADAPTER_CONFIG, CONFIG, MERGED
 from checkpoints.safetensors_header import inside
 from runtime import console as log
 from runtime.console import UserError
@@ -62,7 +62,7 @@ def text(folder: Path, s: Any) -> Iterator[str]:
         yield (f"A LoRA adapter, rank {words.get('r')}, alpha {words.get('lora_alpha')}, on "
                f"{cell(', '.join(words.get('target_modules') or []))}.")
     else:
-        n = sum(torch.Size(x.shape).numel() for x in weights.tensors(folder).values())
+        n = sum(torch.Size(x.shape).numel() for x in model_folder.tensors(folder).values())
         kind = (read_json(folder / CONFIG).get("architectures") or ["unknown"])[0]
         yield f"A language model, {cell(kind)}, {n:,} parameters."
     if past:

@@ -26,6 +26,7 @@ import yaml
 
 import export
 from checkpoints import huggingface as weights
+from checkpoints import model_folder, peft_adapter
 from checkpoints import safetensors_header as shards
 from helpers import tiny
 from reports import model_card as card_of
@@ -112,11 +113,11 @@ def test_a_merge_is_pefts_in_tensors_and_logits_and_laid_out_like_the_base(
     ("llama31", {"layers_to_transform": [1]})], ids=str)
 def test_other_kinds_of_adapter_merge_as_in_peft(tmp_path, shape, kind):
     base, adapter = pair(tmp_path, shape, kind, sharded=True)
-    found = st.load_file(adapter / weights.ADAPTER)
+    found = st.load_file(adapter / model_folder.ADAPTER)
     for k in found:
         if "embed_tokens" in k or "lm_head" in k:
             found[k] = found[k] + 0.1
-    st.save_file(found, adapter / weights.ADAPTER)
+    st.save_file(found, adapter / model_folder.ADAPTER)
     state = pefts(base, adapter).state_dict()
     mine, plain = tensors(merge(adapter, tmp_path / "out")), tensors(base)
     assert mine.keys() == state.keys()
@@ -190,17 +191,17 @@ def test_an_adapter_is_merged_once_and_another_may_follow(tmp_path):
         folder = Path(shutil.copytree(adapter, tmp_path / name))
         text = json.dumps({**words, "base_model_name_or_path": str(base)})
         (folder / "adapter_config.json").write_text(text)
-        found = {k: x + change for k, x in st.load_file(folder / weights.ADAPTER).items()}
-        st.save_file(found, folder / weights.ADAPTER)
+        found = {k: x + change for k, x in st.load_file(folder / model_folder.ADAPTER).items()}
+        st.save_file(found, folder / model_folder.ADAPTER)
         return folder
 
     same = on("same", out, 0.0)
-    shutil.copyfile(adapter / weights.ADAPTER, same / weights.ADAPTER)
+    shutil.copyfile(adapter / model_folder.ADAPTER, same / model_folder.ADAPTER)
     e = refusal(merge, same, tmp_path / "twice")
     assert "already merged" in str(e) and not (tmp_path / "twice").exists()
     (out / "merge.json").rename(tmp_path / "aside")  # who wrote the adapter here knows it anyway
     mine = tmp_path / "mine"
-    weights.save_adapter(weights.load(adapter)[0], mine, base=base, like=base)
+    peft_adapter.save_adapter(weights.load(adapter)[0], mine, base=base, like=base)
     assert "other weights" in str(refusal(merge, on_again(mine, out), tmp_path / "twice"))
     (tmp_path / "aside").rename(out / "merge.json")
     both = merge(on("next", out, 0.1), tmp_path / "both", compare=False)
@@ -228,13 +229,13 @@ def test_what_cannot_be_merged_is_refused_in_one_line(tmp_path):
     chained = on_again(Path(shutil.copytree(adapter, tmp_path / "c")), adapter)
     assert "is an adapter itself" in str(refusal(merge, chained, tmp_path / "out"))
     extra = Path(shutil.copytree(adapter, tmp_path / "d"))
-    found = st.load_file(extra / weights.ADAPTER)
+    found = st.load_file(extra / model_folder.ADAPTER)
     name = next(k for k in found if "layers.1." in k)
     found[name.replace("layers.1.", "layers.7.")] = found[name].clone()
-    st.save_file(found, extra / weights.ADAPTER)
+    st.save_file(found, extra / model_folder.ADAPTER)
     assert "layers.7." in str(refusal(merge, extra, tmp_path / "out"))
-    found = {k: x * 1e6 for k, x in st.load_file(adapter / weights.ADAPTER).items()}
-    st.save_file(found, adapter / weights.ADAPTER)
+    found = {k: x * 1e6 for k, x in st.load_file(adapter / model_folder.ADAPTER).items()}
+    st.save_file(found, adapter / model_folder.ADAPTER)
     assert "float16" in str(
         refusal(merge, adapter, tmp_path / "out", dtype="fp16", compare=False))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp*"))
@@ -248,7 +249,7 @@ def test_merging_a_base_in_shards_takes_a_part_of_its_memory(tmp_path):
     base.mkdir()
     (base / "config.json").write_text(json.dumps(words))
     with torch.device("meta"):
-        model = export.Llama(weights.read_config(base))
+        model = export.Llama(model_folder.read_config(base))
     shapes = {k: p.shape for k, p in model.named_parameters()}
     where = {k: f"model-0000{int(k.split('.')[2]) + 1 if 'layers' in k else 1}-of-00008.safetensors"
              for k in shapes}
@@ -259,18 +260,19 @@ def test_merging_a_base_in_shards_takes_a_part_of_its_memory(tmp_path):
     size = sum(f.stat().st_size for f in base.glob("*.safetensors")) / 2**20
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / weights.ADAPTER_CONFIG).write_text(json.dumps({
+    (adapter / model_folder.ADAPTER_CONFIG).write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
         "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj", "down_proj"]}))
     export.lora.attach(model, 4, 8.0, 0.0, ["q_proj", "up_proj", "down_proj"])
     st.save_file({k: torch.randn(x.shape) * 0.01
-                  for k, x in export.lora.adapter_state(model).items()}, adapter / weights.ADAPTER)
+                  for k, x in peft_adapter.adapter_state(model).items()},
+                 adapter / model_folder.ADAPTER)
     code = f"""if True:
         import re, export, torch
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
         torch.randn(512, 512) @ torch.randn(512, 512)
         with torch.device("meta"):  # the code for this is as large as the model
-            export.Llama(export.weights.read_config(export.Path({str(base)!r})))
+            export.Llama(export.model_folder.read_config(export.Path({str(base)!r})))
         before = peak()
         export.merge(export.Merge({str(adapter)!r}, {str(tmp_path / "out")!r}, compare=False))
         print((peak() - before) / 1024)

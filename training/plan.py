@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from checkpoints import huggingface as weights
+from checkpoints import model_folder
 from data import IGNORE, Batch
 from layers import attention, nf4
 from model import Llama
@@ -82,7 +83,7 @@ def _show(run: Run, origins: dict[str, str], objective: Any) -> None:
     minutes = (time.perf_counter() - begun) * run.micro_batches * run.steps / 60
     moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     moments = sum(optim.bytes_held(name, p, s.optimizer, s.ema) for name, p in moving) / GiB
-    base = weights.base_of(run.folder)
+    base = model_folder.base_of(run.folder)
     said = memory.on(run.ranks, run.model.config, s, run.model.compute_dtype,
                      run.micro_batches, run.folder if run.folder != base else None)
     tied = {optim.EMBEDDINGS[0]: " (the head too, tied)"} if run.model.lm_head is None else {}
@@ -178,10 +179,10 @@ def foretell(s: Any) -> None:
     if s.dtype not in ("auto", "fp16" if name == "T4" else "bf16"):
         raise UserError(f"--dtype {s.dtype}: the peak known of a {name} is that of "
                         f"{str(dtype)[6:]}; leave the flag out", FLAGS)
-    files = (weights.CONFIG, weights.ADAPTER_CONFIG, weights.ADAPTER)
-    folder = weights.find(s.model, files)
-    base = weights.base_of(folder, files)
-    config, adapter = weights.read_config(base), folder if folder != base else None
+    files = (model_folder.CONFIG, model_folder.ADAPTER_CONFIG, model_folder.ADAPTER)
+    folder = model_folder.find(s.model, files)
+    base = model_folder.base_of(folder, files)
+    config, adapter = model_folder.read_config(base), folder if folder != base else None
     if s.seq_len > config.max_position_embeddings:
         raise UserError(f"--seq-len {s.seq_len}: the model's context is "
                         f"{config.max_position_embeddings}", FLAGS)

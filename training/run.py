@@ -28,6 +28,7 @@ import torch
 
 import lora
 from checkpoints import huggingface as weights
+from checkpoints import model_folder, peft_adapter
 from checkpoints import resume_point as checkpoint
 from checkpoints import safetensors_header as shards
 from data import Loader
@@ -99,9 +100,9 @@ class Run:
         torch.use_deterministic_algorithms(s.deterministic)
         dtype = ranks.compute_dtype(s.dtype)
         guards = Guards.start(s)
-        folder = weights.find(s.model)
-        base = weights.base_of(folder)
-        shape = weights.read_config(base)
+        folder = model_folder.find(s.model)
+        base = model_folder.base_of(folder)
+        shape = model_folder.read_config(base)
         if not s.plan:  # which says so at its end
             memory.willing(shape, s, ranks)
         memory.check(shape, s, dtype, ranks, passes=2 if s.tokens_per_step else 1,
@@ -123,7 +124,7 @@ class Run:
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         elif s.tune != "full":
-            flags.check_adapter(s, lora.adapter_config(model, ""))
+            flags.check_adapter(s, peft_adapter.adapter_config(model, ""))
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         if model.lm_head is None and model.head.requires_grad:
@@ -210,7 +211,7 @@ class Run:
     @functools.cached_property
     def mark(self) -> str:
         """By which the weights are known that the run begins with."""
-        return shards.mark(weights.tensors(weights.base_of(self.folder)))
+        return shards.mark(model_folder.tensors(model_folder.base_of(self.folder)))
 
     @property
     def data(self) -> dict[str, str]:
@@ -224,7 +225,7 @@ class Run:
             found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
             if self.guards.suites:
                 self.model.eval()
-                ends = weights.stop_ids(self.folder, self.tokenizer)
+                ends = model_folder.stop_ids(self.folder, self.tokenizer)
                 found["suites"] = finite(self.guards.measure(self.model, self.tokenizer, self.ranks,
                                                              ends))
                 self.model.train()
@@ -396,7 +397,7 @@ class Run:
         if "chat" in prompt:
             (result / "chat_template.jinja").write_text(prompt["chat"], encoding="utf-8")
             if (end := Template.of(result, self.tokenizer).end) is not None:
-                weights.add_stop_id(result, end)
+                model_folder.add_stop_id(result, end)
 
     def finish(self) -> None:
         """Give the result: the best evaluated weights with --best, else the last, averaged if so
@@ -419,10 +420,10 @@ class Run:
         if not lora.adapters(self.model):
             weights.save(self.model, self.out / "model", self.folder, write=writes)
         elif writes:
-            base = weights.base_of(self.folder)
-            weights.save_adapter(self.model, self.out / "model", str(base), self.folder)
+            base = model_folder.base_of(self.folder)
+            peft_adapter.save_adapter(self.model, self.out / "model", str(base), self.folder)
         else:
-            for x in lora.adapter_state(self.model).values():
+            for x in peft_adapter.adapter_state(self.model).values():
                 shares.whole(x)
         if not writes:
             return

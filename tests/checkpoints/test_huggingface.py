@@ -14,12 +14,14 @@ from pathlib import Path
 
 import peft
 import pytest
+import safetensors
 import safetensors.torch as st
 import torch
 import transformers
 
 import lora
 from checkpoints import huggingface as weights
+from checkpoints import model_folder, peft_adapter
 from checkpoints import safetensors_header as shards
 from helpers import tiny
 from runtime.console import STORAGE, UserError
@@ -194,10 +196,10 @@ def test_an_answer_ends_where_the_tokenizer_or_the_generation_config_says(copy, 
         (folder / "config.json").write_text(json.dumps({**words, "eos_token_id": there}))
         (folder / file).write_text(json.dumps({**words, "eos_token_id": named}))
         if isinstance(wanted, str):
-            said = refusal(weights.stop_ids, folder, tokenizer)
+            said = refusal(model_folder.stop_ids, folder, tokenizer)
             assert wanted in said and f"{folder / file}" in said
         else:
-            assert weights.stop_ids(folder, tokenizer) == wanted
+            assert model_folder.stop_ids(folder, tokenizer) == wanted
 
 
 @pytest.mark.parametrize("style", ["hub", "new"])
@@ -341,7 +343,7 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(made, tmp_path):
 
 @pytest.mark.parametrize("why", [
     OSError(28, "No space left on device"),
-    weights.SafetensorError("I/O error: No space left on device (os error 28)")])
+    safetensors.SafetensorError("I/O error: No space left on device (os error 28)")])
 def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(copy, monkeypatch, why):
     folder = copy("llama3", True)
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
@@ -422,7 +424,7 @@ def test_a_dtype_too_narrow_for_a_weight_is_refused_both_ways(copy, tmp_path):
     "~nobody/x", "https://huggingface.co/org/name", "org/name@"])
 def test_what_is_no_folder_and_no_hub_id_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = refusal(weights.find, name)
+    said = refusal(model_folder.find, name)
     assert repr(name) in said and "org/name@revision" in said
 
 
@@ -437,7 +439,7 @@ def test_a_folder_of_other_things_is_refused(made, tmp_path, monkeypatch):
 
 def test_a_runs_folder_stands_for_its_model(copy, tmp_path):
     shutil.copytree(copy(), tmp_path / "run" / "model")
-    assert weights.find(tmp_path / "run") == tmp_path / "run" / "model"
+    assert model_folder.find(tmp_path / "run") == tmp_path / "run" / "model"
 
 
 class _Trap:
@@ -493,7 +495,7 @@ def test_ten_traps_are_refused_under_python_o_as_well(copy, tmp_path):
         (folder / name).write_bytes(trap)
         folders.append(str(folder))
     code = f"""if True:
-        import sys, weights
+        from checkpoints import huggingface as weights
         from runtime.console import UserError
         for folder in {folders!r}:
             try:
@@ -561,7 +563,7 @@ def test_the_hubs_cache_with_its_links_loads(made, tmp_path):
     weights.save(model, tmp_path / "out", like=snapshot)
     assert not any(f.is_symlink() for f in (tmp_path / "out").iterdir())
     lora.attach(model, 2, 4.0, 0.0, ["q_proj"])
-    weights.save_adapter(model, tmp_path / "adapter", base=snapshot, like=snapshot)
+    peft_adapter.save_adapter(model, tmp_path / "adapter", base=snapshot, like=snapshot)
     said = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert (said["base_model_name_or_path"], said["revision"]) == ("org/name", "0123abc")
 
@@ -805,20 +807,20 @@ def test_an_adapter_by_peft_computes_the_same_here(adapter, monkeypatch, tmp_pat
     words(folder, CONFIG, base_model_name_or_path="../base")
     monkeypatch.chdir("/")
     close(logits(weights.load(folder)[0]), wanted)
-    assert weights.base_of(folder).resolve() == base.resolve()
+    assert model_folder.base_of(folder).resolve() == base.resolve()
 
 
 def test_an_adapter_saved_here_computes_the_same_in_peft(adapter, tmp_path):
     folder, base, peer = adapter
     model, _ = weights.load(folder)
-    weights.save_adapter(model, tmp_path / "again", base=base, like=base)
+    peft_adapter.save_adapter(model, tmp_path / "again", base=base, like=base)
     assert (tmp_path / "again" / "tokenizer.model").exists()
     plain = transformers.AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "again").eval()(IDS).logits
         torch.testing.assert_close(theirs, peer(IDS).logits, rtol=0, atol=0)
     assert torch.equal(logits(weights.load(tmp_path / "again")[0]), logits(model))
-    assert (tmp_path / "again" / weights.ADAPTER).stat().st_mode & 0o777 == \
+    assert (tmp_path / "again" / model_folder.ADAPTER).stat().st_mode & 0o777 == \
         (tmp_path / "again" / CONFIG).stat().st_mode & 0o777
 
 
@@ -839,9 +841,9 @@ def test_a_model_with_an_adapter_is_saved_only_once_merged(adapter, tmp_path):
     (lambda a, b: words(a, CONFIG, base_model_name_or_path=None), "base_model_name_or_path"),
     (lambda a, b: words(a, CONFIG, base_model_name_or_path=str(a)), "is an adapter itself"),
     (lambda a, b: (a / CONFIG).write_text("{"), f"{CONFIG}: not valid JSON"),
-    (lambda a, b: (a / weights.ADAPTER).unlink(), f"{weights.ADAPTER}: no such file"),
-    (lambda a, b: (a / weights.ADAPTER).rename(a / "adapter_model.bin"), weights.ADAPTER),
-    (lambda a, b: os.truncate(a / weights.ADAPTER, 2000), "2000 bytes, expected"),
+    (lambda a, b: (a / model_folder.ADAPTER).unlink(), f"{model_folder.ADAPTER}: no such file"),
+    (lambda a, b: (a / model_folder.ADAPTER).rename(a / "adapter_model.bin"), model_folder.ADAPTER),
+    (lambda a, b: os.truncate(a / model_folder.ADAPTER, 2000), "2000 bytes, expected"),
     (lambda a, b: edit(a, lambda t: t[min(t)].fill_(float("nan"))), "NaN"),
     (lambda a, b: edit(a, lambda t: t.pop(min(t))), "missing"),
     (lambda a, b: edit(a, lambda t: t.update({min(t): t[min(t)][:, :-1].clone()})), "expected"),
@@ -856,7 +858,7 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter, damage, says):
 def test_an_adapter_knows_its_base_by_its_numbers(adapter, tmp_path):
     folder, base, _ = adapter
     model, _ = weights.load(folder)
-    weights.save_adapter(model, tmp_path / "own", base=base, like=base)
+    peft_adapter.save_adapter(model, tmp_path / "own", base=base, like=base)
     wanted = logits(model)
     assert torch.equal(logits(weights.load(tmp_path / "own")[0]), wanted)
 

@@ -9,6 +9,7 @@ import transformers
 
 import lora
 from checkpoints import huggingface as weights
+from checkpoints import peft_adapter
 from helpers import tiny
 from inference import decode
 from inference.generate import answers
@@ -171,7 +172,7 @@ def test_an_adapter_is_merged_before_its_base_is_rounded(kind, tmp_path):
             m.lora_B.weight.normal_(0, 0.1)
         for name in lora.trained_whole(model):
             model.get_parameter(name).mul_(1.1)
-    weights.save_adapter(model, tmp_path / "adapter", str(base), base)
+    peft_adapter.save_adapter(model, tmp_path / "adapter", str(base), base)
     peer = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peer = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval().merge_and_unload()
     merged, _ = weights.load(tmp_path / "adapter", quant="int8")

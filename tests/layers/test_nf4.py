@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import lora
 from checkpoints import huggingface as weights
+from checkpoints import peft_adapter
 from helpers import tiny
 from layers import nf4
 from layers.nf4 import NF4Linear
@@ -197,11 +198,11 @@ def test_an_adapter_trained_on_nf4_is_a_plain_one_and_opens_in_peft_and_here(fol
     with torch.no_grad():
         for m in lora.adapters(model).values():
             m.lora_B.weight.normal_(0, 0.1)
-    weights.save_adapter(model, tmp_path / "adapter", str(folder), folder)
+    peft_adapter.save_adapter(model, tmp_path / "adapter", str(folder), folder)
     words = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert "quantization_config" not in words and words["peft_type"] == "LORA"
     assert set(load_file(tmp_path / "adapter/adapter_model.safetensors")) == set(
-        lora.adapter_state(model))
+        peft_adapter.adapter_state(model))
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     peer = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     whole, _ = weights.load(tmp_path / "adapter")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import train
 from checkpoints import huggingface as weights
+from checkpoints import peft_adapter
 from checkpoints import resume_point as checkpoint
 from data import IGNORE, Batch, Bin
 from helpers import tiny
@@ -279,7 +280,7 @@ def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(
                           text=True, env=ENV, cwd=ROOT)
     assert "model.embed_tokens.weight (the head too, tied)" in plan.stdout
     name, out = "model.embed_tokens.weight", place / "tied"
-    moved = load_file(out / "model/adapter_model.safetensors")[lora.PREFIX + name]
+    moved = load_file(out / "model/adapter_model.safetensors")[peft_adapter.PREFIX + name]
     assert not torch.equal(moved, load_file(place / "model/model.safetensors")[name])
 
     model, _ = weights.load(out / "model")
