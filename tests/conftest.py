@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1")  # before torch is imported: two workers share two cores
@@ -17,6 +18,14 @@ import torch
 # draws new ones.
 hypothesis.settings.register_profile("same", derandomize=True, database=None)
 hypothesis.settings.load_profile("same")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """Tiny models, two texts and their bins, in which a module's runs are made."""
+    from helpers.train_runs import make_workspace
+
+    return make_workspace(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(autouse=True)

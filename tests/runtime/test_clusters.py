@@ -14,9 +14,8 @@ import sys
 import time
 
 import pytest
-from test_distributed import losses, place, run, settings  # noqa: F401
-from test_faults import ENV, recipe
 
+from helpers.train_runs import ENV, make_settings, read_losses, run_ranks, write_recipe
 from runtime.paths import ROOT
 
 PAGE = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
@@ -47,31 +46,31 @@ def a_port() -> int:
 
 
 @pytest.mark.slow
-def test_the_command_for_two_machines_trains_as_one_rank_does(place):  # noqa: F811
+def test_the_command_for_two_machines_trains_as_one_rank_does(workspace):
     (line,) = re.findall(r"^torchrun --nnodes 2.*$", PAGE, re.M)
-    s = settings(place, "machines", steps=6)
+    s = make_settings(workspace, "machines", steps=6)
     words = shlex.split(line)
     here = {"--nproc-per-node": "1", "--rdzv-endpoint": f"localhost:{a_port()}"}
     at = words.index("train.py")
     words = [sys.executable, "-m", "torch.distributed.run",
              *(here.get(before, x) for before, x in itertools.pairwise(words[:at])),
-             "train.py", str(recipe(s))]
+             "train.py", str(write_recipe(s))]
     both = [subprocess.Popen(words, env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
             for _ in range(2)]
     said = [x.communicate(timeout=120)[1] for x in both]
     assert [x.returncode for x in both] == [0, 0], said
     assert "2 x CPU" in "".join(said)
-    run(settings(place, "one-machine", steps=6))
-    one, two = losses(place / "one-machine"), losses(place / "machines")
+    run_ranks(make_settings(workspace, "one-machine", steps=6))
+    one, two = read_losses(workspace / "one-machine"), read_losses(workspace / "machines")
     assert all(two[k] == pytest.approx(one[k], rel=1e-5) for k in one) and len(two) == 6
 
 
 @pytest.mark.slow
 def test_the_slurm_script_saves_before_its_time_is_up_and_goes_on_when_queued_again(
-        place, tmp_path):  # noqa: F811
+        workspace, tmp_path):
     script = PAGE.split("## SLURM")[1].split("```")[1].strip()
-    s = settings(place, "slurm", steps=300, save_every=1000)
-    for name, value in (("out", s.out), ("flags", recipe(s))):
+    s = make_settings(workspace, "slurm", steps=300, save_every=1000)
+    for name, value in (("out", s.out), ("flags", write_recipe(s))):
         script, n = re.subn(rf"(?m)^{name}=.*$", f'{name}="{value}"', script)
         assert n == 1
     (tmp_path / "job.sh").write_text(script)
@@ -90,15 +89,15 @@ def test_the_slurm_script_saves_before_its_time_is_up_and_goes_on_when_queued_ag
                                 env={**env, "STEP": str(tmp_path / f"step-{turn}")}, text=True)
 
     first = job(1)
-    while not (place / "slurm/checkpoints/step-000001").exists():
+    while not (workspace / "slurm/checkpoints/step-000001").exists():
         assert first.poll() is None, first.stderr.read()[-3000:]
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)  # as #SBATCH --signal=B:TERM@120 does
     said = first.communicate(timeout=60)[1]
-    stopped = max(losses(place / "slurm"))
+    stopped = max(read_losses(workspace / "slurm"))
     assert f"stopped and saved at step {stopped}" in said and 1 <= stopped < 300, said[-3000:]
     assert (tmp_path / "step-1.requeued").read_text() == f"{port - 20000}\n"
     second = job(2)
     said = second.communicate(timeout=120)[1]
-    assert f"resumed from {place}/slurm/checkpoints/step-{stopped:06}" in said, said[-3000:]
-    assert len(losses(place / "slurm")) == 300 and (place / "slurm/model").exists()
+    assert f"resumed from {workspace}/slurm/checkpoints/step-{stopped:06}" in said, said[-3000:]
+    assert len(read_losses(workspace / "slurm")) == 300 and (workspace / "slurm/model").exists()

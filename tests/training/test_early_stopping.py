@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_distributed as test_ranks
-from test_train import ROOT, call, command, losses, place  # noqa: F401  # place: a fixture
 
 import eval as evaluating
 from evaluation import tasks
 from helpers import tiny
+from helpers.train_runs import call, make_settings, read_losses, run_ranks, train_command
 from runtime import console as log
 from runtime.console import UserError
+from runtime.paths import ROOT
 from training import early_stopping as guards
 from training.early_stopping import Guard, Guards
 
@@ -86,15 +86,17 @@ def looks(out: Path) -> list[dict]:
     return [x for x in lines if "bits_per_byte" in x]
 
 
-def test_a_guard_ends_the_run_which_is_saved_and_says_so_again_until_the_guard_is_another(place):  # noqa: F811
+def test_a_guard_ends_the_run_which_is_saved_and_says_so_again_until_the_guard_is_another(
+    workspace,
+):
     """At its step as the run without guards; then on, bit for bit, as if it had never stopped."""
     flags = ["--steps", "12", "--eval-every", "3", "--suites", "agreement", "--suite-items", "10"]
-    call(command(place, "free", *flags))
-    free, out = looks(place / "free"), place / "guarded"
+    call(train_command(workspace, "free", *flags))
+    free, out = looks(workspace / "free"), workspace / "guarded"
     past = free[1]["bits_per_byte"]["eng"] / free[0]["bits_per_byte"]["eng"] - 1
     assert past < 0, "a tiny model learns, so the guard is on that"
     guard = f"eng<{100 * past / 2:.4f}%"
-    said = call(command(place, "guarded", *flags, "--stop-if", "kin>+50%", guard))
+    said = call(train_command(workspace, "guarded", *flags, "--stop-if", "kin>+50%", guard))
     assert f"stopped at step 3 of 12 by --stop-if {guard}: eng is" in said
     assert f"{past:+.1%} against" in said and "--resume" in said
     found = looks(out)
@@ -112,7 +114,7 @@ def test_a_guard_ends_the_run_which_is_saved_and_says_so_again_until_the_guard_i
     assert f"was stopped at step 3 of 12 by --stop-if {guard}" in said and "nothing to do" in said
     assert (out / "metrics.jsonl").read_text() == before
     call([*again, "--stop-if"])  # no guard any more
-    assert losses(out) == losses(place / "free")
+    assert read_losses(out) == read_losses(workspace / "free")
     assert [x["bits_per_byte"] for x in looks(out)] == [x["bits_per_byte"] for x in free]
     assert "Stopped" not in (out / "report.html").read_text()
 
@@ -135,15 +137,15 @@ def made(folder: Path) -> dict:
     return named
 
 
-def test_suites_in_training_are_what_eval_prints(place, tmp_path):  # noqa: F811
+def test_suites_in_training_are_what_eval_prints(workspace, tmp_path):
     """Of the same items and prompt, a choice and a translation, with the model that was saved."""
     named = made(tmp_path)
-    said = test_ranks.run(test_ranks.settings(
-        place, "suites", model=str(tmp_path / "model"), steps=2, suite_items=0, **named))
+    said = run_ranks(make_settings(
+        workspace, "suites", model=str(tmp_path / "model"), steps=2, suite_items=0, **named))
     assert "pairs.eng-kin.chrF2++" in said and "mine.f1" in said
-    figures = looks(place / "suites")[-1]["suites"]
+    figures = looks(workspace / "suites")[-1]["suites"]
     evaluating.main(evaluating.Settings(
-        model=str(place / "suites"), prompts=["1"], max_new_tokens=128, device="cpu",
+        model=str(workspace / "suites"), prompts=["1"], max_new_tokens=128, device="cpu",
         out=str(tmp_path / "eval"), overlap=False, **named))
     results = json.loads((tmp_path / "eval/results.json").read_text())["results"]
     theirs = {".".join(filter(None, (r["suite"], r["part"], r["metric"]))): r["value"]
@@ -154,7 +156,7 @@ def test_suites_in_training_are_what_eval_prints(place, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_ranks_share_a_suites_items_and_find_the_same_figures(place, tmp_path, how):  # noqa: F811
+def test_ranks_share_a_suites_items_and_find_the_same_figures(workspace, tmp_path, how):
     """To the last digit, with a part that is no multiple of the ranks; by ddp each asks its own.
     What does not fit the model's short context is said of all."""
     changes = {"model": str(tmp_path / "model"), "steps": 2, "suite_items": 7, **made(tmp_path)}
@@ -170,9 +172,9 @@ def test_ranks_share_a_suites_items_and_find_the_same_figures(place, tmp_path, h
         if run.step == 0:
             tasks.records = records  # between the look at step 0 and the one at step 2
 
-    said = [test_ranks.run(test_ranks.settings(place, f"share-{how}-{n}", shard=word, **changes), n,
+    said = [run_ranks(make_settings(workspace, f"share-{how}-{n}", shard=word, **changes), n,
                            during=counts) for n, word in ((1, "auto"), (2, how))]
-    one, two = ([x["suites"] for x in looks(place / f"share-{how}-{n}")] for n in (1, 2))
+    one, two = ([x["suites"] for x in looks(workspace / f"share-{how}-{n}")] for n in (1, 2))
     assert len(one) == 2 and one == two and len(one[0]) > 10
     cut = [sorted(re.findall("[0-9]+ of [0-9]+ requests do not fit", x)) for x in said]
     assert cut[0] == cut[1] and "5 of 5 requests do not fit" in cut[0]
@@ -184,7 +186,7 @@ def test_ranks_share_a_suites_items_and_find_the_same_figures(place, tmp_path, h
 
 
 def test_a_fault_in_one_ranks_share_is_all_ranks_fault_and_named_as_alone(
-        place, tmp_path, monkeypatch):  # noqa: F811
+        workspace, tmp_path, monkeypatch):
     changes = {"model": str(tmp_path / "model"), "steps": 2, "suite_items": 7, **made(tmp_path)}
 
     def choose(model, tokenizer, asked, *given, **more):
@@ -196,7 +198,7 @@ def test_a_fault_in_one_ranks_share_is_all_ranks_fault_and_named_as_alone(
     real = tasks.choose
     monkeypatch.setattr(tasks, "choose", choose)
     for n in (1, 2):
-        said = test_ranks.run(test_ranks.settings(place, f"fault-{n}", **changes), n, {3})
+        said = run_ranks(make_settings(workspace, f"fault-{n}", **changes), n, {3})
         assert "error: item 2: cannot be scored" in said and "does not answer" not in said
 
 
@@ -210,12 +212,12 @@ def test_a_wrong_suite_or_guard_is_one_line(changes, words):
     assert "\n" not in str(e.value) and e.value.code == 2
 
 
-def test_a_run_with_a_wrong_guard_does_not_begin(place):  # noqa: F811
+def test_a_run_with_a_wrong_guard_does_not_begin(workspace):
     """Without --val the names are known with the sources, still before a step."""
-    said = call(command(place, "wrong", "--steps", "2", "--stop-if", "enk>+5%"), code=2)
+    said = call(train_command(workspace, "wrong", "--steps", "2", "--stop-if", "enk>+5%"), code=2)
     lines = [x for x in said.splitlines() if x.startswith("error: ")]
     assert len(lines) == 1 and "no figure enk; measured are kin, eng" in lines[0]
-    assert "Traceback" not in said and not (place / "wrong/metrics.jsonl").exists()
+    assert "Traceback" not in said and not (workspace / "wrong/metrics.jsonl").exists()
 
 
 def test_a_line_that_was_cut_inside_a_letter_is_left_out(tmp_path):

@@ -22,11 +22,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_distributed import action, losses, place, result, run, settings, stop_at  # noqa: F401
 
 import train
 from checkpoints import resume_point as checkpoint
 from helpers import fork
+from helpers.train_runs import (
+    ENV,
+    load_result,
+    make_settings,
+    rank_action,
+    read_losses,
+    run_ranks,
+    send_signal_at,
+    write_recipe,
+)
 from runtime import flags as config
 from runtime.console import BAD_INPUT, FLAGS, STORAGE, UserError
 from runtime.distributed import Ranks
@@ -36,7 +45,6 @@ from training import monitor as watch
 from training import plan
 from training import validation as looks
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
@@ -49,10 +57,10 @@ def lines_of(out: Path) -> list[dict]:
 
 def assert_the_same(killed: Path, calm: Path) -> None:
     """That what two runs leave behind is equal, bit for bit."""
-    assert losses(killed) == losses(calm)
+    assert read_losses(killed) == read_losses(calm)
     assert lines_of(killed) == lines_of(calm)
     assert (killed / "samples.txt").read_text() == (calm / "samples.txt").read_text()
-    a, b = result(killed), result(calm)
+    a, b = load_result(killed), load_result(calm)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
     assert not strays(killed)
 
@@ -63,23 +71,23 @@ def strays(out: Path) -> list[str]:
             for x in folder.iterdir() if x.name.startswith((".tmp-", ".del-")) and x.is_dir()]
 
 
-def killed_at_random(place: Path, kills: int, steps: int) -> None:  # noqa: F811
+def killed_at_random(workspace: Path, kills: int, steps: int) -> None:
     """So many kill -9 at random moments, every other one not before a step was begun: each process
     goes on with what the one before it left, run after run."""
     changes = {"steps": steps, "save_every": 3, "eval_every": 10, "tokens_per_step": 64,
                "tune": "lora", "lora_dropout": 0.1}
     begun = time.monotonic()
-    calm = place / f"calm-{kills}"
-    run(settings(place, calm.name, **changes))
+    calm = workspace / f"calm-{kills}"
+    run_ranks(make_settings(workspace, calm.name, **changes))
     while_calm = time.monotonic() - begun
     draw, killed, whole, in_steps = random.Random(kills), 0, 0, 0
-    out = place / f"killed-{kills}-0"
-    said, kept, stepping = place / f"said-{kills}", 0, place / f"stepping-{kills}"
+    out = workspace / f"killed-{kills}-0"
+    said, kept, stepping = workspace / f"said-{kills}", 0, workspace / f"stepping-{kills}"
     while killed < kills or whole == 0:
         going = (out / "settings.toml").exists()
         stepping.unlink(missing_ok=True)
-        s = settings(place, out.name, resume=going, **changes)
-        (pid,) = fork.together(1, action(s, lambda run: stepping.touch()), said)
+        s = make_settings(workspace, out.name, resume=going, **changes)
+        (pid,) = fork.together(1, rank_action(s, lambda run: stepping.touch()), said)
         if killed < kills:
             look = os.WEXITED | os.WNOHANG | os.WNOWAIT
             while killed % 2 and not stepping.exists() and not os.waitid(os.P_PID, pid, look):
@@ -91,7 +99,7 @@ def killed_at_random(place: Path, kills: int, steps: int) -> None:  # noqa: F811
         if code == 0:
             assert_the_same(out, calm)
             whole, kept = whole + 1, 0
-            out = place / f"killed-{kills}-{whole}"
+            out = workspace / f"killed-{kills}-{whole}"
             continue
         killed += 1
         assert len(strays(out)) <= 1, strays(out)
@@ -105,39 +113,48 @@ def killed_at_random(place: Path, kills: int, steps: int) -> None:  # noqa: F811
     assert in_steps > kills / 4, "a good part of the kills was to come while it trained"
 
 
-def test_a_hundred_kills_at_random_moments_change_nothing(place):  # noqa: F811
-    killed_at_random(place, 100, 30)
+def test_a_hundred_kills_at_random_moments_change_nothing(workspace):
+    killed_at_random(workspace, 100, 30)
 
 
 @pytest.mark.slow
-def test_two_hundred_kills_at_random_moments_of_longer_runs_change_nothing(place):  # noqa: F811
-    killed_at_random(place, 200, 100)
+def test_two_hundred_kills_at_random_moments_of_longer_runs_change_nothing(workspace):
+    killed_at_random(workspace, 200, 100)
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_finishes_the_step_and_saves_it(place, number, code):  # noqa: F811
+def test_a_signal_finishes_the_step_and_saves_it(workspace, number, code):
     name = f"signal-{number}"
-    said = run(settings(place, name, save_every=100), codes={code}, during=stop_at(7, 0, number))
-    assert max(losses(place / name)) == 7 and "stopped and saved at step 7" in said
-    assert checkpoint.newest(place / name / "checkpoints").name == "step-000007"
+    said = run_ranks(
+        make_settings(workspace, name, save_every=100),
+        codes={code},
+        during=send_signal_at(7, 0, number),
+    )
+    assert max(read_losses(workspace / name)) == 7 and "stopped and saved at step 7" in said
+    assert checkpoint.newest(workspace / name / "checkpoints").name == "step-000007"
 
 
 @pytest.mark.parametrize("signals", [8, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_signal_at_any_moment_loses_no_step(place, signals):  # noqa: F811
+def test_a_signal_at_any_moment_loses_no_step(workspace, signals):
     """One that comes before training just ends the process."""
     changes = {"steps": 30, "save_every": 7, "eval_every": 10, "tokens_per_step": 64}
     begun = time.monotonic()
-    run(settings(place, f"unasked-{signals}", **changes))
+    run_ranks(make_settings(workspace, f"unasked-{signals}", **changes))
     while_calm, draw = time.monotonic() - begun, random.Random(signals)
     asked = rounds = in_steps = 0
     while asked < signals:
-        out = place / f"asked-{signals}-{rounds}"
+        out = workspace / f"asked-{signals}-{rounds}"
         going = (out / "settings.toml").exists()
-        stepping = place / f"asked-stepping-{signals}"
+        stepping = workspace / f"asked-stepping-{signals}"
         stepping.unlink(missing_ok=True)
-        (pid,) = fork.together(1, action(settings(place, out.name, resume=going, **changes),
-                                         lambda run, file=stepping: file.touch()),
-                               place / f"said-asked-{signals}")
+        (pid,) = fork.together(
+            1,
+            rank_action(
+                make_settings(workspace, out.name, resume=going, **changes),
+                lambda run, file=stepping: file.touch(),
+            ),
+            workspace / f"said-asked-{signals}",
+        )
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         while asked % 4 and not stepping.exists() and not os.waitid(os.P_PID, pid, look):
             time.sleep(0.002)
@@ -146,29 +163,29 @@ def test_a_signal_at_any_moment_loses_no_step(place, signals):  # noqa: F811
         os.kill(pid, number)
         (code,) = fork.ends([pid])
         asked += 1
-        said = (place / f"said-asked-{signals}-0").read_text()
+        said = (workspace / f"said-asked-{signals}-0").read_text()
         assert code in (0, 128 + number, -number) and "Traceback" not in said, (code, said[-2000:])
         if code == 128 + number and stepping.exists():
             kept = checkpoint.read(checkpoint.newest(out / "checkpoints"))[1]["step"]
-            assert kept == max(losses(out)), "every step that was taken"
+            assert kept == max(read_losses(out)), "every step that was taken"
             in_steps += 1
         if code == -number:  # before the first step, or behind the last
-            assert not stepping.exists() or max(losses(out)) == 30
+            assert not stepping.exists() or max(read_losses(out)) == 30
         if code == 0:
-            assert_the_same(out, place / f"unasked-{signals}")
+            assert_the_same(out, workspace / f"unasked-{signals}")
             rounds += 1
     assert in_steps > signals / 4
 
 
-def test_sigusr1_to_any_rank_saves_and_the_run_goes_on(place):  # noqa: F811
-    run(settings(place, "usr1", save_every=100, keep=9), world=2,
-        during=stop_at(6, 1, signal.SIGUSR1))
-    assert len(losses(place / "usr1")) == 20
-    assert [x.name for x in sorted((place / "usr1/checkpoints").iterdir())] == [
+def test_sigusr1_to_any_rank_saves_and_the_run_goes_on(workspace):
+    run_ranks(make_settings(workspace, "usr1", save_every=100, keep=9), world=2,
+              during=send_signal_at(6, 1, signal.SIGUSR1))
+    assert len(read_losses(workspace / "usr1")) == 20
+    assert [x.name for x in sorted((workspace / "usr1/checkpoints").iterdir())] == [
         "step-000001", "step-000006", "step-000020"]
 
 
-def test_a_second_signal_ends_at_once_and_a_forwarded_one_is_the_first(place):  # noqa: F811
+def test_a_second_signal_ends_at_once_and_a_forwarded_one_is_the_first(workspace):
     def twice(apart: float):
         def during(run):
             if run.step == 4:
@@ -177,13 +194,13 @@ def test_a_second_signal_ends_at_once_and_a_forwarded_one_is_the_first(place):  
                 os.kill(os.getpid(), signal.SIGTERM)
         return during
 
-    run(settings(place, "forwarded"), codes={143}, during=twice(0.1))
-    run(settings(place, "twice"), codes={-signal.SIGTERM}, during=twice(1.2))
-    assert max(losses(place / "twice")) == 4
-    assert checkpoint.newest(place / "twice/checkpoints").name in ("step-000001", "step-000004")
+    run_ranks(make_settings(workspace, "forwarded"), codes={143}, during=twice(0.1))
+    run_ranks(make_settings(workspace, "twice"), codes={-signal.SIGTERM}, during=twice(1.2))
+    assert max(read_losses(workspace / "twice")) == 4
+    assert checkpoint.newest(workspace / "twice/checkpoints").name in ("step-000001", "step-000004")
 
 
-def test_a_signal_while_a_checkpoint_is_written_lets_it_be_written(place):  # noqa: F811
+def test_a_signal_while_a_checkpoint_is_written_lets_it_be_written(workspace):
     def slow(run):
         if run.step == 8:
             real = checkpoint.write_tensors
@@ -192,8 +209,8 @@ def test_a_signal_while_a_checkpoint_is_written_lets_it_be_written(place):  # no
             assert run.saver.busy, "training goes on while step 8 is written"
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run(settings(place, "slow", save_every=9), codes={143}, during=slow)
-    found = sorted(x.name for x in (place / "slow/checkpoints").iterdir())
+    run_ranks(make_settings(workspace, "slow", save_every=9), codes={143}, during=slow)
+    found = sorted(x.name for x in (workspace / "slow/checkpoints").iterdir())
     assert found == ["step-000009", "step-000010"]
 
 
@@ -212,46 +229,53 @@ def no_file_above(size: int, first: int, last: int = 10**9, rank: int | None = N
     return during
 
 
-def test_a_full_disk_is_found_at_step_1(place):  # noqa: F811
-    said = run(settings(place, "full-1"), codes={STORAGE}, during=no_file_above(30_000, 1))
+def test_a_full_disk_is_found_at_step_1(workspace):
+    said = run_ranks(
+        make_settings(workspace, "full-1"), codes={STORAGE}, during=no_file_above(30_000, 1)
+    )
     assert "step-000001: cannot be written: needs " in said and "Traceback" not in said
-    assert len(losses(place / "full-1")) < 20 and os.listdir(place / "full-1/checkpoints") == []
+    assert (
+        len(read_losses(workspace / "full-1")) < 20
+        and os.listdir(workspace / "full-1/checkpoints") == []
+    )
 
 
 @pytest.mark.parametrize("world,rank", [(1, 0), (2, None), (2, 1)])
-def test_a_disk_that_is_full_for_a_while_is_said_and_tried_again(place, world, rank):  # noqa: F811
+def test_a_disk_that_is_full_for_a_while_is_said_and_tried_again(workspace, world, rank):
     """Also where one of two ranks alone cannot write: both know, and nobody waits."""
     name = f"full-while-{world}-{rank}"
-    said = run(settings(place, name, save_every=4), world=world,
-               during=no_file_above(30_000, 3, 9, rank))
+    said = run_ranks(make_settings(workspace, name, save_every=4), world=world,
+                     during=no_file_above(30_000, 3, 9, rank))
     assert rank != 1 or "(rank 1: " in said
     assert said.count("going on, the next save tries again") in (1, 2)
-    assert "step-000004: cannot be written" in said and len(losses(place / name)) == 20
-    assert checkpoint.newest(place / name / "checkpoints").name == "step-000020"
+    assert "step-000004: cannot be written" in said and len(read_losses(workspace / name)) == 20
+    assert checkpoint.newest(workspace / name / "checkpoints").name == "step-000020"
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_5_and_the_earlier_checkpoint(place):  # noqa: F811
-    said = run(settings(place, "full-3", save_every=3), codes={STORAGE},
-               during=no_file_above(30_000, 3))
+def test_a_disk_that_stays_full_ends_the_run_with_5_and_the_earlier_checkpoint(workspace):
+    said = run_ranks(make_settings(workspace, "full-3", save_every=3), codes={STORAGE},
+                     during=no_file_above(30_000, 3))
     assert "step-000009: cannot be written" in said and "Traceback" not in said
-    assert os.listdir(place / "full-3/checkpoints") == ["step-000001"]
+    assert os.listdir(workspace / "full-3/checkpoints") == ["step-000001"]
 
 
 def test_a_disk_that_refuses_a_line_of_metrics_is_one_line_and_the_run_goes_on_later(
-        place):  # noqa: F811
+        workspace):
     def full(run):
         if run.step == 7:
             size = (run.out / "metrics.jsonl").stat().st_size + 40
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    said = run(settings(place, "full-log", save_every=3), codes={STORAGE}, during=full)
+    said = run_ranks(
+        make_settings(workspace, "full-log", save_every=3), codes={STORAGE}, during=full
+    )
     assert "error: step 9: a file of the run cannot be written (File too large)" in said
     assert "Traceback" not in said
-    run(settings(place, "full-log", resume=True))
-    assert len(losses(place / "full-log")) == 20
+    run_ranks(make_settings(workspace, "full-log", resume=True))
+    assert len(read_losses(workspace / "full-log")) == 20
 
 
-def test_an_error_does_not_wait_for_a_writer_that_rests(place):  # noqa: F811
+def test_an_error_does_not_wait_for_a_writer_that_rests(workspace):
     """A program that ends as programs do, waiting for its threads, while one rests for days."""
     program = """
 import sys, checkpoint, log, train
@@ -265,29 +289,43 @@ train.train_step = full
 log.run(lambda: train.train(*train.read_settings(sys.argv[1:])))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, str(recipe(settings(place, "resting", save_every=100)))],
-        env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        [
+            sys.executable,
+            "-c",
+            program,
+            str(write_recipe(make_settings(workspace, "resting", save_every=100))),
+        ],
+        env=ENV,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == STORAGE, done.stderr
     assert "error: step 4: a file of the run cannot be written (No space left" in done.stderr
-    assert checkpoint.newest(place / "resting/checkpoints") is None  # nobody gave it its name
+    assert checkpoint.newest(workspace / "resting/checkpoints") is None  # nobody gave it its name
 
 
-def test_a_disk_with_too_little_room_is_refused_before_step_1(place, monkeypatch):  # noqa: F811
+def test_a_disk_with_too_little_room_is_refused_before_step_1(workspace, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000})())
     for words in ({}, {"plan": True}):
-        said = run(settings(place, "little", **words), codes={STORAGE})
+        said = run_ranks(make_settings(workspace, "little", **words), codes={STORAGE})
         (need,) = re.findall("resume points of this run need ([0-9,]+)", said)
-        assert not (place / "little/metrics.jsonl").exists()
+        assert not (workspace / "little/metrics.jsonl").exists()
     assert f"{int(need.replace(',', '')) / 2**30:.2f} GB at the most for 2 checkpoints" in said
 
 
 def test_a_run_that_keeps_fewer_points_than_stand_still_needs_room_for_one(
-        place, monkeypatch):  # noqa: F811
+        workspace, monkeypatch):
     """Old ones go only once it is written."""
-    run(settings(place, "fewer", save_every=1, keep=9), codes={143}, during=stop_at(8))
-    assert len(list((place / "fewer/checkpoints").iterdir())) > 4
+    run_ranks(
+              make_settings(workspace, "fewer", save_every=1, keep=9),
+              codes={143},
+              during=send_signal_at(8),
+    )
+    assert len(list((workspace / "fewer/checkpoints").iterdir())) > 4
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    said = run(settings(place, "fewer", keep=2, resume=True), codes={STORAGE})
+    said = run_ranks(make_settings(workspace, "fewer", keep=2, resume=True), codes={STORAGE})
     assert "1,000 bytes are free, resume points of this run need" in said
 
 
@@ -296,27 +334,29 @@ def test_a_run_that_keeps_fewer_points_than_stand_still_needs_room_for_one(
         {"tune": "lora", "train_embeddings": True}, {"ema": 0.9, "shard": "fsdp"},
         {"optimizer": "adamw-bf16"}, {"optimizer": "adamw8bit"}))], ids=str)
 def test_the_disk_that_a_plan_names_is_the_most_that_the_run_then_takes(
-        place, tune, monkeypatch):  # noqa: F811
+        workspace, tune, monkeypatch):
     """While the third checkpoint is written and the first still stands, or in the end."""
     monkeypatch.setattr(plan, "GiB", 1)  # so that it is said in bytes
     world, name = 2 if "shard" in tune else 1, f"disk-{len(str(tune))}"
 
     def planned(**changes) -> int:
-        said = run(settings(place, name, steps=3, save_every=1, plan=True, **tune, **changes),
-                   world)
+        said = run_ranks(
+            make_settings(workspace, name, steps=3, save_every=1, plan=True, **tune, **changes),
+            world,
+        )
         words = re.search(r"disk +(\d+).* GB at the most for 2 checkpoints.*, of (\d+)", said)
         assert int(words[2]) > 10**6
         return int(words[1])
 
     def taken(*names: str) -> int:
-        return sum(x.stat().st_size for part in names for x in (place / name / part).rglob("*")
+        return sum(x.stat().st_size for part in names for x in (workspace / name / part).rglob("*")
                    if x.is_file() and (part == "checkpoints" or x.suffix == ".safetensors"))
 
     def watched(run):
         real = checkpoint.Saver._name
 
         def naming(self, files):
-            with open(place / f"{name}-most", "a") as file:
+            with open(workspace / f"{name}-most", "a") as file:
                 print(taken("checkpoints"), file=file)
             real(self, files)
 
@@ -325,11 +365,11 @@ def test_the_disk_that_a_plan_names_is_the_most_that_the_run_then_takes(
 
     most, with_best = planned(), planned(best="kin")
     monkeypatch.undo()
-    run(settings(place, name, steps=3, save_every=1, **tune), world, during=watched)
-    seen = [int(x) for x in (place / f"{name}-most").read_text().split()]
+    run_ranks(make_settings(workspace, name, steps=3, save_every=1, **tune), world, during=watched)
+    seen = [int(x) for x in (workspace / f"{name}-most").read_text().split()]
     assert len(seen) == 3 and most == pytest.approx(
         max(*seen, taken("checkpoints", "model")), rel=0.1)
-    weights = (place / name / "checkpoints/step-000003").glob("model-*")
+    weights = (workspace / name / "checkpoints/step-000003").glob("model-*")
     assert with_best - most == pytest.approx(3 * sum(x.stat().st_size for x in weights), rel=0.1)
 
 
@@ -370,10 +410,12 @@ def test_a_refusal_to_go_on_names_every_difference(tmp_path):
 
 
 def test_what_may_change_the_numbers_is_said_whether_a_flag_changed_it_or_a_hand(
-        place):  # noqa: F811
+        workspace):
     """Against what the resume point was written with: once, and not by the run after it."""
-    run(settings(place, "warned", save_every=5), codes={143}, during=stop_at(8))
-    kept = place / "warned/settings.toml"
+    run_ranks(
+        make_settings(workspace, "warned", save_every=5), codes={143}, during=send_signal_at(8)
+    )
+    kept = workspace / "warned/settings.toml"
     text = kept.read_text()
     assert not train.FREE & train.WARNED and "eval_tokens = 60\n" in text
     for was, now in (("eval_tokens = 60\n", "eval_tokens = 50\n"), ("keep = 2", "keep = 3"),
@@ -381,11 +423,13 @@ def test_what_may_change_the_numbers_is_said_whether_a_flag_changed_it_or_a_hand
         text = text.replace(was, now)
     kept.write_text(text)
     may = "; from here on the numbers may differ from the run as it began"
-    said = run(settings(place, "warned", resume=True), codes={143}, during=stop_at(10))
+    said = run_ranks(
+        make_settings(workspace, "warned", resume=True), codes={143}, during=send_signal_at(10)
+    )
     assert f"--resume: eval-tokens was 60, now 50{may}\n" in said and said.count(may) == 2
     assert f"--resume: recompute was False, now True{may}\n" in said
-    out = str(place / "warned")
-    said = said_by(place, "warned", "--resume", "--out", out, "--eval-tokens", "40", code=0)
+    out = str(workspace / "warned")
+    said = said_by(workspace, "warned", "--resume", "--out", out, "--eval-tokens", "40", code=0)
     assert f"--resume: eval-tokens was 50, now 40{may}\n" in said and said.count(may) == 1
 
 
@@ -452,51 +496,63 @@ def test_a_gpus_peak_is_that_of_no_other(monkeypatch, name, peak):
     assert Ranks(0, 2, torch.device("cuda")).peak_flops() == peak
 
 
-def test_a_cpu_trains_a_large_model_only_where_it_was_asked_to(place, monkeypatch):  # noqa: F811
+def test_a_cpu_trains_a_large_model_only_where_it_was_asked_to(workspace, monkeypatch):
     monkeypatch.setattr(memory, "SMALL", 1000)
-    said = run(settings(place, "unasked", device="auto"), codes={FLAGS}, CUDA_VISIBLE_DEVICES="")
+    said = run_ranks(
+        make_settings(workspace, "unasked", device="auto"), codes={FLAGS}, CUDA_VISIBLE_DEVICES=""
+    )
     assert "no GPU that this torch can use" in said and "--device cpu if that is meant" in said
-    assert not (place / "unasked/metrics.jsonl").exists()
-    said = run(settings(place, "unasked", device="auto", plan=True), codes={FLAGS},
-               CUDA_VISIBLE_DEVICES="")
+    assert not (workspace / "unasked/metrics.jsonl").exists()
+    said = run_ranks(make_settings(workspace, "unasked", device="auto", plan=True), codes={FLAGS},
+                     CUDA_VISIBLE_DEVICES="")
     assert said.count("no GPU that this torch can use") == 1, "the plan is shown, and says so too"
     assert said.index("the first row;") < said.index("no GPU that this torch can use")
-    run(settings(place, "asked-for", device="cpu", steps=2))
+    run_ranks(make_settings(workspace, "asked-for", device="cpu", steps=2))
 
 
-def test_shards_without_ranks_and_ranks_without_shards_are_refused(place):  # noqa: F811
-    assert "there is one rank" in run(settings(place, "alone", shard="fsdp"), codes={FLAGS})
-    assert "different runs" in run(settings(place, "apart", shard="none"), world=2, codes={FLAGS})
-    assert "--rows 1 or 3 would do" in run(settings(place, "four", rows=4), world=2, codes={FLAGS})
-    assert "multiples of 64 can" in run(settings(place, "few", tokens_per_step=32), world=2,
-                                        codes={FLAGS})
-    said = run(settings(place, "optim", shard="fsdp", optimizer="adamw8bit"), 2, {FLAGS})
+def test_shards_without_ranks_and_ranks_without_shards_are_refused(workspace):
+    assert "there is one rank" in run_ranks(
+        make_settings(workspace, "alone", shard="fsdp"), codes={FLAGS}
+    )
+    assert "different runs" in run_ranks(
+        make_settings(workspace, "apart", shard="none"), world=2, codes={FLAGS}
+    )
+    assert "--rows 1 or 3 would do" in run_ranks(
+        make_settings(workspace, "four", rows=4), world=2, codes={FLAGS}
+    )
+    assert "multiples of 64 can" in run_ranks(
+        make_settings(workspace, "few", tokens_per_step=32), world=2, codes={FLAGS}
+    )
+    said = run_ranks(
+        make_settings(workspace, "optim", shard="fsdp", optimizer="adamw8bit"), 2, {FLAGS}
+    )
     assert "not with --shard fsdp" in said
 
 
-def test_a_run_does_not_go_on_with_other_weights_beneath_its_adapter(place):  # noqa: F811
+def test_a_run_does_not_go_on_with_other_weights_beneath_its_adapter(workspace):
     """The commit of a hub's model is in the settings; a folder's weights are known by their mark.
     """
-    model = place / "swapped"
-    shutil.copytree(place / "tied", model)
+    model = workspace / "swapped"
+    shutil.copytree(workspace / "tied", model)
     changes = {"model": str(model), "tune": "lora", "steps": 6}
-    run(settings(place, "swap", **changes), codes={143}, during=stop_at(3))
+    run_ranks(make_settings(workspace, "swap", **changes), codes={143}, during=send_signal_at(3))
     file = model / "model.safetensors"
     before = file.read_bytes()
     tensors = load_file(file)
     save_file({k: 1.01 * x for k, x in tensors.items()}, file)
-    assert "holds other weights than those" in run(settings(place, "swap", resume=True),
-                                                   codes={BAD_INPUT})
+    assert "holds other weights than those" in run_ranks(
+        make_settings(workspace, "swap", resume=True), codes={BAD_INPUT}
+    )
     file.write_bytes(before)
-    run(settings(place, "swap", resume=True))
-    assert len(losses(place / "swap")) == 6
+    run_ranks(make_settings(workspace, "swap", resume=True))
+    assert len(read_losses(workspace / "swap")) == 6
 
 
-def said_by(place, name: str, *words: str, world: int = 1, code: int,  # noqa: F811
+def said_by(workspace, name: str, *words: str, world: int = 1, code: int,
             other: Sequence[str] = (), **env: str) -> str:
     """What the command says to these flags (rank 1 is given `other` ones too), which ends so; any
     error is one line."""
-    said = place / f"said-{name}"
+    said = workspace / f"said-{name}"
 
     def command() -> object:
         return fork.train(*words, *(other if os.environ.get("RANK") == "1" else ()))()
@@ -508,26 +564,26 @@ def said_by(place, name: str, *words: str, world: int = 1, code: int,  # noqa: F
     return text
 
 
-def test_ranks_that_do_not_fit_together_are_one_line_of_the_command(place):  # noqa: F811
-    flags = [str(recipe(settings(place, "command")))]
+def test_ranks_that_do_not_fit_together_are_one_line_of_the_command(workspace):
+    flags = [str(write_recipe(make_settings(workspace, "command")))]
     assert "rank 1 was started with another --lr: 0.5, rank 0 with 0.001" in said_by(
-        place, "other", *flags, other=["--lr", "0.5"], world=2, code=FLAGS)
+        workspace, "other", *flags, other=["--lr", "0.5"], world=2, code=FLAGS)
     assert "multiples of 64 can be divided among the ranks" in said_by(
-        place, "few", *flags, "--tokens-per-step", "32", world=2, code=FLAGS)
+        workspace, "few", *flags, "--tokens-per-step", "32", world=2, code=FLAGS)
     assert "--tokens-per-step 100: no multiple of 32" in said_by(
-        place, "parts", *flags, "--tokens-per-step", "100", code=FLAGS)
+        workspace, "parts", *flags, "--tokens-per-step", "100", code=FLAGS)
     assert "WORLD_SIZE=2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set" in said_by(
-        place, "alone", *flags, WORLD_SIZE="2", code=FLAGS)
+        workspace, "alone", *flags, WORLD_SIZE="2", code=FLAGS)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
         assert "--standalone finds a free port" in said_by(
-            place, "port", *flags, "--rank-timeout", "5", code=FLAGS, RANK="0", WORLD_SIZE="2",
+            workspace, "port", *flags, "--rank-timeout", "5", code=FLAGS, RANK="0", WORLD_SIZE="2",
             LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-    (place / "command").mkdir(exist_ok=True)
-    with checkpoint.lock(place / "command"):
-        assert "another run is writing there" in said_by(place, "two", *flags, code=FLAGS)
-    assert not (place / "command/metrics.jsonl").exists()
+    (workspace / "command").mkdir(exist_ok=True)
+    with checkpoint.lock(workspace / "command"):
+        assert "another run is writing there" in said_by(workspace, "two", *flags, code=FLAGS)
+    assert not (workspace / "command/metrics.jsonl").exists()
 
 
 def described(folder: Path) -> None:
@@ -541,34 +597,36 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_copied_folder_goes_on_by_itself_and_what_was_edited_in_it_is_seen(place):  # noqa: F811
-    s = settings(place, "original", save_every=5)
-    run(s, codes={143}, during=stop_at(8))
-    before = snapshot(place / "original")
+def test_a_copied_folder_goes_on_by_itself_and_what_was_edited_in_it_is_seen(workspace):
+    s = make_settings(workspace, "original", save_every=5)
+    run_ranks(s, codes={143}, during=send_signal_at(8))
+    before = snapshot(workspace / "original")
 
     def copy(name: str) -> Path:
         """As `cp -al` copies: its files are those of the original, until they are replaced."""
-        return Path(shutil.copytree(place / "original", place / name, copy_function=os.link))
+        return Path(
+            shutil.copytree(workspace / "original", workspace / name, copy_function=os.link)
+        )
 
     out = copy("copied")
-    said_by(place, "copied", "--resume", "--out", str(out), code=0)
-    assert "nothing to do" in said_by(place, "again", "--resume", "--out", str(out), code=0)
+    said_by(workspace, "copied", "--resume", "--out", str(out), code=0)
+    assert "nothing to do" in said_by(workspace, "again", "--resume", "--out", str(out), code=0)
 
     out = copy("edited")
     state = out / "checkpoints/step-000008/state.json"
     text = state.read_text()
     state.unlink()
     state.write_text(text.replace('"step": 8', '"step": 7'))
-    said = said_by(place, "edited", "--resume", "--out", str(out), code=0)
+    said = said_by(workspace, "edited", "--resume", "--out", str(out), code=0)
     assert "step-000008: state.json is damaged (sha256); looking for an earlier one" in said
     assert f"resumed from {out}/checkpoints/step-000005" in said
-    assert_the_same(out, place / "copied")
+    assert_the_same(out, workspace / "copied")
 
     out = copy("resettled")
     text = (out / "settings.toml").read_text()
     (out / "settings.toml").unlink()
     (out / "settings.toml").write_text(text.replace("lr = 0.001", "lr = 0.01"))
-    said = said_by(place, "resettled", "--resume", "--out", str(out), code=FLAGS)
+    said = said_by(workspace, "resettled", "--resume", "--out", str(out), code=FLAGS)
     assert "settings.toml: not as" in said and "(lr was 0.001, now 0.01)" in said
 
     out = copy("newer")
@@ -578,38 +636,38 @@ def test_a_copied_folder_goes_on_by_itself_and_what_was_edited_in_it_is_seen(pla
         path.unlink()
     state.write_text(text.replace('"format": 2', '"format": 3'))
     described(state.parent)
-    said = said_by(place, "newer", "--resume", "--out", str(out), code=BAD_INPUT)
+    said = said_by(workspace, "newer", "--resume", "--out", str(out), code=BAD_INPUT)
     assert "written by a newer version of this program (format 3, this one reads up to 2)" in said
-    assert snapshot(place / "original") == before
+    assert snapshot(workspace / "original") == before
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", "settings.toml", "checkpoints",
                                   "model", "bins", ".lock"])
-def test_a_run_does_not_begin_in_a_folder_that_holds_a_link(place, tmp_path, name):  # noqa: F811
-    outside, out = tmp_path / "outside", place / f"linked-{name}"
+def test_a_run_does_not_begin_in_a_folder_that_holds_a_link(workspace, tmp_path, name):
+    outside, out = tmp_path / "outside", workspace / f"linked-{name}"
     outside.mkdir()
     (outside / "canary").write_text("as it was")
     out.mkdir(exist_ok=True)
     (out / name).symlink_to(outside if name in ("checkpoints", "model", "bins")
                             else outside / "canary")
-    said = run(settings(place, out.name), codes={FLAGS})
+    said = run_ranks(make_settings(workspace, out.name), codes={FLAGS})
     assert f"{out / name}: is a link, and a run writes nowhere but in its folder" in said
     assert snapshot(outside) == {outside / "canary": b"as it was"}
 
 
 def test_a_link_to_the_folder_is_followed_once_and_one_that_comes_into_it_never(
-        place, tmp_path):  # noqa: F811
+        workspace, tmp_path):
     for name in ("first", "other"):
         (tmp_path / name).mkdir()
-    (place / "followed").symlink_to(tmp_path / "first")
+    (workspace / "followed").symlink_to(tmp_path / "first")
 
     def swapped(run):
         if run.step == 5:
-            (place / "followed").unlink()
-            (place / "followed").symlink_to(tmp_path / "other")
+            (workspace / "followed").unlink()
+            (workspace / "followed").symlink_to(tmp_path / "other")
 
-    run(settings(place, "followed", save_every=3), during=swapped)
-    assert len(losses(tmp_path / "first")) == 20 and (tmp_path / "first/model").is_dir()
+    run_ranks(make_settings(workspace, "followed", save_every=3), during=swapped)
+    assert len(read_losses(tmp_path / "first")) == 20 and (tmp_path / "first/model").is_dir()
     assert not snapshot(tmp_path / "other")
 
     def put(run):
@@ -618,7 +676,7 @@ def test_a_link_to_the_folder_is_followed_once_and_one_that_comes_into_it_never(
             (run.out / "checkpoints").rename(run.out / "aside")
             (run.out / "checkpoints").symlink_to(tmp_path / "other")
 
-    said = run(settings(place, "swapped", save_every=3), codes={STORAGE}, during=put)
+    said = run_ranks(make_settings(workspace, "swapped", save_every=3), codes={STORAGE}, during=put)
     assert "checkpoints: is a link, and a run writes nowhere but in its folder" in said
     assert not snapshot(tmp_path / "other")
 
@@ -626,21 +684,21 @@ def test_a_link_to_the_folder_is_followed_once_and_one_that_comes_into_it_never(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="drops to Linux's nobody")
 @pytest.mark.parametrize("name", ["", "out", "out/deep"])
 def test_a_folder_that_may_not_be_written_is_refused_before_the_model_is_looked_for(
-        place, name):  # noqa: F811
+        workspace, name):
     root = Path(tempfile.mkdtemp())  # that anybody may pass, unlike pytest's
     root.chmod(0o555)
-    s = dataclasses.replace(settings(place, "x"), out=str(root / name), model="nowhere")
+    s = dataclasses.replace(make_settings(workspace, "x"), out=str(root / name), model="nowhere")
 
     def as_nobody() -> object:
         if os.geteuid() == 0:
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-        return action(s)()
+        return rank_action(s)()
 
     try:
-        assert fork.ends(fork.together(1, as_nobody, place / "said-nobody")) == [FLAGS]
-        said = (place / "said-nobody-0").read_text()
+        assert fork.ends(fork.together(1, as_nobody, workspace / "said-nobody")) == [FLAGS]
+        said = (workspace / "said-nobody-0").read_text()
         assert f"error: --out {root / name}: cannot be written (Permission denied)" in said
         assert "nowhere" not in said and list(root.iterdir()) == []
     finally:
@@ -660,7 +718,7 @@ def apart(action, *mounts: Sequence[str | Path], keep: tuple[Path, Path] | None 
         for words in (("--make-rprivate", "/"), *mounts):
             mount(*words)
         try:
-            return action()
+            return rank_action()
         finally:
             if keep:
                 shutil.copytree(*keep)
@@ -681,15 +739,15 @@ mounts = pytest.mark.skipif(not MOUNTS, reason="this system lets this process mo
 @mounts
 @pytest.mark.parametrize("name,where", [("", ""), ("new", ""), ("", "checkpoints"), ("", "best")])
 def test_a_place_that_nobody_can_write_is_refused_before_the_model_is_looked_for(
-        place, tmp_path, name, where):  # noqa: F811
-    """Not even root: the whole, the place where it would be, or that of the resume points alone."""
+        workspace, tmp_path, name, where):
+    """Not even root: the whole folder, its parent, or the folder of resume points alone."""
     root = tmp_path / "root"
     (root / where).mkdir(parents=True)
-    s = dataclasses.replace(settings(place, "x"), out=str(root / name), model="nowhere")
-    act = apart(action(s), *read_only(root / where))
+    s = dataclasses.replace(make_settings(workspace, "x"), out=str(root / name), model="nowhere")
+    act = apart(rank_action(s), *read_only(root / where))
     begun = time.monotonic()
-    assert fork.ends(fork.together(1, act, place / "said-ro")) == [FLAGS]
-    said = (place / "said-ro-0").read_text()
+    assert fork.ends(fork.together(1, act, workspace / "said-ro")) == [FLAGS]
+    said = (workspace / "said-ro-0").read_text()
     assert f"error: --out {root / name / where}: cannot be written (Read-only file" in said
     assert said.count("\n") == 1 and "nowhere" not in said and time.monotonic() - begun < 5
     assert {x.name for x in root.rglob("*")} <= {where, ".lock"}
@@ -711,18 +769,18 @@ def filled(first: int, last: int = 10**9, room: int = 64 << 10):
 
 @mounts
 def test_a_disk_that_is_really_full_is_found_by_the_trial_save_or_before_it(
-        place, tmp_path):  # noqa: F811
+        workspace, tmp_path):
     """8 MB of memory as a disk, filled by somebody else; and a disk that is too small."""
-    out, kept = place / "really-full", tmp_path / "kept"
+    out, kept = workspace / "really-full", tmp_path / "kept"
     out.mkdir()
-    s = settings(place, "really-full")
+    s = make_settings(workspace, "really-full")
     for size, during, words in (
             ("8m", filled(1), f"error: {out}/checkpoints/step-000001: cannot be written: needs "),
             ("512k", id, f"error: --out {out}: ")):
-        act = apart(action(s, during), ("-t", "tmpfs", "-o", f"size={size}", "none", out),
+        act = apart(rank_action(s, during), ("-t", "tmpfs", "-o", f"size={size}", "none", out),
                     keep=(out, kept / size))
-        assert fork.ends(fork.together(1, act, place / "said-full")) == [STORAGE]
-        said = (place / "said-full-0").read_text()
+        assert fork.ends(fork.together(1, act, workspace / "said-full")) == [STORAGE]
+        said = (workspace / "said-full-0").read_text()
         assert words in said and ("No space left on device" in said) == (size == "8m")
         assert "Traceback" not in said and said.count("error: ") == 1
         found = [x.name for x in (kept / size).rglob("*") if "step-" in x.name]
@@ -732,27 +790,27 @@ def test_a_disk_that_is_really_full_is_found_by_the_trial_save_or_before_it(
 @mounts
 @pytest.mark.parametrize("last,code", [(10, 0), (10**9, STORAGE)])
 def test_a_disk_that_fills_up_in_the_middle_of_a_run_is_tried_again_or_ends_it(
-        place, tmp_path, last, code):  # noqa: F811
+        workspace, tmp_path, last, code):
     name = f"fills-{code}"
-    out, kept = place / name, tmp_path / "kept"
+    out, kept = workspace / name, tmp_path / "kept"
     out.mkdir()
-    act = apart(action(settings(place, name, save_every=4), filled(6, last)),
+    act = apart(rank_action(make_settings(workspace, name, save_every=4), filled(6, last)),
                 ("-t", "tmpfs", "-o", "size=8m", "none", out), keep=(out, kept))
-    assert fork.ends(fork.together(1, act, place / "said-fills")) == [code]
-    said = (place / "said-fills-0").read_text()
+    assert fork.ends(fork.together(1, act, workspace / "said-fills")) == [code]
+    said = (workspace / "said-fills-0").read_text()
     assert "step-000008: cannot be written: needs " in said and "No space left on device" in said
     assert "earlier checkpoints are whole" in said and "Traceback" not in said
     steps = (16, 20) if code == 0 else (1, 4)
     assert sorted(os.listdir(kept / "checkpoints")) == [f"step-{x:06}" for x in steps]
     assert checkpoint.newest(kept / "checkpoints").name == f"step-{steps[-1]:06}"
-    assert len(losses(kept)) >= (20 if code == 0 else 16) and not strays(kept)
+    assert len(read_losses(kept)) >= (20 if code == 0 else 16) and not strays(kept)
 
 
 @mounts
 def test_resume_points_whose_disk_turns_read_only_for_a_while_are_tried_again(
-        place):  # noqa: F811
+        workspace):
     """As a system remounts one that has faults; the run's other files are elsewhere."""
-    folder = place / "turns/checkpoints"
+    folder = workspace / "turns/checkpoints"
     folder.mkdir(parents=True)
 
     def during(run):
@@ -760,44 +818,52 @@ def test_resume_points_whose_disk_turns_read_only_for_a_while_are_tried_again(
             run.saver.finish()
             mount("-o", f"remount,{'ro' if run.step + 1 == 6 else 'rw'},bind", folder)
 
-    act = apart(action(settings(place, "turns", save_every=4), during), ("--bind", folder, folder))
-    assert fork.ends(fork.together(1, act, place / "said-turns")) == [0]
-    said = (place / "said-turns-0").read_text()
+    act = apart(
+        rank_action(make_settings(workspace, "turns", save_every=4), during),
+        ("--bind", folder, folder),
+    )
+    assert fork.ends(fork.together(1, act, workspace / "said-turns")) == [0]
+    said = (workspace / "said-turns-0").read_text()
     assert said.count("going on, the next save tries again") == 1 and "Traceback" not in said
     assert "step-000008: cannot be written" in said and "Read-only file system" in said
-    assert checkpoint.newest(folder).name == "step-000020" and len(losses(place / "turns")) == 20
+    assert (
+        checkpoint.newest(folder).name == "step-000020"
+        and len(read_losses(workspace / "turns")) == 20
+    )
 
 
-def test_metrics_that_are_rotated_away_and_a_clock_that_jumps_end_no_run(place):  # noqa: F811
+def test_metrics_that_are_rotated_away_and_a_clock_that_jumps_end_no_run(workspace):
     def odd(run):
         if run.step == 10:
             (run.out / "metrics.jsonl").rename(run.out / "metrics.jsonl.1")
         now = time.time()
         time.time = lambda: now + (-1e9 if run.step % 2 else 1e9)
 
-    run(settings(place, "rotated"), during=odd)
-    run(settings(place, "not-rotated"))
-    a, b = result(place / "rotated"), result(place / "not-rotated")
+    run_ranks(make_settings(workspace, "rotated"), during=odd)
+    run_ranks(make_settings(workspace, "not-rotated"))
+    a, b = load_result(workspace / "rotated"), load_result(workspace / "not-rotated")
     assert all(torch.equal(a[k], b[k]) for k in b)
 
 
-def test_ranks_with_other_code_or_other_data_are_refused_by_name(place, monkeypatch):  # noqa: F811
+def test_ranks_with_other_code_or_other_data_are_refused_by_name(workspace, monkeypatch):
     """With other settings too, by the command: above."""
     from data import Source
     from training import run as life
 
     with monkeypatch.context() as m:
         m.setattr(Source, "sha", property(lambda self: f"{os.environ['RANK']}" * 64))
-        said = run(settings(place, "other-data"), world=2, codes={FLAGS})
+        said = run_ranks(make_settings(workspace, "other-data"), world=2, codes={FLAGS})
         assert "rank 1 was started with another sha256 of kin: 1111" in said
     monkeypatch.setattr(life, "code_sha", lambda: os.environ["RANK"])
-    assert "another code" in run(settings(place, "other-code"), world=2, codes={FLAGS})
+    assert "another code" in run_ranks(
+        make_settings(workspace, "other-code"), world=2, codes={FLAGS}
+    )
 
 
 @pytest.mark.parametrize("rank,when", [
     (1, "a step"), *(pytest.param(rank, when, marks=pytest.mark.slow) for rank in (0, 1)
                      for when in ("an evaluation", "a save"))])
-def test_a_rank_that_dies_ends_the_others_with_the_reason(place, rank, when):  # noqa: F811
+def test_a_rank_that_dies_ends_the_others_with_the_reason(workspace, rank, when):
     def dies(run):
         if run.step != 4 or run.ranks.rank != rank:
             return
@@ -806,40 +872,40 @@ def test_a_rank_that_dies_ends_the_others_with_the_reason(place, rank, when):  #
         setattr(owner, touch, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
     begun, name = time.monotonic(), f"dies-{rank}-{when}"
-    said = run(settings(place, name, save_every=3, eval_every=5), world=2,
-               codes={FLAGS, -signal.SIGKILL}, during=dies)
+    said = run_ranks(make_settings(workspace, name, save_every=3, eval_every=5), world=2,
+                     codes={FLAGS, -signal.SIGKILL}, during=dies)
     assert f"rank {1 - rank}: another rank does not answer" in said and "Traceback" not in said
     assert time.monotonic() - begun < 60
-    assert checkpoint.newest(place / name / "checkpoints") is not None
-    run(settings(place, name, resume=True), world=2)
-    assert len(losses(place / name)) == 20
+    assert checkpoint.newest(workspace / name / "checkpoints") is not None
+    run_ranks(make_settings(workspace, name, resume=True), world=2)
+    assert len(read_losses(workspace / name)) == 20
 
 
-def test_a_rank_that_hangs_is_given_up(place):  # noqa: F811
+def test_a_rank_that_hangs_is_given_up(workspace):
     def hang(run):
         if run.step == 3 and run.ranks.rank == 1:
             time.sleep(8)
 
-    said = run(settings(place, "hangs", rank_timeout=2.0), 2, {FLAGS}, during=hang)
+    said = run_ranks(make_settings(workspace, "hangs", rank_timeout=2.0), 2, {FLAGS}, during=hang)
     assert "rank 0: another rank does not answer" in said
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_memory_that_ends_is_one_line_that_says_what_to_lower(place, world):  # noqa: F811
+def test_memory_that_ends_is_one_line_that_says_what_to_lower(workspace, world):
     def ends(run):
         if run.step == 2 and run.ranks.rank == world - 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    said = run(settings(place, f"oom-{world}"), world, {FLAGS}, during=ends)
+    said = run_ranks(make_settings(workspace, f"oom-{world}"), world, {FLAGS}, during=ends)
     assert "out of memory with --rows 1 x --seq-len 32" in said and "--recompute" in said
     assert "Traceback" not in said
-    run(settings(place, f"oom-{world}", resume=True), world)
-    assert len(losses(place / f"oom-{world}")) == 20
+    run_ranks(make_settings(workspace, f"oom-{world}", resume=True), world)
+    assert len(read_losses(workspace / f"oom-{world}")) == 20
 
 
-def test_rows_auto_takes_the_most_that_fit_and_changes_nothing(place):  # noqa: F811
+def test_rows_auto_takes_the_most_that_fit_and_changes_nothing(workspace):
     """Of two ranks, where one has no more memory and the other would go on."""
-    run(settings(place, "by-hand"))
+    run_ranks(make_settings(workspace, "by-hand"))
     for name, world, fits in (("auto-6", 1, 6), ("auto-1", 2, 1)):
         real = train.NLL.total
 
@@ -851,13 +917,13 @@ def test_rows_auto_takes_the_most_that_fit_and_changes_nothing(place):  # noqa: 
 
         object.__setattr__(train.NLL, "total", total)
         try:
-            said = run(settings(place, name, rows="auto", rank_timeout=30.0), world)
+            said = run_ranks(make_settings(workspace, name, rows="auto", rank_timeout=30.0), world)
         finally:
             object.__setattr__(train.NLL, "total", real)
         assert f"--rows auto: {fits}\n" in said
-        one, two = losses(place / "by-hand"), losses(place / name)
+        one, two = read_losses(workspace / "by-hand"), read_losses(workspace / name)
         assert all(one[k] == pytest.approx(two[k], rel=1e-5) for k in one)
-        assert f"rows = {fits}\n" in (place / name / "settings.toml").read_text()
+        assert f"rows = {fits}\n" in (workspace / name / "settings.toml").read_text()
 
 
 def test_rows_auto_never_tries_what_the_last_sizes_let_expect_not_to_fit():
@@ -909,7 +975,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_one_of_the_first_is_read(
                                         for k, x in tensors.items())
 
 
-def test_a_loss_that_jumps_is_said_with_its_documents(place):  # noqa: F811
+def test_a_loss_that_jumps_is_said_with_its_documents(workspace):
     def jump(run):
         if run.step == 29:
             objective = train.NLL.total
@@ -921,11 +987,13 @@ def test_a_loss_that_jumps_is_said_with_its_documents(place):  # noqa: F811
         if run.step == 27:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run(settings(place, "jump-cut", steps=32), codes={143}, during=cut)
+    run_ranks(make_settings(workspace, "jump-cut", steps=32), codes={143}, during=cut)
     for name in ("jump", "jump-cut"):
-        said = run(settings(place, name, steps=32, resume=name == "jump-cut"), during=jump)
+        said = run_ranks(
+            make_settings(workspace, name, steps=32, resume=name == "jump-cut"), during=jump
+        )
         assert "step 30: loss" in said and "far above" in said
-        (line,) = (place / name / "odd_steps.jsonl").read_text().splitlines()
+        (line,) = (workspace / name / "odd_steps.jsonl").read_text().splitlines()
         odd = json.loads(line)
         assert (odd["step"], odd["what"]) == (30, "spike")
         assert set(odd["documents"]) == {"kin", "eng"}
@@ -935,12 +1003,6 @@ REAL = train.NLL.total
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
-
-def recipe(s: train.Settings) -> Path:
-    file = Path(s.out).with_name(f"{Path(s.out).name}.toml")
-    file.write_text(config.to_toml(s))
-    return file
 
 
 def launched(s: train.Settings, until: str, *flags: str,
@@ -956,7 +1018,7 @@ def launched(s: train.Settings, until: str, *flags: str,
         flags = ("--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint",
                  f"localhost:{port}", *flags)
     going = [subprocess.Popen([*TORCHRUN, "--nproc-per-node", str(2 // machines), *flags,
-                               "train.py", str(recipe(s))],
+                               "train.py", str(write_recipe(s))],
                               env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
              for _ in range(machines)]
     while not (Path(s.out) / "checkpoints" / until).exists():
@@ -972,9 +1034,9 @@ def launched(s: train.Settings, until: str, *flags: str,
     ("ddp", 1), *(pytest.param(*x, marks=pytest.mark.slow) for x in
                   (("ddp", 0), ("fsdp", 0), ("fsdp", 1)))])
 def test_torchrun_is_down_soon_after_a_rank_was_killed_and_says_which(
-        place, how, rank):  # noqa: F811
+        workspace, how, rank):
     """Not a matter of speed (0.6 s here) but of not hanging: nobody waits for the dead."""
-    s = settings(place, f"down-{how}-{rank}", steps=5000, save_every=5, shard=how)
+    s = make_settings(workspace, f"down-{how}-{rank}", steps=5000, save_every=5, shard=how)
     (going,), ranks = launched(s, "step-000010")
     os.kill(ranks[rank], signal.SIGKILL)
     said = going.communicate(timeout=15)[1]
@@ -987,40 +1049,40 @@ def test_torchrun_is_down_soon_after_a_rank_was_killed_and_says_which(
 @pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
 def test_torchrun_starts_again_after_a_rank_was_killed_and_the_run_goes_on_by_itself(
-        place, machines):  # noqa: F811
-    s = settings(place, f"elastic-{machines}", steps=60, save_every=5, eval_every=1000)
+        workspace, machines):
+    s = make_settings(workspace, f"elastic-{machines}", steps=60, save_every=5, eval_every=1000)
     going, ranks = launched(s, "step-000010", "--max-restarts", "1", machines=machines)
     os.kill(ranks[1], signal.SIGKILL)
     said = "".join(x.communicate(timeout=120)[1] for x in going)
     assert [x.returncode for x in going] == [0] * machines, said[-4000:]
-    assert "resumed from" in said and len(losses(Path(s.out))) == 60
+    assert "resumed from" in said and len(read_losses(Path(s.out))) == 60
 
 
 @pytest.mark.parametrize("counted", [0, 1])
 def test_all_ranks_go_on_if_one_machines_torchrun_alone_counted_the_restart(
-        place, counted):  # noqa: F811
-    s = settings(place, f"counted-{counted}", rank_timeout=20.0)
-    run(s, world=2, codes={143}, during=stop_at(7))
+        workspace, counted):
+    s = make_settings(workspace, f"counted-{counted}", rank_timeout=20.0)
+    run_ranks(s, world=2, codes={143}, during=send_signal_at(7))
 
     def again() -> None:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(int(os.environ["RANK"]) == counted))
-        fork.train(str(recipe(s)))()
+        fork.train(str(write_recipe(s)))()
 
-    said = place / f"said-counted-{counted}"
+    said = workspace / f"said-counted-{counted}"
     ends = fork.ends(fork.together(2, again, said))
     text = "".join(said.with_name(f"{said.name}-{i}").read_text() for i in range(2))
     assert ends == [0, 0], text[-2000:]
-    assert "resumed from" in text and len(losses(Path(s.out))) == 20
+    assert "resumed from" in text and len(read_losses(Path(s.out))) == 20
 
 
-def test_the_plan_of_several_ranks_is_printed_once(place):  # noqa: F811
+def test_the_plan_of_several_ranks_is_printed_once(workspace):
     """And nothing of a run is written."""
-    said = run(settings(place, "planned", plan=True), world=2)
+    said = run_ranks(make_settings(workspace, "planned", plan=True), world=2)
     assert said.count("\nmachine      2 x CPU") == 1 and said.count("the first row;") == 1
-    assert not (place / "planned/settings.toml").exists()
+    assert not (workspace / "planned/settings.toml").exists()
 
 
-def test_the_documents_of_a_row_are_those_whose_tokens_it_holds(place):  # noqa: F811
+def test_the_documents_of_a_row_are_those_whose_tokens_it_holds(workspace):
     """Found without reading the row, and found by looking every token up."""
     from data import Bin, Loader, Source
     from preparation.bin_writer import BinWriter
@@ -1028,13 +1090,13 @@ def test_the_documents_of_a_row_are_those_whose_tokens_it_holds(place):  # noqa:
 
     sources = []
     for kind in ("text", "pairs"):
-        writer = BinWriter(place / f"known-{kind}", "f" * 64, 1000, kind)
+        writer = BinWriter(workspace / f"known-{kind}", "f" * 64, 1000, kind)
         draw = random.Random(3)
         for i in range(40):  # a document's tokens say which document it is
             writer.add(Document([i + 10] * draw.randint(0 if kind == "text" else 2, 9), None, 1))
         writer.close({}, [])
         keep = torch.tensor([i for i in range(40) if i // 2 % 5]).numpy()
-        sources.append(Source(kind, Bin(place / f"known-{kind}"), keep, 1.0))
+        sources.append(Source(kind, Bin(workspace / f"known-{kind}"), keep, 1.0))
     for source in sources:
         stream = Loader([source], 20, 1, seed=5).streams[0]
         for i in range(3 * stream.rows):
@@ -1062,9 +1124,14 @@ def test_the_scale_of_an_fp16_loss_halves_doubles_and_is_off_at_one():
     assert off == LossScale(1.0, 0)
 
 
-def test_a_run_that_goes_on_keeps_the_dtype_and_the_step_that_it_began_with(place):  # noqa: F811
-    run(settings(place, "kept", dtype="auto", tokens_per_step=0, steps=4), codes={143},
-        during=stop_at(2))
-    kept = (place / "kept/settings.toml").read_text()
+def test_a_run_that_goes_on_keeps_the_dtype_and_the_step_that_it_began_with(workspace):
+    run_ranks(
+              make_settings(workspace, "kept", dtype="auto", tokens_per_step=0, steps=4),
+              codes={143},
+              during=send_signal_at(2),
+    )
+    kept = (workspace / "kept/settings.toml").read_text()
     assert 'dtype = "auto"' not in kept and "tokens_per_step = 32\n" in kept
-    assert "no multiple of 64" in run(settings(place, "kept", resume=True), 2, {FLAGS})
+    assert "no multiple of 64" in run_ranks(
+        make_settings(workspace, "kept", resume=True), 2, {FLAGS}
+    )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import random
 import shutil
 import signal
 import subprocess
@@ -26,6 +24,7 @@ from checkpoints import peft_adapter
 from checkpoints import resume_point as checkpoint
 from data import IGNORE, Batch, Bin
 from helpers import tiny
+from helpers.train_runs import ENV, call, read_losses, train_command
 from layers import nf4
 from model import Llama, ModelConfig
 from preparation import text as corpus
@@ -39,46 +38,6 @@ from training import optimizer as optim
 from training import plan
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A tiny model, two text files of unequal size, and their bins."""
-    root = tmp_path_factory.mktemp("train")
-    tiny.folder(root / "model", "llama32", max_position_embeddings=64)
-    draw = random.Random(0)
-    for name, n in (("kin", 60), ("eng", 30)):
-        lines = [" ".join(draw.choice(tiny.SENTENCES) for _ in range(draw.randint(1, 4))) + f" {i}"
-                 for i in range(n)]
-        (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        corpus.prepare([str(root / f"{name}.txt")], root / "model", root / name)
-    words = json.loads((shutil.copytree(root / "model", root / "quantised") / "config.json")
-                       .read_text())
-    words["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (root / "quantised/config.json").write_text(json.dumps(words))
-    return root
-
-
-def command(place: Path, out: str, *flags: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), "--model", str(place / "model"), "--data",
-            f"{place}/kin:3", f"{place}/eng:1", "--out", str(place / out), "--seq-len", "32",
-            "--rows", "2", "--tokens-per-step", "128", "--lr", "1e-3", "--hold-out", "0.1",
-            "--dtype", "fp32", "--device", "cpu", *flags]
-
-
-def call(args: list[str], code: int = 0) -> str:
-    """Run a command, check its exit code, and give what it said on stderr."""
-    done = subprocess.run(args, capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=120)
-    assert done.returncode == code, done.stderr[-2000:]
-    return done.stderr
-
-
-def losses(out: Path) -> dict[int, float]:
-    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [x["step"] for x in lines if "loss" in x]
-    assert steps == list(range(1, len(steps) + 1)), "each step stands once, in order"
-    return {x["step"]: x["loss"] for x in lines if "loss" in x}
 
 
 TUNES = {
@@ -95,22 +54,22 @@ SLOW = {"bf16", "averaged"}
 
 @pytest.mark.parametrize("tune", [
     pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in TUNES])
-def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, tune):
+def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(workspace, tune):
     """20 steps = some + kill -9 + resume, bit for bit, past the end of an epoch of the smaller
     source."""
     flags = ["--steps", "20", *TUNES[tune], "--save-every", "5", "--eval-every", "10"]
-    call(command(place, f"whole-{tune}", *flags))
-    cut = place / f"cut-{tune}"
+    call(train_command(workspace, f"whole-{tune}", *flags))
+    cut = workspace / f"cut-{tune}"
     going = subprocess.Popen(
-        command(place, cut.name, *flags), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL)
+        train_command(workspace, cut.name, *flags), env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (cut / "checkpoints/step-000010").exists():
         assert going.poll() is None
         time.sleep(0.01)
     going.send_signal(signal.SIGKILL)
     assert going.wait() == -signal.SIGKILL, "it was to be killed before it was done"
     call([sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(cut)])
-    whole = place / f"whole-{tune}"
-    assert losses(cut) == losses(whole)
+    whole = workspace / f"whole-{tune}"
+    assert read_losses(cut) == read_losses(whole)
     said = [about(x)["changed_settings"] for x in (cut, whole)]
     assert [x.pop("out") for x in said] == [str(cut), str(whole)] and said[0] == said[1]
     assert "keep" not in said[0] and said[0]["save_every"] == 5
@@ -121,9 +80,9 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_one_that_was_not(place, t
     assert sum(1 for _ in (cut / "checkpoints").iterdir()) == 2, "--keep 2"
 
 
-def test_sigterm_saves_and_says_so_and_the_run_goes_on(place):
-    out = place / "term"
-    going = subprocess.Popen(command(place, "term", "--steps", "5000"), env=ENV, cwd=ROOT,
+def test_sigterm_saves_and_says_so_and_the_run_goes_on(workspace):
+    out = workspace / "term"
+    going = subprocess.Popen(train_command(workspace, "term", "--steps", "5000"), env=ENV, cwd=ROOT,
                              stderr=subprocess.PIPE, text=True)
     metrics = out / "metrics.jsonl"
     while not (metrics.exists() and '"loss"' in metrics.read_text()):
@@ -132,15 +91,15 @@ def test_sigterm_saves_and_says_so_and_the_run_goes_on(place):
     going.send_signal(signal.SIGTERM)
     said = going.communicate(timeout=60)[1]
     assert going.returncode == 143 and "--resume" in said
-    step = max(losses(out))
+    step = max(read_losses(out))
     assert (out / f"checkpoints/step-{step:06}").exists()
 
 
-def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(place):
-    call(command(place, "done", "--steps", "2"))
+def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(workspace):
+    call(train_command(workspace, "done", "--steps", "2"))
     assert "nothing to do" in call(
-        [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(place / "done")])
-    assert "holds a run" in call(command(place, "done", "--steps", "2"), code=2)
+        [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(workspace / "done")])
+    assert "holds a run" in call(train_command(workspace, "done", "--steps", "2"), code=2)
 
 
 def about(out: Path) -> dict:
@@ -152,22 +111,44 @@ def bits_per_byte(out: Path) -> dict[int, dict[str, float]]:
     return {x["step"]: x["bits_per_byte"] for x in lines if "bits_per_byte" in x}
 
 
-def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(place):
+def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(workspace):
     """As the next run finds it at its step 0. The last is not the best: a decay of half the step's
     number shrinks strong weights first, and from the fifth step on makes them many times as
     strong."""
-    call(command(place, "best", "--steps", "10", "--eval-every", "2", "--best", "kin", "--ema",
-                 "0.5", "--lr", "0.05", "--weight-decay", "100", "--warmup", "10"))
-    call(command(place, "last", "--steps", "4", "--eval-every", "2", "--ema", "0.9"))
+    call(
+        train_command(
+            workspace,
+            "best",
+            "--steps",
+            "10",
+            "--eval-every",
+            "2",
+            "--best",
+            "kin",
+            "--ema",
+            "0.5",
+            "--lr",
+            "0.05",
+            "--weight-decay",
+            "100",
+            "--warmup",
+            "10",
+        )
+    )
+    call(train_command(workspace, "last", "--steps", "4", "--eval-every", "2", "--ema", "0.9"))
     for name in ("best", "last"):
-        seen = bits_per_byte(place / name)
+        seen = bits_per_byte(workspace / name)
         step = min(seen, key=lambda k: seen[k]["kin"]) if name == "best" else 4
         assert name == "last" or 0 < step < 10
-        assert about(place / name)["model_step"] == step
+        assert about(workspace / name)["model_step"] == step
         said = f"The model is that of step {step}, the best of kin."
-        assert (said in (place / name / "report.html").read_text()) == (name == "best")
-        call(command(place, f"after-{name}", "--steps", "1", "--model", f"{place}/{name}/model"))
-        assert bits_per_byte(place / f"after-{name}")[0] == pytest.approx(seen[step], rel=1e-6)
+        assert (said in (workspace / name / "report.html").read_text()) == (name == "best")
+        call(
+            train_command(
+                workspace, f"after-{name}", "--steps", "1", "--model", f"{workspace}/{name}/model"
+            )
+        )
+        assert bits_per_byte(workspace / f"after-{name}")[0] == pytest.approx(seen[step], rel=1e-6)
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -189,8 +170,8 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(place):
     (["--tune", "lora", "--embedding-lr", "1e-5"], "--embedding-lr: is of what --train-embeddings"),
     (["--tune", "lora", "--lora-dropout", "5"], "--lora-dropout 5.0: out of range"),
     (["--dtype", "fp8"], "--dtype fp8: needs a GPU that multiplies eight bits")])
-def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(place, flags, said):
-    lines = call(command(place, "refused", *flags), code=2).strip().splitlines()
+def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(workspace, flags, said):
+    lines = call(train_command(workspace, "refused", *flags), code=2).strip().splitlines()
     assert said in lines[-1] and lines[-1].startswith("error: ")
 
 
@@ -205,83 +186,98 @@ def test_a_number_that_no_run_could_have_is_out_of_range(name, value):
     train.flags.check(train.Settings(clip=math.inf, min_lr_ratio=1.0), "text")
 
 
-def test_a_run_on_pairs_names_its_bin_as_the_bin_does(place):
+def test_a_run_on_pairs_names_its_bin_as_the_bin_does(workspace):
     """Of a bin with groups too: by that a card finds the ledger."""
     lines = [f"a child {i}\tumwana {i}\n" for i in range(40)]
-    (place / "pairs.tsv").write_text("eng\tkin\n" + "".join(lines))
-    wide = tiny.folder(place / "wide", "llama32", max_position_embeddings=256)
-    args = command(place, "mt", "--mode", "mt", "--steps", "1", "--seq-len", "256",
-                   "--tokens-per-step", "512", "--model", str(wide))
+    (workspace / "pairs.tsv").write_text("eng\tkin\n" + "".join(lines))
+    wide = tiny.folder(workspace / "wide", "llama32", max_position_embeddings=256)
+    args = train_command(workspace, "mt", "--mode", "mt", "--steps", "1", "--seq-len", "256",
+                         "--tokens-per-step", "512", "--model", str(wide))
     at = args.index("--data")
-    call([*args[: at + 1], f"{place}/pairs.tsv", *args[at + 3:]])
-    meta = json.loads((place / "mt/bins/pairs/meta.json").read_text())
+    call([*args[: at + 1], f"{workspace}/pairs.tsv", *args[at + 3:]])
+    meta = json.loads((workspace / "mt/bins/pairs/meta.json").read_text())
     assert "groups.bin" in meta["sha256"]
-    assert about(place / "mt")["data"] == {"pairs": meta["sha256"]["tokens.bin"]}
+    assert about(workspace / "mt")["data"] == {"pairs": meta["sha256"]["tokens.bin"]}
 
 
-def test_an_adapter_goes_on_in_its_own_shape_or_is_refused(place):
-    call(command(place, "adapter", "--steps", "2", "--tune", "lora", "--lora-rank", "4"))
-    more = ["--steps", "2", "--tune", "lora", "--model", f"{place}/adapter/model"]
+def test_an_adapter_goes_on_in_its_own_shape_or_is_refused(workspace):
+    call(train_command(workspace, "adapter", "--steps", "2", "--tune", "lora", "--lora-rank", "4"))
+    more = ["--steps", "2", "--tune", "lora", "--model", f"{workspace}/adapter/model"]
     for flags, said in ((["--lora-rank", "8"], "--lora-rank: "), (["--dora"], "--dora: "),
                         (["--train-embeddings"], "--train-embeddings: "),
                         (["--lora-targets", "q_proj"], "--lora-targets: ")):
-        assert said in call(command(place, "other", *more, *flags), code=2).splitlines()[-1]
-    call(command(place, "further", *more, "--lora-rank", "4"))
-    assert json.loads((place / "further/model/adapter_config.json").read_text())["r"] == 4
+        assert (
+            said in call(train_command(workspace, "other", *more, *flags), code=2).splitlines()[-1]
+        )
+    call(train_command(workspace, "further", *more, "--lora-rank", "4"))
+    assert json.loads((workspace / "further/model/adapter_config.json").read_text())["r"] == 4
 
 
-def test_what_a_resumed_run_may_change_is_in_range_too(place):
-    call(command(place, "ranged", "--steps", "2"))
-    again = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(place / "ranged")]
+def test_what_a_resumed_run_may_change_is_in_range_too(workspace):
+    call(train_command(workspace, "ranged", "--steps", "2"))
+    again = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(workspace / "ranged")]
     for flags in (["--keep", "1"], ["--eval-tokens", "0"], ["--rank-timeout", "0"]):
         assert f"{flags[0]} {flags[1]}" in call([*again, *flags], code=2).splitlines()[-1]
 
 
-def test_settings_of_a_run_are_a_recipe_for_it(place):
-    call(command(place, "first", "--steps", "3"))
-    call([sys.executable, str(ROOT / "train.py"), str(place / "first/settings.toml"), "--out",
-          str(place / "again")])
-    assert losses(place / "first") == losses(place / "again")
+def test_settings_of_a_run_are_a_recipe_for_it(workspace):
+    call(train_command(workspace, "first", "--steps", "3"))
+    call([sys.executable, str(ROOT / "train.py"), str(workspace / "first/settings.toml"), "--out",
+          str(workspace / "again")])
+    assert read_losses(workspace / "first") == read_losses(workspace / "again")
 
 
-def test_the_saved_model_opens_in_transformers_and_the_adapter_in_peft_with_equal_logits(place):
+def test_the_saved_model_opens_in_transformers_and_the_adapter_in_peft_with_equal_logits(workspace):
     import peft
     import transformers
 
-    call(command(place, "open-full", "--steps", "3"))
-    call(command(place, "open-lora", "--steps", "3", "--tune", "lora", "--lora-rank", "4"))
+    call(train_command(workspace, "open-full", "--steps", "3"))
+    call(
+        train_command(workspace, "open-lora", "--steps", "3", "--tune", "lora", "--lora-rank", "4")
+    )
     ids = tiny.tokens(2, 20)
     doc, pos = torch.zeros_like(ids), torch.arange(20).repeat(2, 1)
     full = transformers.AutoModelForCausalLM.from_pretrained(
-        place / "open-full/model", dtype=torch.float32)
-    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
-    adapted = peft.PeftModel.from_pretrained(base, place / "open-lora/model")
-    call(command(place, "open-all", "--steps", "3", *TUNES["all of LoRA"]))
-    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
-    more = peft.PeftModel.from_pretrained(base, place / "open-all/model")
+        workspace / "open-full/model", dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        workspace / "tied", dtype=torch.float32
+    )
+    adapted = peft.PeftModel.from_pretrained(base, workspace / "open-lora/model")
+    call(train_command(workspace, "open-all", "--steps", "3", *TUNES["all of LoRA"]))
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        workspace / "tied", dtype=torch.float32
+    )
+    more = peft.PeftModel.from_pretrained(base, workspace / "open-all/model")
     for peer, folder in ((full, "open-full"), (adapted, "open-lora"), (more, "open-all")):
-        model, _ = weights.load(place / folder / "model")
+        model, _ = weights.load(workspace / folder / "model")
         with torch.no_grad():
             torch.testing.assert_close(
                 model.eval()(ids, doc, pos), peer.eval()(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
-    moved = load_file(place / "open-lora/model/adapter_model.safetensors")
+    moved = load_file(workspace / "open-lora/model/adapter_model.safetensors")
     assert all(x.abs().sum() > 0 for x in moved.values()), "every B has left zero"
 
 
-def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(place, tmp_path):
+def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(
+    workspace, tmp_path
+):
     """In memory, in the resume point, in the adapter as peft opens it, and merged."""
     import peft
     import transformers
 
     flags = ["--tune", "lora", "--lora-rank", "4", "--train-embeddings", "--steps", "3"]
-    said = call(command(place, "tied", *flags))
+    said = call(train_command(workspace, "tied-run", *flags))
     assert said.count("the head is tied to the embeddings") == 1
-    plan = subprocess.run(command(place, "tied-plan", *flags, "--plan"), capture_output=True,
-                          text=True, env=ENV, cwd=ROOT)
+    plan = subprocess.run(
+        train_command(workspace, "tied-plan", *flags, "--plan"),
+        capture_output=True,
+        text=True,
+        env=ENV,
+        cwd=ROOT,
+    )
     assert "model.embed_tokens.weight (the head too, tied)" in plan.stdout
-    name, out = "model.embed_tokens.weight", place / "tied"
+    name, out = "model.embed_tokens.weight", workspace / "tied-run"
     moved = load_file(out / "model/adapter_model.safetensors")[peft_adapter.PREFIX + name]
-    assert not torch.equal(moved, load_file(place / "model/model.safetensors")[name])
+    assert not torch.equal(moved, load_file(workspace / "tied/model.safetensors")[name])
 
     model, _ = weights.load(out / "model")
     assert model.lm_head is None and model.head is model.model.embed_tokens.weight
@@ -290,7 +286,9 @@ def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(
     assert torch.equal(saved["model"][name], moved)
     assert not any("lm_head" in k for part in saved.values() for k in part)
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        workspace / "tied", dtype=torch.float32
+    )
     peer = peft.PeftModel.from_pretrained(base, out / "model").eval()
     weight = {k: p for k, p in peer.named_parameters(remove_duplicate=False)
               if k.endswith(("embed_tokens.modules_to_save.default.weight",
@@ -314,18 +312,31 @@ def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(
         torch.testing.assert_close(tiny.logits(merged, ids), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_fp16_that_overflows_at_every_step_ends_with_4_and_no_nan_is_saved(place):
+def test_fp16_that_overflows_at_every_step_ends_with_4_and_no_nan_is_saved(workspace):
     """Weights of which a product is beyond fp16, as a process that trains them meets them."""
-    model = Path(shutil.copytree(place / "model", place / "loud"))
+    model = Path(shutil.copytree(workspace / "tied", workspace / "loud"))
     tensors = load_file(model / "model.safetensors")
     save_file({k: 2000 * x if "up_proj" in k or "gate_proj" in k else x
                for k, x in tensors.items()}, model / "model.safetensors", {"format": "pt"})
-    said = call(command(place, "overflow", "--steps", "20", "--dtype", "fp16", "--hold-out", "0",
-                        "--model", str(model)), code=4)
+    said = call(
+        train_command(
+            workspace,
+            "overflow",
+            "--steps",
+            "20",
+            "--dtype",
+            "fp16",
+            "--hold-out",
+            "0",
+            "--model",
+            str(model),
+        ),
+        code=4,
+    )
     lines = [x for x in said.splitlines() if x.startswith("error: ")]
     assert len(lines) == 1 and "three steps in a row were not finite, 3 in all" in lines[0]
     assert "--dtype fp32" in lines[0]
-    out = place / "overflow"
+    out = workspace / "overflow"
     steps = [x for x in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
              if "loss" in x]
     assert [(x["loss"], x["skipped"]) for x in steps] == [(None, 1), (None, 2)]
@@ -336,43 +347,54 @@ def test_fp16_that_overflows_at_every_step_ends_with_4_and_no_nan_is_saved(place
     assert state["skipped"] == state["step"] and not (out / "model").exists()
 
 
-def test_only_the_chosen_layers_and_embeddings_move(place):
-    call(command(place, "some", "--steps", "3", "--train-layers", "1", "--train-embeddings",
-                 "--embedding-lr", "1e-4"))
-    before = load_file(place / "model/model.safetensors")
-    after = load_file(place / "some/model/model.safetensors")
+def test_only_the_chosen_layers_and_embeddings_move(workspace):
+    call(
+        train_command(
+            workspace,
+            "some",
+            "--steps",
+            "3",
+            "--train-layers",
+            "1",
+            "--train-embeddings",
+            "--embedding-lr",
+            "1e-4",
+        )
+    )
+    before = load_file(workspace / "tied/model.safetensors")
+    after = load_file(workspace / "some/model/model.safetensors")
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved == {k for k in before if ".layers.1." in k or "embed_tokens" in k}
     step = (after["model.embed_tokens.weight"] - before["model.embed_tokens.weight"]).abs().max()
     assert 0 < step < 4 * 1e-4, "its own, smaller learning rate"
 
 
-def test_shares_evaluations_and_samples_are_in_the_run(place):
-    call(command(place, "look", "--steps", "16", "--eval-every", "8"))
-    lines = [json.loads(x) for x in (place / "look/metrics.jsonl").read_text().splitlines()]
+def test_shares_evaluations_and_samples_are_in_the_run(workspace):
+    call(train_command(workspace, "look", "--steps", "16", "--eval-every", "8"))
+    lines = [json.loads(x) for x in (workspace / "look/metrics.jsonl").read_text().splitlines()]
     looks = [x for x in lines if "bits_per_byte" in x]
     assert [x["step"] for x in looks] == [0, 8, 16]
     assert set(looks[0]["bits_per_byte"]) == {"kin", "eng"}
     assert all(looks[-1]["bits_per_byte"][k] < looks[0]["bits_per_byte"][k] for k in ("kin", "eng"))
     assert abs([x for x in lines if "share" in x][-1]["share"]["kin"] - 0.75) < 32 / 2000
-    samples = (place / "look/samples.txt").read_text()
+    samples = (workspace / "look/samples.txt").read_text()
     assert samples.count("== step ") == 3 and samples.count("\n-- ") in (9, 12), (
         "two a text, if it has two")
-    made = json.loads((place / "look/run.json").read_text())
+    made = json.loads((workspace / "look/run.json").read_text())
     assert made["parameters"]["total"] == made["parameters"]["trained"] > 0
     assert set(made["data"]) == {"kin", "eng"}
 
 
-def test_held_out_bits_per_byte_are_those_that_eval_prints(place):
-    val = place / "val.txt"
+def test_held_out_bits_per_byte_are_those_that_eval_prints(workspace):
+    val = workspace / "val.txt"
     val.write_text("\n".join(tiny.SENTENCES[:6]) + "\n")
-    call(command(place, "same", "--steps", "2", "--val", f"v={val}"))
+    call(train_command(workspace, "same", "--steps", "2", "--val", f"v={val}"))
     last = [json.loads(x)
-            for x in (place / "same/metrics.jsonl").read_text().splitlines()
+            for x in (workspace / "same/metrics.jsonl").read_text().splitlines()
             if "bits_per" in x][-1]
-    call([sys.executable, str(ROOT / "eval.py"), "--model", str(place / "same/model"), "--text",
-          f"v={val}", "--out", str(place / "same-eval"), "--dtype", "fp32", "--device", "cpu"])
-    result = json.loads((place / "same-eval/results.json").read_text())["results"][0]
+    call([sys.executable, str(ROOT / "eval.py"), "--model", str(workspace / "same/model"), "--text",
+          f"v={val}", "--out", str(workspace / "same-eval"), "--dtype", "fp32", "--device", "cpu"])
+    result = json.loads((workspace / "same-eval/results.json").read_text())["results"][0]
     assert result["value"] == pytest.approx(last["bits_per_byte"]["v"], abs=1e-5)
 
 
@@ -528,33 +550,37 @@ def test_compiled_on_a_gpu_it_is_one_graph_that_finds_the_same(tune):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_narrow_products_train_float32_weights(place, dtype):
-    call(command(place, f"dtype-{dtype}", "--steps", "12", "--lr", "1e-2", "--dtype", dtype))
-    seen = losses(place / f"dtype-{dtype}")
+def test_narrow_products_train_float32_weights(workspace, dtype):
+    call(
+        train_command(
+            workspace, f"dtype-{dtype}", "--steps", "12", "--lr", "1e-2", "--dtype", dtype
+        )
+    )
+    seen = read_losses(workspace / f"dtype-{dtype}")
     assert seen[12] < seen[1] - 0.2
-    saved = load_file(place / f"dtype-{dtype}/model/model.safetensors")
+    saved = load_file(workspace / f"dtype-{dtype}/model/model.safetensors")
     assert {x.dtype for x in saved.values()} == {torch.float32}
 
 
-def test_tensorboard_holds_the_numbers_of_metrics_jsonl(place):
+def test_tensorboard_holds_the_numbers_of_metrics_jsonl(workspace):
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    call(command(place, "board", "--steps", "4", "--track", "tensorboard"))
-    events = loading.EventAccumulator(str(place / "board/tensorboard"))
+    call(train_command(workspace, "board", "--steps", "4", "--track", "tensorboard"))
+    events = loading.EventAccumulator(str(workspace / "board/tensorboard"))
     events.Reload()
     assert [x.value for x in events.Scalars("loss")] == pytest.approx(
-        list(losses(place / "board").values()), rel=1e-6)
+        list(read_losses(workspace / "board").values()), rel=1e-6)
     assert len(events.Scalars("bits_per_byte/kin")) >= 2
 
 
 @pytest.mark.parametrize("mode", ["sft", "dpo"])
 def test_mfu_is_of_all_tokens_of_documents_and_the_logits_of_those_that_are_trained(
-        place, monkeypatch, tmp_path, mode):
+        workspace, monkeypatch, tmp_path, mode):
     """A step's time and the peak are taken out again."""
     from preparation.bin_writer import BinWriter
     from tokenization.document import Document
 
     monkeypatch.setattr(Ranks, "peak_flops", lambda self: 1e9)
-    draw, sha = np.random.default_rng(0), Tokenizer.open(place / "model").fingerprint
+    draw, sha = np.random.default_rng(0), Tokenizer.open(workspace / "tied").fingerprint
     kind, masks = {"sft": ("chat", {"all": None, "half": [0] * 6 + [1] * 5}),
                    "dpo": ("pairs", {"half": [0] * 6 + [1] * 5})}[mode]
     for name, mask in masks.items():
@@ -562,17 +588,31 @@ def test_mfu_is_of_all_tokens_of_documents_and_the_logits_of_those_that_are_trai
         for _ in range(42):  # whole rows
             writer.add(Document([1, *draw.integers(3, tiny.V, 10).tolist()], mask, 11))
         writer.close({}, [])
-        words = command(place, f"mfu-{mode}-{name}", "--mode", mode, "--steps", "2", "--tune",
-                        "lora", "--lora-rank", "4", "--hold-out", "0", "--prompts", "Umugore")[2:]
+        words = train_command(
+            workspace,
+            f"mfu-{mode}-{name}",
+            "--mode",
+            mode,
+            "--steps",
+            "2",
+            "--tune",
+            "lora",
+            "--lora-rank",
+            "4",
+            "--hold-out",
+            "0",
+            "--prompts",
+            "Umugore",
+        )[2:]
         at = words.index("--data")
         words[at + 1 : at + 3] = [str(tmp_path / name)]
         assert train.train(*train.read_settings(words)) == 0
-        model, _ = weights.load(place / "model")
+        model, _ = weights.load(workspace / "tied")
         lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
         work = model.flops_per_token(10) + (mode == "dpo") * model.flops_per_token(10, False)
         head = (4 + 2 * (mode == "dpo")) * model.head.numel()  # an untrained token has no logits
         lines = [json.loads(x) for x in
-                 (place / f"mfu-{mode}-{name}/metrics.jsonl").read_text().splitlines()]
+                 (workspace / f"mfu-{mode}-{name}/metrics.jsonl").read_text().splitlines()]
         one, two = (x for x in lines if "mfu" in x)
         documents = 4 * (3 if mode == "sft" else 2)  # in four rows of 32, of 10 predictions each
         assert one["tokens"] == documents * (10 if name == "all" else 5)
@@ -590,15 +630,20 @@ def test_documents_packed_into_a_row_cost_less_attention_than_one_that_fills_it(
     assert [plan.inside(x) for x in (one, two, tail)] == [(24, 576), (24, 288), (12, 144)]
 
 
-def test_the_plan_says_what_it_takes_and_writes_no_run(place):
-    done = subprocess.run(command(place, "plan", "--steps", "7", "--plan", "--seq-len", "64"),
-                          capture_output=True, text=True, env=ENV, cwd=ROOT)
+def test_the_plan_says_what_it_takes_and_writes_no_run(workspace):
+    done = subprocess.run(
+        train_command(workspace, "plan", "--steps", "7", "--plan", "--seq-len", "64"),
+        capture_output=True,
+        text=True,
+        env=ENV,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     for word in ("steps        7 of 128 tokens", "parameters", "memory", "minutes", "disk",
                  "seq-len          64", "flag"):
         assert word in done.stdout
     assert any(s in done.stdout for s in tiny.SENTENCES), "the first row stands there to be read"
-    assert not (place / "plan/metrics.jsonl").exists()
+    assert not (workspace / "plan/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("words, flag", [(["train.py"], "--tokens-per-step"),
@@ -642,53 +687,55 @@ BAD = {"an unknown flag": (["--stepps", "3"], 2, "did you mean steps"),
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(place, name):
+def test_bad_input_is_one_line(workspace, name):
     flags, code, word = BAD[name]
-    flags = [str(place / "quantised") if x == "QUANTISED" else x for x in flags]
-    said = call(command(place, "bad", "--steps", "2", *flags), code=code)
+    flags = [str(workspace / "quantised") if x == "QUANTISED" else x for x in flags]
+    said = call(train_command(workspace, "bad", "--steps", "2", *flags), code=code)
     lines = [x for x in said.splitlines() if x.startswith("error: ")]
     assert len(lines) == 1 and word in lines[0] and "Traceback" not in said
-    assert not (place / "bad/metrics.jsonl").exists()
+    assert not (workspace / "bad/metrics.jsonl").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_refused(place):
-    (place / "file").write_text("not a folder")
-    assert "cannot be written" in call(command(place, "file/out", "--steps", "2"), code=2)
+def test_a_folder_that_cannot_be_written_is_refused(workspace):
+    (workspace / "file").write_text("not a folder")
+    assert "cannot be written" in call(train_command(workspace, "file/out", "--steps", "2"), code=2)
 
 
-def test_a_bin_of_another_tokenizer_is_refused(place, tmp_path):
+def test_a_bin_of_another_tokenizer_is_refused(workspace, tmp_path):
     from preparation.bin_writer import BinWriter
     from tokenization.document import Document
 
     writer = BinWriter(tmp_path / "other", "f" * 64, 100)
     writer.add(Document([1, 5, 6, 2], None, 3))
     writer.close({}, [])
-    assert "tokenizer" in call(command(place, "other", "--data", str(tmp_path / "other")), code=3)
+    assert "tokenizer" in call(
+        train_command(workspace, "other", "--data", str(tmp_path / "other")), code=3
+    )
 
 
 @pytest.fixture(scope="module")
-def stopped(place) -> Path:
+def stopped(workspace) -> Path:
     """A run of 6 steps whose last checkpoint is that of step 3."""
-    call(command(place, "stopped", "--steps", "6", "--save-every", "3"))
-    shutil.rmtree(place / "stopped/checkpoints/step-000006")
-    shutil.rmtree(place / "stopped/model")
-    return place / "stopped"
+    call(train_command(workspace, "stopped", "--steps", "6", "--save-every", "3"))
+    shutil.rmtree(workspace / "stopped/checkpoints/step-000006")
+    shutil.rmtree(workspace / "stopped/model")
+    return workspace / "stopped"
 
 
-def test_resume_refuses_other_flags_and_other_data_and_takes_free_ones(place, stopped):
+def test_resume_refuses_other_flags_and_other_data_and_takes_free_ones(workspace, stopped):
     again = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(stopped)]
     assert "lr was 0.001, now 0.01" in call([*again, "--lr", "0.01"], code=2)
-    kin = place / "kin"
-    kin.rename(place / "aside")
-    corpus.prepare([str(place / "eng.txt")], place / "model", kin)
+    kin = workspace / "kin"
+    kin.rename(workspace / "aside")
+    corpus.prepare([str(workspace / "eng.txt")], workspace / "tied", kin)
     assert "the data are not those" in call(again, code=3)
     shutil.rmtree(kin)
-    (place / "aside").rename(kin)
-    before = losses(stopped)
+    (workspace / "aside").rename(kin)
+    before = read_losses(stopped)
     call(
         [*again, "--rows", "4", "--eval-every", "2"]
     )  # the same tokens a step, in one micro-batch less
-    after = losses(stopped)
+    after = read_losses(stopped)
     assert after.keys() == before.keys() and all(
         after[k] == pytest.approx(before[k], rel=1e-5) for k in after)
 
@@ -708,15 +755,15 @@ def test_every_setting_is_fixed_or_free_on_resume_and_is_read_somewhere():
     assert [n for n in names if f"s.{n}" not in code and f"settings.{n}" not in code] == []
 
 
-def test_two_ranks_train_as_one(place):
+def test_two_ranks_train_as_one(workspace):
     """torchrun with two real processes gives the losses of one, and writes the run once."""
-    call(command(place, "one-rank", "--steps", "6"))
+    call(train_command(workspace, "one-rank", "--steps", "6"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                 "2"]
-    call([*launcher, *command(place, "two-ranks", "--steps", "6")[1:]])
-    one, two = losses(place / "one-rank"), losses(place / "two-ranks")
+    call([*launcher, *train_command(workspace, "two-ranks", "--steps", "6")[1:]])
+    one, two = read_losses(workspace / "one-rank"), read_losses(workspace / "two-ranks")
     assert one.keys() == two.keys() and all(one[k] == pytest.approx(two[k], rel=1e-5) for k in one)
-    assert (place / "two-ranks/model/model.safetensors").exists()
+    assert (workspace / "two-ranks/model/model.safetensors").exists()
 
 
 def test_the_seed_model_learns_from_nothing(tmp_path):
@@ -734,19 +781,19 @@ def test_the_seed_model_learns_from_nothing(tmp_path):
         torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_bins_are_prepared_once_and_prepared_again_when_the_text_changed(place):
-    data = ["--data", f"{place}/kin.txt", "--steps", "1"]
-    call(command(place, "bins", *data))
-    first = Bin(place / "bins/bins/kin").meta
-    text = (place / "kin.txt").read_text()
+def test_bins_are_prepared_once_and_prepared_again_when_the_text_changed(workspace):
+    data = ["--data", f"{workspace}/kin.txt", "--steps", "1"]
+    call(train_command(workspace, "bins", *data))
+    first = Bin(workspace / "bins/bins/kin").meta
+    text = (workspace / "kin.txt").read_text()
     try:
-        (place / "kin.txt").write_text(text + "Umwana mushya yaje.\n")
-        said = call(command(place, "bins", *data, "--plan"))
+        (workspace / "kin.txt").write_text(text + "Umwana mushya yaje.\n")
+        said = call(train_command(workspace, "bins", *data, "--plan"))
         assert ("preparing" in said
-                and Bin(place / "bins/bins/kin").meta["documents"] == first["documents"] + 1)
-        assert "preparing" not in call(command(place, "bins", *data, "--plan"))
+                and Bin(workspace / "bins/bins/kin").meta["documents"] == first["documents"] + 1)
+        assert "preparing" not in call(train_command(workspace, "bins", *data, "--plan"))
     finally:
-        (place / "kin.txt").write_text(text)
+        (workspace / "kin.txt").write_text(text)
 
 
 def test_origins_are_told(tmp_path):
