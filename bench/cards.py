@@ -37,12 +37,12 @@ def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> f
     """GB of 2^30 that a step holds at most."""
     import torch
 
-    import train
     from layers.config import ModelConfig
     from training import memory_estimate as memory
+    from training.settings import Settings
 
     config = ModelConfig(**shape)
-    s = dataclasses.replace(train.Settings(), recompute=True, seq_len=seq_len, rows=rows, **way)
+    s = dataclasses.replace(Settings(), recompute=True, seq_len=seq_len, rows=rows, **way)
     return memory.need(config, s, torch.bfloat16, path="offsets").total / 2**30
 
 

@@ -113,11 +113,11 @@ def about() -> dict[str, Any]:
 
 
 def settings(case: Case) -> Any:
-    """train.Settings of a case, read from its flags as train.py reads them."""
-    import train
+    """Settings of a case, read from its flags as train.py reads them."""
+    from training.settings import read_settings
 
     flags = ["--tune", case.tune, "--seq-len", str(case.T), "--rows", "1", *case.options.split()]
-    return train.read_settings([*flags, *["--double-quant"] * (case.tune == "qlora")])[0]
+    return read_settings([*flags, *["--double-quant"] * (case.tune == "qlora")])[0]
 
 
 def predict(name: str) -> dict[str, float]:
@@ -159,6 +159,7 @@ def ours(name: str, steps: int) -> dict[str, Any]:
     from layers import fp8, nf4
     from runtime.distributed import Ranks
     from training import optimizer as optim
+    from training.objective import NLL
 
     case = CASES[name]
     s, gpu, model = settings(case), Ranks.start(DEVICE), drawn(case)
@@ -179,7 +180,7 @@ def ours(name: str, steps: int) -> dict[str, Any]:
     ids, at = ids_of(case), torch.arange(case.T)[None]
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     batch = Batch(ids, targets, at // case.document, at % case.document)
-    return timed(lambda: train.train_step(model, train.NLL, [batch], optimizer, gpu, 1.0)[0],
+    return timed(lambda: train.train_step(model, NLL, [batch], optimizer, gpu, 1.0)[0],
                  steps) | {"flops": model.flops_per_token(case.document) * case.T}
 
 

@@ -63,6 +63,7 @@ def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict
     from model import Llama
     from runtime.distributed import Ranks
     from training import optimizer as optim
+    from training.objective import NLL
 
     ranks = Ranks.start("cpu")
     model = Llama(ModelConfig.from_hf({
@@ -89,7 +90,7 @@ def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict
     before, seconds = held_gb() + moments, []
     for _ in range(3):
         begun = time.perf_counter()
-        train.train_step(model, train.NLL, [batch], optimizer, ranks, 1.0)
+        train.train_step(model, NLL, [batch], optimizer, ranks, 1.0)
         seconds.append(time.perf_counter() - begun)
     return {"seconds": min(seconds[1:]), "kept": kept, "above": peak_gb() - before}
 

@@ -39,7 +39,7 @@ from bench.train_step import (
 )
 
 HERE = "bench.memory"
-CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {  # words of train.Settings, and peers
+CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {  # words of Settings, and peers
     "full": ("all weights", {"tune": "full"}, ["transformers"]),
     "full-recompute": ("all weights, recompute", {"tune": "full", "recompute": True},
                        ["transformers"]),
@@ -57,11 +57,11 @@ def draws(name: str, folder: str) -> int:
 
 
 def settings(case: str, name: str) -> Any:
-    """train.Settings of a case."""
-    import train
+    """Settings of a case."""
+    from training.settings import Settings
 
     *_, B, T = MODELS[name]
-    return train.Settings(rows=B, seq_len=T, lora_rank=RANK, lora_alpha=ALPHA, dtype="bf16",
+    return Settings(rows=B, seq_len=T, lora_rank=RANK, lora_alpha=ALPHA, dtype="bf16",
                           **CASES[case][1])
 
 

@@ -46,6 +46,7 @@ def ours(how: str, folder: str) -> Callable[[Any], float]:
     from data import IGNORE, Batch
     from runtime.distributed import Ranks
     from training import optimizer as optim
+    from training.objective import NLL
 
     ranks = Ranks.start("cpu")
     model, _ = weights.load(folder, dtype=torch.float32, tokenizer=False)
@@ -56,7 +57,7 @@ def ours(how: str, folder: str) -> Callable[[Any], float]:
         targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE)
         doc, pos = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
         batch = Batch(tokens, targets, doc, pos)
-        return train.train_step(model, train.NLL, [batch], optimizer, ranks, CLIP)[0]
+        return train.train_step(model, NLL, [batch], optimizer, ranks, CLIP)[0]
 
     step.parts = lambda: {  # type: ignore[attr-defined]
         "model": dict(model.named_parameters()), "optimizer": optim.state(model, optimizer)}

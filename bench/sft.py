@@ -119,6 +119,7 @@ def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
     from data import Batch, Bin, Source, Whole
     from runtime.distributed import Ranks
     from training import optimizer as optim
+    from training.objective import NLL, trained_tokens
 
     imports, cpu = peak_gb(), Ranks.start("cpu")
     model, _ = weights.load(folder, dtype=torch.bfloat16 if case == "lora" else torch.float32,
@@ -134,8 +135,8 @@ def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
     begun = time.perf_counter()
     for i in range(0, rows.rows, B):
         batch = Batch.of([rows.row(k) for k in range(i, min(i + B, rows.rows))], [])
-        loss, _ = train.train_step(model, train.NLL, [batch], optimizer, cpu, CLIP)
-        total, trained = total + loss * train.trained(batch), trained + train.trained(batch)
+        loss, _ = train.train_step(model, NLL, [batch], optimizer, cpu, CLIP)
+        total, trained = total + loss * trained_tokens(batch), trained + trained_tokens(batch)
         slots += batch.tokens.numel()
     return {"seconds": time.perf_counter() - begun, "loss": total / trained, "trained": trained,
             "slots": slots, "steps": -(-rows.rows // B), "imports": imports}

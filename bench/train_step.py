@@ -119,12 +119,13 @@ def our_step(model: Any, name: str, optimizer: Any, ranks: Any) -> Callable[[], 
 
     import train
     from data import IGNORE, Batch
+    from training.objective import NLL
 
     tokens = tokens_of(name)
     targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE)
     doc, pos = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = Batch(tokens, targets, doc, pos)
-    return lambda: train.train_step(model, train.NLL, [batch], optimizer, ranks, CLIP)[0]
+    return lambda: train.train_step(model, NLL, [batch], optimizer, ranks, CLIP)[0]
 
 
 def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any, Callable]:

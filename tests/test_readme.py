@@ -14,11 +14,11 @@ import eval as eval_command
 import export
 import prepare
 import sample
-import train
 from runtime import flags as config
 from runtime.paths import ROOT
+from training.settings import Settings
 
-SETTINGS = {"train.py": train.Settings, "sample.py": sample.Settings,
+SETTINGS = {"train.py": Settings, "sample.py": sample.Settings,
             "eval.py": eval_command.Settings,
             **{f"prepare.py {name}": cls for name, (cls, _) in prepare.COMMANDS.items()},
             **{f"export.py {name}": cls for name, cls in export.COMMANDS.items()}}

@@ -26,6 +26,7 @@ from runtime.console import FLAGS, UserError
 from runtime.paths import ROOT
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
+from training.settings import Settings
 
 if TYPE_CHECKING:  # torch would come with it, into each process that prepares text
     from runtime.distributed import Ranks
@@ -35,7 +36,7 @@ MIXED = ("text", "chat", "mt")  # kinds that are trained by their NLL
 Held = dict[str, list[np.ndarray] | list[Document]]  # texts, or documents with their loss mask
 
 
-def open_data(s: Any, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int, out: Path,
+def open_data(s: Settings, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int, out: Path,
               ranks: Ranks) -> tuple[list[Source], Held]:
     """The sources to train on, and held-out documents by name; `kind` is what files become."""
     if not s.data:

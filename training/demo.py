@@ -14,7 +14,6 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from checkpoints import huggingface as weights
 from languages.kinyarwanda.world import World
@@ -22,7 +21,7 @@ from model import ModelConfig
 from preparation.text import prepare
 from runtime import console as log
 from tokenization.tokenizer import learn
-from training import settings as flags
+from training.settings import LORA, PART, Settings
 
 DOCUMENTS, HELD, SENTENCES = 4000, 60, 6  # for each language; held out; in a document
 PROMPTS = ["Umwana", "Mu rugo hari", "Abahinzi bashaka", "The teacher will"]
@@ -64,7 +63,8 @@ def texts(folder: Path, seed: int) -> dict[str, Path]:
     return paths
 
 
-def run(s: Any, origins: dict[str, str], train: Callable[[Any, dict[str, str]], int]) -> int:
+def run(s: Settings, origins: dict[str, str],
+        train: Callable[[Settings, dict[str, str]], int]) -> int:
     """The two runs, by the loop that is handed in; `s` are train.Settings, of which flags win over
     the demo's."""
     out = Path(s.out)
@@ -86,7 +86,7 @@ def run(s: Any, origins: dict[str, str], train: Callable[[Any, dict[str, str]], 
             prepare([str(paths[name])], out / "seed", out / "text" / name, unit="line")
     base = dataclasses.replace(
         s, **{k: v for k, v in {**BOTH, **BASE}.items() if k not in given or k in BASE},
-        **{k: getattr(type(s)(), k) for k in (*flags.LORA, *flags.PART)},
+        **{k: getattr(Settings(), k) for k in (*LORA, *PART)},
         tune="full", embedding_lr=0.0, model=str(out / "seed"), data=[str(out / "text/eng")],
         val=_val(out), prompts=PROMPTS, out=str(out / "base"), suites=[], stop_if=[])
     if not (out / "base" / "model").exists():

@@ -27,6 +27,7 @@ from model import Llama
 from runtime.console import FLAGS, UserError
 from runtime.distributed import Ranks
 from tokenization.tokenizer import Tokenizer
+from training.settings import Settings
 
 Figures = Mapping[str, float | None]  # None: it was not finite
 
@@ -85,7 +86,7 @@ class Guards:
     stopped: str = ""
 
     @classmethod
-    def start(cls, s: Any) -> Guards:
+    def start(cls, s: Settings) -> Guards:
         """Read --suites and --stop-if (of train.Settings); UserError on what is wrong."""
         guards, found = [Guard.of(x) for x in s.stop_if], []
         for spec in s.suites:

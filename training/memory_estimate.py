@@ -36,6 +36,7 @@ from model import Layout, Llama
 from runtime.console import FLAGS, UserError
 from runtime.distributed import BUCKET, GiB, Ranks, meets_often, stays_whole, way
 from training import optimizer as optim
+from training.settings import Settings
 
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits")
 APART = "apart"  # what is not counted
@@ -62,7 +63,8 @@ class Need:
         return ", ".join(f"{part} {getattr(self, part) / GiB:.2f}" for part in PARTS)
 
 
-def shaped(config: ModelConfig, s: Any, dtype: torch.dtype, adapter: Path | None = None) -> Llama:
+def shaped(config: ModelConfig, s: Settings, dtype: torch.dtype,
+           adapter: Path | None = None) -> Llama:
     """The model that settings `s` (train.Settings) would train, without its numbers; products are
     in `dtype`. An adapter that is trained further is of its own folder's shape."""
     with torch.device("meta"):
@@ -180,7 +182,7 @@ class Cut:
         self.held.what = before
 
 
-def need(config: ModelConfig, s: Any, dtype: torch.dtype, passes: int = 1,
+def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
          adapter: Path | None = None, path: str = "blocks", world: int = 1,
          gb: float = math.inf) -> Need:
     """The most that one of `world` ranks holds in a step of settings `s`, of so many micro-batches.
@@ -255,7 +257,7 @@ def numbers(config: ModelConfig) -> int:
         return sum(p.numel() for p in Llama(config).parameters())
 
 
-def willing(config: ModelConfig, s: Any, ranks: Ranks) -> None:
+def willing(config: ModelConfig, s: Settings, ranks: Ranks) -> None:
     """UserError (FLAGS) if nobody asked for the CPU that is to train a large model."""
     if s.device == "auto" and ranks.device.type == "cpu" and (n := numbers(config)) > SMALL:
         raise UserError(f"--device auto: no GPU that this torch can use, and {n / 1e9:.1f}B "
@@ -263,7 +265,7 @@ def willing(config: ModelConfig, s: Any, ranks: Ranks) -> None:
                         "install a CUDA build of torch", FLAGS)
 
 
-def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes: int,
+def check(config: ModelConfig, s: Settings, dtype: torch.dtype, ranks: Ranks, passes: int,
           adapter: Path | None = None) -> None:
     """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory; before a weight is
     read. A bound that is never too low lets most models pass at once. Rows that are to be found
@@ -285,7 +287,7 @@ def check(config: ModelConfig, s: Any, dtype: torch.dtype, ranks: Ranks, passes:
             "--ignore-memory", FLAGS)
 
 
-def on(ranks: Ranks, config: ModelConfig, s: Any, dtype: torch.dtype, passes: int,
+def on(ranks: Ranks, config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int,
        adapter: Path | None = None) -> Need:
     """The need of one of these ranks."""
     gpu = ranks.device.type == "cuda"
@@ -308,7 +310,7 @@ def _place(model: nn.Module, device: torch.device) -> None:
                        for k, x in whole.items()}
 
 
-def _step(model: Llama, s: Any, held: _Held, doc: Tensor, pos: Tensor, sizes: Sizes,
+def _step(model: Llama, s: Settings, held: _Held, doc: Tensor, pos: Tensor, sizes: Sizes,
           cut: Cut | None, last: bool, meet: bool, beside: bool) -> None:
     """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`, in
     messages that hold them a second time until they stand in for them.

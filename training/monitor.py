@@ -16,18 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from data import Batch, Loader, Stream, Whole
+from model import Llama
 from runtime import console as log
 from runtime import distributed as shares
 from runtime.console import BAD_INPUT, FLAGS, REFUSALS, STORAGE, UserError
 from runtime.distributed import Ranks
 from training import optimizer as optim
+from training.objective import Objective
+from training.settings import Settings
 
 LOSSES, SPIKE = 50, 6.0  # a loss that many deviations above the mean of the last so many is a spike
 LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "connection refused",
@@ -169,7 +170,7 @@ def out_of_memory(e: BaseException) -> bool:
 class Memory:
     """Tries micro-batches of more and more rows, and whether the optimizer would still fit."""
 
-    def __init__(self, model: nn.Module, objective: Any, ranks: Ranks, kind: str, ema: float):
+    def __init__(self, model: Llama, objective: Objective, ranks: Ranks, kind: str, ema: float):
         self.model, self.objective, self.ranks = model, objective, ranks
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.trained = list(named.values())
@@ -194,7 +195,7 @@ class Memory:
                 for last in (False, True)[-passes:]:
                     self.ranks.meet(last and bool(self.ranks.shards))
                     batch = draw().to(self.ranks.device)
-                    self.objective.total(self.model, batch).sum().backward()
+                    self.objective.sums(self.model, batch).sum().backward()
                 if self.ranks.shards:
                     self.ranks.gradients(self.trained)
                 self.seen.append((rows, self.ranks.memory_gb()))
@@ -208,7 +209,7 @@ class Memory:
         return not self.ranks.highest(fault)[0]
 
 
-def rows_that_fit(s: Any, model: nn.Module, objective: Any, ranks: Ranks,
+def rows_that_fit(s: Settings, model: Llama, objective: Objective, ranks: Ranks,
                   load: Callable[[int], Loader]) -> int:
     """What --rows auto is for settings `s`, of a step whose tokens they divide; 1 where one row on
     every rank does not."""

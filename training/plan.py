@@ -11,7 +11,6 @@ import dataclasses
 import re
 import shutil
 import time
-from typing import Any
 
 import torch
 
@@ -26,14 +25,16 @@ from runtime.distributed import PEAKS, GiB
 from training import memory_estimate as memory
 from training import monitor as watch
 from training import optimizer as optim
+from training.objective import Objective
 from training.run import Run
+from training.settings import Settings
 
 CARDS = {  # as --plan-for has them: the name in PEAKS, and GB as sold
     "t4": ("T4", 16), "l4": ("L4", 24), "a10g": ("A10G", 24), "4090": ("4090", 24),
     "a100-40": ("A100", 40), "a100": ("A100", 80), "h100": ("H100", 80), "h200": ("H200", 141)}
 
 
-def show(run: Run, origins: dict[str, str], objective: Any) -> None:
+def show(run: Run, origins: dict[str, str], objective: Objective) -> None:
     """Print what would be done and what it takes; UserError if the run would be refused."""
     _show(run, origins, objective)
     memory.willing(run.model.config, run.s, run.ranks)
@@ -69,14 +70,14 @@ def room(run: Run) -> None:
                         "another disk", STORAGE)
 
 
-def _show(run: Run, origins: dict[str, str], objective: Any) -> None:
+def _show(run: Run, origins: dict[str, str], objective: Objective) -> None:
     """What would be done and what it takes, measured on one micro-batch that changes nothing."""
     s, n = run.s, run.parameters
     for f in dataclasses.fields(s) if log.speaking() else ():
         print(f"{f.name.replace('_', '-'):16} {getattr(s, f.name)!s:40} {origins[f.name]}")
     batch = run.loader.next()
     begun = time.perf_counter()
-    objective.total(run.model, batch.to(run.ranks.device)).sum().backward()
+    objective.sums(run.model, batch.to(run.ranks.device)).sum().backward()
     run.ranks.wait()
     held = run.ranks.memory_gb()
     whole = "GPU's tensors" if run.ranks.device.type == "cuda" else "whole process"
@@ -135,7 +136,7 @@ def usable(gb: float) -> float:
     return 0.9 * gb - 0.5
 
 
-def flops(model: Llama, s: Any) -> float:
+def flops(model: Llama, s: Settings) -> float:
     """Products for a token of a run, those that --recompute and a reference (DPO) repeat
     included."""
     forward = model.flops_per_token(s.seq_len, gradient=False)
@@ -166,7 +167,7 @@ def inside(b: Batch) -> tuple[int, int]:
     return int(seen.sum()), int((seen * (2 * b.pos + 1)).sum())  # 1 + 3 + 5 ... = n^2
 
 
-def foretell(s: Any) -> None:
+def foretell(s: Settings) -> None:
     """What settings would take on GPUs that are not here, from the model's config.json alone."""
     found = re.fullmatch(r"(?:(\d{1,4})x)?(.+)", s.plan_for.lower())
     if not found or found[2] not in CARDS or found[1] == "0":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +27,12 @@ from runtime.console import say
 from runtime.distributed import Ranks
 from runtime.transfer import host, sent
 from tokenization.document import Document
+from training.settings import Settings
 
 REPORTED = ("margin", "accuracy", "chosen_logp", "rejected_logp")  # means over pairs
 
 
-def total(model: Llama, b: Batch, s: Any) -> Tensor:
+def total(model: Llama, b: Batch, s: Settings) -> Tensor:
     """Sums over a batch of pairs: the loss's, then REPORTED; settings `s` as in train.py.
 
     DPO's loss is one sum, over pairs; CPO's are two, the second the NLL of the chosen, over its
@@ -62,7 +62,7 @@ def total(model: Llama, b: Batch, s: Any) -> Tensor:
     return torch.stack([*sums, *(x.detach() for x in seen)])
 
 
-def count(b: Batch, s: Any) -> list[int]:
+def count(b: Batch, s: Settings) -> list[int]:
     """How many terms each sum of `total` has."""
     chosen = (b.doc >= 0) & (b.doc % 2 == 0)  # (B,T)
     pairs, tokens = int((chosen & (b.pos == 0)).sum()), int((chosen & (b.targets != IGNORE)).sum())

@@ -50,16 +50,23 @@ from training import memory_estimate as memory
 from training import monitor as watch
 from training import optimizer as optim
 from training import preference
-from training import settings as flags
 from training import validation as looks
 from training.early_stopping import Guards, evaluations, finite
+from training.objective import Objective
+from training.settings import (
+    CAN_CHANGE_ON_RESUME,
+    WARN_ON_RESUME,
+    Settings,
+    changed_settings,
+    check_adapter,
+)
 
 
 @dataclass
 class Run:
     """A run that is set up: its settings (train.Settings), its parts, and how far it has come."""
 
-    s: Any
+    s: Settings
     out: Path
     ranks: Ranks
     model: Llama
@@ -81,7 +88,7 @@ class Run:
     best: float = math.inf  # the lowest bits per byte of --best so far
 
     @classmethod
-    def start(cls, s: Any, kind: str, objective: Any) -> Run:
+    def start(cls, s: Settings, kind: str, objective: Objective) -> Run:
         """Load, wrap, open and check everything; `kind` is that of the bins, `objective` what is
         minimised. UserError on what is wrong."""
         out, ranks = Path(s.out), Ranks.start(s.device, s.rank_timeout)
@@ -124,7 +131,7 @@ class Run:
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         elif s.tune != "full":
-            flags.check_adapter(s, peft_adapter.adapter_config(model, ""))
+            check_adapter(s, peft_adapter.adapter_config(model, ""))
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         if model.lm_head is None and model.head.requires_grad:
@@ -305,11 +312,11 @@ class Run:
         newest = self.ranks.gather(str(newest or ""))[0]
         return Path(newest) if newest else None
 
-    def resume(self, free: set[str], warned: set[str]) -> None:
+    def resume(self) -> None:
         """Go on from the newest checkpoint that verifies; each rank reads what it needs.
 
-        UserError where the settings are not those it was written with, but for `free` ones and
-        `warned`, which are said, whether a flag changed them or a hand.
+        UserError where settings that must not change (CAN_CHANGE_ON_RESUME, WARN_ON_RESUME) differ
+        from those it was written with, whether a flag or an editor changed them.
         """
         if self.s.best and (kept := self.newest("best")):
             with checkpoint.Saved(kept) as saved:
@@ -320,8 +327,9 @@ class Run:
             return
         with checkpoint.Saved(newest) as saved:
             state = saved.state
+            may_change = CAN_CHANGE_ON_RESUME | WARN_ON_RESUME | {"model"}
             changed = config.changes(state.get("settings", {}), dataclasses.asdict(self.s))
-            if refused := [x for name, x in changed if name not in free | warned | {"model"}]:
+            if refused := [x for name, x in changed if name not in may_change]:
                 raise UserError(f"{self.out / 'settings.toml'}: not as {newest} was written with "
                                 f"({'; '.join(refused)}); that is another run: put it back, or "
                                 "start anew with another --out", FLAGS)
@@ -349,7 +357,7 @@ class Run:
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
         self.guards.resume(self.out / "metrics.jsonl", self.step)
         log.say(f"resumed from {newest}")
-        for x in (x for name, x in changed if name in warned):
+        for x in (x for name, x in changed if name in WARN_ON_RESUME):
             log.say(f"--resume: {x}; from here on the numbers may differ from the run as it began")
 
     def begin(self) -> None:
@@ -370,7 +378,7 @@ class Run:
             "tokenizer": self.tokenizer.fingerprint, "steps": self.steps,
             "data": {x.name: x.bin.meta["sha256"]["tokens.bin"] for x in self.loader.sources},
             "tokens_per_step": self.tokens_per_step, "parameters": self.parameters,
-            "changed_settings": {k: getattr(s, k) for k in flags.changed(s, vars(s))}}
+            "changed_settings": {k: getattr(s, k) for k in changed_settings(s, vars(s))}}
         self.describe(about)
 
     def describe(self, about: dict[str, Any]) -> None:

@@ -1,88 +1,323 @@
-"""What train.py's settings must be, and which of them say nothing beside the others.
+"""The settings of train.py: names, defaults, bounds, and which of them make no sense together.
 
-One idea: a flag that would be read and ignored is a mistake of the one who gave it (LoRA's rank
-without --tune lora trains all weights), so it is refused before anything is opened.
+This module does not import torch, so `--help` and a wrong flag answer at once. A setting that would
+be read and then ignored (`--lora-rank` with `--tune full`) is refused, because the person who gave
+it expects an effect.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from runtime.console import FLAGS, UserError
+from runtime import flags
+from runtime.console import BAD_INPUT, FLAGS, UserError
 
+
+@dataclass(frozen=True)
+class Bounds:
+    """The interval that a number must lie in."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    may_be_infinite: bool = False
+
+    def __contains__(self, x: float) -> bool:
+        return ((self.at_least is None or x >= self.at_least)
+                and (self.above is None or x > self.above)
+                and (self.at_most is None or x <= self.at_most)
+                and (self.below is None or x < self.below))
+
+    def __str__(self) -> str:
+        limits = {"at least": self.at_least, "above": self.above,
+                  "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{name} {x:g}" for name, x in limits.items() if x is not None)
+
+
+def bounded(default: Any, **bounds: Any) -> Any:
+    """A dataclass field with a default and `Bounds`."""
+    return field(default=default, metadata={"bounds": Bounds(**bounds)})
+
+
+@dataclass
+class Settings:
+    """Train a LLaMA on token bins, with all weights or LoRA."""
+
+    mode: Literal["cpt", "sft", "mt", "dpo", "cpo"] = "cpt"
+    """What is trained: cpt, continued pretraining on text; sft, answers in conversations; mt,
+    translations; dpo and cpo, preference pairs. The first three may be mixed in --data."""
+    model: str = "demo"
+    """A Hugging Face folder, a hub id (org/name@revision), a PEFT adapter folder, or `demo`."""
+    data: list[str] = field(default_factory=list)
+    """Sources, each SPEC[:WEIGHT]: a bin, or a file or glob, prepared as --mode says. Weights are
+    shares of the tokens; without any, each source weighs what it holds."""
+    max_epochs_per_source: float = bounded(0.0, at_least=0)
+    """With --steps: no source is served more often, and what it cannot give the others give by
+    their weights (with equal ones: UniMax); 0: no limit."""
+    val: list[str] = field(default_factory=list)
+    """Held-out text, each NAME=SPEC. Without any, `--hold-out` of each source is kept back."""
+    out: str = "out/run"
+    """The run's folder."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out, with the run's own settings."""
+
+    tune: Literal["full", "lora", "qlora"] = "full"
+    """Train all weights, or LoRA beside frozen ones, or beside ones kept in four bits (QLoRA)."""
+    double_quant: bool = False
+    """With --tune qlora: keep the four bits' scales in eight bits too (0.37 bits a weight less)."""
+    lora_rank: int = bounded(16, at_least=1)
+    lora_alpha: float = bounded(32.0, above=0)
+    lora_dropout: float = bounded(0.0, at_least=0, below=1)
+    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of linear layers, such as q_proj v_proj, or all-linear."""
+    lora_layers: list[str] = field(default_factory=list)
+    """Layers that get an adapter, such as 0-7 30; without any, all."""
+    rslora: bool = False
+    """Scale the adapter by alpha / sqrt(rank), not alpha / rank: for high ranks."""
+    dora: bool = False
+    """Train the lengths of the weights' rows too (DoRA)."""
+    lora_plus: float = bounded(1.0, above=0)
+    """B's learning rate as a multiple of A's (LoRA+); its authors advise about 16."""
+    train_embeddings: bool = False
+    """Train embed_tokens and lm_head as they are, beside an adapter or --train-layers."""
+    train_norms: bool = False
+    """Train all norms as they are, beside an adapter or --train-layers."""
+    embedding_lr: float = bounded(0.0, at_least=0)
+    """Learning rate of embed_tokens and lm_head where they train; 0: --lr."""
+    train_layers: list[str] = field(default_factory=list)
+    """With --tune full: train only these layers, such as 0-7 37-39; without any, everything."""
+
+    seq_len: int = bounded(1024, at_least=2)
+    """Tokens in a row."""
+    rows: int | Literal["auto"] = bounded(4, at_least=1)
+    """Rows per device and micro-batch: lower it if memory runs out, the result stays the same.
+    auto: as many as fit, dividing --tokens-per-step."""
+    tokens_per_step: int = bounded(0, at_least=0)
+    """Tokens in a whole step, over micro-batches and ranks; 0: one micro-batch on each rank."""
+    steps: int = bounded(0, at_least=0)
+    """Steps; 0: by --epochs."""
+    epochs: float = bounded(1.0, above=0)
+    """Times through the data: a mixture ends when its first source was served so often."""
+
+    lr: float = bounded(2e-5, above=0)
+    schedule: Literal["cosine", "linear", "inverse-sqrt", "wsd", "constant"] = "cosine"
+    warmup: float = bounded(0.03, at_least=0)
+    """Steps of warm-up; below 1, a share of all steps."""
+    min_lr_ratio: float = bounded(0.1, at_least=0, at_most=1)
+    """Where the schedule ends, as a share of --lr."""
+    weight_decay: float = bounded(0.1, at_least=0)
+    beta: float = bounded(0.1, above=0)
+    """dpo and cpo: how strongly a preference counts."""
+    nll_weight: float = bounded(1.0, at_least=0)
+    """cpo: the weight of the NLL of the chosen answers' tokens."""
+    arpo: bool = False
+    """cpo: a rejected answer counts less where it is nearly as likely as the chosen (X-ALMA)."""
+
+    beta1: float = bounded(0.9, at_least=0, below=1)
+    beta2: float = bounded(0.95, at_least=0, below=1)
+    optimizer: Literal["adamw", "adamw8bit", "adamw-bf16"] = "adamw"
+    """adamw8bit keeps moments in 8 bits (bitsandbytes); adamw-bf16 keeps weights, moments and (over
+    micro-batches too) gradients in bf16, for all weights: 16, 10 and 8 bytes a trained number."""
+    clip: float = bounded(1.0, above=0, may_be_infinite=True)
+    """The largest norm of a step's gradient."""
+    neftune: float = bounded(0.0, at_least=0)
+    """cpt, sft, mt: noise on the embeddings, so strong (NEFTune; its authors take 5 to 15)."""
+    label_smoothing: float = bounded(0.0, at_least=0, below=1)
+    """cpt, sft, mt: this share of each target is spread over all tokens; in training alone."""
+    ema: float = bounded(0.0, at_least=0, below=1)
+    """Average the weights over steps, with this decay such as 0.999; the average is evaluated and
+    saved. 0: the weights as they are."""
+
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
+    """dtype of products (fp8: of blocks', with --tune full). What trains is kept in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    """torch.compile each block as training computes it, and the loss; evaluations are not."""
+    recompute: bool = False
+    """Activation checkpointing: less memory for about a third more products, half beside LoRA."""
+    recompute_light: bool = False
+    """Of activations, only norms' and gates' are made again, and no product (selective)."""
+    shard: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """With several ranks: ddp, each holds the model; fsdp, each holds a part. auto: ddp where a GPU
+    holds it twice."""
+    rank_timeout: float = bounded(600.0, above=0)
+    """Seconds a rank waits for the others before it gives up."""
+
+    ignore_memory: bool = False
+    """Start even where --plan says that a step needs more memory than the device has."""
+
+    eval_every: int = bounded(0, at_least=0)
+    """Steps between evaluations; 0: ten in a run. Step 0 and the last are always evaluated."""
+    eval_tokens: int = bounded(50_000, above=0)
+    """Tokens evaluated of each held-out text, from its beginning."""
+    best: str = ""
+    """A held-out text: the model saved is the one with its lowest bits per byte, not the last."""
+    hold_out: float = bounded(0.01, at_least=0, below=1)
+    """Share of each source's documents kept back when no --val is given."""
+    suites: list[str] = field(default_factory=list)
+    """Suites measured at evaluations too, named as for eval.py: a part of each, with one prompt."""
+    suite_data: str = ""
+    """The folder that holds the suites' data."""
+    suite_items: int = bounded(100, at_least=0)
+    """Items of each suite, spread over it; 0: all."""
+    stop_if: list[str] = field(default_factory=list)
+    """Guards: the run ends after an evaluation that finds, say, 'eng>+5%' (bits per byte of a text,
+    against step 0) or 'sib200.acc<0.2'."""
+    prompts: list[str] = field(default_factory=list)
+    """Beginnings continued at evaluations into samples.txt; without any, the first words of
+    held-out texts."""
+    save_every: int = bounded(0, at_least=0)
+    """Steps between checkpoints; 0: five in a run."""
+    keep: int = bounded(2, at_least=2)
+    """Checkpoints kept."""
+    track: Literal["none", "tensorboard"] = "none"
+    seed: int = bounded(1, at_least=0)
+    deterministic: bool = False
+    """Refuse GPU kernels whose results vary from run to run."""
+    plan: bool = False
+    """Print what would be done, what it costs, and the first batch; then stop."""
+    plan_for: str = ""
+    """Print memory, time and cost on GPUs such as h100 or 8xa100, from --model's config.json alone,
+    without weights or data; then stop. Needs --steps."""
+    plan_share: float = bounded(0.35, above=0, below=1)
+    """--plan-for: the share of a GPU's peak that is assumed to be reached."""
+    plan_price: float = bounded(0.0, at_least=0)
+    """--plan-for: what a GPU costs an hour."""
+
+
+# Settings that may change when a run is resumed. The first set does not change the result; the
+# second changes the numbers slightly, and a line says so. Every other setting must stay as it was.
+CAN_CHANGE_ON_RESUME = {
+    "out", "resume", "plan", "plan_for", "plan_share", "plan_price", "rows", "rank_timeout",
+    "eval_every", "save_every", "keep", "track", "ignore_memory", "stop_if"}
+WARN_ON_RESUME = {
+    "device", "compile", "recompute", "recompute_light", "shard", "eval_tokens", "prompts",
+    "suites", "suite_data", "suite_items"}
+
+# These bounds came later than the settings: a run that began outside of them can still be resumed.
+NOT_CHECKED_ON_RESUME = {"min_lr_ratio", "weight_decay", "lora_rank", "lora_alpha"}
+
+# Settings of LoRA, and those of training a part of the weights in any way.
 LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_plus")
 PART = ("lora_layers", "rslora", "dora", "double_quant", "train_layers", "train_embeddings",
-        "train_norms")  # with LORA, all that only a run of a part of the weights is told
+        "train_norms")
 
 
-def check(s: Any, kind: str) -> None:
-    """UserError (FLAGS) on a setting of train.Settings that is out of range, or that says nothing
-    where bins are of this `kind`."""
-    fit = {"seq-len": s.seq_len >= 2, "warmup": s.warmup >= 0, "plan-price": s.plan_price >= 0,
-           "keep": s.keep >= 2, "steps": s.steps >= 0, "embedding-lr": s.embedding_lr >= 0,
-           "hold-out": 0 <= s.hold_out < 1, "clip": s.clip > 0, "lora-plus": s.lora_plus > 0,
-           "rows": s.rows == "auto" or s.rows >= 1, "plan-share": 0 < s.plan_share < 1,
-           "rank-timeout": s.rank_timeout > 0, "lr": s.lr > 0, "suite-items": s.suite_items >= 0,
-           "tokens-per-step": s.tokens_per_step >= 0, "beta": s.beta > 0, "ema": 0 <= s.ema < 1,
-           "epochs": s.epochs > 0, "max-epochs-per-source": s.max_epochs_per_source >= 0,
-           "eval-tokens": s.eval_tokens > 0, "nll-weight": s.nll_weight >= 0,
-           "neftune": s.neftune >= 0, "label-smoothing": 0 <= s.label_smoothing < 1,
-           "beta1": 0 <= s.beta1 < 1, "beta2": 0 <= s.beta2 < 1, "seed": s.seed >= 0,
-           "lora-dropout": 0 <= s.lora_dropout < 1, "eval-every": s.eval_every >= 0,
-           "save-every": s.save_every >= 0}
-    if not s.resume:  # a run that began with a value before it was refused goes on, here and below
-        fit |= {"min-lr-ratio": 0 <= s.min_lr_ratio <= 1, "weight-decay": s.weight_decay >= 0,
-                "lora-rank": s.lora_rank >= 1, "lora-alpha": s.lora_alpha > 0}
-        fit |= {k.replace("_", "-"): False for k, x in vars(s).items()
-                if x == math.inf and k != "clip"}  # which then cuts nothing
-    for name in (x for x, good in fit.items() if not good):
-        raise UserError(f"--{name} {getattr(s, name.replace('-', '_'))}: out of range; seq-len and "
-                        "keep are at least 2, hold-out, plan-share, ema, label-smoothing, "
-                        "lora-dropout, beta1 and beta2 below 1, min-lr-ratio at most 1, the others "
-                        "above 0, and none is infinite but clip", FLAGS)
+def torchrun_restarts() -> int:
+    """The number of times that torchrun has restarted this machine's processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def read_settings(argv: list[str], restarts: int = 0) -> tuple[Settings, dict[str, str]]:
+    """Read recipes and flags -> (settings, where each value came from).
+
+    With --resume the settings that the run began with are read first, like a recipe. The same holds
+    where torchrun has restarted the processes (`restarts` times) with the flags of the first start.
+    """
+    settings, origins = flags.read(Settings, argv, "train.py")
+    saved = Path(settings.out) / "settings.toml"
+    if restarts and saved.exists():
+        argv, settings.resume = ["--out", settings.out, "--resume"], True
+    if not settings.resume:
+        return settings, origins
+    if not saved.exists():
+        raise UserError(f"--resume: {saved} does not exist, so {settings.out} holds no run; "
+                        "check --out", BAD_INPUT)
+    return flags.go_on(Settings, argv, "train.py", saved, CAN_CHANGE_ON_RESUME | WARN_ON_RESUME)
+
+
+def check_settings(s: Settings) -> None:
+    """UserError (FLAGS) for a value out of its bounds, and for a setting that has no effect."""
+    check_bounds(s)
+    check_combinations(s)
+    for names, reason in without_effect(s):
+        for name in changed_settings(s, names):
+            raise UserError(f"{flag(name)}: has no effect {reason}; remove it", FLAGS)
+
+
+def check_bounds(s: Settings) -> None:
+    """UserError (FLAGS) for the first number that is out of its bounds."""
+    for f in dataclasses.fields(s):
+        bounds, x = f.metadata.get("bounds"), getattr(s, f.name)
+        if bounds is None or isinstance(x, str) or (s.resume and f.name in NOT_CHECKED_ON_RESUME):
+            continue
+        if x not in bounds:
+            raise UserError(f"{flag(f.name)} {x}: out of range, expected a number {bounds}", FLAGS)
+        if x == math.inf and not bounds.may_be_infinite and not s.resume:
+            raise UserError(f"{flag(f.name)} {x}: out of range, expected a finite number", FLAGS)
+
+
+def check_combinations(s: Settings) -> None:
+    """UserError (FLAGS) for settings that need another one, or exclude each other."""
     if s.mode != "cpo" and (s.arpo or s.nll_weight != 1):
-        raise UserError("--arpo and --nll-weight: say something with --mode cpo alone", FLAGS)
-    if s.max_epochs_per_source and not s.steps:
-        raise UserError("--max-epochs-per-source: says nothing without --steps; give them", FLAGS)
-    if s.optimizer == "adamw-bf16" and (s.tune != "full" or s.train_layers or s.ema):
-        raise UserError("--optimizer adamw-bf16: is for all weights; a part that trains, and an "
-                        "average, are kept in float32: take adamw or adamw8bit", FLAGS)
-    idle = ("lora_layers", "rslora", "dora") if s.tune == "full" else ("train_layers",)
-    idle += ("double_quant",) * (s.tune != "qlora") + ("recompute_light",) * s.recompute
-    idle += ("neftune", "label_smoothing") if kind == "pairs" else ()
-    if not s.resume:
-        idle += LORA if s.tune == "full" else ()
-        idle += ("beta",) if kind != "pairs" else ()
-        if s.embedding_lr and not s.train_embeddings and (s.tune != "full" or s.train_layers):
-            raise UserError("--embedding-lr: is of what --train-embeddings trains; give that too, "
-                            "or leave it out", FLAGS)
-    if s.tune == "full" and not s.train_layers:
-        idle += ("train_embeddings", "train_norms")  # they do
-    if given := changed(s, idle):
-        raise UserError(f"--{given[0].replace('_', '-')}: says nothing here, with --mode {s.mode} "
-                        f"and --tune {s.tune}{' and --recompute' * s.recompute}; leave it out",
+        raise UserError("--arpo and --nll-weight: have an effect with --mode cpo only; remove them",
                         FLAGS)
+    if s.max_epochs_per_source and not s.steps:
+        raise UserError("--max-epochs-per-source: has no effect without --steps; give --steps too",
+                        FLAGS)
+    if s.optimizer == "adamw-bf16" and (s.tune != "full" or s.train_layers or s.ema):
+        raise UserError("--optimizer adamw-bf16: works only where all weights are trained, and "
+                        "without --ema; use adamw or adamw8bit", FLAGS)
+    part = s.tune != "full" or bool(s.train_layers)
+    if s.embedding_lr and part and not s.train_embeddings and not s.resume:
+        raise UserError("--embedding-lr: has no effect without --train-embeddings; give that too, "
+                        "or remove it", FLAGS)
 
 
-def changed(s: Any, names: Iterable[str]) -> list[str]:
-    """Which of these settings are not as they are where nothing is said."""
-    usual = type(s)()
-    return [x for x in names if getattr(s, x) != getattr(usual, x)]
+def without_effect(s: Settings) -> Iterable[tuple[tuple[str, ...], str]]:
+    """Settings that have no effect beside the others, each group with the reason."""
+    preferences = s.mode in ("dpo", "cpo")
+    if s.tune == "full":
+        yield ("lora_layers", "rslora", "dora"), "with --tune full"
+    else:
+        yield ("train_layers",), f"with --tune {s.tune}"
+    if s.tune != "qlora":
+        yield ("double_quant",), f"with --tune {s.tune}"
+    if s.recompute:
+        yield ("recompute_light",), "with --recompute"
+    if preferences:
+        yield ("neftune", "label_smoothing"), f"with --mode {s.mode}"
+    if s.tune == "full" and not s.resume:
+        yield LORA, "with --tune full"
+    if not preferences and not s.resume:
+        yield ("beta",), f"with --mode {s.mode}"
+    if s.tune == "full" and not s.train_layers:
+        yield ("train_embeddings", "train_norms"), "with --tune full, which trains all weights"
 
 
-def check_adapter(s: Any, words: dict[str, Any]) -> None:
-    """UserError (FLAGS) where a setting would give another shape than the adapter of --model has,
-    whose adapter_config.json holds `words`."""
-    own = {"lora_rank": words["r"], "lora_alpha": words["lora_alpha"],
-           "lora_dropout": words["lora_dropout"], "rslora": words["use_rslora"],
-           "dora": words["use_dora"], "lora_layers": None, "lora_targets": None,
-           "train_embeddings": any("embed_tokens" in x for x in words.get("modules_to_save", [])),
-           "train_norms": any("norm" in x for x in words.get("modules_to_save", []))}
-    for name in changed(s, tuple(own)):
-        if getattr(s, name) != own[name]:
-            has = "its own" if own[name] is None else own[name]
-            raise UserError(f"--{name.replace('_', '-')}: --model {s.model} is an adapter, which "
-                            f"goes on as it is ({has}); leave it out, or give its base for a new "
-                            "one", FLAGS)
+def flag(name: str) -> str:
+    """A setting's name as a flag."""
+    return f"--{name.replace('_', '-')}"
+
+
+def changed_settings(s: Settings, names: Iterable[str]) -> list[str]:
+    """Those of the named settings whose value is not the default."""
+    default = Settings()
+    return [name for name in names if getattr(s, name) != getattr(default, name)]
+
+
+def check_adapter(s: Settings, adapter: dict[str, Any]) -> None:
+    """UserError (FLAGS) for a setting that contradicts the adapter that --model names.
+
+    `adapter` is the content of its adapter_config.json. Training goes on with that adapter, so its
+    shape cannot be changed.
+    """
+    saved = adapter.get("modules_to_save", [])
+    values = {"lora_rank": adapter["r"], "lora_alpha": adapter["lora_alpha"],
+              "lora_dropout": adapter["lora_dropout"], "rslora": adapter["use_rslora"],
+              "dora": adapter["use_dora"], "lora_layers": None, "lora_targets": None,
+              "train_embeddings": any("embed_tokens" in x for x in saved),
+              "train_norms": any("norm" in x for x in saved)}
+    for name in changed_settings(s, values):
+        if getattr(s, name) != values[name]:
+            value = "its own" if values[name] is None else values[name]
+            raise UserError(f"{flag(name)}: --model {s.model} is an adapter, which keeps its shape "
+                            f"({value}); remove the flag, or give the adapter's base model to "
+                            "train a new adapter", FLAGS)

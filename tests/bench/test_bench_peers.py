@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import bench
-import train
 from bench import Settings, generate, gpu, train_step
 from layers.config import ModelConfig
 from training import memory_estimate as memory
+from training.settings import read_settings
 
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 
@@ -122,7 +122,7 @@ def test_a_side_of_a_gpus_case_that_fails_is_a_fault_and_the_others_stand(monkey
 def test_what_is_predicted_for_a_gpu_is_what_plan_says_of_these_flags(monkeypatch, name, flags):
     for shape in ("1B", "8B"):
         monkeypatch.setitem(gpu.SHAPES, shape, gpu.SHAPES["tiny"])
-    s, _ = train.read_settings([*flags, "--rows", "1"])
+    s, _ = read_settings([*flags, "--rows", "1"])
     config = ModelConfig.from_hf(gpu.words(gpu.CASES[name]))
     said = memory.need(config, s, torch.bfloat16, path="offsets").total / 2**30
     assert gpu.settings(gpu.CASES[name]) == s

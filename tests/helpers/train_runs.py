@@ -28,6 +28,7 @@ from preparation import text as corpus
 from runtime import console as log
 from runtime import flags as config
 from runtime.paths import ROOT
+from training.settings import Settings, read_settings
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -71,23 +72,23 @@ def call(args: list[str], code: int = 0) -> str:
 # -- runs of one or several ranks in forked children -----------------------------------------------
 
 
-def make_settings(workspace: Path, out: str, **changes) -> train.Settings:
+def make_settings(workspace: Path, out: str, **changes) -> Settings:
     """Two sources, three micro-batches of one row a rank on two ranks, rows of cut documents."""
-    return train.Settings(**{
+    return Settings(**{
         "model": str(workspace / "tied"), "data": [f"{workspace}/kin:3", f"{workspace}/eng:1"],
         "out": str(workspace / out), "seq_len": 32, "rows": 1, "tokens_per_step": 192, "lr": 1e-3,
         "hold_out": 0.05, "eval_tokens": 60, "prompts": ["Umwana"], "eval_every": 1000,
         "dtype": "fp32", "device": "cpu", "steps": 20, "rank_timeout": 60.0, **changes})
 
 
-def write_recipe(settings: train.Settings) -> Path:
+def write_recipe(settings: Settings) -> Path:
     """Write the settings beside their --out as a recipe."""
     file = Path(settings.out).with_name(f"{Path(settings.out).name}.toml")
     file.write_text(config.to_toml(settings))
     return file
 
 
-def rank_action(settings: train.Settings, during: Callable[[train.Run], object] = id):
+def rank_action(settings: Settings, during: Callable[[train.Run], object] = id):
     """What a rank does: the run, as the command would, or going on with one. `during` is called as
     each step begins, with run.step steps done."""
 
@@ -103,14 +104,14 @@ def rank_action(settings: train.Settings, during: Callable[[train.Run], object] 
         if settings.shard != "auto":
             argv += ["--shard", settings.shard]
         if settings.resume:
-            return log.run(lambda: train.train(*train.read_settings(argv)))
+            return log.run(lambda: train.train(*read_settings(argv)))
         origins = dict.fromkeys((f.name for f in dataclasses.fields(settings)), "default")
         return log.run(lambda: train.train(settings, origins))
 
     return run
 
 
-def run_ranks(settings: train.Settings, world: int = 1, codes: set[int] = frozenset({0}),
+def run_ranks(settings: Settings, world: int = 1, codes: set[int] = frozenset({0}),
               during: Callable[[train.Run], object] = id, **env: str) -> str:
     """Train on so many ranks, check how they end, and return what they wrote."""
     output = Path(settings.out).with_name(f"said-{Path(settings.out).name}")

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train
 from languages.kinyarwanda import agreement, identify, lexicon, normalise
 from languages.kinyarwanda import grammar as g
 from languages.kinyarwanda.attest import WORD, counts
@@ -20,7 +19,7 @@ from languages.kinyarwanda.world import World, word_forms
 from runtime.console import UserError
 from runtime.paths import ROOT
 from training import demo
-from training import settings as flags
+from training.settings import check_settings, read_settings
 
 # where real Kinyarwanda stands: plain text, or the key or column that holds it
 REAL = """cpt/kin_news.jsonl:text cpt/kin_igihe_2019.jsonl:text cpt/kin_gov.jsonl:text
@@ -126,13 +125,13 @@ def test_the_demo_goes_on_with_an_adapter_and_its_base_knows_of_none(tmp_path, m
     seen = []
 
     def one(s, _):
-        flags.check(s, "text")
+        check_settings(s)
         seen.append((s.tune, s.lora_rank, s.dora, s.train_embeddings))
         (tmp_path / "base" / "model").mkdir(parents=True)
         return 0
 
     for _ in range(2):  # --plan ends with the first
-        assert demo.run(*train.read_settings(words), one if not seen else
+        assert demo.run(*read_settings(words), one if not seen else
                         lambda s, _: seen.append((s.tune, s.lora_rank)) or 0) == 0
     assert seen == [("full", 16, False, False), ("lora", 8)]
 

@@ -17,6 +17,7 @@ from layers.functional import Linear
 from runtime.console import UserError
 from runtime.distributed import Ranks
 from training import optimizer as optim
+from training.objective import NLL
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -108,7 +109,7 @@ def test_a_run_in_eight_bits_ends_near_the_loss_of_one_in_bf16():
         ids = tiny.tokens(2, 17, seed=5) % 40 + 3
         doc, pos = torch.zeros(2, 16, dtype=torch.long), torch.arange(16).expand(2, 16)
         batch = Batch(ids[:, :-1], ids[:, 1:], doc, pos)
-        losses = [train.train_step(model, train.NLL, [batch], optimizer, ALONE, 1.0)[0]
+        losses = [train.train_step(model, NLL, [batch], optimizer, ALONE, 1.0)[0]
                   for _ in range(20)]
         begins.append(losses[0])
         ends.append(losses[-1])

@@ -34,6 +34,7 @@ from runtime.distributed import Ranks
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training import run as life
+from training.objective import NLL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -255,14 +256,14 @@ def poison(step: int, rank: int, value: float = float("nan"),
     def during(run: train.Run) -> None:
         if run.ranks.rank != rank or hasattr(run, "calls"):
             return
-        run.calls, objective = 0, train.NLL.total
+        run.calls, objective = 0, NLL.sums
 
         def total(model, batch):
             run.calls += 1
             bad = step <= run.step + 1 < step + steps and run.calls % run.micro_batches == 0
             return objective(model, batch) * (value if bad else 1.0)
 
-        object.__setattr__(train.NLL, "total", total)
+        object.__setattr__(NLL, "sums", total)
 
     return during
 

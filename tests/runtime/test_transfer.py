@@ -25,6 +25,8 @@ from runtime.distributed import Ranks
 from training import monitor as watch
 from training import optimizer as optim
 from training import preference
+from training.objective import NLL, Objective, objective_of, trained_tokens
+from training.settings import Settings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 aten = torch.ops.aten
@@ -136,14 +138,14 @@ def test_a_step_asks_the_device_once(monkeypatch, shape, path, tune):
         lora.attach(model, 4, 8, 0.0, ["all-linear"])
     monkeypatch.setattr("model.kernel", lambda *_: "offsets" if path == "flash" else "")
     monkeypatch.setattr(attention, "varlen", lambda: (kernel, True))
-    asked, _ = counted(monkeypatch, model, train.NLL, [batch(1), batch(2), batch(3)])
+    asked, _ = counted(monkeypatch, model, NLL, [batch(1), batch(2), batch(3)])
     assert asked == ["tolist"]
 
 
 @pytest.mark.parametrize("mode", ["dpo", "cpo"])
 def test_a_step_of_preference_pairs_asks_once_too(monkeypatch, mode):
     model = tiny.ours(tiny.peer("llama3"), "llama3").train()
-    objective = train.pairs(train.Settings(mode=mode))
+    objective = objective_of(Settings(mode=mode))
     asked, _ = counted(monkeypatch, model, objective, [batch(1), batch(2)])
     assert asked == ["tolist"]
 
@@ -155,7 +157,7 @@ def test_what_the_host_is_asked_instead_changes_nothing(monkeypatch):
             for module in (attention, loss, preference):
                 patched.setattr(module, "host", host)
             model = tiny.ours(tiny.peer("llama3"), "llama3").train()
-            asked, value = counted(patched, model, train.NLL, [batch(1), batch(2)])
+            asked, value = counted(patched, model, NLL, [batch(1), batch(2)])
             found.append((value, *model.parameters()))
         assert (len(asked) == 1) == (host is ahead.host), "what counts can count more than one"
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b))
@@ -166,10 +168,10 @@ def test_one_wait_tells_what_was_not_finite_and_in_which_micro_batch():
     model = tiny.ours(tiny.peer("llama3"), "llama3").train()
     optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
     batches, before = [batch(1), batch(2), batch(3)], [p.clone() for p in model.parameters()]
-    odd = train.Objective(
-        lambda m, b: train.NLL.total(m, b) * (
+    odd = Objective(
+        lambda m, b: NLL.sums(m, b) * (
             math.inf if b.tokens is batches[1].tokens else 1),
-        train.trained)
+        trained_tokens)
     with pytest.raises(watch.NotFinite) as fault:
         train.train_step(model, odd, batches, optimizer, ALONE, clip=1.0)
     assert fault.value.batches == [1] and not optimizer.state
@@ -226,7 +228,7 @@ def test_batches_that_come_ahead_arrive_whole_and_nobody_waits():
 def test_a_gpu_is_waited_for_once_a_step(mode):
     model = tiny.ours(tiny.peer("llama3"), "llama3").train().cuda()
     model.model.compute_dtype = torch.bfloat16
-    gpu, objective = Ranks.start("cuda"), train.MODES[mode][1](train.Settings(mode=mode))
+    gpu, objective = Ranks.start("cuda"), objective_of(Settings(mode=mode))
     optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
     step = lambda: train.train_step(  # noqa: E731
         model, objective, [batch(1), batch(2)], optimizer, gpu, 1.0)

@@ -57,9 +57,9 @@ def test_a_guard_on_what_is_not_measured_is_refused_by_name(tmp_path, stop_if, w
 
 
 def settings(**changes):
-    import train
+    from training.settings import Settings
 
-    return train.Settings(**{"val": ["kin=a.txt", "eng=b.txt"], **changes})
+    return Settings(**{"val": ["kin=a.txt", "eng=b.txt"], **changes})
 
 
 def test_a_suites_bare_name_is_its_main_figure():

@@ -44,6 +44,8 @@ from training import memory_estimate as memory
 from training import monitor as watch
 from training import plan
 from training import validation as looks
+from training.objective import NLL, Objective
+from training.settings import CAN_CHANGE_ON_RESUME, WARN_ON_RESUME, Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -377,13 +379,13 @@ CHANGED = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x + 0.5
            list: lambda x: [*x, "more"], str: lambda x: f"{x}x"}
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(train.Settings), ids=lambda f: f.name)
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda f: f.name)
 def test_every_flag_is_fixed_or_may_change_when_a_run_goes_on(field, tmp_path):
     import typing
 
-    (tmp_path / "settings.toml").write_text(config.to_toml(train.Settings(out=str(tmp_path))))
-    kind = typing.get_type_hints(train.Settings)[field.name]
-    old = getattr(train.Settings(out=str(tmp_path)), field.name)
+    (tmp_path / "settings.toml").write_text(config.to_toml(Settings(out=str(tmp_path))))
+    kind = typing.get_type_hints(Settings)[field.name]
+    old = getattr(Settings(out=str(tmp_path)), field.name)
     choices = [x for x in typing.get_args(kind) if isinstance(x, str) and x != old]
     new = choices[0] if choices else CHANGED[type(old)](old)
     if field.name == "mode":
@@ -392,21 +394,22 @@ def test_every_flag_is_fixed_or_may_change_when_a_run_goes_on(field, tmp_path):
     said = [flag if new else f"--no-{flag[2:]}"] if isinstance(new, bool) else \
         [flag, *map(str, new if isinstance(new, list) else [new])]
     kept = tmp_path / "settings.toml"
-    if field.name in train.FREE | train.WARNED:
-        found, _ = config.go_on(train.Settings, said, "train.py", kept, train.FREE | train.WARNED)
+    may_change = CAN_CHANGE_ON_RESUME | WARN_ON_RESUME
+    if field.name in may_change:
+        found, _ = config.go_on(Settings, said, "train.py", kept, may_change)
         assert getattr(found, field.name) == new
     else:
         with pytest.raises(UserError, match="that is another run") as e:
-            config.go_on(train.Settings, said, "train.py", kept, train.FREE | train.WARNED)
+            config.go_on(Settings, said, "train.py", kept, may_change)
         assert e.value.code == FLAGS and f"{flag[2:]} was {old!r}, now {new!r}" in str(e.value)
 
 
 def test_a_refusal_to_go_on_names_every_difference(tmp_path):
     kept = tmp_path / "settings.toml"
-    kept.write_text(config.to_toml(train.Settings()))
+    kept.write_text(config.to_toml(Settings()))
     with pytest.raises(UserError, match=r"clip was 1\.0, now 3\.0; seed was 1, now 2"):
-        config.go_on(train.Settings, ["--seed", "2", "--clip", "3"], "train.py", kept,
-                     train.FREE | train.WARNED)
+        config.go_on(Settings, ["--seed", "2", "--clip", "3"], "train.py", kept,
+                     CAN_CHANGE_ON_RESUME | WARN_ON_RESUME)
 
 
 def test_what_may_change_the_numbers_is_said_whether_a_flag_changed_it_or_a_hand(
@@ -417,7 +420,7 @@ def test_what_may_change_the_numbers_is_said_whether_a_flag_changed_it_or_a_hand
     )
     kept = workspace / "warned/settings.toml"
     text = kept.read_text()
-    assert not train.FREE & train.WARNED and "eval_tokens = 60\n" in text
+    assert not CAN_CHANGE_ON_RESUME & WARN_ON_RESUME and "eval_tokens = 60\n" in text
     for was, now in (("eval_tokens = 60\n", "eval_tokens = 50\n"), ("keep = 2", "keep = 3"),
                      ("recompute = false", "recompute = true")):
         text = text.replace(was, now)
@@ -907,7 +910,7 @@ def test_rows_auto_takes_the_most_that_fit_and_changes_nothing(workspace):
     """Of two ranks, where one has no more memory and the other would go on."""
     run_ranks(make_settings(workspace, "by-hand"))
     for name, world, fits in (("auto-6", 1, 6), ("auto-1", 2, 1)):
-        real = train.NLL.total
+        real = NLL.sums
 
         def total(model, batch, real=real, fits=fits):
             ranks = torch.distributed
@@ -915,11 +918,11 @@ def test_rows_auto_takes_the_most_that_fit_and_changes_nothing(workspace):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real(model, batch)
 
-        object.__setattr__(train.NLL, "total", total)
+        object.__setattr__(NLL, "sums", total)
         try:
             said = run_ranks(make_settings(workspace, name, rows="auto", rank_timeout=30.0), world)
         finally:
-            object.__setattr__(train.NLL, "total", real)
+            object.__setattr__(NLL, "sums", real)
         assert f"--rows auto: {fits}\n" in said
         one, two = read_losses(workspace / "by-hand"), read_losses(workspace / name)
         assert all(one[k] == pytest.approx(two[k], rel=1e-5) for k in one)
@@ -941,7 +944,7 @@ def test_rows_auto_never_tries_what_the_last_sizes_let_expect_not_to_fit():
             return self
 
     model = torch.nn.Linear(1, 1)
-    objective = train.Objective(lambda m, b: m(torch.ones(1)).sum(), len)
+    objective = Objective(lambda m, b: m(torch.ones(1)).sum(), len)
     memory = watch.Memory(model, objective, Grows(0, 1, torch.device("cpu")), "adamw", 0.0)
     assert watch.most_rows(
         24, lambda n: memory.fits(n, 1, lambda: (tried.append(n), Nothing())[1])) == 4
@@ -978,10 +981,10 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_one_of_the_first_is_read(
 def test_a_loss_that_jumps_is_said_with_its_documents(workspace):
     def jump(run):
         if run.step == 29:
-            objective = train.NLL.total
-            object.__setattr__(train.NLL, "total", lambda m, b: 5 * objective(m, b))
+            objective = NLL.sums
+            object.__setattr__(NLL, "sums", lambda m, b: 5 * objective(m, b))
         elif run.step == 30:
-            object.__setattr__(train.NLL, "total", REAL)
+            object.__setattr__(NLL, "sums", REAL)
 
     def cut(run):  # what the losses were goes with the resume point
         if run.step == 27:
@@ -999,13 +1002,13 @@ def test_a_loss_that_jumps_is_said_with_its_documents(workspace):
         assert set(odd["documents"]) == {"kin", "eng"}
 
 
-REAL = train.NLL.total
+REAL = NLL.sums
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def launched(s: train.Settings, until: str, *flags: str,
+def launched(s: Settings, until: str, *flags: str,
              machines: int = 1) -> tuple[list[subprocess.Popen], list[int]]:
     """A run on two ranks that has come to a checkpoint: the torchruns, one for each "machine", and
     the ranks' processes."""

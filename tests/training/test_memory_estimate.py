@@ -28,6 +28,8 @@ from runtime.distributed import GiB, Ranks
 from runtime.paths import ROOT
 from training import memory_estimate as memory
 from training import optimizer as optim
+from training.objective import NLL, objective_of
+from training.settings import Settings
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
         "max_position_embeddings": 512}
@@ -50,11 +52,11 @@ WAYS = {"all weights": {}, "recomputed": {"recompute": True}, "bf16": {"optimize
         "CPO, LoRA": {"mode": "cpo", "tune": "lora"}}
 
 
-def settings(**words) -> train.Settings:
-    return train.Settings(rows=4, seq_len=256, lora_rank=8, **words)
+def settings(**words) -> Settings:
+    return Settings(rows=4, seq_len=256, lora_rank=8, **words)
 
 
-def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> int:
+def really(shape: str, s: Settings, dtype: torch.dtype, passes: int) -> int:
     """The most bytes that tensors hold in the second step of a real model, from its weights on."""
     model = tiny.ours(tiny.peer(shape, **WIDE), shape, **WIDE)
     ids = torch.randint(3, tiny.V, (s.rows, s.seq_len))
@@ -62,7 +64,7 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
     batch = Batch(ids, ids, doc, torch.arange(s.seq_len).expand_as(ids))
     if s.mode == "dpo" and s.tune == "full":
         batch.reference = torch.zeros(ids.shape)
-    objective = train.MODES[s.mode][1](s)
+    objective = objective_of(s)
     with memory._Held() as held, torch.no_grad():
         kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
         kept = kept if s.tune == "full" and not s.train_layers else dtype
@@ -89,7 +91,7 @@ def really(shape: str, s: train.Settings, dtype: torch.dtype, passes: int) -> in
                 held.most = dict(held.bytes)
             for _ in range(passes):
                 with torch.enable_grad():
-                    objective.total(model, batch).reshape(-1)[: 1 + (s.mode == "cpo")].sum() \
+                    objective.sums(model, batch).reshape(-1)[: 1 + (s.mode == "cpo")].sum() \
                         .backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -145,7 +147,7 @@ def test_a_prediction_leaves_nothing_behind_that_has_no_numbers():
 import torch, memory, nf4, tiny, train
 from data import Batch
 from layers.config import ModelConfig
-s = train.Settings(rows=1, seq_len=16, tune="qlora", double_quant=True)
+s = Settings(rows=1, seq_len=16, tune="qlora", double_quant=True)
 memory.need(ModelConfig.from_hf(tiny.config("llama3")), s, torch.float32)
 W = torch.randn(64, 64)
 scales = nf4.quantise_scales(nf4.quantise(W)[1])
@@ -165,7 +167,7 @@ def test_a_model_of_eight_billion_is_planned_without_its_weights():
         "llama3", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=8192))
-    s = train.Settings(rows=1, seq_len=1024, tune="qlora", recompute=True)
+    s = Settings(rows=1, seq_len=1024, tune="qlora", recompute=True)
     before = Ranks.start("cpu").memory_gb()
     found = memory.need(config, s, torch.bfloat16)
     matrices, rest = 6_979_321_856, 2 * 128256 * 4096 + 65 * 4096
@@ -193,7 +195,7 @@ def test_what_cannot_fit_is_refused_in_one_line_and_what_fits_is_not_measured(mo
 def test_what_cannot_fit_a_rank_is_refused_too(monkeypatch):
     config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
     two = Ranks(0, 2, torch.device("cpu"))
-    s = train.Settings(rows=1, seq_len=64, shard="fsdp")
+    s = Settings(rows=1, seq_len=64, shard="fsdp")
     exact = memory.need(config, s, torch.float32, world=2).total
     monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 0.99)
     with pytest.raises(UserError, match=r"a step needs [\d.]+ GB on each of 2 ranks \(weights"):
@@ -208,7 +210,7 @@ def test_what_cannot_fit_a_rank_is_refused_too(monkeypatch):
 def test_of_qlora_a_rank_cuts_what_trains_whole_alone(embeddings):
     """Blocks in four bits have no matrix that is cut, and adapters stay whole."""
     config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
-    s = train.Settings(rows=1, seq_len=64, tune="qlora", shard="fsdp", train_embeddings=embeddings)
+    s = Settings(rows=1, seq_len=64, tune="qlora", shard="fsdp", train_embeddings=embeddings)
     one, two = (memory.need(config, s, torch.bfloat16, world=n).total for n in (1, 2))
     assert 0.5 * one < two < 1.2 * one
     assert not embeddings or two < one
@@ -248,7 +250,7 @@ def most_of(profile) -> list[int]:
     return most[1:]
 
 
-def of_a_rank(s: train.Settings, dtype: torch.dtype, passes: int, file: Path):
+def of_a_rank(s: Settings, dtype: torch.dtype, passes: int, file: Path):
     """What a rank does: some steps of a model that is shared, and what its allocator says."""
 
     def act() -> None:
@@ -269,7 +271,7 @@ def of_a_rank(s: train.Settings, dtype: torch.dtype, passes: int, file: Path):
             optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
             for _ in range(STEPS):
                 with torch.profiler.record_function("a step"):
-                    train.train_step(model, train.NLL, [batch] * passes, optimizer, ranks, 1.0)
+                    train.train_step(model, NLL, [batch] * passes, optimizer, ranks, 1.0)
         file.write_text(json.dumps(most_of(profile)))
         ranks.leave()
 
@@ -289,7 +291,7 @@ STEPS = 12  # on a busy machine one in which gloo was late is seen often
     ids=str)
 def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, words, passes, dtype):
     """The least of some steps: gloo's threads let go of what they sent when they come to it."""
-    s = train.Settings(rows=2, seq_len=128, lora_rank=8, shard=shard, **words)
+    s = Settings(rows=2, seq_len=128, lora_rank=8, shard=shard, **words)
     config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
     said = memory.need(config, s, dtype, passes, world=2).total
     ends = fork.ends(fork.together(2, of_a_rank(s, dtype, passes, tmp_path / "found"),
@@ -303,7 +305,7 @@ def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, wor
 @pytest.mark.parametrize("dtype", [NARROW, torch.float32], ids=str)
 def test_a_ranks_prediction_holds_where_gradients_meet_after_every_micro_batch(
         tmp_path, monkeypatch, dtype):
-    s = train.Settings(rows=2, seq_len=128, shard="fsdp")
+    s = Settings(rows=2, seq_len=128, shard="fsdp")
     config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
     seldom = memory.need(config, s, dtype, 3, world=2)
     for module in (memory, shares):
@@ -318,7 +320,7 @@ def test_a_ranks_prediction_holds_where_gradients_meet_after_every_micro_batch(
 
 def test_of_a_model_that_is_cut_a_rank_holds_its_part_and_what_is_whole():
     config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
-    s = train.Settings(rows=2, seq_len=128, shard="fsdp")
+    s = Settings(rows=2, seq_len=128, shard="fsdp")
     one, *more = (memory.need(config, s, torch.bfloat16, 1, world=n) for n in (1, 2, 4, 8))
     norms = 128 * (2 * 16 + 1)
     for n, found in zip((2, 4, 8), more, strict=True):

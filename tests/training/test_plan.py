@@ -10,13 +10,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
-import train
 from helpers import tiny
 from layers.config import ModelConfig
 from runtime.console import UserError
 from runtime.distributed import PEAKS, GiB
 from training import memory_estimate as memory
 from training import plan
+from training.settings import Settings
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def settings(folder, **words):
-    return train.Settings(**{"model": str(folder), "rows": 2, "seq_len": 32, "steps": 1000,
+    return Settings(**{"model": str(folder), "rows": 2, "seq_len": 32, "steps": 1000,
                              "lora_rank": 8, "plan_for": "h100", **words})
 
 

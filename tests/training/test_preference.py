@@ -42,9 +42,11 @@ from tokenization.tokenizer import Tokenizer
 from training import datasets as sources
 from training import optimizer as optim
 from training import preference
+from training.objective import NLL, objective_of
+from training.settings import Settings, read_settings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SETTINGS = train.Settings(mode="dpo", beta=0.3)
+SETTINGS = Settings(mode="dpo", beta=0.3)
 
 
 def make(folder: Path, kind: str, n: int, seed: int = 0, longest: int = 14) -> Bin:
@@ -80,7 +82,7 @@ def logp(peer: torch.nn.Module, bin: Bin, i: int) -> torch.Tensor:
 @pytest.mark.parametrize("tune", ["full", "lora", "lora and embeddings"])
 def test_losses_and_gradients_equal_a_formula_on_separate_sequences(tmp_path, mode, tune):
     bin = make(tmp_path / "bin", "pairs", 9)
-    s = train.Settings(mode=mode.replace("arpo", "cpo"), beta=0.3, nll_weight=0.7,
+    s = Settings(mode=mode.replace("arpo", "cpo"), beta=0.3, nll_weight=0.7,
                        arpo=mode == "arpo")
     peer, base = tiny.peer("llama3", seed=1), tiny.peer("llama3", seed=2)
     ours = tiny.ours(peer, "llama3")
@@ -110,7 +112,7 @@ def test_losses_and_gradients_equal_a_formula_on_separate_sequences(tmp_path, mo
     optimizer.zero_grad = lambda **_: kept.update(
         {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None})
     reported: dict[str, float] = {}
-    loss, _ = train.train_step(ours, train.pairs(s), rows, optimizer, ALONE, 1e9, None, reported)
+    loss, _ = train.train_step(ours, objective_of(s), rows, optimizer, ALONE, 1e9, None, reported)
 
     losses, nll, tokens, margins = [], [], 0, []
     for i in range(0, len(bin), 2):
@@ -157,7 +159,7 @@ def test_losses_and_gradients_of_packed_pairs_equal_trls_own_trainers(tmp_path, 
             mask = [False] * len(prompt) + [True] * len(said)
             writer.add(Document(prompt + said, mask, 1))
     stream = whole(writer.close({"documents": {}}, []))
-    s = train.Settings(mode=mode, beta=goldens_trl.BETA,
+    s = Settings(mode=mode, beta=goldens_trl.BETA,
                        nll_weight=goldens_trl.NLL_WEIGHT if mode == "cpo" else 1.0)
     ours, names = tiny.ours(tiny.peer("llama3", seed=1), "llama3"), {}
     if tune == "lora":
@@ -210,7 +212,7 @@ def test_accumulation_of_pairs_equals_one_batch(tmp_path, mode):
         batches = [Batch.of([stream.row(i) for i in range(at, min(at + size, stream.rows))])
                    for at in range(0, stream.rows, size)]
         for _ in range(3):
-            loss, norm = train.train_step(model, train.pairs(s), batches, optimizer, ALONE, 1.0)
+            loss, norm = train.train_step(model, objective_of(s), batches, optimizer, ALONE, 1.0)
         found.append((loss, norm, peft_adapter.adapter_state(model)))
     (l1, n1, p1), (l2, n2, p2) = found
     assert l1 == pytest.approx(l2, rel=1e-5) and n1 == pytest.approx(n2, rel=1e-4)
@@ -252,8 +254,8 @@ def test_packed_conversations_give_the_gradient_of_padded_ones_as_transformers_t
     stream = whole(writer.close({"documents": {}}, []), T + 9)
     assert stream.rows < 6, "several lie in a row"
     b = batch_of(stream)
-    assert train.NLL.count(b) == (labels != -100).sum() > 200
-    found = train.NLL.total(ours, b) / train.NLL.count(b)
+    assert NLL.count(b) == (labels != -100).sum() > 200
+    found = NLL.sums(ours, b) / NLL.count(b)
     found.backward()
     assert found.item() == pytest.approx(loss.item(), rel=1e-5)
     theirs = dict(peer.named_parameters())
@@ -457,7 +459,7 @@ def prepares(words: list[str]) -> None:
 
 
 def trains(words: list[str]) -> int:
-    return train.main(*train.read_settings(words))
+    return train.main(*read_settings(words))
 
 
 def samples(words: list[str]) -> None:

@@ -20,6 +20,7 @@ from runtime import flags as config
 from runtime.paths import ROOT
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
+from training.settings import Settings
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"), key=lambda r: r.stem)
 NAMED = """alma-1-monolingual alma-2-parallel alma-2-parallel-lora alma-r llammas-1-cpt
@@ -75,21 +76,21 @@ def test_every_setting_of_a_recipe_is_one_that_the_code_reads():
                 of = node.value
                 name = of.id if isinstance(of, ast.Name) else getattr(of, "attr", "")
                 read |= {node.attr} if name == "s" else set()
-    assert not {f.name for f in fields(train.Settings)} - read
+    assert not {f.name for f in fields(Settings)} - read
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 def test_a_recipe_runs_by_its_own_file_with_only_model_data_and_sizes_replaced(
         recipe, place, tmp_path):
     own = tomllib.loads(recipe.read_text())
-    assert set(own) <= {f.name for f in fields(train.Settings)}
+    assert set(own) <= {f.name for f in fields(Settings)}
     flags = ["--model", f"{place}/model", "--out", f"{tmp_path}/out", "--device", "cpu", "--data",
              *(x.replace("bins/", f"{place}/") for x in own["data"])]
     full = own.get("tune", "full") == "full"
     for name, size in SIZES.items() if not full else [*SIZES.items()][:-1]:  # no rank
         flags += [f"--{name.replace('_', '-')}", size]
     flags += ["--train-layers", "1"] if "train_layers" in own else []
-    s, origins = config.read(train.Settings, [str(recipe), *flags], "train.py")
+    s, origins = config.read(Settings, [str(recipe), *flags], "train.py")
     for name, value in own.items():  # what is not replaced is what the recipe says
         if name not in (*SIZES, "model", "data", "out", "train_layers"):
             assert getattr(s, name) == value and origins[name] == str(recipe)

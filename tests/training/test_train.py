@@ -36,6 +36,8 @@ from tokenization.tokenizer import Tokenizer
 from training import monitor as watch
 from training import optimizer as optim
 from training import plan
+from training.objective import NLL, Objective
+from training.settings import CAN_CHANGE_ON_RESUME, Settings, check_settings, read_settings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -155,19 +157,20 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(workspa
     (["--best", "fra"], "--best fra: no held-out text of that name; there are kin, eng"),
     (["--ema", "1.0"], "--ema 1.0: out of range"),
     (["--label-smoothing", "-0.1"], "--label-smoothing -0.1: out of range"),
-    (["--ema", "0.9", "--optimizer", "adamw-bf16"], "an average, are kept in float32"),
-    (["--mode", "dpo", "--neftune", "5"], "--neftune: says nothing here, with --mode dpo"),
+    (["--ema", "0.9", "--optimizer", "adamw-bf16"], "and without --ema"),
+    (["--mode", "dpo", "--neftune", "5"], "--neftune: has no effect with --mode dpo"),
     (["--mode", "cpo", "--label-smoothing", "0.1"],
-     "--label-smoothing: says nothing here, with --mode cpo"),
-    (["--recompute", "--recompute-light"], "--tune full and --recompute; leave it out"),
-    (["--lora-rank", "64"], "--lora-rank: says nothing here, with --mode cpt and --tune full"),
-    (["--lora-plus", "16"], "--lora-plus: says nothing here, with --mode cpt and --tune full"),
-    (["--beta", "0.3"], "--beta: says nothing here, with --mode cpt"),
+     "--label-smoothing: has no effect with --mode cpo"),
+    (["--recompute", "--recompute-light"], "--recompute-light: has no effect with --recompute"),
+    (["--lora-rank", "64"], "--lora-rank: has no effect with --tune full"),
+    (["--lora-plus", "16"], "--lora-plus: has no effect with --tune full"),
+    (["--beta", "0.3"], "--beta: has no effect with --mode cpt"),
     (["--beta1", "1.5"], "--beta1 1.5: out of range"), (["--beta2", "1"], "--beta2 1.0: out of"),
     (["--seed", "-1"], "--seed -1: out of range"),
     (["--weight-decay", "-0.1"], "--weight-decay -0.1: out of range"),
     (["--warmup", "inf"], "--warmup inf: out of range"),
-    (["--tune", "lora", "--embedding-lr", "1e-5"], "--embedding-lr: is of what --train-embeddings"),
+    (["--tune", "lora", "--embedding-lr", "1e-5"],
+     "--embedding-lr: has no effect without --train-embeddings"),
     (["--tune", "lora", "--lora-dropout", "5"], "--lora-dropout 5.0: out of range"),
     (["--dtype", "fp8"], "--dtype fp8: needs a GPU that multiplies eight bits")])
 def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(workspace, flags, said):
@@ -181,9 +184,9 @@ def test_a_setting_that_cannot_be_followed_is_refused_in_one_line(workspace, fla
     ("weight_decay", math.nan), ("plan_price", math.inf)])
 def test_a_number_that_no_run_could_have_is_out_of_range(name, value):
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: out of range") as e:
-        train.flags.check(train.Settings(**{name: value}), "text")
+        check_settings(Settings(**{name: value}))
     assert e.value.code == 2
-    train.flags.check(train.Settings(clip=math.inf, min_lr_ratio=1.0), "text")
+    check_settings(Settings(clip=math.inf, min_lr_ratio=1.0))
 
 
 def test_a_run_on_pairs_names_its_bin_as_the_bin_does(workspace):
@@ -424,7 +427,7 @@ def test_a_step_of_eight_rows_equals_two_times_four_with_uneven_masks(tune):
         if tune == "lora":
             lora.attach(model, 4, 8, 0.0, ["all-linear"])
         optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
-        loss, norm = train.train_step(model, train.NLL, batches, optimizer, ALONE, clip=1.0)
+        loss, norm = train.train_step(model, NLL, batches, optimizer, ALONE, clip=1.0)
         results.append((loss, norm, {n: p.detach().clone() for n, p in model.named_parameters()}))
     (l1, n1, p1), (l2, n2, p2) = results
     assert l1 == pytest.approx(l2, rel=1e-6) and n1 == pytest.approx(n2, rel=1e-5)
@@ -435,8 +438,8 @@ def test_a_step_of_eight_rows_equals_two_times_four_with_uneven_masks(tune):
 def test_a_step_that_is_not_finite_moves_nothing():
     model = tiny.ours(tiny.peer())
     optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
-    bad = train.Objective(
-        total=lambda m, b: train.NLL.total(m, b) * float("nan"), count=train.NLL.count)
+    bad = Objective(
+        sums=lambda m, b: NLL.sums(m, b) * float("nan"), count=NLL.count)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(FloatingPointError):
         train.train_step(model, bad, [packed(0, 2)], optimizer, ALONE, clip=1.0)
@@ -448,8 +451,8 @@ def test_an_fp16_scale_gives_way_at_overflow_until_it_cannot_and_then_it_is_a_fa
     model = tiny.ours(tiny.peer())
     model.model.compute_dtype = torch.float16
     optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
-    steep = train.Objective(  # a finite loss whose gradients are beyond fp16 at any scale
-        total=lambda m, b: train.NLL.total(m, b) * 1e9, count=train.NLL.count)
+    steep = Objective(  # a finite loss whose gradients are beyond fp16 at any scale
+        sums=lambda m, b: NLL.sums(m, b) * 1e9, count=NLL.count)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     scale, narrow = optim.LossScale(2.0**16), []
     for _ in range(20):
@@ -468,7 +471,7 @@ def test_compile_and_recompute_change_nothing_but_the_cost(change):
         if flags.get("compile"):
             model.model.compile_blocks(torch.device("cpu"))
         for seed in (1, 2):  # another layout of documents: must not be another graph's mistake
-            train.NLL.total(model, packed(seed, 2)).backward()
+            NLL.sums(model, packed(seed, 2)).backward()
         return {n: p.grad for n, p in model.named_parameters()}
 
     plain, changed = gradients(), gradients(**change)
@@ -541,7 +544,7 @@ def test_compiled_on_a_gpu_it_is_one_graph_that_finds_the_same(tune):
             model.model.compile_blocks(torch.device("cuda"))
         before = graphs["unique_graphs"]
         for seed in (1, 2, 3):  # the third has other numbers of documents and of trained tokens
-            train.NLL.total(model, packed(seed, 2).to("cuda")).backward()
+            NLL.sums(model, packed(seed, 2).to("cuda")).backward()
             made = graphs["unique_graphs"] - before
         found.append([p.grad for p in model.parameters() if p.requires_grad])
         assert made <= (0, 4)[compiled]  # a block and the loss, each of one size and of any
@@ -606,7 +609,7 @@ def test_mfu_is_of_all_tokens_of_documents_and_the_logits_of_those_that_are_trai
         )[2:]
         at = words.index("--data")
         words[at + 1 : at + 3] = [str(tmp_path / name)]
-        assert train.train(*train.read_settings(words)) == 0
+        assert train.train(*read_settings(words)) == 0
         model, _ = weights.load(workspace / "tied")
         lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
         work = model.flops_per_token(10) + (mode == "dpo") * model.flops_per_token(10, False)
@@ -748,10 +751,11 @@ def test_resume_without_a_run_says_so(tmp_path):
 
 
 def test_every_setting_is_fixed_or_free_on_resume_and_is_read_somewhere():
-    names = {f.name for f in dataclasses.fields(train.Settings)}
-    assert train.FREE <= names
-    modules = ("train", "run", "sources", "plan", "memory", "guards")
-    code = "".join((ROOT / f"{x}.py").read_text() for x in modules)
+    names = {f.name for f in dataclasses.fields(Settings)}
+    assert CAN_CHANGE_ON_RESUME <= names
+    files = {ROOT / "train.py", *(ROOT / "training").glob("*.py")}
+    files -= {ROOT / "training/settings.py"}
+    code = "".join(file.read_text(encoding="utf-8") for file in files)
     assert [n for n in names if f"s.{n}" not in code and f"settings.{n}" not in code] == []
 
 
@@ -799,7 +803,7 @@ def test_bins_are_prepared_once_and_prepared_again_when_the_text_changed(workspa
 def test_origins_are_told(tmp_path):
     (tmp_path / "r.toml").write_text("lr = 1e-4\nsteps = 5\n")
     settings, origins = config.read(
-        train.Settings, [str(tmp_path / "r.toml"), "--steps", "7"], "train.py")
+        Settings, [str(tmp_path / "r.toml"), "--steps", "7"], "train.py")
     assert (settings.lr, settings.steps) == (1e-4, 7)
     assert (origins["lr"].endswith("r.toml") and origins["steps"] == "flag"
             and origins["seed"] == "default")
