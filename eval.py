@@ -89,8 +89,8 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from checkpoints import huggingface as weights  # noqa: E402
-from checkpoints import model_folder  # noqa: E402
+from checkpoints.huggingface import load_model  # noqa: E402
+from checkpoints.model_folder import resolve_model_dir, stop_ids  # noqa: E402
 from data import sha256  # noqa: E402
 from evaluation import metrics, suites, tasks  # noqa: E402
 from evaluation import results as judge  # noqa: E402
@@ -425,20 +425,20 @@ def open_model(s: Settings) -> Reader:
     """The model, its tokenizer, and how much it reads at once."""
     ranks = Ranks.start(s.device)
     dtype = ranks.compute_dtype(s.dtype)
-    model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
+    model, tokenizer = load_model(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
     pack(model, losses=True)
     context = model.config.max_position_embeddings
     if not 0 <= s.max_length <= context:
         raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
                         "context, or 0 for all of it", FLAGS)
-    folder = model_folder.find(s.model)
+    folder = resolve_model_dir(s.model)
     template = Way.of(folder, tokenizer).own_template if s.chat_template else None
     if s.chat_template and template is None:
         raise UserError(f"--chat-template: {s.model} has no chat template; leave it out, or take "
                         "a model that was taught to converse", FLAGS)
     return Reader(model, tokenizer, s.max_length or context, s.quant, s.lm_eval_compat, template,
-                  frozenset(model_folder.stop_ids(folder, tokenizer)))
+                  frozenset(stop_ids(folder, tokenizer)))
 
 
 if __name__ == "__main__":

@@ -89,11 +89,33 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import lora  # noqa: E402
-from checkpoints import huggingface as weights  # noqa: E402
-from checkpoints import model_folder, peft_adapter  # noqa: E402
-from checkpoints.atomic_write import aside  # noqa: E402
-from checkpoints.model_folder import ADAPTER, ADAPTER_CONFIG, MERGED  # noqa: E402
-from checkpoints.safetensors_header import INDEX, Slot, five, header, inside  # noqa: E402
+from checkpoints.atomic_write import replace_folder  # noqa: E402
+from checkpoints.huggingface import check_finite, check_tensors, load_model, write_config  # noqa: E402
+from checkpoints.model_folder import (  # noqa: E402  # noqa: E402
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MERGE_RECORD,
+    MODEL_FILES,
+    base_model_dir,
+    configured_stop_ids,
+    copy_model_files,
+    read_config,
+    resolve_model_dir,
+    tensor_infos,
+)
+from checkpoints.peft_adapter import (  # noqa: E402
+    adapter_state,
+    check_adapter_base,
+    load_adapter,
+    load_adapter_state,
+)
+from checkpoints.safetensors_header import (  # noqa: E402
+    INDEX_FILE,
+    TensorInfo,
+    first_five,
+    read_header,
+    resolve_inside,
+)
 from data import sha256  # noqa: E402
 from inference.generate import Sampling, generate  # noqa: E402
 from layers.cross_entropy import capped  # noqa: E402
@@ -110,34 +132,34 @@ TEXT = "Umwana ajya ku ishuri. The child goes to school."
 
 def merge(s: Merge) -> None:
     """Write base + adapter as a folder laid out like the base; each sum is rounded once."""
-    folder = model_folder.find(s.model)
+    folder = resolve_model_dir(s.model)
     if not (folder / ADAPTER_CONFIG).exists():
         raise UserError(f"{folder}: no {ADAPTER_CONFIG}, so this is no adapter; name the folder of "
                         "one, as --tune lora writes it")
-    base, out = model_folder.base_of(folder), Path(s.out).expanduser().resolve()
+    base, out = base_model_dir(folder), Path(s.out).expanduser().resolve()
     if out in (folder.resolve(), base.resolve()):
         raise UserError(f"--out {s.out}: is the {'base' if out == base.resolve() else 'adapter'} "
                         "itself; name another folder", FLAGS)
-    adapter = sha256(inside(folder, ADAPTER))
+    adapter = sha256(resolve_inside(folder, ADAPTER_WEIGHTS))
     earlier = merges(base)
     if adapter in [x.get("merged_adapter") for x in earlier]:
-        raise UserError(f"{folder}: this adapter is already merged into {base} ({MERGED} there "
-                        "says so); merge it into the model it was trained on")
+        raise UserError(f"{folder}: this adapter is already merged into {base} ({MERGE_RECORD} "
+                        "there says so); merge it into the model it was trained on")
     model = adapted(base, folder)
     before = logits(folder) if s.compare else None
     name, revision = identity(str(base))
-    with aside(out, (*model_folder.MODEL_FILES, "README.md")) as new:
+    with replace_folder(out, (*MODEL_FILES, "README.md")) as new:
         write_merged(model, base, new, s.dtype)
-        model_folder.carry(base, new)
+        copy_model_files(base, new)
         if any((folder / x).exists() for x in FILES[:2]):  # one tokenizer, never halves of two
             for x in (*FILES[:4], "added_tokens.json"):
                 (new / x).unlink(missing_ok=True)
-        model_folder.carry(folder, new)
+        copy_model_files(folder, new)
         mine = out / "README.md"
         if mine.exists() and WRITTEN not in (text := mine.read_text("utf-8", "replace")):
             (new / mine.name).write_text(text, encoding="utf-8")  # a person's stays
         record = {"merged_adapter": adapter, "base": name, "revision": revision}
-        (new / MERGED).write_text(json.dumps({"merges": [*earlier, record]}, indent=1) + "\n")
+        (new / MERGE_RECORD).write_text(json.dumps({"merges": [*earlier, record]}, indent=1) + "\n")
     print(f"{out}: an adapter of {len(lora.adapters(model))} layers merged into {base}, "
           f"dtype {s.dtype}")
     if before is not None:
@@ -148,17 +170,17 @@ def merge(s: Merge) -> None:
 
 def adapted(base: Path, folder: Path) -> Llama:
     """The base's shapes without its weights, and the adapter in them, real and checked."""
-    peft_adapter.check_base(folder, base)
+    check_adapter_base(folder, base)
     with torch.device("meta"):
-        model = Llama(model_folder.read_config(base))
-    peft_adapter.load_adapter(model, folder)  # said as when it is loaded
+        model = Llama(read_config(base))
+    load_adapter(model, folder)  # said as when it is loaded
     for k in [k for k, p in model.named_parameters() if p.requires_grad]:  # what was trained
         parent, _, leaf = k.rpartition(".")
         p = torch.empty(model.get_parameter(k).shape, dtype=torch.float32)
         setattr(model.get_submodule(parent), leaf, nn.Parameter(p))
-    peft_adapter.fill(model, load_file(folder / ADAPTER), str(folder))
-    for k, x in peft_adapter.adapter_state(model).items():
-        weights._check_finite(x, f"{folder / ADAPTER}: {k}")
+    load_adapter_state(model, load_file(folder / ADAPTER_WEIGHTS), str(folder))
+    for k, x in adapter_state(model).items():
+        check_finite(x, f"{folder / ADAPTER_WEIGHTS}: {k}")
     return model
 
 
@@ -168,11 +190,11 @@ def write_merged(model: Llama, base: Path, out: Path, dtype: str) -> None:
     wanted = {k.replace(".base_layer.", "."): p for k, p in model.named_parameters()
               if ".lora_" not in k}
     found = slots(base, model)
-    weights._compare(base, model.config, wanted, found)
+    check_tensors(base, model.config, wanted, found)
     shards: dict[str, list[str]] = {}
     for k, slot in found.items():
         shards.setdefault(slot.file.name, []).append(k)
-    weights._write_config(out, base, model.config, FLAG_DTYPES.get(dtype))
+    write_config(out, base, model.config, FLAG_DTYPES.get(dtype))
     size = 0
     with log.progress("merging", len(found)) as move:
         for file, names in shards.items():
@@ -190,26 +212,26 @@ def write_merged(model: Llama, base: Path, out: Path, dtype: str) -> None:
                 elif wanted[k].requires_grad:  # trained as it is, beside the adapter
                     x = wanted[k].detach()
                 part[k] = x.to(kind).contiguous()
-                weights._check_finite(part[k], k)  # a narrower dtype overflows without a word
+                check_finite(part[k], k)  # a narrower dtype overflows without a word
                 size += part[k].nbytes
                 move(1)
             save_file(part, out / file, metadata={"format": "pt"})
-    if (base / INDEX).exists():
-        index = read_json(inside(base, INDEX))
+    if (base / INDEX_FILE).exists():
+        index = read_json(resolve_inside(base, INDEX_FILE))
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
         index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def slots(folder: Path, model: Llama) -> dict[str, Slot]:
+def slots(folder: Path, model: Llama) -> dict[str, TensorInfo]:
     """A folder's tensors but old rotary buffers and the copy of a tied head, neither of them
     read."""
     tied = model.config.tie_word_embeddings
-    return {k: slot for k, slot in model_folder.tensors(folder).items()
+    return {k: slot for k, slot in tensor_infos(folder).items()
             if not (k.endswith("rotary_emb.inv_freq") or (tied and k == "lm_head.weight"))}
 
 
-def read(slot: Slot) -> Tensor:
+def read(slot: TensorInfo) -> Tensor:
     """One tensor; the file is opened for it alone, so that the pages it read can go with it."""
     if slot.dtype not in SAFETENSORS_FLOATS:
         raise UserError(f"{slot.file}: {slot.name} is {slot.dtype}, expected "
@@ -220,7 +242,7 @@ def read(slot: Slot) -> Tensor:
 @torch.inference_mode()
 def logits(folder: Path) -> Tensor:
     """Logits of a short fixed text at each token, in float32: (T,V)."""
-    model, tokenizer = weights.load(folder)
+    model, tokenizer = load_model(folder)
     assert tokenizer is not None
     ids = torch.tensor([tokenizer.document(TEXT)[: model.config.max_position_embeddings]])  # (1,T)
     h = model.eval().model(ids, torch.zeros_like(ids), torch.arange(ids.shape[1])[None])
@@ -230,7 +252,7 @@ def logits(folder: Path) -> Tensor:
 def check(s: Check) -> None:
     """A line with a tick or a cross for each thing; a folder that cannot be read is an error."""
     wrong = 0
-    for good, line in findings(model_folder.find(s.model)):
+    for good, line in findings(resolve_model_dir(s.model)):
         print("✓" if good else "✗", log.printable(line), flush=True)
         wrong += not good
     if wrong:
@@ -240,25 +262,27 @@ def check(s: Check) -> None:
 
 def findings(folder: Path) -> Iterator[tuple[bool, str]]:
     """Each thing that is right or wrong in a folder, and what it is."""
-    base = model_folder.base_of(folder)
-    shape = model_folder.read_config(base)
+    base = base_model_dir(folder)
+    shape = read_config(base)
     with torch.device("meta"):
         model = Llama(shape)
     wanted, found = dict(model.named_parameters()), slots(base, model)
     odd = [f"{k} missing" for k in wanted if k not in found]
     odd += [f"{k} not of this model" for k in found if k not in wanted]
-    yield not odd, f"tensors: {five(odd) or f'all {len(wanted)} are there'}"
+    yield not odd, f"tensors: {first_five(odd) or f'all {len(wanted)} are there'}"
     astray = [f"{k} {found[k].shape}, expected {tuple(p.shape)}" for k, p in wanted.items()
               if k in found and found[k].shape != tuple(p.shape)]
-    yield not astray, f"shapes: {five(astray) or 'as config.json says'}"
-    bad, adapter = [], header(inside(folder, ADAPTER)) if folder != base else {}
+    yield not astray, f"shapes: {first_five(astray) or 'as config.json says'}"
+    bad, adapter = [], {}
+    if folder != base:
+        adapter = read_header(resolve_inside(folder, ADAPTER_WEIGHTS))
     for k, slot in [*found.items(), *adapter.items()]:
         try:
-            weights._check_finite(read(slot), k)
+            check_finite(read(slot), k)
         except UserError as e:
             bad.append(str(e).split(";")[0])
-    yield not bad, f"numbers: {five(bad) or 'all finite'}"
-    head, tied = model_folder.tensors(base).get("lm_head.weight"), shape.tie_word_embeddings
+    yield not bad, f"numbers: {first_five(bad) or 'all finite'}"
+    head, tied = tensor_infos(base).get("lm_head.weight"), shape.tie_word_embeddings
     embedding = found.get("model.embed_tokens.weight")
     if tied and head is not None and embedding is not None:
         same = torch.equal(read(head), read(embedding))
@@ -281,7 +305,7 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
         "BOS: the tokenizer has none" if tokenizer.bos is None
         else f"BOS: {begins[0]} in a document, expected one, at its beginning")
 
-    stops, where = model_folder.named_stops(folder)
+    stops, where = configured_stop_ids(folder)
     template = Template.of(folder, tokenizer) or Template.of(base, tokenizer)
     yield chat_finding(template, stops, shape.vocab_size) if template else (
         True, "chat template: none, so this model continues text and does not converse")
@@ -296,7 +320,7 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
         yield False, "continuation: not tried"
         return
     try:
-        loaded, _ = weights.load(folder, dtype=None)
+        loaded, _ = load_model(folder, dtype=None)
         start = ids[: max(1, len(ids) // 4)]  # far from where a sentence ends
         new = min(16, shape.max_position_embeddings - 1)
         more = [x for _, x in generate(loaded.eval(), [start], Sampling(new, temperature=0.0),
@@ -327,17 +351,17 @@ def chat_finding(template: Template, stops: list[Any], vocab: int) -> tuple[bool
 
 def card(s: Card) -> None:
     """Write README.md into the model's folder; one that a person wrote stays."""
-    folder = model_folder.find(s.model)
+    folder = resolve_model_dir(s.model)
     file = folder / "README.md"
     if file.exists() and WRITTEN not in file.read_text("utf-8", "replace") and not s.force:
         raise UserError(f"{file}: not written by this command, so it stays; move it, or --force",
                         STORAGE)
     if s.licence and not re.fullmatch(r"[\w.-]+", s.licence):
         raise UserError(f"--licence {s.licence!r}: expected a name of the hub's, as mit", FLAGS)
-    aside = file.with_suffix(".tmp")
+    temporary = file.with_suffix(".tmp")
     try:
-        aside.write_text("\n".join(card_text(folder, s)) + "\n", encoding="utf-8")
-        aside.replace(file)
+        temporary.write_text("\n".join(card_text(folder, s)) + "\n", encoding="utf-8")
+        temporary.replace(file)
     except OSError as e:
         raise UserError(f"{file}: cannot be written ({e.strerror})", STORAGE) from None
     print(f"wrote {file}; read it before it is published")
@@ -350,14 +374,14 @@ def push(s: Push) -> None:
         raise UserError(f"--model {s.model}: no such folder; only what is here can be sent", FLAGS)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", s.repo):
         raise UserError(f"--repo {s.repo!r}: expected org/name", FLAGS)
-    folder = model_folder.find(folder)
-    known = (*model_folder.MODEL_FILES, MERGED, "README.md")
+    folder = resolve_model_dir(folder)
+    known = (*MODEL_FILES, MERGE_RECORD, "README.md")
     here = sorted(f for f in folder.iterdir())
-    files = [inside(folder, f.name) for f in here if any(f.match(p) for p in known)]
+    files = [resolve_inside(folder, f.name) for f in here if any(f.match(p) for p in known)]
     for f in files:
         print(f"{f.stat().st_size:>16,}  {f.name}")
     if left := [f.name for f in here if f not in files]:
-        print(f"stays here: {log.printable(five(left))}")
+        print(f"stays here: {log.printable(first_five(left))}")
     print(f"{sum(f.stat().st_size for f in files):>16,}  bytes to {s.repo}, "
           f"{'PUBLIC: everybody sees them' if s.public else 'private'}")
     if folder / "README.md" not in files:

@@ -98,8 +98,8 @@ class Settings:
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
     SETTINGS, _ = log.run(lambda: config.read(Settings, sys.argv[1:], "sample.py"))
 
-from checkpoints import huggingface as weights  # noqa: E402
-from checkpoints import model_folder  # noqa: E402
+from checkpoints.huggingface import load_model  # noqa: E402
+from checkpoints.model_folder import resolve_model_dir, stop_ids, weights_fingerprints  # noqa: E402
 from inference.decode import hasten, pack  # noqa: E402
 from inference.generate import Answer, answers, stream  # noqa: E402
 from inference.prompt_format import (  # noqa: E402
@@ -235,7 +235,7 @@ def mark_of(s: Settings, folder: Path) -> str:
     apart = ("prompt", "file", "out", "rows", "json", "device", "chat", "compile", "web",
              "address")
     values: dict[str, Any] = {k: v for k, v in dataclasses.asdict(s).items() if k not in apart}
-    values["weights"] = model_folder.marks(folder)
+    values["weights"] = weights_fingerprints(folder)
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
@@ -366,12 +366,12 @@ def main(s: Settings) -> None:
     asked = [x for x in checked(read_asked(s)) for _ in range(s.samples)]
     ranks = Ranks.start(s.device)
     dtype = ranks.compute_dtype(s.dtype)
-    model, tokenizer = weights.load(s.model, ranks.device, dtype, quant=s.quant)
+    model, tokenizer = load_model(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
     (hasten if s.compile else pack)(model)
-    folder = model_folder.find(s.model)
+    folder = resolve_model_dir(s.model)
     way = Way.of(folder, tokenizer, s.translate)
-    ends = model_folder.stop_ids(folder, tokenizer)
+    ends = stop_ids(folder, tokenizer)
     if s.web:
         ways = {**({s.translate: way} if s.translate else {}), **Way.taught(folder, tokenizer)}
         manners = manners_of(s, ways, ends)

@@ -100,12 +100,12 @@ def questions() -> list[dict[str, str]]:
 
 def ours(name: str, size: str, folder: str) -> dict[str, Any]:
     """Seconds, and each item's log-likelihoods, as eval.py finds them."""
-    from checkpoints import huggingface as weights
+    from checkpoints.huggingface import load_model
     from evaluation import tasks
     from inference.decode import pack
 
     suite = suite_of(name, size)
-    model, tokenizer = weights.load(folder)
+    model, tokenizer = load_model(folder)
     pack(model.eval(), losses=True)
     items = suite.items(suite.prompts[0])
     tasks.records(model, tokenizer, suite, suite.prompts[0], items[:1])  # every thread has begun

@@ -109,13 +109,13 @@ def ours(case: Case, folder: str, ends: list[int], quant: str = "none") -> Any:
     """A function that answers prompts with up to so many ids, as sample.py does."""
     import torch
 
-    from checkpoints import huggingface as weights
+    from checkpoints.huggingface import load_model
     from inference.decode import pack
     from inference.generate import answers
     from inference.sampling import Sampling, Stops
 
     dtype = getattr(torch, case.dtype)
-    model, _ = weights.load(folder, dtype=dtype, tokenizer=False, quant=quant)
+    model, _ = load_model(folder, dtype=dtype, tokenizer=False, quant=quant)
     model.eval().model.compute_dtype = dtype
     pack(model)
 

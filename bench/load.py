@@ -44,13 +44,13 @@ def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
     import torch
     from transformers import LlamaForCausalLM
 
-    from checkpoints import huggingface as weights
+    from checkpoints.huggingface import load_model
 
     kept = getattr(torch, dtype)
     ids = torch.tensor([[7]])
     before, begun = peak_gb(), time.perf_counter()
     if side == "ours":
-        model, _ = weights.load(folder, dtype=kept, tokenizer=False)
+        model, _ = load_model(folder, dtype=kept, tokenizer=False)
         model.model.compute_dtype = kept
     else:
         model = LlamaForCausalLM.from_pretrained(folder, dtype=kept)

@@ -69,10 +69,10 @@ def predict(case: str, name: str, folder: str) -> dict[str, float]:
     """GB of 2^30 by part, of config.json alone."""
     import torch
 
-    from checkpoints import model_folder
+    from checkpoints.model_folder import read_config
     from training import memory_estimate as memory
 
-    need = memory.need(model_folder.read_config(Path(folder, name)), settings(case, name),
+    need = memory.need(read_config(Path(folder, name)), settings(case, name),
                        torch.bfloat16)
     return {part: getattr(need, part) / 2**30 for part in (*memory.PARTS, "total")}
 
@@ -101,7 +101,7 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
     import torch
 
     import lora
-    from checkpoints import huggingface as weights
+    from checkpoints.huggingface import load_model
     from runtime.distributed import Ranks
     from training import optimizer as optim
 
@@ -110,9 +110,9 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
     def take(name: str) -> float:
         s = settings(case, name)
         narrow = s.optimizer == "adamw-bf16" or s.tune != "full"
-        model, _ = weights.load(Path(folder, name), tokenizer=False,
-                                dtype=torch.bfloat16 if narrow else torch.float32,
-                                quant="nf4" if s.tune == "qlora" else "none")
+        model, _ = load_model(Path(folder, name), tokenizer=False,
+                              dtype=torch.bfloat16 if narrow else torch.float32,
+                              quant="nf4" if s.tune == "qlora" else "none")
         model.model.recompute, model.model.light = s.recompute, s.recompute_light
         model.model.compute_dtype = torch.bfloat16
         if s.tune != "full":

@@ -42,14 +42,14 @@ def ours(how: str, folder: str) -> Callable[[Any], float]:
     import torch
 
     import train
-    from checkpoints import huggingface as weights
+    from checkpoints.huggingface import load_model
     from data import IGNORE, Batch
     from runtime.distributed import Ranks
     from training import optimizer as optim
     from training.objective import NLL
 
     ranks = Ranks.start("cpu")
-    model, _ = weights.load(folder, dtype=torch.float32, tokenizer=False)
+    model, _ = load_model(folder, dtype=torch.float32, tokenizer=False)
     ranks.share(model.train(), how, torch.float32)
     optimizer = optim.adamw(model, LR, BETAS, DECAY)
 

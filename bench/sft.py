@@ -115,14 +115,14 @@ def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
 
     import lora
     import train
-    from checkpoints import huggingface as weights
+    from checkpoints.huggingface import load_model
     from data import Batch, Bin, Source, Whole
     from runtime.distributed import Ranks
     from training import optimizer as optim
     from training.objective import NLL, trained_tokens
 
     imports, cpu = peak_gb(), Ranks.start("cpu")
-    model, _ = weights.load(folder, dtype=torch.bfloat16 if case == "lora" else torch.float32,
+    model, _ = load_model(folder, dtype=torch.bfloat16 if case == "lora" else torch.float32,
                             tokenizer=False)
     model.model.compute_dtype = torch.bfloat16
     if case == "lora":

@@ -95,13 +95,13 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     import torch
 
     import lora
-    from checkpoints import huggingface as weights
+    from checkpoints.huggingface import load_model
     from runtime.distributed import Ranks
     from training import optimizer as optim
 
     adapted = case in ("lora", "large")
     cpu = Ranks.start("cpu")
-    model, _ = weights.load(folder, dtype=torch.bfloat16 if adapted else torch.float32,
+    model, _ = load_model(folder, dtype=torch.bfloat16 if adapted else torch.float32,
                             tokenizer=False)
     model.model.compute_dtype = torch.float32 if case == "fp32" else torch.bfloat16
     if adapted:

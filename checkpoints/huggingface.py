@@ -1,13 +1,13 @@
-"""Hugging Face folders in and out: config.json, safetensors in one file or many, PEFT adapters.
+"""Models in Hugging Face's format: load_model and save_model.
 
-One idea: the model must agree with its files, tensor for tensor. Every tensor is used exactly once,
-or an error names it: nothing is left at random, nothing is ignored, nothing outside the folder is
-opened. Formats that can run code when opened are not read at all.
+Every tensor of the files is used exactly once, or an error names it. Nothing is initialised at
+random, nothing is ignored, no file outside the folder is opened, and no format that can run code is
+read.
 
-Reading maps a file into memory and moves tensor by tensor to its device and dtype, so the peak is
-the size of the result. On a CPU, in the file's own dtype, nothing is copied: a page is read when it
-is used, and copied when it is written to, so training such a model never touches the file. Writing
-lays tensors out as in the folder the model came from, aside, and renames when all is on the disk.
+Loading maps a file into memory and moves one tensor at a time to its device and dtype, so the peak
+memory is the size of the result. On a CPU, in the file's own dtype, nothing is copied: pages are
+read when they are used, and copied when they are written to, so training never changes the file.
+Saving uses the shards and dtypes of the folder that the model came from, and is atomic.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora
-from checkpoints import peft_adapter
-from checkpoints.atomic_write import aside
+from checkpoints.atomic_write import replace_folder
 from checkpoints.model_folder import (
-    ADAPTER,
-    CARRIED,
-    CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    GENERATION_CONFIG,
     MODEL_FILES,
-    base_of,
-    carry,
-    find,
+    base_model_dir,
+    copy_model_files,
     read_config,
-    tensors,
+    resolve_model_dir,
+    tensor_infos,
 )
+from checkpoints.peft_adapter import adapter_state, check_adapter_base, load_adapter
 from checkpoints.safetensors_header import (
-    INDEX,
-    SINGLE,
-    Slot,
-    five,
-    inside,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    TensorInfo,
+    first_five,
+    resolve_inside,
 )
 from layers import config as families
 from layers import int8, nf4
@@ -57,201 +57,285 @@ from runtime.strict_json import read_json
 from tokenization.tokenizer import Tokenizer
 
 
-def load(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,
-         tokenizer: bool = True, quant: str = "none",
-         double: bool = False) -> tuple[Llama, Tokenizer | None]:
-    """A folder's or hub's model in `dtype` (None: the files'), and its tokenizer if wanted.
+def load_model(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,
+               tokenizer: bool = True, quant: str = "none",
+               double: bool = False) -> tuple[Llama, Tokenizer | None]:
+    """Load a model from a folder or the hub in `dtype` (None: that of the files), and its
+    tokenizer if `tokenizer` is true.
 
-    An adapter comes attached to its base, which is frozen. With `quant` "nf4" the layers' matrices
-    are kept in NF4, with `double` their scales in eight bits; with "int8" they and the head's are
-    in eight bits, an adapter merged before. UserError says what is wrong, and where.
+    An adapter is attached to its base, which is frozen. `quant` "nf4" keeps the matrices of the
+    layers in NF4, and with `double` their scales in 8 bits. "int8" keeps these matrices and that of
+    the head in 8 bits; an adapter is merged first. UserError names the file and the fault.
     """
-    folder = find(name)
-    base = base_of(folder)
-    merged = quant == "int8" and folder != base  # of the file's own numbers
-    model = _read_model(base, torch.device(device), None if merged else dtype,
-                        "none" if merged else quant, double)
-    if folder != base:
-        peft_adapter.check_base(folder, base)
-        peft_adapter.load_adapter(model, folder)
-        for k, x in peft_adapter.adapter_state(model).items():
-            _check_finite(x, f"{folder / ADAPTER}: {k}")
+    folder = resolve_model_dir(name)
+    base = base_model_dir(folder)
+    is_adapter = folder != base
+    merge_first = quant == "int8" and is_adapter  # quantize the sum of the files' own numbers
+    model = _read_model(base, torch.device(device), None if merge_first else dtype,
+                        "none" if merge_first else quant, double)
+    if is_adapter:
+        check_adapter_base(folder, base)
+        load_adapter(model, folder)
+        for k, x in adapter_state(model).items():
+            check_finite(x, f"{folder / ADAPTER_WEIGHTS}: {k}")
     if quant == "int8":
         int8.use(model)
     if not tokenizer:
         return model, None
-    own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model"))
-    found = Tokenizer.open(folder if own else base)
-    # a control token beyond the vocabulary (an unused <pad>) is common and harmless: no text is one
-    given = (found.bos, found.eos, *found.byte_lengths.nonzero()[0][-1:])
-    top = max(x for x in given if x is not None)
-    if top >= model.config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer gives id {top}, the model's vocabulary ends at "
-                        f"{model.config.vocab_size - 1}; they do not belong together")
-    return model, found
+    return model, _load_tokenizer(folder, base, model.config.vocab_size)
+
+
+def _load_tokenizer(folder: Path, base: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a folder, or of its base. UserError if it gives ids that the model has no
+    embedding for."""
+    has_own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = Tokenizer.open(folder if has_own else base)
+    # An unused control token beyond the vocabulary, such as <pad>, is common and harmless: no text
+    # is encoded to it. So only the ids that text, BOS and EOS use are compared.
+    used = (tokenizer.bos, tokenizer.eos, *tokenizer.byte_lengths.nonzero()[0][-1:])
+    largest = max(x for x in used if x is not None)
+    if largest >= vocab_size:
+        raise UserError(f"{folder}: the tokenizer gives id {largest}, but the model's last id is "
+                        f"{vocab_size - 1}; use the tokenizer that belongs to the model")
+    return tokenizer
 
 
 def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None, quant: str = "none",
                 double: bool = False) -> Llama:
-    """The model of a folder, every tensor of its files used exactly once."""
-    config, found = read_config(folder), tensors(folder)
-    found = {k: slot for k, slot in found.items() if not k.endswith("rotary_emb.inv_freq")}
-    layers = {m[1] for k in found if (m := re.match(r"model\.layers\.(\d+)\.", k))}
-    if len(layers) != config.num_hidden_layers:  # said before a billion of them are built
-        raise UserError(f"{folder}: num_hidden_layers is {config.num_hidden_layers} in "
-                        f"config.json, the files hold {len(layers)} layers")
+    """Load the model of a folder; every tensor of its files is used exactly once."""
+    config = read_config(folder)
+    infos = {k: info for k, info in tensor_infos(folder).items()
+             if not k.endswith("rotary_emb.inv_freq")}
+    _check_layer_count(folder, config, infos)
     try:
-        with torch.device("meta"):  # shapes only: Llama computes no initial weights
+        with torch.device("meta"):  # shapes only, no initial weights
             model = Llama(config)
     except RuntimeError:
-        raise UserError(f"{folder / CONFIG}: sizes that no memory could hold") from None
-    head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    _compare(folder, config, dict(model.named_parameters()), found)
+        raise UserError(f"{folder / CONFIG_FILE}: its sizes are too large for any memory; correct "
+                        "them, or download the model again") from None
+    head = infos.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    check_tensors(folder, config, dict(model.named_parameters()), infos)
     shard = file = None
-    for k, slot in found.items():
-        if file != slot.file:
-            shard, file = safe_open(slot.file, "pt"), slot.file
-        x = shard.get_tensor(slot.name)
-        parent, _, leaf = k.rpartition(".")
-        module = model.get_submodule(parent)
-        narrow = leaf == "weight" and (nf4.fits(parent, module) if quant == "nf4" else
-                                       quant == "int8" and int8.fits(module))
-        placed = x.to(device, x.dtype if narrow else dtype or x.dtype)
-        _check_finite(placed, f"{file}: {k}")
-        if narrow:  # of the file's own numbers, not of rounded ones
-            model.set_submodule(parent, NF4Linear(placed, module.bias, double) if quant == "nf4"
-                                else Int8Linear(placed, module.bias))
-        else:
-            setattr(module, leaf, nn.Parameter(placed))
-        if narrow or placed is not x:
-            shard = x = placed = file = None  # opened anew: the pages read so far can go
+    for name, info in infos.items():
+        if file != info.file:
+            shard, file = safe_open(info.file, "pt"), info.file
+        x = shard.get_tensor(info.name)
+        copied = _place_tensor(model, name, x, device, dtype, quant, double, file)
+        if copied:
+            shard = x = file = None  # open the file again, so that the pages read so far are freed
     if head is not None:
-        x = safe_open(head.file, "pt").get_tensor(head.name)
-        if not torch.equal(x.to(device, model.head.dtype), model.head):
-            raise UserError(f"{folder}: tie_word_embeddings in config.json is true, but "
-                            "lm_head.weight is not model.embed_tokens.weight; false would use both")
+        _check_tied_head(folder, model, head, device)
     return model
 
 
-def _compare(folder: Path, config: ModelConfig, wanted: dict[str, Tensor],
-             found: dict[str, Slot]) -> None:
-    """UserError unless the files hold just the config's tensors, in its shapes, as real numbers."""
-    if missing := [k for k in wanted if k not in found]:
-        hint = ", or tie_word_embeddings should be true" if missing == ["lm_head.weight"] else ""
-        raise UserError(f"{folder}: no {five(missing)} in the files; they are not complete{hint}")
-    if extra := [k for k in found if k not in wanted]:
-        raise UserError(f"{folder}: {five(extra)} in the files, but not in config.json's model")
-    words = {n: k for k, n in reversed(vars(config).items()) if type(n) is int}
-    for k, p in wanted.items():
-        shape, slot = tuple(p.shape), found[k]
-        if shape != slot.shape:
-            odd = [n for n, m in zip(shape, slot.shape, strict=False) if n != m and n in words]
-            by = f" by {words[odd[0]]}" if odd else ""
-            raise UserError(f"{slot.file}: {k} is {slot.shape}, config.json expects {shape}{by}")
-        if slot.dtype not in SAFETENSORS_FLOATS:
-            raise UserError(f"{slot.file}: {k} is {slot.dtype}, expected "
-                            f"{' '.join(SAFETENSORS_FLOATS)}; take the model in its original "
+def _check_layer_count(folder: Path, config: ModelConfig, infos: dict[str, TensorInfo]) -> None:
+    """UserError unless the files hold num_hidden_layers layers; before the model is built."""
+    layers = set()
+    for name in infos:
+        if match := re.match(r"model\.layers\.(\d+)\.", name):
+            layers.add(match[1])
+    if len(layers) != config.num_hidden_layers:
+        raise UserError(f"{folder}: num_hidden_layers is {config.num_hidden_layers} in "
+                        f"config.json, but the files hold {len(layers)} layers; download the model "
+                        "again")
+
+
+def _place_tensor(model: Llama, name: str, x: Tensor, device: torch.device,
+                  dtype: torch.dtype | None, quant: str, double: bool, file: Path) -> bool:
+    """Put a tensor of a file into the model, quantized if `quant` says so. Return whether it was
+    copied, so that the mapped file is no longer needed for it."""
+    module_name, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    quantize = False
+    if parameter_name == "weight" and quant == "nf4":
+        quantize = nf4.fits(module_name, module)
+    elif parameter_name == "weight" and quant == "int8":
+        quantize = int8.fits(module)
+    # quantize the file's own numbers, not numbers that were rounded to `dtype` first
+    placed = x.to(device, x.dtype if quantize else dtype or x.dtype)
+    check_finite(placed, f"{file}: {name}")
+    if not quantize:
+        setattr(module, parameter_name, nn.Parameter(placed))
+        return placed is not x
+    if quant == "nf4":
+        model.set_submodule(module_name, NF4Linear(placed, module.bias, double))
+    else:
+        model.set_submodule(module_name, Int8Linear(placed, module.bias))
+    return True
+
+
+def _check_tied_head(folder: Path, model: Llama, head: TensorInfo, device: torch.device) -> None:
+    """UserError if a tied head is stored too, with other numbers than the embeddings."""
+    x = safe_open(head.file, "pt").get_tensor(head.name)
+    if not torch.equal(x.to(device, model.head.dtype), model.head):
+        raise UserError(f"{folder}: tie_word_embeddings in config.json is true, but lm_head.weight "
+                        "is not equal to model.embed_tokens.weight; set it to false to use both")
+
+
+def check_tensors(folder: Path, config: ModelConfig, wanted: dict[str, Tensor],
+                  infos: dict[str, TensorInfo]) -> None:
+    """UserError unless the files hold exactly the tensors of the config, with its shapes, in a
+    floating-point dtype."""
+    if missing := [k for k in wanted if k not in infos]:
+        hint = ""
+        if missing == ["lm_head.weight"]:
+            hint = ", or set tie_word_embeddings to true"
+        raise UserError(f"{folder}: no {first_five(missing)} in the files; download the model "
+                        f"again{hint}")
+    if unknown := [k for k in infos if k not in wanted]:
+        raise UserError(f"{folder}: {first_five(unknown)} in the files, but not in the model that "
+                        "config.json describes; check config.json")
+    for name, parameter in wanted.items():
+        shape, info = tuple(parameter.shape), infos[name]
+        if shape != info.shape:
+            raise UserError(f"{info.file}: {name} is {info.shape}, config.json expects {shape}"
+                            f"{_explain_shape(config, shape, info.shape)}")
+        if info.dtype not in SAFETENSORS_FLOATS:
+            raise UserError(f"{info.file}: {name} is {info.dtype}, expected "
+                            f"{' '.join(SAFETENSORS_FLOATS)}; use the model in its original "
                             "precision")
 
 
-def _check_finite(x: Tensor, what: str) -> None:
-    """UserError if x holds a NaN or an infinity; no copy. A sum shows either and is the fastest
-    pass over memory there is; where it overflows by itself, the extremes decide."""
+def _explain_shape(config: ModelConfig, expected: tuple[int, ...], found: tuple[int, ...]) -> str:
+    """" by KEY": the key of the config that gives the first size that differs; empty if none."""
+    keys: dict[int, str] = {}
+    for key, value in vars(config).items():
+        if type(value) is int:
+            keys.setdefault(value, key)
+    for size, other in zip(expected, found, strict=False):
+        if size != other and size in keys:
+            return f" by {keys[size]}"
+    return ""
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """UserError if x holds a NaN or an infinity. Makes no copy.
+
+    A sum shows both, and is the fastest pass over memory. If the sum itself overflows, the extremes
+    decide.
+    """
     x = x.detach()
     if not x.sum().isfinite() and not torch.stack(torch.aminmax(x)).isfinite().all():
-        raise UserError(f"{what} holds NaN or infinity in {x.dtype}; fetch it again or widen it")
+        raise UserError(f"{what} holds NaN or infinity in {x.dtype}; download it again, or use a "
+                        "wider dtype")
 
 
-def save(model: Llama, folder: Path | str, like: Path | str,
-         dtype: torch.dtype | None = None, write: bool = True) -> None:
-    """Write a model's folder as `like` is laid out: its shards, dtypes (or `dtype`), other files.
+def save_model(model: Llama, folder: Path | str, source: Path | str,
+               dtype: torch.dtype | None = None, write: bool = True) -> None:
+    """Write a model's folder with the shards, dtypes (or `dtype`) and other files of `source`.
 
-    A `like` that is only a shape, without weights, gives one file in the model's own dtype. A tied
-    head is not written. If a model is cut among ranks, all call this, and one has `write`.
-    UserError if an adapter is attached, or the folder cannot be written.
+    If `source` has a config but no weights, one file in the model's own dtype is written. A tied
+    head is not written. If the model is sharded among ranks, every rank calls this function, and
+    one of them with `write`. UserError if an adapter is attached, if the model is quantized, or if
+    the folder cannot be written.
     """
     if lora.adapters(model):
         raise UserError(f"{folder}: the model has an adapter; merge it, or save the adapter alone")
     if any(isinstance(m, NF4Linear | Int8Linear) for m in model.modules()):
-        raise UserError(f"{folder}: the model is in int8 or NF4, less than its files hold; not "
-                        "written")
-    like = base_of(find(like))
-    index = read_json(inside(like, INDEX)) if (like / INDEX).exists() else None
-    before = _laid_out(like)
+        raise UserError(f"{folder}: the model is in int8 or NF4, with less precision than its "
+                        "files, so it is not written")
+    source = base_model_dir(resolve_model_dir(source))
+    index = None
+    if (source / INDEX_FILE).exists():
+        index = read_json(resolve_inside(source, INDEX_FILE))
+    infos = _stored_tensors(source)
     state = {k: p.detach() for k, p in model.named_parameters()}
-    kinds = _kinds(model, before, dtype)
-    shards: dict[str, list[str]] = {slot.file.name: [] for slot in before.values()} or {SINGLE: []}
-    for k in state:  # what `like` does not have goes to the last shard
-        shards[before[k].file.name if k in before else list(shards)[-1]].append(k)
+    dtypes = _dtypes_to_write(model, infos, dtype)
+    shards = _names_by_shard(state, infos)
     if not write:
-        for k in (k for names in shards.values() for k in names):
-            whole(state[k])
+        for names in shards.values():
+            for name in names:
+                whole(state[name])  # every rank takes part in gathering it
         return
-    with aside(Path(folder), (*MODEL_FILES, "README.md")) as new:
-        _write_config(new, like, model.config, dtype or (None if before else model.head.dtype))
-        carry(like, new)
+    with replace_folder(Path(folder), (*MODEL_FILES, "README.md")) as out:
+        config_dtype = dtype
+        if dtype is None and not infos:
+            config_dtype = model.head.dtype
+        write_config(out, source, model.config, config_dtype)
+        copy_model_files(source, out)
         for file, names in shards.items():
-            part = {k: whole(state[k]).to("cpu", kinds[k]).contiguous() for k in names}
-            for k, x in part.items():
-                _check_finite(x, k)  # a narrower dtype overflows without a word
-            save_file(part, new / file, metadata={"format": "pt"})
+            tensors = {k: whole(state[k]).to("cpu", dtypes[k]).contiguous() for k in names}
+            for name, x in tensors.items():
+                check_finite(x, name)  # a narrower dtype overflows silently
+            save_file(tensors, out / file, metadata={"format": "pt"})
         if index:
-            size = sum(x.numel() * kinds[k].itemsize for k, x in state.items())
-            index["metadata"] = {**index.get("metadata", {}), "total_size": size}
-            index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
-            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            total = sum(x.numel() * dtypes[k].itemsize for k, x in state.items())
+            write_index(out, index, shards, total)
 
 
-def size(model: Llama, like: Path) -> int:
-    """Bytes of the weights that `save` writes."""
-    kinds = _kinds(model, _laid_out(base_of(like)))
-    return sum(p.numel() * kinds[k].itemsize for k, p in model.named_parameters())
+def write_index(folder: Path, index: dict[str, Any], shards: dict[str, list[str]],
+                total_size: int) -> None:
+    """Write the index of a sharded model: that of its source, with these shards and bytes."""
+    index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
+    index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _laid_out(like: Path) -> dict[str, Slot]:
-    """Where a folder has its tensors; of one that is only a shape, nowhere."""
-    return tensors(like) if (like / INDEX).exists() or (like / SINGLE).exists() else {}
+def saved_bytes(model: Llama, source: Path) -> int:
+    """Bytes of the weights that `save_model` writes."""
+    dtypes = _dtypes_to_write(model, _stored_tensors(base_model_dir(source)))
+    return sum(p.numel() * dtypes[k].itemsize for k, p in model.named_parameters())
 
 
-def _kinds(model: Llama, before: dict[str, Slot],
-           dtype: torch.dtype | None = None) -> dict[str, torch.dtype]:
+def _stored_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of a folder; empty if it has no weights."""
+    if (folder / INDEX_FILE).exists() or (folder / WEIGHTS_FILE).exists():
+        return tensor_infos(folder)
+    return {}
+
+
+def _names_by_shard(state: dict[str, Tensor], infos: dict[str, TensorInfo]) -> dict[str, list[str]]:
+    """Shard file -> names of its tensors, as stored; new tensors go to the last shard."""
+    shards: dict[str, list[str]] = {info.file.name: [] for info in infos.values()}
+    if not shards:
+        shards = {WEIGHTS_FILE: []}
+    last = list(shards)[-1]
+    for name in state:
+        file = infos[name].file.name if name in infos else last
+        shards[file].append(name)
+    return shards
+
+
+def _dtypes_to_write(model: Llama, infos: dict[str, TensorInfo],
+                     dtype: torch.dtype | None = None) -> dict[str, torch.dtype]:
     """The dtype in which each tensor is written: `dtype`, or that of its file, or the model's."""
-    kept = {k: SAFETENSORS_FLOATS[slot.dtype] for k, slot in before.items()
-            if slot.dtype in SAFETENSORS_FLOATS}
-    return {k: dtype or kept.get(k, model.head.dtype) for k, _ in model.named_parameters()}
+    dtypes = {}
+    for name, _ in model.named_parameters():
+        stored = infos[name].dtype if name in infos else None
+        dtypes[name] = dtype or SAFETENSORS_FLOATS.get(stored, model.head.dtype)
+    return dtypes
 
 
-def fresh(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str, seed: int) -> None:
-    """Write the folder of a model that has learned nothing: float32 weights drawn from a seed."""
+def init_from_config(config: ModelConfig, tokenizer: Tokenizer, folder: Path | str,
+                     seed: int) -> None:
+    """Write the folder of a new model, with float32 weights drawn from a seed."""
     model, folder = Llama(config), Path(folder)
     model.initialise(seed)
     tokenizer.save(folder)
-    words = {**config.to_hf(), "dtype": "float32",
-             "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    (folder / CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
-    words = {k: words[k] for k in ("bos_token_id", "eos_token_id")}
-    (folder / CARRIED[0]).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
-    save(model, folder, like=folder)
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    for file, content in ((CONFIG_FILE, {**config.to_hf(), "dtype": "float32", **ids}),
+                          (GENERATION_CONFIG, ids)):
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_model(model, folder, source=folder)
 
 
-def _write_config(new: Path, like: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
-    """config.json as in `like`, with only what changed: the vocabulary's size, the weights' dtype.
+def write_config(out: Path, source: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
+    """Write config.json as in `source`, with a new vocabulary size or dtype if these changed.
 
-    Byte for byte if nothing did; the text part alone, of a model that also sees pictures.
+    The file is copied byte for byte if nothing changed. Of a vision-language model only the text
+    part is written.
     """
-    raw = read_json(inside(like, CONFIG))
-    words = families.text_words(raw)
+    original = read_json(resolve_inside(source, CONFIG_FILE))
+    text_config = families.text_words(original)
     changed: dict[str, Any] = {}
-    if config != ModelConfig.from_hf(words):
+    if config != ModelConfig.from_hf(text_config):
         changed["vocab_size"] = config.vocab_size
-        assert config == ModelConfig.from_hf({**words, **changed}), "another model than `like`"
-    key = "dtype" if "dtype" in words else "torch_dtype"  # transformers 5's word, and 4's
-    if dtype is not None and words.get(key) != str(dtype)[6:]:
+        assert config == ModelConfig.from_hf({**text_config, **changed}), "not the source's model"
+    key = "dtype" if "dtype" in text_config else "torch_dtype"  # transformers 5 and 4
+    if dtype is not None and text_config.get(key) != str(dtype)[6:]:
         changed[key] = str(dtype)[6:]
-    if changed or words is not raw:
-        text = json.dumps({**words, **changed}, indent=2, ensure_ascii=False) + "\n"
-        (new / CONFIG).write_text(text, encoding="utf-8")
+    if changed or text_config is not original:
+        text = json.dumps({**text_config, **changed}, indent=2, ensure_ascii=False) + "\n"
+        (out / CONFIG_FILE).write_text(text, encoding="utf-8")
     else:
-        shutil.copyfile(like / CONFIG, new / CONFIG)
-
-
+        shutil.copyfile(source / CONFIG_FILE, out / CONFIG_FILE)

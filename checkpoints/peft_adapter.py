@@ -1,4 +1,9 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+"""Adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors.
+
+A parameter's name in the model is its name in the file, after `PEFT_PREFIX`. Refused: a value in
+adapter_config.json that would change what is computed, a tensor that is missing, unknown or of
+another shape, and a base model with other weights than those the adapter was trained on.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +16,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from checkpoints.atomic_write import aside
-from checkpoints.model_folder import ADAPTER, ADAPTER_CONFIG, MODEL_FILES, carry, find, tensors
-from checkpoints.safetensors_header import header, inside, mark
+from checkpoints.atomic_write import replace_folder
+from checkpoints.model_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MODEL_FILES,
+    copy_model_files,
+    resolve_model_dir,
+    tensor_infos,
+)
+from checkpoints.safetensors_header import read_header, resolve_inside, weights_fingerprint
 from lora import EMBEDDINGS, Base, LoRALinear, adapters, attach, layer_of, trained_whole
 from model import Llama
 from runtime import hub
 from runtime.console import UserError
 from runtime.distributed import whole
 
-PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
-PLAIN = {  # what adapter_config.json may say besides nothing: all else changes what is computed
+PEFT_PREFIX = "base_model.model."  # PEFT puts this before the names of the model that it wraps
+SUPPORTED_VALUES = {  # values in adapter_config.json that are supported, besides empty ones
     "bias": ["none"],
     "task_type": ["CAUSAL_LM"],
     "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],
@@ -44,132 +56,170 @@ PLAIN = {  # what adapter_config.json may say besides nothing: all else changes 
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors under PEFT's names: what adapter_model.safetensors holds."""
-    state = {f"{PREFIX}{name}.lora_{x}.weight": getattr(m, f"lora_{x}").weight.detach()
-             for name, m in adapters(model).items() for x in "AB"}
-    state |= {f"{PREFIX}{name}.lora_magnitude_vector": m.lora_magnitude_vector.detach()
-              for name, m in adapters(model).items() if m.lora_magnitude_vector is not None}
-    state |= {PREFIX + name: model.get_parameter(name).detach() for name in trained_whole(model)}
-    if (tied := f"{PREFIX}model.embed_tokens.weight") in state and model.lm_head is None:
-        state[f"{PREFIX}lm_head.weight"] = state[tied].clone()  # PEFT wants the tied head too
+    """The trained tensors of an adapter, by their names in adapter_model.safetensors."""
+    state: dict[str, Tensor] = {}
+    for name, layer in adapters(model).items():
+        state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.weight.detach()
+        state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.weight.detach()
+        if layer.lora_magnitude_vector is not None:
+            magnitude = layer.lora_magnitude_vector.detach()
+            state[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = magnitude
+    for name in trained_whole(model):
+        state[PEFT_PREFIX + name] = model.get_parameter(name).detach()
+    embeddings = f"{PEFT_PREFIX}model.embed_tokens.weight"
+    if embeddings in state and model.lm_head is None:
+        state[f"{PEFT_PREFIX}lm_head.weight"] = state[embeddings].clone()  # PEFT stores both
     return state
 
 
 def adapter_config(model: nn.Module, base: str) -> dict[str, Any]:
-    """adapter_config.json for the attached adapter, on the base of that name or path."""
-    found, whole = adapters(model), trained_whole(model)
-    one = next(iter(found.values()))
-    everywhere = {layer_of(name) for name, m in model.named_modules() if layer_of(name) >= 0}
-    layers = sorted({layer_of(name) for name in found})
-    words = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-             "r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout, "bias": "none",
-             "use_rslora": one.rslora, "use_dora": one.lora_magnitude_vector is not None,
-             "inference_mode": True}
-    ends = {name.rpartition(".")[2] for name in found}
-    meant = {name for name, m in model.named_modules() if isinstance(m, Base | LoRALinear)
-             and name.rpartition(".")[2] in ends and layer_of(name) in layers}
-    words["target_modules"] = sorted(ends if meant == set(found) else found)
-    if len(layers) < len(everywhere) and meant == set(found):
-        words["layers_to_transform"] = layers
-    if whole:
-        modules = {name.rpartition(".")[0] for name in whole}
-        names = {name.rpartition(".")[2] for name in modules}
-        meant = {name for name, _ in model.named_modules() if name.endswith(tuple(names))}
-        words["modules_to_save"] = sorted(names if meant == modules else modules)
-        # a tied head is the embedding: PEFT must be told, or it keeps the frozen one
-        words["ensure_weight_tying"] = "embed_tokens" in names and "lm_head" not in names \
-            and model.lm_head is None
-    return words
+    """adapter_config.json of the attached adapter; `base` is the name or path of its base model."""
+    layers = adapters(model)
+    first = next(iter(layers.values()))
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+            "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout,
+            "bias": "none", "use_rslora": first.rslora,
+            "use_dora": first.lora_magnitude_vector is not None, "inference_mode": True,
+            **_target_modules(model, layers), **_modules_to_save(model)}
+
+
+def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+    """target_modules and layers_to_transform: short names if they select exactly these layers, or
+    else the whole names."""
+    short_names = {name.rpartition(".")[2] for name in layers}
+    adapted_indices = {layer_of(name) for name in layers}
+    all_indices = {layer_of(name) for name, _ in model.named_modules() if layer_of(name) >= 0}
+    selected = {name for name, m in model.named_modules() if isinstance(m, Base | LoRALinear)
+                and name.rpartition(".")[2] in short_names and layer_of(name) in adapted_indices}
+    if selected != set(layers):
+        return {"target_modules": sorted(layers)}
+    config: dict[str, Any] = {"target_modules": sorted(short_names)}
+    if len(adapted_indices) < len(all_indices):
+        config["layers_to_transform"] = sorted(adapted_indices)
+    return config
+
+
+def _modules_to_save(model: nn.Module) -> dict[str, Any]:
+    """modules_to_save, with short names if these select exactly the modules that are trained."""
+    if not trained_whole(model):
+        return {}
+    modules = {name.rpartition(".")[0] for name in trained_whole(model)}
+    short_names = {name.rpartition(".")[2] for name in modules}
+    selected = {name for name, _ in model.named_modules() if name.endswith(tuple(short_names))}
+    # PEFT must be told that a tied head is the embedding, or it keeps the frozen head
+    tied = "embed_tokens" in short_names and "lm_head" not in short_names \
+        and model.lm_head is None
+    return {"modules_to_save": sorted(short_names if selected == modules else modules),
+            "ensure_weight_tying": tied}
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Attach the PEFT adapter in a folder, with its weights; UserError on what would be computed
-    otherwise."""
-
-    where = folder / "adapter_config.json"
-    words = json.loads(where.read_text(encoding="utf-8"))
-    odd = [f"{k} {words[k]!r}" for k, plain in PLAIN.items()
-           if words.get(k) and words[k] not in plain]
-    if words.get("peft_type") != "LORA" or odd:
-        raise UserError(f"{where}: {', '.join(odd) or words.get('peft_type')} is not supported; "
-                        "LoRA, rsLoRA and DoRA are")
-    r, alpha, dropout = words.get("r"), words.get("lora_alpha"), words.get("lora_dropout", 0.0)
-    targets, layers = words.get("target_modules"), words.get("layers_to_transform") or []
-    whole = words.get("modules_to_save") or []
-    targets = [targets] if isinstance(targets, str) else targets
-    layers = [layers] if type(layers) is int else layers
-    if (type(r) is not int or r < 1 or type(alpha) not in (int, float)
-            or not _list_of(str, targets) or not _list_of(int, layers) or not _list_of(str, whole)
-            or type(dropout) not in (int, float) or not 0 <= dropout < 1):
-        raise UserError(f"{where}: r {r!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}, "
-                        f"target_modules {targets!r}, layers_to_transform {layers!r}, "
-                        f"modules_to_save {whole!r} do not describe an adapter; fetch it again")
-    if odd := [x for x in targets if x in EMBEDDINGS]:
-        raise UserError(f"{where}: {odd[0]} has an adapter, which is not supported; the linear "
-                        "layers' are, and modules_to_save")
-    if getattr(model, "lm_head", None) is None and "lm_head" in whole:
-        if "embed_tokens" not in whole or not words.get("ensure_weight_tying"):
-            raise UserError(f"{where}: modules_to_save has lm_head of its own, but the base's is "
-                            "tied to its embeddings; untie the base first")
-        whole = [x for x in whole if x != "lm_head"]
+    """Attach the adapter of a folder and load its weights. UserError if it is not supported."""
+    file = folder / ADAPTER_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    _check_supported(config, file)
+    targets, layers, modules_to_save = _read_lists(config, file)
+    if getattr(model, "lm_head", None) is None and "lm_head" in modules_to_save:
+        if "embed_tokens" not in modules_to_save or not config.get("ensure_weight_tying"):
+            raise UserError(f"{file}: modules_to_save has its own lm_head, but the base's lm_head "
+                            "is tied to the embeddings; untie the base first")
+        modules_to_save = [x for x in modules_to_save if x != "lm_head"]
     try:
-        attach(model, r, alpha, dropout, targets, bool(words.get("use_rslora")),
-               bool(words.get("use_dora")), layers, whole)
+        attach(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets,
+               bool(config.get("use_rslora")), bool(config.get("use_dora")), layers,
+               modules_to_save)
     except UserError as e:
-        said = str(e).replace("--lora-", "")
-        raise UserError(f"{where}: {said}; the adapter belongs to another base") from None
+        reason = str(e).replace("--lora-", "")
+        raise UserError(f"{file}: {reason}; the adapter belongs to another base") from None
     try:
-        found = load_file(folder / "adapter_model.safetensors")
+        state = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{folder}/adapter_model.safetensors: cannot be read ({e})") from None
-    fill(model, found, str(folder))
+        raise UserError(f"{folder / ADAPTER_WEIGHTS}: cannot be read ({e})") from None
+    load_adapter_state(model, state, str(folder))
 
 
-def _list_of(kind: type, x: Any) -> bool:
+def _check_supported(config: dict[str, Any], file: Path) -> None:
+    """UserError if adapter_config.json asks for a computation that is not supported."""
+    unsupported = [f"{key} {config[key]!r}" for key, values in SUPPORTED_VALUES.items()
+                   if config.get(key) and config[key] not in values]
+    if config.get("peft_type") != "LORA" or unsupported:
+        raise UserError(f"{file}: {', '.join(unsupported) or config.get('peft_type')} is not "
+                        "supported; LoRA, rsLoRA and DoRA are")
+
+
+def _read_lists(config: dict[str, Any], file: Path) -> tuple[list[str], list[int], list[str]]:
+    """target_modules, layers_to_transform and modules_to_save, after all types are checked."""
+    r, alpha, dropout = (config.get("r"), config.get("lora_alpha"),
+                         config.get("lora_dropout", 0.0))
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform") or []
+    modules_to_save = config.get("modules_to_save") or []
+    if isinstance(targets, str):
+        targets = [targets]
+    if type(layers) is int:
+        layers = [layers]
+    valid = (type(r) is int and r >= 1 and type(alpha) in (int, float)
+             and type(dropout) in (int, float) and 0 <= dropout < 1
+             and _is_list_of(str, targets) and _is_list_of(int, layers)
+             and _is_list_of(str, modules_to_save))
+    if not valid:
+        raise UserError(f"{file}: r {r!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}, "
+                        f"target_modules {targets!r}, layers_to_transform {layers!r}, "
+                        f"modules_to_save {modules_to_save!r} do not describe an adapter; "
+                        "download it again")
+    if embeddings := [x for x in targets if x in EMBEDDINGS]:
+        raise UserError(f"{file}: an adapter on {embeddings[0]} is not supported; adapters on "
+                        "linear layers and modules_to_save are")
+    return targets, layers, modules_to_save
+
+
+def _is_list_of(kind: type, x: Any) -> bool:
     return isinstance(x, list) and all(type(i) is kind for i in x)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, found: dict[str, Tensor], where: str) -> None:
-    """Copy tensors under PEFT's names into the attached adapter; each exactly once, of the right
-    shape."""
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Copy tensors with PEFT's names into the attached adapter. UserError, which begins with
+    `where`, unless the names and shapes are exactly those of the adapter."""
     wanted = adapter_state(model)
-    for name in sorted(wanted.keys() ^ found.keys()):
-        raise UserError(f"{where}: tensor {name} is "
-                        f"{'missing' if name in wanted else 'not one of this model'}; the "
-                        "adapter belongs to another base")
+    for name in sorted(wanted.keys() ^ state.keys()):
+        fault = "is missing" if name in wanted else "is not one of this model"
+        raise UserError(f"{where}: tensor {name} {fault}; the adapter belongs to another base")
     for name, tensor in wanted.items():
-        if tensor.shape != found[name].shape:
-            raise UserError(
-                f"{where}: {name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}; "
-                f"the "
-                "adapter belongs to another base")
-        tensor.copy_(found[name])
+        if tensor.shape != state[name].shape:
+            raise UserError(f"{where}: {name} is {tuple(state[name].shape)}, expected "
+                            f"{tuple(tensor.shape)}; the adapter belongs to another base")
+        tensor.copy_(state[name])
 
 
-def check_base(folder: Path, base: Path) -> None:
-    """UserError if an adapter's file is damaged, or says that it was trained on other weights."""
-    header(inside(folder, ADAPTER))
-    told = (safe_open(folder / ADAPTER, "pt").metadata() or {}).get("base")
-    if told is not None and told != mark(tensors(base)):
+def check_adapter_base(folder: Path, base: Path) -> None:
+    """UserError if an adapter's file is damaged, or names the fingerprint of another base."""
+    read_header(resolve_inside(folder, ADAPTER_WEIGHTS))
+    metadata = safe_open(folder / ADAPTER_WEIGHTS, "pt").metadata() or {}
+    fingerprint = metadata.get("base")
+    if fingerprint is not None and fingerprint != weights_fingerprint(tensor_infos(base)):
         raise UserError(f"{folder}: was trained on other weights than those of {base}, which have "
                         f"the same shapes; name its base in {ADAPTER_CONFIG}")
 
 
-def save_adapter(model: Llama, folder: Path | str, base: str | Path, like: Path | str) -> None:
-    """Write the attached adapter as a PEFT folder, with the tokenizer of `like`; it goes on `base`.
+def save_adapter(model: Llama, folder: Path | str, base: str | Path, source: Path | str) -> None:
+    """Write the attached adapter as a PEFT folder, with the tokenizer and other files of `source`.
 
-    A base in the hub's cache is named by its id and commit, another folder by its whole path; its
-    mark goes with the adapter, so that other weights of that shape are not taken for it.
+    adapter_config.json names `base` by hub id and commit if it lies in the hub's cache, or else by
+    its absolute path. The fingerprint of the base's weights is stored, so that other weights of the
+    same shapes are refused.
     """
-    words, about = adapter_config(model, str(base)), {"format": "pt"}
-    if (there := Path(base).expanduser().resolve()).is_dir():
-        repo, commit = hub.source(there)
-        words["base_model_name_or_path"] = repo or str(there)
-        words |= {"revision": commit} if commit else {}
-        about["base"] = mark(tensors(there))
-    with aside(Path(folder), (*MODEL_FILES, "README.md")) as new:
-        (new / ADAPTER_CONFIG).write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
-        carry(find(like), new)
+    config = adapter_config(model, str(base))
+    metadata = {"format": "pt"}
+    base_dir = Path(base).expanduser().resolve()
+    if base_dir.is_dir():
+        repo, commit = hub.source(base_dir)
+        config["base_model_name_or_path"] = repo or str(base_dir)
+        if commit:
+            config["revision"] = commit
+        metadata["base"] = weights_fingerprint(tensor_infos(base_dir))
+    with replace_folder(Path(folder), (*MODEL_FILES, "README.md")) as out:
+        text = json.dumps(config, indent=2) + "\n"
+        (out / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        copy_model_files(resolve_model_dir(source), out)
         state = {k: whole(x).cpu().contiguous() for k, x in adapter_state(model).items()}
-        save_file(state, new / ADAPTER, metadata=about)
+        save_file(state, out / ADAPTER_WEIGHTS, metadata=metadata)

@@ -1,8 +1,8 @@
-"""What safetensors files hold, by their headers alone: one file, or many and an index.
+"""Headers of safetensors files: one file, or several shards with an index.
 
-One idea: a file is believed only where it agrees with itself. Header, size and index must say the
-same; a name leads to a file inside the folder or nowhere; a tensor stands in one place. No tensor
-is read here but for `mark`, which samples each.
+A file is accepted only if its header, its size and the index agree, if its name stays inside the
+model folder, and if each tensor is stored once. No tensor is read here, except by
+`weights_fingerprint`, which reads a few rows of each.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from runtime.console import UserError
 from runtime.strict_json import read_json, strict_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
-MAX_HEADER = 100 << 20  # bytes: safetensors' own limit
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+UNSAFE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")  # never opened
+MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors library
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where a tensor lies and what it is there, as its file's header says."""
+class TensorInfo:
+    """Where a tensor is stored, with the dtype and shape that the header of its file gives."""
 
     file: Path
     dtype: str
@@ -36,112 +36,143 @@ class Slot:
     name: str  # its name in the file
 
 
-def inside(folder: Path, name: Any) -> Path:
-    """The file of that plain name in a folder; UserError if it lies elsewhere, or is no file.
+def resolve_inside(folder: Path, name: Any) -> Path:
+    """The path of a file in a folder. UserError if the name leaves the folder, or if there is no
+    such file.
 
-    The hub's cache links a snapshot's files to the model's blobs; any other way out is refused.
+    Links of the hub's cache, from a snapshot to the blobs of the same model, are allowed.
     """
     if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise UserError(f"{folder}: file name {name!r} leads outside the model folder; refused")
+        raise UserError(f"{folder}: the file name {name!r} leads outside the model folder; it is "
+                        "not opened. Download the model again")
     root, file = folder.resolve(), (folder / name).resolve()
     roots = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         roots.append(root.parent.parent / "blobs")
     if not any(file.is_relative_to(r) for r in roots):
         raise UserError(f"{folder / name}: a link that leads outside the model folder; copy the "
-                        "file into it")
+                        "file into the folder")
     if not file.is_file():
-        raise UserError(f"{folder / name}: no such file; the model is not complete, fetch it again")
+        raise UserError(f"{folder / name}: no such file; the model is incomplete, download it "
+                        "again")
     return folder / name
 
 
-def header(file: Path) -> dict[str, Slot]:
-    """What a safetensors file holds, by its header; UserError if cut short or of another kind."""
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, from its header. UserError if the file is truncated,
+    damaged or not a safetensors file."""
     size = file.stat().st_size
     with open(file, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        if size < 8 or n > MAX_HEADER:
-            raise UserError(f"{file}: {size} bytes that are no safetensors file; fetch it again")
-        if size < 8 + n:
-            raise UserError(f"{file}: {size} bytes, expected {8 + n} for its header alone; it was "
-                            "cut short, fetch it again")
-        words = strict_json(f.read(n), f"{file}, header")
-    found, end = {}, 0
-    for name, x in words.items():
-        if name != "__metadata__":
-            try:
-                shape, (_, stop) = tuple(map(int, x["shape"])), map(int, x["data_offsets"])
-                found[name] = Slot(file, str(x["dtype"]), shape, name)
-            except (KeyError, TypeError, ValueError, OverflowError):
-                raise UserError(f"{file}: header damaged at {name!r}; fetch it again") from None
-            end = max(end, stop)
-    if size != 8 + n + end:
-        how = "cut short" if size < 8 + n + end else "added to"
-        raise UserError(f"{file}: {size} bytes, expected {8 + n + end}; {how}, fetch it again")
-    try:
-        safe_open(file, "pt")  # the library's own look at holes, overlaps, shapes against sizes
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: header damaged ({e}); fetch it again") from None
-    return found
-
-
-def contents(folder: Path) -> dict[str, Slot]:
-    """Every tensor of a folder's model, shard by shard; UserError if index and shards disagree."""
-    if not os.path.lexists(folder / SINGLE) and not os.path.lexists(folder / INDEX):
-        other = sorted(f.name for pattern in NOT_READ for f in folder.glob(pattern))
-        why = f"only {five(other)}, not read because such files can run code when opened or are " \
-              "quantised; convert with transformers: AutoModelForCausalLM.from_pretrained(A)" \
-              ".save_pretrained(B)" if other else "no weights that are read; fetch the model " \
-              "again, or, if its repository has only .bin files, convert those with transformers"
-        raise UserError(f"{folder}: no {SINGLE} and no {INDEX} here, {why}")
-    told, files = None, [SINGLE]
-    if os.path.lexists(folder / INDEX):
-        told = read_json(inside(folder, INDEX)).get("weight_map")
-        if type(told) is not dict or not told:
-            raise UserError(f"{folder / INDEX}: weight_map is missing or empty; fetch it again")
-        for file in told.values():
-            if type(file) is not str or not file.endswith(".safetensors"):
-                raise UserError(f"{folder / INDEX}: names {file!r}, expected .safetensors files")
-        files = sorted(set(told.values()))
-        if SINGLE not in files and os.path.lexists(folder / SINGLE):
-            raise UserError(f"{folder}: holds {SINGLE} and also the shards of {INDEX}; remove the "
-                            "one that is not meant")
-    found: dict[str, Slot] = {}
-    for file in files:
-        here = header(inside(folder, file))
-        if twice := [k for k in here if k in found]:
-            raise UserError(f"{folder}: {five(twice)} in {found[twice[0]].file.name} and again in "
-                            f"{file}; which is meant cannot be known")
-        found |= here
-    if told is not None:
-        where = {k: slot.file.name for k, slot in found.items()}
-        if astray := [k for k in {**told, **where} if told.get(k) != where.get(k)]:
-            raise UserError(f"{folder}: {INDEX} and the shards disagree about {five(astray)}; "
-                            "fetch the model again")
-    return found
-
-
-def mark(found: Mapping[str, Slot]) -> str:
-    """A sha256 by which a model is known again: of rows of every tensor, in bf16.
-
-    The same numbers in another dtype, layout or with a copy of a tied head have the same mark.
-    """
-    sha = hashlib.sha256()
-    for name in sorted(found):
-        slot = found[name]
-        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" or not slot.shape:
+        header_size = int.from_bytes(f.read(8), "little")
+        if size < 8 or header_size > MAX_HEADER:
+            raise UserError(f"{file}: not a safetensors file ({size} bytes); download it again")
+        data_start = 8 + header_size
+        if size < data_start:
+            raise UserError(f"{file}: {size} bytes, expected {data_start} for its header alone; "
+                            "the file is truncated, download it again")
+        header = strict_json(f.read(header_size), f"{file}, header")
+    infos: dict[str, TensorInfo] = {}
+    data_end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
             continue
-        part = safe_open(slot.file, "pt").get_slice(slot.name)
-        rows = sorted({0, slot.shape[0] // 2, slot.shape[0] - 1}) if len(slot.shape) > 1 else [
-            slice(None)]
-        sha.update(f"{name} {slot.shape}".encode())
+        try:
+            shape = tuple(map(int, entry["shape"]))
+            _, end = map(int, entry["data_offsets"])
+            infos[name] = TensorInfo(file, str(entry["dtype"]), shape, name)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise UserError(f"{file}: its header is damaged at {name!r}; download it again"
+                            ) from None
+        data_end = max(data_end, end)
+    expected = data_start + data_end
+    if size != expected:
+        change = "truncated" if size < expected else "longer than its header says"
+        raise UserError(f"{file}: {size} bytes, expected {expected}; the file is {change}, "
+                        "download it again")
+    try:
+        safe_open(file, "pt")  # the library checks gaps, overlaps, and sizes against shapes
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file}: its header is damaged ({e}); download it again") from None
+    return infos
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of a model folder. UserError if the index and the shards disagree."""
+    weight_map = _weight_map(folder)
+    files = sorted(set(weight_map.values())) if weight_map else [WEIGHTS_FILE]
+    if WEIGHTS_FILE not in files and os.path.lexists(folder / WEIGHTS_FILE):
+        raise UserError(f"{folder}: contains both {WEIGHTS_FILE} and the shards of {INDEX_FILE}; "
+                        "remove the one that you do not want")
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        shard = read_header(resolve_inside(folder, file))
+        if twice := [k for k in shard if k in infos]:
+            raise UserError(f"{folder}: {first_five(twice)} in {infos[twice[0]].file.name} and "
+                            f"again in {file}; download the model again")
+        infos |= shard
+    if weight_map:
+        stored = {k: info.file.name for k, info in infos.items()}
+        names = {**weight_map, **stored}
+        if differ := [k for k in names if weight_map.get(k) != stored.get(k)]:
+            raise UserError(f"{folder}: {INDEX_FILE} and the shards disagree about "
+                            f"{first_five(differ)}; download the model again")
+    return infos
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard file, from the index; empty for a model in one file."""
+    if not os.path.lexists(folder / INDEX_FILE):
+        if not os.path.lexists(folder / WEIGHTS_FILE):
+            raise UserError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE} here, "
+                            f"{_why_no_weights(folder)}")
+        return {}
+    weight_map = read_json(resolve_inside(folder, INDEX_FILE)).get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        raise UserError(f"{folder / INDEX_FILE}: weight_map is missing or empty; download it "
+                        "again")
+    for file in weight_map.values():
+        if type(file) is not str or not file.endswith(".safetensors"):
+            raise UserError(f"{folder / INDEX_FILE}: names {file!r}, expected .safetensors files; "
+                            "download the model again")
+    return weight_map
+
+
+def _why_no_weights(folder: Path) -> str:
+    """What a folder holds in place of safetensors files, and what to do about it."""
+    unsafe = sorted(f.name for pattern in UNSAFE_FILES for f in folder.glob(pattern))
+    if unsafe:
+        return (f"only {first_five(unsafe)}. Such files can run code when they are opened, or are "
+                "quantized, so they are not read; convert them with transformers: "
+                "AutoModelForCausalLM.from_pretrained(A).save_pretrained(B)")
+    return ("and no other weights; download the model again. If its repository has only .bin "
+            "files, convert them with transformers")
+
+
+def weights_fingerprint(infos: Mapping[str, TensorInfo]) -> str:
+    """A sha256 of a model's weights: of the first, middle and last row of every tensor, in bf16.
+
+    It does not depend on the files' dtype or layout, nor on a stored copy of a tied head.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(infos):
+        info = infos[name]
+        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" or not info.shape:
+            continue
+        tensor = safe_open(info.file, "pt").get_slice(info.name)
+        rows: list[int | slice] = [slice(None)]
+        if len(info.shape) > 1:
+            rows = sorted({0, info.shape[0] // 2, info.shape[0] - 1})
+        digest.update(f"{name} {info.shape}".encode())
         for row in rows:
-            x = part[row].to(torch.bfloat16).contiguous()
-            sha.update(x.view(torch.int16).numpy().tobytes())
-    return sha.hexdigest()
+            x = tensor[row].to(torch.bfloat16).contiguous()
+            digest.update(x.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def five(names: Iterable[str]) -> str:
-    """Up to five names, and how many more there are."""
+def first_five(names: Iterable[str]) -> str:
+    """Up to five names, and the number of the others."""
     names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    text = ", ".join(names[:5])
+    if len(names) > 5:
+        text += f" and {len(names) - 5} more"
+    return text

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints import model_folder
+from checkpoints.model_folder import base_model_dir
 from inference.generate import stream
 from inference.sampling import Sampling, Stops
 from model import Llama
@@ -89,7 +89,7 @@ class Way:
     @property
     def places(self) -> tuple[Path, Path]:
         """Where what was taught may stand: the model's folder, and for an adapter its base's."""
-        return self.folder, model_folder.base_of(self.folder)
+        return self.folder, base_model_dir(self.folder)
 
     @functools.cached_property
     def own_template(self) -> Template | None:

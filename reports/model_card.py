@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from checkpoints import model_folder
-from checkpoints.model_folder import ADAPTER_CONFIG, CONFIG, MERGED
-from checkpoints.safetensors_header import inside
+from checkpoints.model_folder import ADAPTER_CONFIG, CONFIG_FILE, MERGE_RECORD, tensor_infos
+from checkpoints.safetensors_header import resolve_inside
 from runtime import console as log
 from runtime.console import UserError
 from runtime.strict_json import read_json, strict_json
@@ -62,8 +61,8 @@ def text(folder: Path, s: Any) -> Iterator[str]:
         yield (f"A LoRA adapter, rank {words.get('r')}, alpha {words.get('lora_alpha')}, on "
                f"{cell(', '.join(words.get('target_modules') or []))}.")
     else:
-        n = sum(torch.Size(x.shape).numel() for x in model_folder.tensors(folder).values())
-        kind = (read_json(folder / CONFIG).get("architectures") or ["unknown"])[0]
+        n = sum(torch.Size(x.shape).numel() for x in tensor_infos(folder).values())
+        kind = (read_json(folder / CONFIG_FILE).get("architectures") or ["unknown"])[0]
         yield f"A language model, {cell(kind)}, {n:,} parameters."
     if past:
         yield f"{len(past)} LoRA adapter(s) were merged into it."
@@ -272,9 +271,9 @@ def use_lines(folder: Path, adapter: bool) -> list[str]:
 
 def merges(folder: Path) -> list[dict[str, Any]]:
     """What was merged into a folder's model so far."""
-    if not (folder / MERGED).exists():
+    if not (folder / MERGE_RECORD).exists():
         return []
-    found = read_json(inside(folder, MERGED)).get("merges")
+    found = read_json(resolve_inside(folder, MERGE_RECORD)).get("merges")
     if type(found) is not list or not all(type(x) is dict for x in found):
-        raise UserError(f"{folder / MERGED}: `merges` is no list of objects; fetch it again")
+        raise UserError(f"{folder / MERGE_RECORD}: `merges` is no list of objects; fetch it again")
     return found

@@ -25,9 +25,10 @@ import transformers
 import yaml
 
 import export
-from checkpoints import huggingface as weights
-from checkpoints import model_folder, peft_adapter
-from checkpoints import safetensors_header as shards
+from checkpoints.huggingface import load_model
+from checkpoints.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_config
+from checkpoints.peft_adapter import adapter_state, save_adapter
+from checkpoints.safetensors_header import INDEX_FILE
 from helpers import tiny
 from reports import model_card as card_of
 from runtime import console as log
@@ -98,7 +99,7 @@ def test_a_merge_is_pefts_in_tensors_and_logits_and_laid_out_like_the_base(
     assert len(list(base.glob("model-*-of-*"))) > 2 or not sharded
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     if sharded:
-        one, two = (json.loads((f / shards.INDEX).read_text()) for f in (base, out))
+        one, two = (json.loads((f / INDEX_FILE).read_text()) for f in (base, out))
         assert one["weight_map"] == two["weight_map"]
         assert one["metadata"]["total_size"] == two["metadata"]["total_size"]
     assert before == {f.name: f.read_bytes() for f in base.iterdir()}, "the base is as it was"
@@ -113,11 +114,11 @@ def test_a_merge_is_pefts_in_tensors_and_logits_and_laid_out_like_the_base(
     ("llama31", {"layers_to_transform": [1]})], ids=str)
 def test_other_kinds_of_adapter_merge_as_in_peft(tmp_path, shape, kind):
     base, adapter = pair(tmp_path, shape, kind, sharded=True)
-    found = st.load_file(adapter / model_folder.ADAPTER)
+    found = st.load_file(adapter / ADAPTER_WEIGHTS)
     for k in found:
         if "embed_tokens" in k or "lm_head" in k:
             found[k] = found[k] + 0.1
-    st.save_file(found, adapter / model_folder.ADAPTER)
+    st.save_file(found, adapter / ADAPTER_WEIGHTS)
     state = pefts(base, adapter).state_dict()
     mine, plain = tensors(merge(adapter, tmp_path / "out")), tensors(base)
     assert mine.keys() == state.keys()
@@ -151,7 +152,7 @@ def test_the_adapters_tokenizer_wins_whole(tmp_path):
     (base / "added_tokens.json").write_text("{}")
     (base / "chat_template.jinja").write_text("of the base {{ eos_token }}")
     (base / "LICENSE").write_text("as is")
-    assert weights.load(merge(adapter, tmp_path / "a"))[1].vocab_size == tiny.V  # the base's
+    assert load_model(merge(adapter, tmp_path / "a"))[1].vocab_size == tiny.V  # the base's
     tiny.write_tokenizer(adapter)
     words = json.loads((adapter / "tokenizer_config.json").read_text())
     (adapter / "tokenizer_config.json").write_text(json.dumps({**words, "own": 1}))
@@ -176,7 +177,7 @@ def test_what_is_merged_opens_in_transformers_without_a_word(tmp_path):
         logger.removeHandler(handler)
     assert not said and not any(info.values()), (said, info)
     with torch.no_grad():
-        torch.testing.assert_close(tiny.logits(weights.load(out)[0], IDS), peer.eval()(IDS).logits,
+        torch.testing.assert_close(tiny.logits(load_model(out)[0], IDS), peer.eval()(IDS).logits,
                                    atol=1e-5, rtol=1e-5)
 
 
@@ -191,17 +192,17 @@ def test_an_adapter_is_merged_once_and_another_may_follow(tmp_path):
         folder = Path(shutil.copytree(adapter, tmp_path / name))
         text = json.dumps({**words, "base_model_name_or_path": str(base)})
         (folder / "adapter_config.json").write_text(text)
-        found = {k: x + change for k, x in st.load_file(folder / model_folder.ADAPTER).items()}
-        st.save_file(found, folder / model_folder.ADAPTER)
+        found = {k: x + change for k, x in st.load_file(folder / ADAPTER_WEIGHTS).items()}
+        st.save_file(found, folder / ADAPTER_WEIGHTS)
         return folder
 
     same = on("same", out, 0.0)
-    shutil.copyfile(adapter / model_folder.ADAPTER, same / model_folder.ADAPTER)
+    shutil.copyfile(adapter / ADAPTER_WEIGHTS, same / ADAPTER_WEIGHTS)
     e = refusal(merge, same, tmp_path / "twice")
     assert "already merged" in str(e) and not (tmp_path / "twice").exists()
     (out / "merge.json").rename(tmp_path / "aside")  # who wrote the adapter here knows it anyway
     mine = tmp_path / "mine"
-    peft_adapter.save_adapter(weights.load(adapter)[0], mine, base=base, like=base)
+    save_adapter(load_model(adapter)[0], mine, base=base, source=base)
     assert "other weights" in str(refusal(merge, on_again(mine, out), tmp_path / "twice"))
     (tmp_path / "aside").rename(out / "merge.json")
     both = merge(on("next", out, 0.1), tmp_path / "both", compare=False)
@@ -229,13 +230,13 @@ def test_what_cannot_be_merged_is_refused_in_one_line(tmp_path):
     chained = on_again(Path(shutil.copytree(adapter, tmp_path / "c")), adapter)
     assert "is an adapter itself" in str(refusal(merge, chained, tmp_path / "out"))
     extra = Path(shutil.copytree(adapter, tmp_path / "d"))
-    found = st.load_file(extra / model_folder.ADAPTER)
+    found = st.load_file(extra / ADAPTER_WEIGHTS)
     name = next(k for k in found if "layers.1." in k)
     found[name.replace("layers.1.", "layers.7.")] = found[name].clone()
-    st.save_file(found, extra / model_folder.ADAPTER)
+    st.save_file(found, extra / ADAPTER_WEIGHTS)
     assert "layers.7." in str(refusal(merge, extra, tmp_path / "out"))
-    found = {k: x * 1e6 for k, x in st.load_file(adapter / model_folder.ADAPTER).items()}
-    st.save_file(found, adapter / model_folder.ADAPTER)
+    found = {k: x * 1e6 for k, x in st.load_file(adapter / ADAPTER_WEIGHTS).items()}
+    st.save_file(found, adapter / ADAPTER_WEIGHTS)
     assert "float16" in str(
         refusal(merge, adapter, tmp_path / "out", dtype="fp16", compare=False))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp*"))
@@ -249,30 +250,30 @@ def test_merging_a_base_in_shards_takes_a_part_of_its_memory(tmp_path):
     base.mkdir()
     (base / "config.json").write_text(json.dumps(words))
     with torch.device("meta"):
-        model = export.Llama(model_folder.read_config(base))
+        model = export.Llama(read_config(base))
     shapes = {k: p.shape for k, p in model.named_parameters()}
     where = {k: f"model-0000{int(k.split('.')[2]) + 1 if 'layers' in k else 1}-of-00008.safetensors"
              for k in shapes}
     for file in set(where.values()):
         st.save_file({k: torch.empty(shapes[k], dtype=torch.bfloat16).uniform_(-0.02, 0.02)
                       for k in shapes if where[k] == file}, base / file)
-    (base / shards.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (base / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     size = sum(f.stat().st_size for f in base.glob("*.safetensors")) / 2**20
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / model_folder.ADAPTER_CONFIG).write_text(json.dumps({
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
         "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj", "down_proj"]}))
     export.lora.attach(model, 4, 8.0, 0.0, ["q_proj", "up_proj", "down_proj"])
     st.save_file({k: torch.randn(x.shape) * 0.01
-                  for k, x in peft_adapter.adapter_state(model).items()},
-                 adapter / model_folder.ADAPTER)
+                  for k, x in adapter_state(model).items()},
+                 adapter / ADAPTER_WEIGHTS)
     code = f"""if True:
         import re, export, torch
         peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
         torch.randn(512, 512) @ torch.randn(512, 512)
         with torch.device("meta"):  # the code for this is as large as the model
-            export.Llama(export.model_folder.read_config(export.Path({str(base)!r})))
+            export.Llama(export.read_config(export.Path({str(base)!r})))
         before = peak()
         export.merge(export.Merge({str(adapter)!r}, {str(tmp_path / "out")!r}, compare=False))
         print((peak() - before) / 1024)
@@ -379,7 +380,7 @@ def test_a_template_that_ends_its_turns_is_good_and_a_broken_folder_is_one_line(
     assert code == 0 and "✓ chat template: ends a turn with </s>" in said
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    assert "cut short" in str(refusal(export.check, export.Check(str(folder))))
+    assert "truncated" in str(refusal(export.check, export.Check(str(folder))))
     assert "no such folder" in str(refusal(export.check, export.Check(str(tmp_path / "none"))))
 
 

@@ -11,8 +11,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lora
-from checkpoints import huggingface as weights
-from checkpoints import peft_adapter
+from checkpoints.huggingface import load_model, save_model
+from checkpoints.peft_adapter import (
+    PEFT_PREFIX,
+    adapter_config,
+    adapter_state,
+    load_adapter,
+    load_adapter_state,
+    save_adapter,
+)
 from helpers import tiny
 from runtime.console import UserError
 
@@ -47,7 +54,7 @@ def pair(shape: str = "llama3", targets=("all-linear",), **words):
         r=4, lora_alpha=12, lora_dropout=words.pop("dropout", 0.0), task_type="CAUSAL_LM",
         target_modules="all-linear" if list(targets) == ["all-linear"] else list(targets), **words)
     peer = peft.get_peft_model(peer, config)
-    mine, draw = peft_adapter.adapter_state(ours), torch.Generator().manual_seed(1)
+    mine, draw = adapter_state(ours), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in peer.named_parameters():
             own = name.replace(".default", "").replace(".modules_to_save", "")
@@ -75,7 +82,7 @@ def test_logits_loss_and_gradients_equal_pefts(shape, targets, kind):
     grads = {n.replace(".default", "").replace(".modules_to_save", "")
              .replace("vector.weight", "vector"): p.grad
              for n, p in peer.named_parameters() if p.grad is not None}
-    mine = {f"{peft_adapter.PREFIX}{n}": p.grad
+    mine = {f"{PEFT_PREFIX}{n}": p.grad
             for n, p in ours.named_parameters() if p.grad is not None}
     assert mine.keys() == grads.keys(), "the same tensors train, under the same names"
     for name in mine:  # in float32, in which both compute: a difference by its length
@@ -155,12 +162,12 @@ def test_pefts_own_folder_opens_here_and_ours_there(tmp_path, shape, kind):
     ours, peer = pair(shape, **KINDS[kind])
     peer.save_pretrained(tmp_path / "theirs")
     opened = tiny.ours(tiny.peer(shape), shape)
-    peft_adapter.load_adapter(opened, tmp_path / "theirs")
+    load_adapter(opened, tmp_path / "theirs")
     (tmp_path / "ours").mkdir()
-    save_file({k: x.contiguous() for k, x in peft_adapter.adapter_state(ours).items()},
+    save_file({k: x.contiguous() for k, x in adapter_state(ours).items()},
               tmp_path / "ours/adapter_model.safetensors")
     (tmp_path / "ours/adapter_config.json").write_text(
-        json.dumps(peft_adapter.adapter_config(ours, "base")))
+        json.dumps(adapter_config(ours, "base")))
     names = [load_file(tmp_path / x / "adapter_model.safetensors").keys()
              for x in ("ours", "theirs")]
     assert names[0] == names[1]
@@ -177,15 +184,15 @@ def test_pefts_own_folder_opens_here_and_ours_there(tmp_path, shape, kind):
     ("model.layers.1.self_attn.o_proj",), ("self_attn.q_proj", "down_proj")])
 def test_an_adapter_on_a_part_of_a_path_opens_again_here_and_in_peft(tmp_path, targets):
     base = tiny.folder(tmp_path / "base", "llama3")
-    model, _ = weights.load(base)
+    model, _ = load_model(base)
     attach(model, targets)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for x in peft_adapter.adapter_state(model).values():
+        for x in adapter_state(model).values():
             x.add_(torch.empty_like(x).normal_(0, 0.1, generator=draw))
         wanted = tiny.logits(model, IDS)
-        peft_adapter.save_adapter(model, tmp_path / "adapter", base, like=base)
-        again, _ = weights.load(tmp_path / "adapter")
+        save_adapter(model, tmp_path / "adapter", base, source=base)
+        again, _ = load_model(tmp_path / "adapter")
         assert lora.adapters(again).keys() == lora.adapters(model).keys()
         assert torch.equal(tiny.logits(again, IDS), wanted)
         peer = transformers.AutoModelForCausalLM.from_pretrained(base)
@@ -198,21 +205,21 @@ def test_an_adapter_on_a_part_of_a_path_opens_again_here_and_in_peft(tmp_path, t
 @pytest.mark.parametrize("shape", ["llama3", "llama32"])  # a head of its own, and a tied one
 def test_saved_loaded_merged_saved_and_loaded_it_computes_the_same(tmp_path, shape, whole, kind):
     base = tiny.folder(tmp_path / "base", shape)
-    model, _ = weights.load(base)
+    model, _ = load_model(base)
     attach(model, modules_to_save=whole, **KINDS[kind])
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for x in peft_adapter.adapter_state(model).values():
+        for x in adapter_state(model).values():
             x.add_(torch.empty_like(x).normal_(0, 0.1, generator=draw))
         wanted = tiny.logits(model, IDS)
-        assert not torch.allclose(wanted, tiny.logits(weights.load(base)[0], IDS), atol=1e-2)
-        peft_adapter.save_adapter(model, tmp_path / "adapter", base, like=base)
-        again, _ = weights.load(tmp_path / "adapter")
+        assert not torch.allclose(wanted, tiny.logits(load_model(base)[0], IDS), atol=1e-2)
+        save_adapter(model, tmp_path / "adapter", base, source=base)
+        again, _ = load_model(tmp_path / "adapter")
         assert torch.equal(tiny.logits(again, IDS), wanted)
         lora.merge(again)
         assert tiny.apart(tiny.logits(again, IDS), wanted) < 1e-5
-        weights.save(again, tmp_path / "merged", like=base)
-        merged, _ = weights.load(tmp_path / "merged")
+        save_model(again, tmp_path / "merged", source=base)
+        merged, _ = load_model(tmp_path / "merged")
         assert torch.equal(tiny.logits(merged, IDS), tiny.logits(again, IDS))
         peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         assert tiny.apart(peer(IDS).logits, wanted) < 1e-5
@@ -266,24 +273,24 @@ def test_what_cannot_be_attached_is_refused_in_one_line(rank, targets, word):
      ({"target_modules": None}, "do not describe"), ({"init_lora_weights": "pissa"}, "pissa"),
      ({"r": 3}, "belongs to another base"), ({"r": 999}, "another base"),
      ({"target_modules": ["nothing"]}, "another base"),
-     ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens has an adapter, which is not")],
+     ({"target_modules": ["q_proj", "embed_tokens"]}, "adapter on embed_tokens is not")],
 )
 def test_an_adapter_that_would_be_computed_otherwise_is_refused_by_name(tmp_path, words, word):
     ours, _ = pair()
-    save_file(peft_adapter.adapter_state(ours), tmp_path / "adapter_model.safetensors")
-    config = {**peft_adapter.adapter_config(ours, "base"), **words}
+    save_file(adapter_state(ours), tmp_path / "adapter_model.safetensors")
+    config = {**adapter_config(ours, "base"), **words}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=word):
-        peft_adapter.load_adapter(tiny.ours(tiny.peer("llama3"), "llama3"), tmp_path)
+        load_adapter(tiny.ours(tiny.peer("llama3"), "llama3"), tmp_path)
 
 
 def test_a_missing_or_foreign_tensor_is_named(tmp_path):
     ours, _ = pair()
-    state = peft_adapter.adapter_state(ours)
+    state = adapter_state(ours)
     name, tensor = next(iter(state.items()))
     fresh = tiny.ours(tiny.peer("llama3"), "llama3")
     lora.attach(fresh, 4, 8.0, 0.0, ["all-linear"])
     with pytest.raises(UserError, match=f"{name} is missing"):
-        peft_adapter.fill(fresh, {k: v for k, v in state.items() if k != name}, "here")
+        load_adapter_state(fresh, {k: v for k, v in state.items() if k != name}, "here")
     with pytest.raises(UserError, match="strange is not one of"):
-        peft_adapter.fill(fresh, {**state, "strange": tensor}, "here")
+        load_adapter_state(fresh, {**state, "strange": tensor}, "here")

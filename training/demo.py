@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoints import huggingface as weights
+from checkpoints.huggingface import init_from_config
 from languages.kinyarwanda.world import World
 from model import ModelConfig
 from preparation.text import prepare
@@ -81,7 +81,7 @@ def run(s: Settings, origins: dict[str, str],
                             num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                             head_dim=32, max_position_embeddings=256, tie_word_embeddings=True)
         if not (out / "seed").exists():
-            weights.fresh(shape, tokenizer, out / "seed", s.seed)
+            init_from_config(shape, tokenizer, out / "seed", s.seed)
         for name in ("eng", "kin"):
             prepare([str(paths[name])], out / "seed", out / "text" / name, unit="line")
     base = dataclasses.replace(

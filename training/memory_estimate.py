@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora
-from checkpoints import peft_adapter
+from checkpoints.peft_adapter import load_adapter
 from layers import fp8, nf4
 from layers.attention import kernel
 from layers.config import ModelConfig
@@ -77,7 +77,7 @@ def shaped(config: ModelConfig, s: Settings, dtype: torch.dtype,
                     model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, s.double_quant))
         whole = lora.whole_parts(model, s.train_embeddings, s.train_norms)
         if s.tune != "full" and adapter:
-            peft_adapter.load_adapter(model, adapter)
+            load_adapter(model, adapter)
         elif s.tune != "full":
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)

@@ -14,8 +14,15 @@ import time
 
 import torch
 
-from checkpoints import huggingface as weights
-from checkpoints import model_folder
+from checkpoints.huggingface import saved_bytes
+from checkpoints.model_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    base_model_dir,
+    read_config,
+    resolve_model_dir,
+)
 from data import IGNORE, Batch
 from layers import attention, nf4
 from model import Llama
@@ -47,7 +54,7 @@ def disk(run: Run) -> int:
     s = run.s
     trained = sum(x.nbytes for x in run.trained.values())
     saves, best = 2 + run.steps // run.save_every, trained if s.best else 0
-    result = weights.size(run.model, run.folder) if s.tune == "full" else trained
+    result = saved_bytes(run.model, run.folder) if s.tune == "full" else trained
     return max(min(s.keep + 1, saves) * point(run) + 3 * best,
                min(s.keep, saves) * point(run) + 2 * best + result)
 
@@ -84,7 +91,7 @@ def _show(run: Run, origins: dict[str, str], objective: Objective) -> None:
     minutes = (time.perf_counter() - begun) * run.micro_batches * run.steps / 60
     moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
     moments = sum(optim.bytes_held(name, p, s.optimizer, s.ema) for name, p in moving) / GiB
-    base = model_folder.base_of(run.folder)
+    base = base_model_dir(run.folder)
     said = memory.on(run.ranks, run.model.config, s, run.model.compute_dtype,
                      run.micro_batches, run.folder if run.folder != base else None)
     tied = {optim.EMBEDDINGS[0]: " (the head too, tied)"} if run.model.lm_head is None else {}
@@ -180,10 +187,10 @@ def foretell(s: Settings) -> None:
     if s.dtype not in ("auto", "fp16" if name == "T4" else "bf16"):
         raise UserError(f"--dtype {s.dtype}: the peak known of a {name} is that of "
                         f"{str(dtype)[6:]}; leave the flag out", FLAGS)
-    files = (model_folder.CONFIG, model_folder.ADAPTER_CONFIG, model_folder.ADAPTER)
-    folder = model_folder.find(s.model, files)
-    base = model_folder.base_of(folder, files)
-    config, adapter = model_folder.read_config(base), folder if folder != base else None
+    files = (CONFIG_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    folder = resolve_model_dir(s.model, files)
+    base = base_model_dir(folder, files)
+    config, adapter = read_config(base), folder if folder != base else None
     if s.seq_len > config.max_position_embeddings:
         raise UserError(f"--seq-len {s.seq_len}: the model's context is "
                         f"{config.max_position_embeddings}", FLAGS)

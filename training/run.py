@@ -27,10 +27,18 @@ import numpy as np
 import torch
 
 import lora
-from checkpoints import huggingface as weights
-from checkpoints import model_folder, peft_adapter
 from checkpoints import resume_point as checkpoint
-from checkpoints import safetensors_header as shards
+from checkpoints.huggingface import load_model, save_model
+from checkpoints.model_folder import (
+    add_stop_id,
+    base_model_dir,
+    read_config,
+    resolve_model_dir,
+    stop_ids,
+    tensor_infos,
+)
+from checkpoints.peft_adapter import adapter_config, adapter_state, save_adapter
+from checkpoints.safetensors_header import weights_fingerprint
 from data import Loader
 from layers import fp8, nf4
 from model import Llama
@@ -107,9 +115,9 @@ class Run:
         torch.use_deterministic_algorithms(s.deterministic)
         dtype = ranks.compute_dtype(s.dtype)
         guards = Guards.start(s)
-        folder = model_folder.find(s.model)
-        base = model_folder.base_of(folder)
-        shape = model_folder.read_config(base)
+        folder = resolve_model_dir(s.model)
+        base = base_model_dir(folder)
+        shape = read_config(base)
         if not s.plan:  # which says so at its end
             memory.willing(shape, s, ranks)
         memory.check(shape, s, dtype, ranks, passes=2 if s.tokens_per_step else 1,
@@ -120,7 +128,7 @@ class Run:
         # of several ranks, each reads the files as they are and keeps its share
         at = ranks.device if ranks.world == 1 or s.tune == "qlora" else torch.device("cpu")
         kept = kept if ranks.world == 1 or s.tune != "full" else None
-        model, tokenizer = weights.load(folder, at, kept, quant="nf4" if s.tune == "qlora"
+        model, tokenizer = load_model(folder, at, kept, quant="nf4" if s.tune == "qlora"
                                         else "none", double=s.double_quant)
         if s.tune == "full" and lora.adapters(model):
             raise UserError(
@@ -131,7 +139,7 @@ class Run:
             lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         elif s.tune != "full":
-            check_adapter(s, peft_adapter.adapter_config(model, ""))
+            check_adapter(s, adapter_config(model, ""))
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         if model.lm_head is None and model.head.requires_grad:
@@ -218,7 +226,7 @@ class Run:
     @functools.cached_property
     def mark(self) -> str:
         """By which the weights are known that the run begins with."""
-        return shards.mark(model_folder.tensors(model_folder.base_of(self.folder)))
+        return weights_fingerprint(tensor_infos(base_model_dir(self.folder)))
 
     @property
     def data(self) -> dict[str, str]:
@@ -232,7 +240,7 @@ class Run:
             found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
             if self.guards.suites:
                 self.model.eval()
-                ends = model_folder.stop_ids(self.folder, self.tokenizer)
+                ends = stop_ids(self.folder, self.tokenizer)
                 found["suites"] = finite(self.guards.measure(self.model, self.tokenizer, self.ranks,
                                                              ends))
                 self.model.train()
@@ -405,7 +413,7 @@ class Run:
         if "chat" in prompt:
             (result / "chat_template.jinja").write_text(prompt["chat"], encoding="utf-8")
             if (end := Template.of(result, self.tokenizer).end) is not None:
-                model_folder.add_stop_id(result, end)
+                add_stop_id(result, end)
 
     def finish(self) -> None:
         """Give the result: the best evaluated weights with --best, else the last, averaged if so
@@ -426,12 +434,12 @@ class Run:
         report; say what changed."""
         writes = self.ranks.rank == 0
         if not lora.adapters(self.model):
-            weights.save(self.model, self.out / "model", self.folder, write=writes)
+            save_model(self.model, self.out / "model", self.folder, write=writes)
         elif writes:
-            base = model_folder.base_of(self.folder)
-            peft_adapter.save_adapter(self.model, self.out / "model", str(base), self.folder)
+            base = base_model_dir(self.folder)
+            save_adapter(self.model, self.out / "model", str(base), self.folder)
         else:
-            for x in peft_adapter.adapter_state(self.model).values():
+            for x in adapter_state(self.model).values():
                 shares.whole(x)
         if not writes:
             return

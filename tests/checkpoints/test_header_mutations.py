@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from checkpoints import safetensors_header as shards
+from checkpoints.safetensors_header import read_header
 from helpers import tiny
 from layers.config import ModelConfig
 from runtime.console import UserError
@@ -102,7 +102,7 @@ def test_no_damaged_header_is_read_as_something_it_does_not_say(tmp_path):
         file.write_bytes(raw)
         begun = time.perf_counter()
         try:
-            found = shards.header(file)
+            found = read_header(file)
         except UserError as e:
             assert "\n" not in str(e) and str(file) in str(e)
             continue

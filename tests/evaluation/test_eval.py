@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval as evaluating
-from checkpoints import huggingface as weights
+from checkpoints.huggingface import load_model
 from evaluation import metrics, tasks
 from helpers import tiny
 from helpers.commands import command
@@ -246,7 +246,7 @@ def test_four_bits_are_measured_as_loaded_in_four_bits_and_named(home):
     exact = evaluated(home, text=[f"a={home}/eng.txt"])["results"][0]
     rough = evaluated(home, text=[f"a={home}/eng.txt"], quant="nf4", dtype="fp32")["results"][0]
     assert "|quant:nf4|" in rough["signature"] and "quant" not in exact["signature"]
-    model, tokenizer = weights.load(home / "run" / "model", quant="nf4")
+    model, tokenizer = load_model(home / "run" / "model", quant="nf4")
     ids = tokenizer.encode_batch(tiny.SENTENCES)
     nats = tasks.document_nats(model.eval(), ids, BOS)
     assert rough["value"] == pytest.approx(nats.sum() / math.log(2) / rough["bytes"], rel=1e-6)

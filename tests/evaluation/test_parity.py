@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import eval as evaluating
-from checkpoints import huggingface as weights
+from checkpoints.huggingface import load_model
 from evaluation import metrics, suites, tasks
 from evaluation import results as judge
 from goldens import lm_eval_goldens as goldens
@@ -73,7 +73,7 @@ def homes(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def readers(homes):
     """The models, by kind of tokenizer."""
-    return {kind: weights.load(str(folder), torch.device("cpu"), torch.float32)
+    return {kind: load_model(str(folder), torch.device("cpu"), torch.float32)
             for kind, folder in homes.items()}
 
 
@@ -189,7 +189,7 @@ def test_compat_is_the_harness_as_it_comes_which_scores_bos(kind, dtype, key, re
 @pytest.mark.parametrize("kind", KINDS)
 def test_compat_rounds_log_p_to_the_dtype_of_products(kind, data, tmp_path):
     """As the harness's formula does with the same logits, exactly; and beside its own in bf16."""
-    model, tokenizer = weights.load(str(goldens.model(tmp_path, kind)), dtype=torch.bfloat16)
+    model, tokenizer = load_model(str(goldens.model(tmp_path, kind)), dtype=torch.bfloat16)
     model.eval().model.compute_dtype = torch.bfloat16
     for key in goldens.IN_BF16:
         suite, prompt, items = items_of(key, 0, data)

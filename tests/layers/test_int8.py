@@ -8,8 +8,8 @@ import torch
 import transformers
 
 import lora
-from checkpoints import huggingface as weights
-from checkpoints import peft_adapter
+from checkpoints.huggingface import load_model, save_model
+from checkpoints.peft_adapter import save_adapter
 from helpers import tiny
 from inference import decode
 from inference.generate import answers
@@ -113,7 +113,7 @@ def test_many_prompts_are_answered_as_by_transformers_with_those_weights(shape, 
     """Of unlike lengths, two side by side, each place taken again."""
     peer = tiny.rounded(transformers.AutoModelForCausalLM.from_pretrained(
         tiny.folder(tmp_path, shape), dtype=torch.float32, attn_implementation="eager"))
-    model, _ = weights.load(tmp_path, quant="int8")
+    model, _ = load_model(tmp_path, quant="int8")
     decode.pack(model.eval())
     prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (30, 3, 17, 9, 1)]
     found = answers(model, prompts, Sampling(12, temperature=0), rows=2)
@@ -124,7 +124,7 @@ def test_many_prompts_are_answered_as_by_transformers_with_those_weights(shape, 
         assert mine.ids == out[0, len(prompt):].tolist()
     with torch.inference_mode():
         torch.testing.assert_close(tiny.logits(model, IDS), peer(IDS).logits, atol=1e-3, rtol=1e-3)
-    plain, _ = weights.load(tmp_path)  # that the test can tell: the rounding is far above that
+    plain, _ = load_model(tmp_path)  # that the test can tell: the rounding is far above that
     with torch.inference_mode():
         assert (tiny.logits(plain, IDS) - peer(IDS).logits).abs().max() > 0.02
 
@@ -132,8 +132,8 @@ def test_many_prompts_are_answered_as_by_transformers_with_those_weights(shape, 
 def test_all_matrices_are_in_eight_bits_from_the_files_own_numbers(tmp_path):
     """Whatever the dtype of products; embeddings are as without, a tied head is made of them."""
     folder = tiny.folder(tmp_path, "llama32")  # float32, tied
-    plain, _ = weights.load(folder)
-    model, _ = weights.load(folder, dtype=torch.bfloat16, quant="int8")
+    plain, _ = load_model(folder)
+    model, _ = load_model(folder, dtype=torch.bfloat16, quant="int8")
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
     found = {k: m for k, m in model.named_modules() if isinstance(m, Int8Linear)}
     assert len(found) == 7 * model.config.num_hidden_layers + 1
@@ -152,8 +152,8 @@ def test_in_sixteen_bits_a_model_is_as_near_to_float32_as_one_of_plain_weights(d
     """Where a matrix is made for the product, it is rounded to sixteen bits once more."""
     folder, distances = tiny.folder(tmp_path, "llama3", dtype=torch.bfloat16), []
     for quant in ("none", "int8"):
-        exact, _ = weights.load(folder, quant=quant)
-        model, _ = weights.load(folder, dtype=dtype, quant=quant)
+        exact, _ = load_model(folder, quant=quant)
+        model, _ = load_model(folder, dtype=dtype, quant=quant)
         model.model.compute_dtype = dtype
         with torch.inference_mode():
             apart = model(*MANY) - exact(*MANY)
@@ -165,17 +165,17 @@ def test_in_sixteen_bits_a_model_is_as_near_to_float32_as_one_of_plain_weights(d
                          ids=str)
 def test_an_adapter_is_merged_before_its_base_is_rounded(kind, tmp_path):
     base = tiny.folder(tmp_path / "base", "biases")
-    model, _ = weights.load(base)
+    model, _ = load_model(base)
     lora.attach(model, 4, 8.0, 0.0, ["all-linear"], **kind)
     with torch.no_grad():
         for m in lora.adapters(model).values():
             m.lora_B.weight.normal_(0, 0.1)
         for name in lora.trained_whole(model):
             model.get_parameter(name).mul_(1.1)
-    peft_adapter.save_adapter(model, tmp_path / "adapter", str(base), base)
+    save_adapter(model, tmp_path / "adapter", str(base), base)
     peer = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peer = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval().merge_and_unload()
-    merged, _ = weights.load(tmp_path / "adapter", quant="int8")
+    merged, _ = load_model(tmp_path / "adapter", quant="int8")
     assert not lora.adapters(merged) and not lora.trained_whole(merged)
     with torch.inference_mode():
         torch.testing.assert_close(merged(IDS, DOC, POS), tiny.rounded(peer)(IDS).logits[:, -1],
@@ -184,7 +184,7 @@ def test_an_adapter_is_merged_before_its_base_is_rounded(kind, tmp_path):
 
 def test_a_model_in_eight_bits_is_not_written(tmp_path):
     folder = tiny.folder(tmp_path / "model")
-    model, _ = weights.load(folder, quant="int8")
-    with pytest.raises(UserError, match="is in int8 or NF4, less than its files hold"):
-        weights.save(model, tmp_path / "out", folder)
+    model, _ = load_model(folder, quant="int8")
+    with pytest.raises(UserError, match="is in int8 or NF4, with less precision than its files"):
+        save_model(model, tmp_path / "out", folder)
     assert not (tmp_path / "out").exists()

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import lora
-from checkpoints import huggingface as weights
-from checkpoints import peft_adapter
+from checkpoints.huggingface import load_model, save_model
+from checkpoints.peft_adapter import adapter_state, save_adapter
 from helpers import tiny
 from layers import nf4
 from layers.nf4 import NF4Linear
@@ -99,7 +99,7 @@ def folder(tmp_path_factory):
 
 def dequantised(folder, dtype=torch.float32, double=False):
     """The model whose matrices are what the codes say, as plain linear layers."""
-    model, _ = weights.load(folder, dtype=dtype)
+    model, _ = load_model(folder, dtype=dtype)
     for name, m in list(model.named_modules()):
         if nf4.fits(name, m):
             m.weight.data = NF4Linear(m.weight.data, None, double).dense(dtype)
@@ -112,8 +112,8 @@ def dequantised(folder, dtype=torch.float32, double=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_qlora_computes_what_lora_does_on_the_dequantised_model(folder, dtype, kind, double):
     """The same loss and gradients: the matrices are equal, and so are the products with them."""
-    quantised, _ = weights.load(folder, dtype=dtype, quant="nf4", double=double)
-    plain, _ = weights.load(folder, dtype=torch.float32)
+    quantised, _ = load_model(folder, dtype=dtype, quant="nf4", double=double)
+    plain, _ = load_model(folder, dtype=torch.float32)
     for name, m in list(plain.named_modules()):
         if nf4.fits(name, m):
             m.weight.data = NF4Linear(m.weight.data, None, double).dense(torch.float32)
@@ -144,7 +144,7 @@ def test_qlora_computes_what_lora_does_on_the_dequantised_model(folder, dtype, k
 
 
 def test_step_zero_is_the_dequantised_base_and_only_matrices_of_blocks_are_quantised(folder):
-    model, _ = weights.load(folder, quant="nf4")
+    model, _ = load_model(folder, quant="nf4")
     with torch.no_grad():
         before = model(IDS, DOC, POS)
         torch.testing.assert_close(before, dequantised(folder)(IDS, DOC, POS))
@@ -162,7 +162,7 @@ def test_step_zero_is_the_dequantised_base_and_only_matrices_of_blocks_are_quant
 
 
 def test_no_cast_of_the_model_touches_codes_or_scales(folder):
-    model, _ = weights.load(folder, quant="nf4", double=True)
+    model, _ = load_model(folder, quant="nf4", double=True)
     before = [m.dense(torch.float32) for m in nf4.found(model)]
     model.to(torch.bfloat16).half()
     after = [m.dense(torch.float32) for m in nf4.found(model)]
@@ -193,20 +193,20 @@ def test_an_adapter_trained_on_nf4_is_a_plain_one_and_opens_in_peft_and_here(fol
     peft = pytest.importorskip("peft")
     import transformers
 
-    model, _ = weights.load(folder, quant="nf4")
+    model, _ = load_model(folder, quant="nf4")
     lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
     with torch.no_grad():
         for m in lora.adapters(model).values():
             m.lora_B.weight.normal_(0, 0.1)
-    peft_adapter.save_adapter(model, tmp_path / "adapter", str(folder), folder)
+    save_adapter(model, tmp_path / "adapter", str(folder), folder)
     words = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert "quantization_config" not in words and words["peft_type"] == "LORA"
     assert set(load_file(tmp_path / "adapter/adapter_model.safetensors")) == set(
-        peft_adapter.adapter_state(model))
+        adapter_state(model))
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     peer = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    whole, _ = weights.load(tmp_path / "adapter")
-    narrow, _ = weights.load(tmp_path / "adapter", quant="nf4")
+    whole, _ = load_model(tmp_path / "adapter")
+    narrow, _ = load_model(tmp_path / "adapter", quant="nf4")
     with torch.no_grad():
         torch.testing.assert_close(
             whole(IDS, DOC, POS), peer(IDS).logits[:, -1], atol=1e-4, rtol=1e-4)
@@ -214,9 +214,9 @@ def test_an_adapter_trained_on_nf4_is_a_plain_one_and_opens_in_peft_and_here(fol
 
 
 def test_a_quantised_base_is_neither_merged_into_nor_written(folder, tmp_path):
-    model, _ = weights.load(folder, quant="nf4")
-    with pytest.raises(UserError, match="NF4, less than its files hold"):
-        weights.save(model, tmp_path / "out", folder)
+    model, _ = load_model(folder, quant="nf4")
+    with pytest.raises(UserError, match="NF4, with less precision than its files"):
+        save_model(model, tmp_path / "out", folder)
     lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
     with pytest.raises(UserError, match=r"ruin the model; merge into the base's own files"):
         lora.merge(model)

@@ -26,7 +26,7 @@ import lora
 import prepare
 import sample
 import train
-from checkpoints import peft_adapter
+from checkpoints.peft_adapter import adapter_state
 from data import IGNORE, Batch, Bin, Loader, Source, Whole, hold_out
 from goldens import trl_goldens as goldens_trl
 from helpers import fork, tiny
@@ -213,7 +213,7 @@ def test_accumulation_of_pairs_equals_one_batch(tmp_path, mode):
                    for at in range(0, stream.rows, size)]
         for _ in range(3):
             loss, norm = train.train_step(model, objective_of(s), batches, optimizer, ALONE, 1.0)
-        found.append((loss, norm, peft_adapter.adapter_state(model)))
+        found.append((loss, norm, adapter_state(model)))
     (l1, n1, p1), (l2, n2, p2) = found
     assert l1 == pytest.approx(l2, rel=1e-5) and n1 == pytest.approx(n2, rel=1e-4)
     for name in p1:

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import train
-from checkpoints import huggingface as weights
-from checkpoints import peft_adapter
 from checkpoints import resume_point as checkpoint
+from checkpoints.huggingface import init_from_config, load_model
+from checkpoints.peft_adapter import PEFT_PREFIX
 from data import IGNORE, Batch, Bin
 from helpers import tiny
 from helpers.train_runs import ENV, call, read_losses, train_command
@@ -252,7 +252,7 @@ def test_the_saved_model_opens_in_transformers_and_the_adapter_in_peft_with_equa
     )
     more = peft.PeftModel.from_pretrained(base, workspace / "open-all/model")
     for peer, folder in ((full, "open-full"), (adapted, "open-lora"), (more, "open-all")):
-        model, _ = weights.load(workspace / folder / "model")
+        model, _ = load_model(workspace / folder / "model")
         with torch.no_grad():
             torch.testing.assert_close(
                 model.eval()(ids, doc, pos), peer.eval()(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
@@ -279,10 +279,10 @@ def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(
     )
     assert "model.embed_tokens.weight (the head too, tied)" in plan.stdout
     name, out = "model.embed_tokens.weight", workspace / "tied-run"
-    moved = load_file(out / "model/adapter_model.safetensors")[peft_adapter.PREFIX + name]
+    moved = load_file(out / "model/adapter_model.safetensors")[PEFT_PREFIX + name]
     assert not torch.equal(moved, load_file(workspace / "tied/model.safetensors")[name])
 
-    model, _ = weights.load(out / "model")
+    model, _ = load_model(out / "model")
     assert model.lm_head is None and model.head is model.model.embed_tokens.weight
     assert torch.equal(model.head, moved) and not any("head" in k for k in model.state_dict())
     saved, _ = checkpoint.read(checkpoint.newest(out / "checkpoints"))
@@ -309,7 +309,7 @@ def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(
                    peer.merge_and_unload()):
         head, table = opened.get_output_embeddings().weight, opened.get_input_embeddings().weight
         assert torch.equal(head, moved) and torch.equal(table, moved)
-    merged, _ = weights.load(tmp_path / "merged")
+    merged, _ = load_model(tmp_path / "merged")
     assert merged.lm_head is None
     with torch.no_grad():
         torch.testing.assert_close(tiny.logits(merged, ids), wanted, atol=1e-5, rtol=1e-5)
@@ -610,7 +610,7 @@ def test_mfu_is_of_all_tokens_of_documents_and_the_logits_of_those_that_are_trai
         at = words.index("--data")
         words[at + 1 : at + 3] = [str(tmp_path / name)]
         assert train.train(*read_settings(words)) == 0
-        model, _ = weights.load(workspace / "tied")
+        model, _ = load_model(workspace / "tied")
         lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
         work = model.flops_per_token(10) + (mode == "dpo") * model.flops_per_token(10, False)
         head = (4 + 2 * (mode == "dpo")) * model.head.numel()  # an untrained token has no logits
@@ -776,11 +776,11 @@ def test_the_seed_model_learns_from_nothing(tmp_path):
     tiny.write_tokenizer(tmp_path / "tok")
     tokenizer = Tokenizer.open(tmp_path / "tok")
     shape = ModelConfig(tokenizer.vocab_size, 32, 64, 2, 4, 2, 8, max_position_embeddings=64)
-    weights.fresh(shape, tokenizer, tmp_path / "seed", seed=1)
-    model, _ = weights.load(tmp_path / "seed")
+    init_from_config(shape, tokenizer, tmp_path / "seed", seed=1)
+    model, _ = load_model(tmp_path / "seed")
     assert isinstance(model, Llama) and model.config == shape
-    weights.fresh(shape, tokenizer, tmp_path / "twin", seed=1)
-    twin, _ = weights.load(tmp_path / "twin")
+    init_from_config(shape, tokenizer, tmp_path / "twin", seed=1)
+    twin, _ = load_model(tmp_path / "twin")
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
