@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from checkpoints.huggingface import load
+from checkpoints.huggingface import load_model
 from helpers import tiny
 from helpers.commands import command
 from helpers.real_model import real_model  # noqa: F401
@@ -18,7 +18,7 @@ ENGLISH = "The capital of France is"
 
 
 def test_logits_equal_those_of_transformers(real_model):  # noqa: F811
-    model, tokenizer = load(real_model)
+    model, tokenizer = load_model(real_model)
     text = "Rwanda is a country of a thousand hills. Its capital is Kigali. It has four seasons."
     ids = torch.tensor([tokenizer.encode(text)])
     with torch.no_grad():
