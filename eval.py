@@ -99,8 +99,7 @@ from evaluation.suites import Prompt, Suite  # noqa: E402
 from inference.decode import pack  # noqa: E402
 from inference.prompt_format import Way  # noqa: E402
 from model import Llama  # noqa: E402
-from preparation import contamination as overlap  # noqa: E402
-from preparation import text as corpus  # noqa: E402
+from preparation import contamination, readers  # noqa: E402
 from reports import evaluation_report as sheet  # noqa: E402
 from runtime.distributed import Ranks  # noqa: E402
 from runtime.dtypes import FLAG_NAMES  # noqa: E402
@@ -196,8 +195,8 @@ def read_texts(s: Settings) -> list[Text]:
                             "without a /", FLAGS)
         if name in (t.name for t in texts):
             raise UserError(f"--text {item}: the name {name} is taken; give each its own", FLAGS)
-        files = corpus.files([spec])
-        documents = corpus.texts(spec, s.documents, s.text_key)
+        files = readers.list_files([spec])
+        documents = readers.read_texts(spec, s.documents, s.text_key)
         partial = 0 < s.limit < len(documents)
         texts.append(Text(name, unit(files, s), files, documents[: s.limit or None], partial))
         log.say(f"{name}: {len(documents)} documents (a document is a {texts[-1].unit})")
@@ -206,9 +205,15 @@ def read_texts(s: Settings) -> list[Text]:
 
 def unit(files: list[Path], s: Settings) -> str:
     """What a document of these files is, in a word or two."""
-    return "+".join(sorted({
-        f"record.{s.text_key}" if corpus.kind_of(file) != ".txt" else
-        corpus.choose_unit(file) if s.documents == "auto" else s.documents for file in files}))
+    units = set()
+    for file in files:
+        if readers.file_format(file) != ".txt":
+            units.add(f"record.{s.text_key}")
+        elif s.documents == "auto":
+            units.add(readers.detect_document_unit(file))
+        else:
+            units.add(s.documents)
+    return "+".join(sorted(units))
 
 
 def read_suites(s: Settings) -> list[Suite]:
@@ -372,7 +377,7 @@ def main(s: Settings) -> None:
         others, e.results = e.results, []
         if s.model:
             if s.overlap:
-                overlap.check(s.trained_on, s.documents, s.text_key)
+                contamination.require_text(s.trained_on, s.documents, s.text_key)
             reader = open_model(s)
             settings |= {"dtype": name_of(reader.model), "max_length": reader.length,
                          "device": str(reader.model.device), "torch": torch.__version__,
@@ -407,18 +412,21 @@ def main(s: Settings) -> None:
 def look_for_overlap(s: Settings, texts: list[Text], asked: list[Suite],
                      tokenizer: Tokenizer) -> dict[str, Any]:
     """Items of the tests that stand in the training text, as results.json keeps it."""
-    specs, gone = (s.trained_on, []) if s.trained_on else overlap.trained_on(s.model)
-    read: list[str] = []
+    specs, missing = s.trained_on, []
+    if not specs:
+        specs, missing = contamination.bins_of_run(s.model)
     tests = {f"text:{t.name}": [[x] for x in t.documents] for t in texts}
     tests |= {x.name: [[v for v in row.values() if isinstance(v, str)]
                        for row in x.rows[: s.limit or None]] for x in asked}
-    training = overlap.texts(specs, tokenizer, s.documents, s.text_key, read, gone)
-    found = overlap.find(tests, training) if specs else {}
-    if not specs or gone:
-        log.say("contamination: " + (f"could not be read: {', '.join(gone)}" if gone else
-                                     "what the model was trained on is not known; name it with "
-                                     "--trained-on"))
-    return {"read": read, "gone": gone, "tests": found if read else {}}
+    training = contamination.TrainingText(specs, tokenizer, s.documents, s.text_key)
+    counts = contamination.count_contaminated(tests, training) if specs else {}
+    missing += training.unread
+    if missing:
+        log.say(f"contamination: could not be read: {', '.join(missing)}")
+    elif not specs:
+        log.say("contamination: what the model was trained on is not known; name it with "
+                "--trained-on")
+    return {"read": training.read, "gone": missing, "tests": counts if training.read else {}}
 
 
 def open_model(s: Settings) -> Reader:

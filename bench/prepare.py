@@ -43,15 +43,15 @@ LONG = ["kin_news.jsonl", "kin_gov.jsonl"]
 
 def texts(kind: str, folder: str) -> list[str]:
     """Texts, each once: `documents`, `lines`, or, `tiny`, a few."""
-    from preparation import text as corpus
+    from preparation.readers import read_documents, read_texts
 
     if not (DATA / "cpt").is_dir():
         from training import demo
 
-        return list(dict.fromkeys(corpus.texts(demo.texts(Path(folder), 1)["kin"], "line")))
+        return list(dict.fromkeys(read_texts(demo.texts(Path(folder), 1)["kin"], "line")))
     files = [DATA / "cpt" / x for x in LONG] if kind != "lines" else \
         [x for x in sorted((DATA / "cpt").iterdir()) if x.suffix in (".txt", ".jsonl")]
-    pieces = [x.text for file in files for x in corpus.read(
+    pieces = [x.text for file in files for x in read_documents(
         file, key="content" if "folklore" in file.name else "text")]
     return list(dict.fromkeys(x for x in pieces if x.strip()))[: 200 if kind == "tiny" else None]
 

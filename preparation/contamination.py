@@ -1,208 +1,253 @@
-"""Contamination: which items of a test stand in the training text, whole or in a run of 13 words.
+"""Contamination: which items of a test are in the training text.
 
-A figure of a test that was trained on says nothing. Two signs are counted: the whole sentence is a
-line or a sentence of the training text, or a run of N words stands in it (Brown et al. 2020,
-appendix C). Letters are made small and punctuation goes before comparing; what has fewer than LEAST
-words is no sign of anything.
+An item is found if one of its sentences is a line or a sentence of the training text, or if 13
+consecutive words of it are (Brown et al. 2020, appendix C). Case and punctuation are ignored;
+sentences of fewer than 5 words are not searched for.
 
-The training text is read from the bins themselves, decoded: that is what was trained on, whatever
-has become of the files. A run's settings name its bins, and the run that its model came from.
-Better than counting is leaving out: `prepare.py text --without TESTS` asks here too.
+The training text is decoded from the bins, because these are what was trained on. The settings of
+a run name its bins and the run that its model came from. `prepare.py text --without TESTS` uses the
+same index to leave contaminated documents out.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data import Bin
-from preparation import conversations as examples
-from preparation import text as corpus
+from preparation.readers import (
+    ROW_FORMATS,
+    TEXT_FORMATS,
+    RawDocument,
+    file_format,
+    list_files,
+    read_cells,
+    read_documents,
+    read_rows,
+)
+from preparation.specs import bin_name, split_weight
 from runtime.console import UserError, say
 from tokenization.tokenizer import Tokenizer
-from training.datasets import split_weight, stem
 
-N, LEAST = 13, 5  # words
-KINDS = (".txt", ".csv", *examples.KINDS)  # of tests
-TRAINED = (*corpus.KINDS, ".json")  # files of what was trained on
+NGRAM = 13  # words
+MIN_SENTENCE = 5  # words
+TEST_FORMATS = (".txt", ".csv", *ROW_FORMATS)
+TRAINING_FORMATS = (*TEXT_FORMATS, ".json")
 WORD = re.compile(r"[^\W_]+")
-SENTENCE = re.compile(r"(?<=[.!?])\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+Item = tuple[str, int]  # name of the test, number of the item
+Tests = Mapping[str, Sequence[Sequence[str]]]  # by name, the texts of each item
 
 
-def words(text: str) -> tuple[str, ...]:
+def words_of(text: str) -> tuple[str, ...]:
+    """The words of a text in lower case, without punctuation."""
     return tuple(WORD.findall(text.lower()))
 
 
-class Signs:
-    """What betrays items of tests in a text; `tests` gives by name the texts of each item."""
+class ContaminationIndex:
+    """The sentences and the n-grams of all items of some tests; called with a text, whether any
+    item is in it."""
 
-    def __init__(self, tests: dict[str, list[list[str]]]):
-        self.whole: dict[tuple[str, ...], set[tuple[str, int]]] = defaultdict(set)  # sentences
-        self.run: dict[tuple[str, ...], set[tuple[str, int]]] = defaultdict(set)  # of N words
+    def __init__(self, tests: Tests):
+        self.sentences: dict[tuple[str, ...], set[Item]] = defaultdict(set)
+        self.ngrams: dict[tuple[str, ...], set[Item]] = defaultdict(set)
         for name, items in tests.items():
             for i, texts in enumerate(items):
-                for found in map(words, texts):
-                    if len(found) >= LEAST:
-                        self.whole[found].add((name, i))
-                    for at in range(len(found) - N + 1):
-                        self.run[found[at : at + N]].add((name, i))
+                for text in texts:
+                    self._add(words_of(text), (name, i))
 
-    def within(self, text: str) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
-        """The items that stand whole in a text, and those of which a run of words does."""
-        whole, run = set(), set()
+    def _add(self, words: tuple[str, ...], item: Item) -> None:
+        if len(words) >= MIN_SENTENCE:
+            self.sentences[words].add(item)
+        for start in range(len(words) - NGRAM + 1):
+            self.ngrams[words[start : start + NGRAM]].add(item)
+
+    def matches(self, text: str) -> tuple[set[Item], set[Item]]:
+        """The items of which a sentence is in the text, and those of which an n-gram is."""
+        by_sentence: set[Item] = set()
+        by_ngram: set[Item] = set()
         for line in text.split("\n"):
-            behind = line.partition(":")[2]  # a pair's sentences stand behind a language's name
-            for part in {line, behind, *SENTENCE.split(line), *SENTENCE.split(behind)}:
-                whole |= self.whole.get(words(part), set())
-        found = words(text)
-        for at in range(len(found) - N + 1):
-            run |= self.run.get(found[at : at + N], set())
-        return whole, run
+            # a translation stands behind the name of its language and a colon
+            behind_colon = line.partition(":")[2]
+            for sentence in {line, behind_colon, *SENTENCE_END.split(line),
+                             *SENTENCE_END.split(behind_colon)}:
+                by_sentence |= self.sentences.get(words_of(sentence), set())
+        words = words_of(text)
+        for start in range(len(words) - NGRAM + 1):
+            by_ngram |= self.ngrams.get(words[start : start + NGRAM], set())
+        return by_sentence, by_ngram
 
     def __call__(self, text: str) -> bool:
-        """Whether a text holds any item, or a part of one."""
-        return any(self.within(text))
+        return any(self.matches(text))
 
 
-def signs(files: Sequence[str]) -> Signs:
-    """The signs of test files: of each line, in a .tsv or .csv of each of its cells, and of every
-    text in a row of .jsonl, .json and .parquet."""
+def index_files(specs: Sequence[str]) -> ContaminationIndex:
+    """The index of test files: the lines of a text file, the cells of a .tsv or .csv, and every
+    text in the rows of .jsonl, .json and .parquet files."""
     tests = {}
-    for file in files:
-        # one that is named may be of any kind
-        paths = [Path(file)] if Path(file).is_file() else corpus.files([file], KINDS)
-        tests[file] = [x for path in paths for x in _items(path)]
-        if not any(map(words, (text for texts in tests[file] for text in texts))):
-            raise UserError(f"{file}: no text in it")
-    return Signs(tests)
+    for spec in specs:
+        # a single file may be of any format
+        paths = [Path(spec)] if Path(spec).is_file() else list_files([spec], TEST_FORMATS)
+        tests[spec] = [item for path in paths for item in _read_items(path)]
+        if not any(words_of(text) for texts in tests[spec] for text in texts):
+            raise UserError(f"{spec}: no text in it")
+    return ContaminationIndex(tests)
 
 
-def _items(path: Path) -> Iterator[list[str]]:
+def _read_items(path: Path) -> Iterator[list[str]]:
     """The texts of each item of a test file."""
-    kind = corpus.kind_of(path)
-    if kind in (".jsonl", ".json", ".parquet"):
-        yield from (list(_texts(row.cells)) for row in examples.rows(path))
-        return
-
-    def lines() -> Iterator[str]:
-        for n, piece in enumerate(corpus.read(path, "line", key=""), 1):
-            if piece.fault:
-                raise UserError(
-                    f"{path}, line {n}: {piece.fault}; a test leaves nothing out, mend it")
-            yield piece.text
-
-    if kind == ".csv":
-        try:
-            yield from csv.reader(x + "\n" for x in lines())
-        except csv.Error as e:
-            raise UserError(f"{path}: not a .csv that can be read ({e})") from None
+    if file_format(path) in (".jsonl", ".json", ".parquet"):
+        for row in read_rows(path):
+            yield list(_texts_in(row.cells))
     else:
-        yield from (x.split("\t") if kind == ".tsv" else [x] for x in lines())
+        yield from read_cells(path)
 
 
-def _texts(cell: Any) -> Iterator[str]:
-    """Every text in a cell, whatever it is made of."""
-    if isinstance(cell, str):
-        yield cell
-    elif isinstance(cell, Mapping | Sequence):
-        for x in cell.values() if isinstance(cell, Mapping) else cell:
-            yield from _texts(x)
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in a cell, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for x in value.values():
+            yield from _texts_in(x)
+    elif isinstance(value, Sequence):
+        for x in value:
+            yield from _texts_in(x)
 
 
-def find(tests: dict[str, list[list[str]]], training: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Items of each test found in the training texts; tests: by name, the texts of each item.
+def count_contaminated(tests: Tests, training: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Count the items of each test that are in the training texts.
 
-    Gives by name {"items", "whole", "run", "any"}: how many there are, how many are found whole,
-    by a run of N words, and in either way. An item counts once.
+    Returns by name {"items", "whole", "run", "any"}: how many items there are, and how many were
+    found by a sentence, by an n-gram, and by either.
     """
-    sought = Signs(tests)
-    hit: dict[str, set[tuple[str, int]]] = {"whole": set(), "run": set()}
+    index = ContaminationIndex(tests)
+    by_sentence: set[Item] = set()
+    by_ngram: set[Item] = set()
     for text in training:
-        for how, items in zip(hit, sought.within(text), strict=True):
-            hit[how] |= items
-    either = hit["whole"] | hit["run"]
-    return {name: {"items": len(items), **{
-        how: sum(x == name for x, _ in found) for how, found in (*hit.items(), ("any", either))}}
-        for name, items in tests.items()}
+        sentence_items, ngram_items = index.matches(text)
+        by_sentence |= sentence_items
+        by_ngram |= ngram_items
+    counts = {}
+    for name, items in tests.items():
+        counts[name] = {"items": len(items)}
+        for key, found in (("whole", by_sentence), ("run", by_ngram),
+                           ("any", by_sentence | by_ngram)):
+            counts[name][key] = sum(test == name for test, _ in found)
+    return counts
 
 
-def trained_on(model: str) -> tuple[list[str], list[str]]:
-    """The bins that a run's model was trained on, and those of the runs it came from; then what of
-    them is no longer there. Both are empty where the model is no run's."""
-    there, gone, seen = [], [], set()
+def bins_of_run(model: str) -> tuple[list[str], list[str]]:
+    """The bins that the model of a run was trained on, with those of the runs it came from; and
+    the names of those that are no longer there. Both lists are empty if the model is not of a run.
+    """
+    bins, missing = [], []
+    visited: set[Path] = set()
     while True:
-        out = next((p for p in (Path(model), Path(model).parent)
+        run = next((p for p in (Path(model), Path(model).parent)
                     if (p / "settings.toml").is_file()), None)
-        if out is None or out in seen:  # a run may have begun with a folder that lies in its own
-            return there, gone
-        seen.add(out)
+        if run is None or run in visited:  # a run's first model may lie in the run's own folder
+            return bins, missing
+        visited.add(run)
         try:
-            settings = tomllib.loads((out / "settings.toml").read_text(encoding="utf-8"))
+            settings = tomllib.loads((run / "settings.toml").read_text(encoding="utf-8"))
         except ValueError:
-            return there, [*gone, f"{out}/settings.toml (damaged)"]
-        for spec in settings.get("data", []):
-            head, _ = split_weight(spec)
-            places = (Path(head), out / "bins" / stem(head))
-            found = next((p for p in places if (p / "meta.json").is_file()), None)
-            (gone if found is None else there).append(str(found or head))
+            return bins, [*missing, f"{run}/settings.toml (damaged)"]
+        for weighted_spec in settings.get("data", []):
+            spec, _ = split_weight(weighted_spec)
+            folders = (Path(spec), run / "bins" / bin_name(spec))
+            folder = next((p for p in folders if (p / "meta.json").is_file()), None)
+            if folder is None:
+                missing.append(spec)
+            else:
+                bins.append(str(folder))
         model = settings.get("model", "")
         if not model:
-            return there, gone
+            return bins, missing
 
 
-def check(specs: Sequence[str], unit: str, key: str) -> None:
-    """UserError for bins or files that are not there, or of which no text comes, before anything
-    takes long."""
+def require_text(specs: Sequence[str], unit: str, key: str) -> None:
+    """UserError for a bin or file that is not there, or that holds no text; to be called before
+    any long work."""
     for spec in specs:
-        if (Path(spec) / "meta.json").is_file():
+        if _is_bin(spec):
             Bin(spec)
-        elif not [path for path in corpus.files([spec], TRAINED)
-                  if any(x.fault or x.text.strip() for x in _pieces(path, unit, key))]:
+            continue
+        with_text = [path for path in list_files([spec], TRAINING_FORMATS)
+                     if any(x.fault or x.text.strip()
+                            for x in _read_training_file(path, unit, key))]
+        if not with_text:
             raise UserError(f"{spec}: no text in it")
 
 
-def _pieces(path: Path, unit: str, key: str) -> Iterator[corpus.Piece]:
-    """The documents of a file, streamed; where rows have no `key` but several texts, as
-    conversations and pairs do, all of a row's."""
-    try:
-        kind = corpus.kind_of(path)
-        first = None if kind == ".txt" else next(examples.rows(path), None)
-    except (UserError, UnicodeDecodeError):
-        first = None  # reading it as text says what is wrong with it, or counts it
-    several = first and key not in first.cells and len(list(_texts(first.cells))) > 1
-    if kind != ".json" and not several:
-        yield from corpus.read(path, unit, key)
-        return
-    for row in examples.rows(path):
-        yield corpus.Piece("\n".join(_texts(row.cells)), row.size)
+@dataclass
+class TrainingText:
+    """The documents of bins (decoded) and files, as a stream. `read` and `unread` list, after the
+    iteration, which of them were read, and which could not be (bins of another tokenizer,
+    documents with a fault)."""
 
+    specs: Sequence[str]
+    tokenizer: Tokenizer
+    unit: str = "auto"
+    key: str = "text"
+    read: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
-def texts(specs: Sequence[str], tokenizer: Tokenizer, unit: str, key: str, read: list[str],
-          gone: list[str]) -> Iterator[str]:
-    """Every document of bins, decoded, and of files, streamed. What it comes from goes to `read`,
-    and what cannot be read to `gone`: a bin of another tokenizer, documents with a fault."""
-    for spec in dict.fromkeys(specs):
-        if not (Path(spec) / "meta.json").is_file():
-            say(f"contamination: reading {spec}")
-            fates: Counter[str] = Counter()
-            for path in corpus.files([spec], TRAINED):
-                for piece in _pieces(path, unit, key):
-                    fates[piece.fault] += 1
-                    if not piece.fault:
-                        yield piece.text
-            read += [spec] * bool(fates.pop("", 0))
-            gone += [f"{spec} ({n:,} {what})" for what, n in fates.items()]
-            continue
+    def __iter__(self) -> Iterator[str]:
+        for spec in dict.fromkeys(self.specs):
+            yield from self._read_bin(spec) if _is_bin(spec) else self._read_files(spec)
+
+    def _read_bin(self, spec: str) -> Iterator[str]:
         bin = Bin(spec)
-        if bin.meta["tokenizer"] != tokenizer.fingerprint:
-            gone.append(f"{spec} (another tokenizer)")
-            continue
-        read.append(spec)
+        if bin.meta["tokenizer"] != self.tokenizer.fingerprint:
+            self.unread.append(f"{spec} (another tokenizer)")
+            return
+        self.read.append(spec)
         say(f"contamination: reading {spec}, {bin.meta['tokens']:,} tokens")
         for i in range(len(bin)):
-            yield tokenizer.decode(bin.document(i).tolist())
+            yield self.tokenizer.decode(bin.document(i).tolist())
+
+    def _read_files(self, spec: str) -> Iterator[str]:
+        say(f"contamination: reading {spec}")
+        n_read = 0
+        faults: Counter[str] = Counter()
+        for path in list_files([spec], TRAINING_FORMATS):
+            for document in _read_training_file(path, self.unit, self.key):
+                if document.fault:
+                    faults[document.fault] += 1
+                else:
+                    n_read += 1
+                    yield document.text
+        if n_read:
+            self.read.append(spec)
+        self.unread += [f"{spec} ({count:,} {fault})" for fault, count in faults.items()]
+
+
+def _is_bin(spec: str) -> bool:
+    return (Path(spec) / "meta.json").is_file()
+
+
+def _read_training_file(path: Path, unit: str, key: str) -> Iterator[RawDocument]:
+    """The documents of a file, as a stream. If its rows have no `key` but several texts, as those
+    of conversations and pairs do, a document is all texts of a row."""
+    if file_format(path) == ".json" or _has_several_texts(path, key):
+        for row in read_rows(path):
+            yield RawDocument("\n".join(_texts_in(row.cells)), row.n_bytes)
+    else:
+        yield from read_documents(path, unit, key)
+
+
+def _has_several_texts(path: Path, key: str) -> bool:
+    if file_format(path) == ".txt":
+        return False
+    try:
+        first = next(read_rows(path), None)
+    except UserError:
+        return False  # read_documents says what is wrong with the file, or counts it
+    return first is not None and key not in first.cells and len(list(_texts_in(first.cells))) > 1

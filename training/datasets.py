@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data import Bin, Source, hold_out, sha256
-from preparation import text as corpus
+from preparation.readers import TEXT_FORMATS, file_format, list_files
+from preparation.specs import bin_name, folder_name, split_weight
 from runtime import console as log
 from runtime.console import FLAGS, UserError
 from runtime.paths import ROOT
@@ -48,7 +49,7 @@ def open_data(s: Settings, kind: str, folder: Path, tokenizer: Tokenizer, vocab:
 
     def opened(spec: str, held_as: str = "") -> Bin:
         # held-out text is text in every mode
-        bin = open_bin(spec, "text" if held_as and corpus.kind_of(Path(spec)) == ".txt" else kind,
+        bin = open_bin(spec, "text" if held_as and file_format(Path(spec)) == ".txt" else kind,
                        s.seq_len, folder, tokenizer, out, ranks, held_as)
         bin.check(tokenizer.fingerprint, vocab)
         fits = MIXED if kind in MIXED else (kind,)
@@ -86,7 +87,7 @@ def open_data(s: Settings, kind: str, folder: Path, tokenizer: Tokenizer, vocab:
         name, _, spec = item.partition("=")
         if not (name and spec):
             raise UserError(f"--val {item}: expected NAME=SPEC, as in kin=val.jsonl", FLAGS)
-        if plain(name) in map(plain, held):
+        if folder_name(name) in map(folder_name, held):
             raise UserError(f"--val {item}: another is called {name}; give it a name of its own, "
                             "or a glob or folder for both", FLAGS)
         bin = opened(spec, name)
@@ -100,7 +101,7 @@ def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokeni
     a name, is left as it is."""
     if (Path(spec) / "meta.json").exists():
         return Bin(spec)
-    bin = out / "bins" / (f"{plain(held_as)}-val" if held_as else stem(spec))
+    bin = out / "bins" / (f"{folder_name(held_as)}-val" if held_as else bin_name(spec))
     if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer, kind, seq_len):
         words = [kind, spec, "--tokenizer", str(folder), "--out", str(bin)]
         words += ["--max-tokens", str(seq_len)] if kind != "text" else []
@@ -114,19 +115,6 @@ def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokeni
     return Bin(bin)
 
 
-def stem(spec: str) -> str:
-    """What the bin of files is called: as the file, or where a glob leaves no letter of it, as its
-    folder."""
-    names = (x.split(".")[0] for x in reversed(Path(spec).parts))
-    named = next((x for x in names if any(map(str.isalnum, x))), "text")
-    return plain(named)
-
-
-def plain(name: str) -> str:
-    """A name as a folder may have it: letters, digits, - and _."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-
-
 def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int) -> bool:
     """Whether a bin prepared earlier is what preparing `spec` again would give, by its sources'
     sizes and, of files that have changed since in any way, sums; and by the row that its examples
@@ -135,8 +123,8 @@ def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int
         return False
     found = Bin(bin)
     meta, ledger = found.meta, found.meta["ledger"]
-    known = corpus.KINDS if kind == "text" else (*corpus.KINDS, ".json")
-    now = [(str(p), p.stat().st_size) for p in corpus.files([spec], known)]
+    known = TEXT_FORMATS if kind == "text" else (*TEXT_FORMATS, ".json")
+    now = [(str(p), p.stat().st_size) for p in list_files([spec], known)]
     same = (meta["tokenizer"], meta["kind"]) == (tokenizer.fingerprint, kind) and now == [
         (x["path"], x["bytes"]) for x in meta["sources"]]
     made = (bin / "meta.json").stat().st_mtime
@@ -146,20 +134,6 @@ def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int
         return same
     sizes = (np.diff(found.starts) - 1).reshape(-1, 2 if kind == "pairs" else 1).sum(1)
     return "too long" not in ledger["documents"] and sizes.max() <= seq_len
-
-
-def split_weight(spec: str) -> tuple[str, float | None]:
-    """`SPEC[:WEIGHT]` -> (SPEC, WEIGHT or None)."""
-    head, _, tail = spec.rpartition(":")
-    try:
-        weight = float(tail)
-    except ValueError:
-        return spec, None
-    if not head:
-        return spec, None
-    if not 0 < weight < float("inf"):
-        raise UserError(f"--data {spec}: the weight is {tail}, expected a number above 0", FLAGS)
-    return head, weight
 
 
 def answers_of(bin: Bin, documents: Sequence[int], limit: int) -> list[Document]:

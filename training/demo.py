@@ -18,7 +18,7 @@ from pathlib import Path
 from checkpoints.huggingface import init_from_config
 from languages.kinyarwanda.world import World
 from model import ModelConfig
-from preparation.text import prepare
+from preparation.text import prepare_text
 from runtime import console as log
 from tokenization.tokenizer import learn
 from training.settings import LORA, PART, Settings
@@ -83,7 +83,7 @@ def run(s: Settings, origins: dict[str, str],
         if not (out / "seed").exists():
             init_from_config(shape, tokenizer, out / "seed", s.seed)
         for name in ("eng", "kin"):
-            prepare([str(paths[name])], out / "seed", out / "text" / name, unit="line")
+            prepare_text([str(paths[name])], out / "seed", out / "text" / name, unit="line")
     base = dataclasses.replace(
         s, **{k: v for k, v in {**BOTH, **BASE}.items() if k not in given or k in BASE},
         **{k: getattr(Settings(), k) for k in (*LORA, *PART)},

@@ -17,8 +17,8 @@ from evaluation import metrics, suites, tasks
 from evaluation import results as judge
 from helpers import tiny
 from helpers.browser import CHROMIUM, browser
-from preparation import contamination as overlap
-from preparation import text as corpus
+from preparation import contamination
+from preparation.text import prepare_text
 from reports import evaluation_report as sheet
 from reports import model_card as card
 from runtime.console import UserError
@@ -170,10 +170,10 @@ def test_sentences_of_the_training_text_are_found_whole_and_by_runs():
     run = " ".join(f"w{i}" for i in range(13))
     tests = {"a": [["Inka zacu zirya ubwatsi ku musozi."], [f"x {run} y"], ["Inka zacu"],
                    ["nothing of this stands there at all"]]}
-    found = overlap.find(tests, ["Ejo. INKA zacu, zirya ubwatsi ku musozi! Yego.",
-                                 f"before {run} after"])
+    training = ["Ejo. INKA zacu, zirya ubwatsi ku musozi! Yego.", f"before {run} after"]
+    found = contamination.count_contaminated(tests, training)
     assert found == {"a": {"items": 4, "whole": 1, "run": 1, "any": 2}}
-    assert overlap.trained_on("nowhere") == ([], [])
+    assert contamination.bins_of_run("nowhere") == ([], [])
 
 
 def test_the_runs_a_model_came_from_are_each_looked_at_once(tmp_path, monkeypatch):
@@ -185,8 +185,8 @@ def test_the_runs_a_model_came_from_are_each_looked_at_once(tmp_path, monkeypatc
         (tmp_path / out / "settings.toml").write_text(f'model = "{begun}"\ndata = ["{data}:3"]\n')
     (tmp_path / "run/bins/kin").mkdir(parents=True)
     (tmp_path / "run/bins/kin/meta.json").write_text("{}")
-    assert overlap.trained_on("run/model") == (["run/bins/kin"], ["eng"])
-    assert overlap.trained_on("run/model") == overlap.trained_on("run")
+    assert contamination.bins_of_run("run/model") == (["run/bins/kin"], ["eng"])
+    assert contamination.bins_of_run("run/model") == contamination.bins_of_run("run")
 
 
 def suite_file(home: Path, **changes) -> str:
@@ -471,9 +471,10 @@ def test_what_unicode_calls_a_lines_end_splits_no_record(home):
 def test_a_sentence_behind_a_languages_name_is_found_whole():
     tests = {"a": [["Inka zacu zirya ubwatsi ubu."], ["Abana bo mu rugo baraje. Bose."],
                    ["Amazi y'umugezi ni meza cyane."], ["Ejo nzajya ku isoko kare."]]}
-    found = overlap.find(tests, ["English: Our cows eat.\nKinyarwanda: Inka zacu zirya ubwatsi ubu."
-                                 " Ee.\nKinyarwanda: Abana bo mu rugo baraje. Bose.",
-                                 "Kinyarwanda: Ngo: Ejo nzajya ku isoko kare."])
+    training = ["English: Our cows eat.\nKinyarwanda: Inka zacu zirya ubwatsi ubu."
+                " Ee.\nKinyarwanda: Abana bo mu rugo baraje. Bose.",
+                "Kinyarwanda: Ngo: Ejo nzajya ku isoko kare."]
+    found = contamination.count_contaminated(tests, training)
     assert found["a"] == {"items": 4, "whole": 2, "run": 0, "any": 2}
 
 
@@ -487,14 +488,15 @@ def test_what_was_trained_on_is_streamed_by_its_key_and_faults_are_counted(tmp_p
              "chats.json": json.dumps([said, {"messages": [{"content": KIN[3]}]}]).encode()}
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
-    specs, read, gone = [str(tmp_path / x) for x in files], [], []
-    overlap.check(specs, "auto", "body")
+    specs = [str(tmp_path / x) for x in files]
+    contamination.require_text(specs, "auto", "body")
     tests = {"kin": [[x] for x in KIN], "eng": [[x] for x in ENG]}
-    found = overlap.find(tests, overlap.texts(specs, None, "auto", "body", read, gone))
+    training = contamination.TrainingText(specs, None, "auto", "body")
+    found = contamination.count_contaminated(tests, training)
     assert (found["kin"]["whole"], found["eng"]["whole"]) == (4, 1)
-    assert read == specs and gone == [f"{specs[0]} (1 undecodable)"]
+    assert training.read == specs and training.unread == [f"{specs[0]} (1 undecodable)"]
     (tmp_path / "long.jsonl").write_text(json.dumps({"body": KIN[0]}) + "\nnot JSON\n")
-    stream = overlap.texts([str(tmp_path / "long.jsonl")], None, "auto", "body", [], [])
+    stream = iter(contamination.TrainingText([str(tmp_path / "long.jsonl")], None, key="body"))
     assert next(stream) == KIN[0]  # the rest is not read yet
     with pytest.raises(UserError, match=r"long\.jsonl, line 2: not JSON"):
         next(stream)
@@ -502,7 +504,7 @@ def test_what_was_trained_on_is_streamed_by_its_key_and_faults_are_counted(tmp_p
 
 def test_nothing_is_said_to_be_found_of_a_bin_that_could_not_be_read(home, tmp_path):
     (tmp_path / "kin.txt").write_text("".join(x + "\n" for x in KIN))
-    corpus.prepare([str(tmp_path / "kin.txt")], home / "model", tmp_path / "bin", unit="line")
+    prepare_text([str(tmp_path / "kin.txt")], home / "model", tmp_path / "bin", unit="line")
     said = {"model": str(home / "model"), "suites": [], "text": [f"mine={tmp_path}/kin.txt"],
             "trained_on": [str(tmp_path / "bin")], "limit": 2}
     found = evaluated(home, **said)["contamination"]

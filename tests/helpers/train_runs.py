@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import train
 from helpers import fork, tiny
-from preparation import text as corpus
+from preparation.text import prepare_text
 from runtime import console as log
 from runtime import flags as config
 from runtime.paths import ROOT
@@ -43,7 +43,7 @@ def make_workspace(root: Path) -> Path:
         lines = [" ".join(rng.choice(tiny.SENTENCES) for _ in range(rng.randint(1, 4))) + f" {i}"
                  for i in range(n)]
         (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        corpus.prepare([str(root / f"{name}.txt")], root / "tied", root / name)
+        prepare_text([str(root / f"{name}.txt")], root / "tied", root / name)
     shutil.copytree(root / "tied", root / "quantised")
     raw_config = json.loads((root / "quantised/config.json").read_text())
     raw_config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import unicodedata
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -31,14 +30,19 @@ from hypothesis import strategies as st
 import prepare
 from data import Bin
 from helpers import tiny
-from languages.kinyarwanda import normalise
-from preparation import contamination as overlap
-from preparation import text as corpus
+from helpers.worker_jobs import process_id
+from languages.language import language_of
+from languages.normalise import INVISIBLE, normaliser
+from preparation import contamination, readers
+from preparation.ledger import Ledger
+from preparation.text import prepare_text
+from preparation.workers import Workers
 from runtime.console import UserError
 from runtime.paths import ROOT
 from tokenization.tokenizer import Tokenizer, learn
 
-CLEAN = normalise.normaliser(list(normalise.STEPS))
+STEPS = language_of("kin").all_steps
+CLEAN = normaliser(list(STEPS), STEPS)
 KIN, ENG = tiny.SENTENCES[:5], tiny.SENTENCES[5:]
 
 quick = partial(settings, deadline=None,
@@ -60,7 +64,7 @@ def documents(bin: Bin, tok: Path) -> list[str]:
     return [opened.decode(x) for x in found]
 
 
-def adds_up(ledger: corpus.Ledger, bin: Bin) -> None:
+def adds_up(ledger: Ledger, bin: Bin) -> None:
     """Every line of the ledger: what was read is the sum of what became of it."""
     for counts in (ledger.documents, ledger.bytes):
         assert counts["read"] == sum(n for what, n in counts.items() if what != "read")
@@ -77,13 +81,13 @@ MESSY = st.lists(st.one_of(
 
 @quick(max_examples=100)
 @given(lines=MESSY, end=st.sampled_from([b"\n", b"\r\n", b"\n\n"]), bom=st.booleans(),
-       unit=st.sampled_from(corpus.UNITS), short=st.integers(1, 3), clean=st.booleans())
+       unit=st.sampled_from(readers.DOCUMENT_UNITS), short=st.integers(1, 3), clean=st.booleans())
 def test_what_is_read_is_the_sum_of_what_became_of_it(tok, lines, end, bom, unit, short, clean):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "messy.txt"
         file.write_bytes(b"\xef\xbb\xbf" * bom + end.join([*lines, b"one that is kept"]) + end)
         try:
-            bin, ledger = corpus.prepare(
+            bin, ledger = prepare_text(
                 [str(file)], tok, Path(folder) / "bin", unit=unit, min_chars=short,
                 normalise=CLEAN if clean else None, on_bad="skip")
         except UserError as e:  # a whole file, or a block, that one byte makes undecodable
@@ -91,9 +95,9 @@ def test_what_is_read_is_the_sum_of_what_became_of_it(tok, lines, end, bom, unit
             assert [p.name for p in Path(folder).iterdir()] == ["messy.txt"]
             return
         adds_up(ledger, bin)
-        pieces = list(corpus.read(file, unit))
+        pieces = list(readers.read_documents(file, unit))
         assert ledger.documents["read"] == len(pieces)
-        assert ledger.bytes["read"] == sum(p.size for p in pieces)
+        assert ledger.bytes["read"] == sum(p.n_bytes for p in pieces)
         wanted = dict.fromkeys(text for p in pieces if not p.fault
                                for text in [CLEAN(p.text)[0] if clean else p.text]
                                if len(text.strip()) >= short)
@@ -115,16 +119,21 @@ def messy(folder: Path) -> list[str]:
     return [str(folder / "a.txt"), str(folder / "b.jsonl"), str(folder / "b.jsonl")]
 
 
-def test_one_process_and_two_write_the_same_bytes(tok, tmp_path, monkeypatch):
+def test_chunks_after_the_first_are_mapped_by_worker_processes_in_order():
+    results = list(Workers(2, serial_seconds=0).map(process_id, ((i, i) for i in range(8))))
+    assert [number for number, _ in results] == list(range(8))
+    assert results[0][1] == os.getpid()
+    in_pool = {pid for _, pid in results[1:]}
+    assert len(in_pool) == 2 and os.getpid() not in in_pool
+    alone = list(Workers(2).map(process_id, ((i, i) for i in range(2))))  # for 3 seconds
+    assert {pid for _, pid in alone} == {os.getpid()}
+
+
+def test_one_process_and_two_write_the_same_bytes(tok, tmp_path):
     specs = messy(tmp_path)
-    monkeypatch.setattr(corpus, "CHUNK", 1 << 16)
-    monkeypatch.setattr(corpus, "ALONE", 0)
-    pools = []
-    monkeypatch.setattr(corpus, "ProcessPoolExecutor", lambda *x: pools.append(
-        ProcessPoolExecutor(*x)) or pools[-1])
-    made = [corpus.prepare(specs, tok, tmp_path / f"bin{n}", unit="line", normalise=CLEAN,
-                           on_bad="skip", processes=n) for n in (1, 2)]
-    assert len(pools) == 1  # of the two: there are more chunks than one process does alone
+    made = [prepare_text(specs, tok, tmp_path / f"bin{n}", unit="line", normalise=CLEAN,
+                         on_bad="skip", workers=Workers(n, serial_seconds=0,
+                                                        chunk_bytes=1 << 16)) for n in (1, 2)]
     assert made[0][1] == made[1][1]
     assert made[0][1].documents == {
         "read": 25_000, "kept": len(made[0][0]), "undecodable": 30, "empty": 30,
@@ -139,14 +148,13 @@ def test_one_process_and_two_write_the_same_bytes(tok, tmp_path, monkeypatch):
 def test_workers_end_with_the_process_that_gave_them_work(tmp_path):
     (tmp_path / "go.py").write_text(
         "import os, signal, time\n"
-        "from preparation import text as corpus\n"
-        "corpus.ALONE = 0\n"
+        "from preparation.workers import Workers\n"
         "def job(x):\n"
         "    if x:\n"
         "        open(f'{x}.pid', 'w').write(str(os.getpid()))\n"
         "        time.sleep(60)\n"
         "if __name__ == '__main__':\n"
-        "    list(corpus.in_order(job, ((i, i) for i in range(5)), 2))\n")
+        "    list(Workers(2, serial_seconds=0).map(job, ((i, i) for i in range(5))))\n")
     with subprocess.Popen([sys.executable, "go.py"], cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(ROOT)},
                           start_new_session=True) as process:
@@ -183,15 +191,15 @@ TXT = "\ufeffAmazi ni meza.\r\n\r\nInka zirya\nubwatsi.\n   \n\nAmazi ni meza.\n
     ("block", ["Amazi ni meza.", "Inka zirya\nubwatsi.", "Amazi ni meza."])])
 def test_a_text_files_documents_are_the_file_its_lines_or_its_blocks(tmp_path, name, unit, wanted):
     file = write(tmp_path / name, TXT)
-    assert [p.text for p in corpus.read(file, unit)] == wanted
-    assert corpus.choose_unit(file) == "block"
+    assert [p.text for p in readers.read_documents(file, unit)] == wanted
+    assert readers.detect_document_unit(file) == "block"
 
 
 @pytest.mark.parametrize("raw, unit", [
     (b"one", "file"), (b"one\n", "file"), (b"\n\none\n\n", "file"), (b"one\ntwo", "line"),
     (b"one\n\ntwo", "block"), (b"one\n \r\ntwo", "block")])
 def test_what_a_document_is_follows_from_blank_lines(tmp_path, raw, unit):
-    assert corpus.choose_unit(write(tmp_path / "x.txt", raw)) == unit
+    assert readers.detect_document_unit(write(tmp_path / "x.txt", raw)) == unit
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -199,9 +207,9 @@ def test_a_jsonl_gives_its_text_whatever_is_in_it(tmp_path, suffix):
     texts = ["Amazi", "two\nlines", "\u2028 \ufeff é", "", "n’umwana\t"]
     lines = [json.dumps({"id": i, "text": t}, ensure_ascii=i > 2) for i, t in enumerate(texts)]
     file = write(tmp_path / f"x.jsonl{suffix}", "\r\n\n".join(lines).encode())
-    assert [p.text for p in corpus.read(file)] == texts
-    assert [p.size for p in corpus.read(file)] == [len(t.encode()) for t in texts]
-    assert corpus.texts(file) == [t for t in texts if t]
+    assert [p.text for p in readers.read_documents(file)] == texts
+    assert [p.n_bytes for p in readers.read_documents(file)] == [len(t.encode()) for t in texts]
+    assert readers.read_texts(file) == [t for t in texts if t]
 
 
 @pytest.mark.parametrize("line", [
@@ -215,15 +223,15 @@ def test_a_line_is_read_as_json_loads_reads_it(tmp_path, line):
         assert isinstance(wanted, str)
     except (ValueError, KeyError, TypeError, AssertionError):
         with pytest.raises(UserError, match="line 2: "):
-            list(corpus.read(file))
+            list(readers.read_documents(file))
     else:
-        assert [p.text for p in corpus.read(file)] == ["", wanted]
+        assert [p.text for p in readers.read_documents(file)] == ["", wanted]
 
 
 def test_half_a_surrogate_pair_in_a_jsonl_is_counted_as_undecodable(tmp_path, tok):
     raw = b'{"text": "\\ud800"}\n{"text": "Amazi"}\n{"text": "\xff"}\n'
     file = write(tmp_path / "x.jsonl", raw)
-    bin, ledger = corpus.prepare([str(file)], tok, tmp_path / "bin", on_bad="skip")
+    bin, ledger = prepare_text([str(file)], tok, tmp_path / "bin", on_bad="skip")
     assert ledger.documents == {"read": 3, "undecodable": 2, "kept": 1}
     adds_up(ledger, bin)
 
@@ -231,33 +239,33 @@ def test_half_a_surrogate_pair_in_a_jsonl_is_counted_as_undecodable(tmp_path, to
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_tsv_gives_the_column_of_that_name(tmp_path, suffix):
     file = write(tmp_path / f"x.tsv{suffix}", "\ufeffid\tkin\n1\tAmazi \"ni\" meza\n2\t\n".encode())
-    assert [p.text for p in corpus.read(file, key="kin")] == ['Amazi "ni" meza', ""]
-    assert [p.text for p in corpus.read(file, key="id")] == ["1", "2"]
+    assert [p.text for p in readers.read_documents(file, key="kin")] == ['Amazi "ni" meza', ""]
+    assert [p.text for p in readers.read_documents(file, key="id")] == ["1", "2"]
 
 
 def test_a_parquet_gives_the_column_of_that_name_in_order(tmp_path):
     texts = [f"Amazi {i}" for i in range(3000)] + [None, "é\u2028"]
     pyarrow.parquet.write_table(pyarrow.table({"n": list(range(3002)), "kin": texts}),
                                 tmp_path / "x.parquet", row_group_size=700)
-    pieces = list(corpus.read(tmp_path / "x.parquet", key="kin"))
+    pieces = list(readers.read_documents(tmp_path / "x.parquet", key="kin"))
     assert [p.text for p in pieces] == [t or "" for t in texts]
-    assert [p.size for p in pieces] == [len((t or "").encode()) for t in texts]
+    assert [p.n_bytes for p in pieces] == [len((t or "").encode()) for t in texts]
 
 
 def test_a_parquet_cell_that_is_not_utf8_is_counted(tmp_path):
     raw = pyarrow.array([b"Amazi", b"\xff\xfe", b"meza"], pyarrow.binary())
     pyarrow.parquet.write_table(pyarrow.table({"text": raw.view(pyarrow.string())}),
                                 tmp_path / "x.parquet")
-    pieces = list(corpus.read(tmp_path / "x.parquet"))
+    pieces = list(readers.read_documents(tmp_path / "x.parquet"))
     assert [p.fault for p in pieces] == ["", "undecodable", ""]
-    assert [p.size for p in pieces] == [5, 2, 4]
+    assert [p.n_bytes for p in pieces] == [5, 2, 4]
 
 
 def test_only_a_newline_ends_a_line(tmp_path, tok):
     odd = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\rh"
     file = write(tmp_path / "x.txt", f"{odd}\n{odd}x\n".encode())
-    assert [p.text for p in corpus.read(file, "line")] == [odd, odd + "x"]
-    bin, _ = corpus.prepare([str(file)], tok, tmp_path / "bin")
+    assert [p.text for p in readers.read_documents(file, "line")] == [odd, odd + "x"]
+    bin, _ = prepare_text([str(file)], tok, tmp_path / "bin")
     assert documents(bin, tok) == [odd, odd + "x"]
 
 
@@ -265,11 +273,11 @@ def test_only_a_newline_ends_a_line(tmp_path, tok):
 def test_a_line_too_long_is_counted_and_the_next_one_read(tmp_path, limit):
     for n in range(1, 40):
         file = write(tmp_path / "x.txt", b"a" * n + b"\nb\n" + b"c" * n)
-        pieces = list(corpus.read(file, "line", max_bytes=limit))
+        pieces = list(readers.read_documents(file, "line", max_bytes=limit))
         assert len(pieces) == 3 and pieces[1].text == "b", n
         assert [p.fault for p in pieces] == ["too long" if n + 1 > limit else "", "",
                                              "too long" if n > limit else ""]
-        assert pieces[2].size == n
+        assert pieces[2].n_bytes == n
 
 
 def test_files_are_found_by_name_folder_and_glob_in_order(tmp_path):
@@ -277,7 +285,7 @@ def test_files_are_found_by_name_folder_and_glob_in_order(tmp_path):
         (tmp_path / name).write_bytes(b"")
 
     def found(spec: str) -> list[str]:
-        return [p.name for p in corpus.files([str(tmp_path / spec)])]
+        return [p.name for p in readers.list_files([str(tmp_path / spec)])]
 
     assert found("") == ["a.jsonl", "b.txt", "c.txt.gz", "e.parquet"]
     assert found("*.txt*") == ["b.txt", "c.txt.gz"] and found("b.txt") == ["b.txt"]
@@ -301,7 +309,7 @@ def words_tokenizer(folder: Path, n: int) -> Path:
 def test_ids_above_two_bytes_take_four_and_none_wraps(tmp_path, n, dtype):
     tok = words_tokenizer(tmp_path / "tok", n)
     file = write(tmp_path / "x.txt", b"w1 last\nlast w65534\n")
-    bin, _ = corpus.prepare([str(file)], tok, tmp_path / "bin")
+    bin, _ = prepare_text([str(file)], tok, tmp_path / "bin")
     assert bin.meta["dtype"] == dtype and bin.meta["vocabulary"] == n
     assert [bin.document(i).tolist() for i in (0, 1)] == [[1, n - 1], [n - 1, 65534]]
     raw = np.fromfile(bin.folder / "tokens.bin", {"u16": "<u2", "u32": "<u4"}[dtype])
@@ -311,7 +319,7 @@ def test_ids_above_two_bytes_take_four_and_none_wraps(tmp_path, n, dtype):
 def test_a_document_of_one_token_is_kept_and_a_corpus_of_them_trains_nothing(tmp_path):
     tok = words_tokenizer(tmp_path / "tok", 300)
     file = write(tmp_path / "x.txt", b"w1\nw2\nw3\n")
-    bin, ledger = corpus.prepare([str(file)], tok, tmp_path / "bin")
+    bin, ledger = prepare_text([str(file)], tok, tmp_path / "bin")
     assert ledger.documents["kept"] == len(bin) == 3 and bin.meta["trained"] == 0
     opened = Tokenizer.open(tok)
     with pytest.raises(UserError, match="no token to train on in 3 documents"):
@@ -321,31 +329,33 @@ def test_a_document_of_one_token_is_kept_and_a_corpus_of_them_trains_nothing(tmp
 def test_equal_texts_are_kept_once_whichever_file_they_are_in(tmp_path, tok):
     raw = "Amazi\nInka\nAmazi\nn’inka\nn'inka\n".encode()
     a, b = write(tmp_path / "a.txt", raw), write(tmp_path / "b.txt", raw)
-    bin, ledger = corpus.prepare([str(a), str(b)], tok, tmp_path / "bin", normalise=CLEAN)
+    bin, ledger = prepare_text([str(a), str(b)], tok, tmp_path / "bin", normalise=CLEAN)
     assert documents(bin, tok) == ["Amazi", "Inka", "n'inka"]
     assert ledger.documents == {"read": 10, "kept": 3, "duplicate": 7}
     assert ledger.changes == {"nfc": 0, "apostrophe": 2, "spaces": 0}
-    bin, ledger = corpus.prepare([str(a)], tok, tmp_path / "all", keep_duplicates=True)
+    bin, ledger = prepare_text([str(a)], tok, tmp_path / "all", keep_duplicates=True)
     assert len(bin) == 5 and ledger.documents["kept"] == 5
 
 
 def test_a_failure_leaves_the_old_bin_and_nothing_beside_it(tmp_path, tok):
     good = write(tmp_path / "good.txt", b"Amazi\nInka\n")
-    corpus.prepare([str(good)], tok, tmp_path / "bin")
+    prepare_text([str(good)], tok, tmp_path / "bin")
     before = {p: p.read_bytes() for p in (tmp_path / "bin").iterdir()}
     bad = write(tmp_path / "bad.jsonl", b'{"text": "Amazi"}\n{"text": 3}\n')
     for processes in (1, 2):
         with pytest.raises(UserError, match=r"bad\.jsonl, line 2: no text under 'text'"):
-            corpus.prepare([str(good), str(bad)], tok, tmp_path / "bin", processes=processes)
+            prepare_text([str(good), str(bad)], tok, tmp_path / "bin",
+                         workers=Workers(processes))
     assert {p: p.read_bytes() for p in (tmp_path / "bin").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "bin", "good.txt"]
 
 
 def test_an_evaluations_texts_leave_nothing_out(tmp_path):
-    assert corpus.texts(write(tmp_path / "a.txt", b"Amazi\n\nInka\n"), "line") == ["Amazi", "Inka"]
+    file = write(tmp_path / "a.txt", b"Amazi\n\nInka\n")
+    assert readers.read_texts(file, "line") == ["Amazi", "Inka"]
     for raw, why in ((b"Amazi\n\xff\n", "document 2 is undecodable"), (b"\n \n", "no text in it")):
         with pytest.raises(UserError, match=why):
-            corpus.texts(write(tmp_path / "b.txt", raw), "line")
+            readers.read_texts(write(tmp_path / "b.txt", raw), "line")
 
 
 # The command itself, in processes of its own.
@@ -376,14 +386,15 @@ def test_documents_that_hold_what_a_test_asks_are_left_out_and_counted(tok, tmp_
                    "--documents", "line", "--without", tmp_path / "asked.txt",
                    "--processes", "2")
     assert re.search(r"contaminated +3 ", said) and re.search(rf"kept +{len(clean) + 1} ", said)
-    sought = overlap.signs([str(tmp_path / "asked.txt")])
-    one, ledger = corpus.prepare([str(tmp_path / "text.txt")], tok, tmp_path / "one", unit="line",
-                                 normalise=CLEAN, contaminated=sought)
+    sought = contamination.index_files([str(tmp_path / "asked.txt")])
+    one, ledger = prepare_text([str(tmp_path / "text.txt")], tok, tmp_path / "one", unit="line",
+                                 normalise=CLEAN, is_contaminated=sought)
     adds_up(ledger, one)
     assert Bin(tmp_path / "two").meta["ledger"] == ledger.to_json()
     kept = documents(one, tok)
     assert kept == documents(Bin(tmp_path / "two"), tok) == [near, *clean]
-    assert not overlap.find({"asked": [[x] for x in asked]}, kept)["asked"]["any"]
+    tests = {"asked": [[x] for x in asked]}
+    assert not contamination.count_contaminated(tests, kept)["asked"]["any"]
 
 
 def test_tests_of_every_form_are_sought_by_all_their_texts(tmp_path):
@@ -398,16 +409,16 @@ def test_tests_of_every_form_are_sought_by_all_their_texts(tmp_path):
                        ("t.txt", f"{eng}\n{kin}\n"), ("t.parquet", None)):
         if text:
             write(tmp_path / name, text.encode())
-        sought = overlap.signs([str(tmp_path / name)])
+        sought = contamination.index_files([str(tmp_path / name)])
         assert sought(f"Yego. {eng} Oya.") and sought(f"Yego. {kin} Oya."), name
         assert not sought("Umwana ararira kandi nyina aramuhoza buri munsi."), name
-    for name, raw, wanted in (("x.devtest", b"a\n\xff\n", "x.devtest, line 2: undecodable"),
+    for name, raw, wanted in (("x.devtest", b"a\n\xff\n", "x.devtest, line 2: byte 0 is not UTF-8"),
                               ("y.jsonl", b'{"n": 1}\n', "y.jsonl: no text in it"),
                               ("no*.devtest", None, "no such file")):
         if raw:
             write(tmp_path / name, raw)
         with pytest.raises(UserError, match=wanted):
-            overlap.signs([f"{tmp_path}/{name}"])
+            contamination.index_files([f"{tmp_path}/{name}"])
 
 
 @pytest.mark.parametrize("spec", ["t.csv", "t.csv.gz", "", "*.csv*"])
@@ -418,9 +429,9 @@ def test_a_csvs_cells_are_sought_one_by_one(tmp_path, spec):
     out = io.StringIO()
     csv.writer(out).writerows([["premise", "hypothesis", "label"], cells])
     write(tmp_path / ("t.csv.gz" if "gz" in spec else "t.csv"), out.getvalue().encode())
-    sought = overlap.signs([f"{tmp_path}/{spec}"])
+    sought = contamination.index_files([f"{tmp_path}/{spec}"])
     assert sought(f"Yego. {cells[0]}.") and sought(cells[2]) and not sought(" ".join(cells[1:]))
-    assert overlap.words(cells[1]) in sought.whole
+    assert contamination.words_of(cells[1]) in sought.sentences
 
 
 def test_prepare_text_show_vocab_and_fertility_work_together(tmp_path):
@@ -430,7 +441,7 @@ def test_prepare_text_show_vocab_and_fertility_work_together(tmp_path):
     assert "400 pieces, fingerprint " in out
     out, said = call("text", file, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "bin",
                      "--processes", 2)
-    assert "kin.txt: a document is a line (chosen: --documents says otherwise)" in said
+    assert "kin.txt: a document is a line (detected; set another with --documents)" in said
     assert re.search(r"read +200 .*\nkept +200 ", out) and "200 documents" in out
     assert "normalised: spaces, 200 places" in out
     out, _ = call("show", tmp_path / "bin", "--tokenizer", tmp_path / "tok", "--n", 2)
@@ -534,15 +545,15 @@ TEXT = st.text(st.one_of(st.sampled_from(" \t\n\r\u00a0\u200b\ufeff’‘ʼ`´'a
 @given(text=TEXT)
 def test_cleaning_twice_changes_nothing_more(text):
     once, _ = CLEAN(text)
-    assert CLEAN(once) == (once, dict.fromkeys(normalise.STEPS, 0))
+    assert CLEAN(once) == (once, dict.fromkeys(STEPS, 0))
 
 
 @quick(max_examples=300)
-@given(text=TEXT, step=st.sampled_from(sorted(normalise.STEPS)))
+@given(text=TEXT, step=st.sampled_from(sorted(STEPS)))
 def test_a_step_counts_just_when_it_changes(text, step):
-    once, n = normalise.STEPS[step](text)
+    once, n = STEPS[step](text)
     assert (n > 0) == (once != text)
-    assert normalise.STEPS[step](once) == (once, 0)
+    assert STEPS[step](once) == (once, 0)
 
 
 def plain(text: str, step: str) -> tuple[str, int]:
@@ -570,9 +581,9 @@ def plain(text: str, step: str) -> tuple[str, int]:
 
 
 @quick(max_examples=1000)
-@given(text=TEXT | st.text(" \n\ta\u00a0\u200b"), step=st.sampled_from(sorted(normalise.STEPS)))
+@given(text=TEXT | st.text(" \n\ta\u00a0\u200b"), step=st.sampled_from(sorted(STEPS)))
 def test_a_step_does_and_counts_what_it_does_character_after_character(text, step):
-    assert normalise.STEPS[step](text) == plain(text, step)
+    assert STEPS[step](text) == plain(text, step)
 
 
 @quick(max_examples=300)
@@ -585,16 +596,16 @@ def test_cleaned_text_has_no_blank_to_spare_and_loses_no_letter(text):
     def letters(x: str) -> str:
         return "".join(c for c in unicodedata.normalize("NFC", x) if c.isalnum())
 
-    assert letters(clean) == letters(normalise.UNSEEN.sub("", text))
+    assert letters(clean) == letters(INVISIBLE.sub("", text))
 
 
 @pytest.mark.parametrize("text, wanted", [
     ("n’umwana, n‘umwana, nʼumwana, n`umwana, n´umwana", ", ".join(["n'umwana"] * 5)),
     ("’umwana’ ‘mu’ 5’6 a’ ’b", "’umwana’ ‘mu’ 5’6 a’ ’b"), ("n’”a", "n’”a"), ("é’ê", "é'ê")])
 def test_only_a_mark_between_two_letters_is_an_elision(text, wanted):
-    assert normalise.apostrophe(text)[0] == wanted
+    assert STEPS["apostrophe"](text)[0] == wanted
 
 
 def test_an_unknown_step_names_the_known_ones():
     with pytest.raises(UserError, match="--normalise lower: no such step; there are "):
-        normalise.normaliser(["nfc", "lower"])
+        normaliser(["nfc", "lower"], STEPS)

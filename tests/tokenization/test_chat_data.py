@@ -26,17 +26,20 @@ import prepare
 from data import Bin, Source, hold_out
 from helpers import fork, tiny
 from helpers.chat_templates import KINDS, TEMPLATES, pair, said, tokenizer_folders
-from languages.kinyarwanda import prompts
-from preparation import conversations as examples
-from preparation import text as corpus
-from preparation import translation as pairs
-from runtime import console as log
+from languages.language import DEFAULT_PAIR, translation_prompts
+from preparation.conversations import parse_conversation
+from preparation.preferences import PreferenceEncoder, read_samples
+from preparation.readers import Row, read_rows
+from preparation.translation import Prompt
+from preparation.workers import Workers
+from runtime import console
 from runtime.console import UserError
 from runtime.paths import ROOT
 from tokenization.chat_template import PLAIN, Template, documents
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 
+PROMPTS = translation_prompts(DEFAULT_PAIR)
 KIN, ENG = tiny.SENTENCES[:5], tiny.SENTENCES[5:]
 LONG_PAIR = json.dumps({"prompt": "a", "chosen": KIN[0] * 5 + "a", "rejected": KIN[0] * 5 + "b"})
 ANSWER = json.dumps({"messages": said(("u", "Amakuru?"), ("a", "Ni meza."))})
@@ -65,12 +68,13 @@ def document_of(template: Template, messages: list, loss_on: str = "assistant") 
                     made.n_bytes)
 
 
-def prepared(model: Path, tmp_path: Path, command: str, *words: str) -> tuple[Bin, Tokenizer]:
+def prepared(model: Path, tmp_path: Path, command: str, *words: str,
+             workers: Workers | None = None) -> tuple[Bin, Tokenizer]:
     """The bin that a command of prepare.py makes, in this process."""
     out = tmp_path / "bin"
-    name, s = prepare.config.pick({k: v[0] for k, v in prepare.COMMANDS.items()}, [
+    name, s = prepare.flags.pick({k: v[0] for k, v in prepare.COMMANDS.items()}, [
         command, *words, "--tokenizer", str(model), "--out", str(out)], "prepare.py", "")
-    prepare.COMMANDS[name][1](s)
+    prepare.COMMANDS[name][1](s, workers)
     return Bin(out), Tokenizer.open(model)
 
 
@@ -78,7 +82,7 @@ def command(model: Path, tmp_path: Path, *words: str) -> tuple[int, list[str]]:
     """The exit code of prepare.py with these words, in a process, and the lines that it says."""
     def action() -> None:
         sys.argv = ["prepare.py", *words, "--tokenizer", str(model), "--out", f"{tmp_path}/bin"]
-        log.run(prepare.main)
+        console.run(prepare.main)
 
     (code,) = fork.ends([fork.child(action, tmp_path / "said")])
     return code, (tmp_path / "said").read_text().splitlines()
@@ -211,7 +215,7 @@ def test_each_form_of_conversation_is_recognised_and_named(model, tmp_path, caps
     ids=["share", "alpaca", "messages"])
 def test_a_system_column_is_a_conversations_first_message(row):
     def read(**cells: object) -> list[dict[str, str]]:
-        return examples.conversation(examples.Row("x, line 1", row | cells, 1))
+        return parse_conversation(Row("x, line 1", row | cells, 1))
 
     asked = said(("u", "Amakuru?"), ("a", "Ni."))
     assert read(system="Subiza.") == [*said(("s", "Subiza.")), *asked]
@@ -219,7 +223,7 @@ def test_a_system_column_is_a_conversations_first_message(row):
     with pytest.raises(UserError, match="line 1: no text under 'system'"):
         read(system=["Subiza."])
     if "messages" in row:
-        with pytest.raises(UserError, match="line 1: system says another thing"):
+        with pytest.raises(UserError, match="line 1: the system cell differs"):
             read(system="Vuga.")
     if "history" in row:
         with pytest.raises(UserError, match="line 1: history holds turns before"):
@@ -230,13 +234,13 @@ def test_a_system_column_stands_before_what_a_preference_answers(model):
     tokenizer = Tokenizer.open(model)
     template = Template.plain(tokenizer)
     cells = {"prompt": "Amakuru?", "chosen": "Ni meza.", "rejected": "Oya.", "system": "Subiza."}
-    rows = [examples.Row("x, line 1", cells, 1)]
-    (made,) = pairs.Preferences(tokenizer, template, as_chat=True)(rows)
+    rows = [Row("x, line 1", cells, 1)]
+    (made,) = PreferenceEncoder(tokenizer, template, as_chat=True)(rows)
     for document, words in zip(made.documents, ("Ni meza.", "Oya."), strict=True):
         whole = said(("s", "Subiza."), ("u", "Amakuru?"), ("a", words))
         assert document.ids.tolist() == document_of(template, whole).ids
     with pytest.raises(UserError, match="line 1: a system message, and a prompt that is a text"):
-        pairs.Preferences(tokenizer, template)(rows)
+        PreferenceEncoder(tokenizer, template)(rows)
 
 
 # ------------------------------------------------------------------ translations
@@ -322,7 +326,7 @@ def test_a_parquet_row_that_is_not_utf8_is_one_line(tmp_path):
     raw = pyarrow.array([b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"eng": raw}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"x\.parquet: a text in it is not UTF-8"):
-        list(examples.rows(tmp_path / "x.parquet"))
+        list(read_rows(tmp_path / "x.parquet"))
 
 
 def test_prompts_are_drawn_by_seed_and_each_is_filled(model, tmp_path):
@@ -333,11 +337,11 @@ def test_prompts_are_drawn_by_seed_and_each_is_filled(model, tmp_path):
     bin, tok = prepared(model, tmp_path, "mt", file, "--prompts", "all")
     said_once = {re.sub(r"\W.*", "", tok.decode(bin.document(i))) for i in range(len(bin))}
     assert {"Translate", "Shyira", "Ibi", "Aya", "Iyi", "How", "Put", "Below"} <= said_once
-    for name, (text, languages) in prompts.PROMPTS.items():
-        filled = pairs.Prompt(name, text, languages).fill("{target} inka", "eng-kin")
+    for name, (text, languages) in PROMPTS.items():
+        filled = Prompt(name, text, languages).fill("{target} inka", "eng-kin")
         assert "{target} inka" in filled and languages["kin"] in filled  # braces in a text stay
         assert filled.replace("{target} inka", "").count("{") == 0
-    assert prompts.PROMPTS["kin-put"][1] == {"eng": "Cyongereza", "kin": "Kinyarwanda"}
+    assert PROMPTS["kin-put"][1] == {"eng": "Cyongereza", "kin": "Kinyarwanda"}
 
 
 @pytest.mark.parametrize("words", [[], ["--directions", "eng-kin:3", "kin-eng:1"], ["--as-text"],
@@ -366,13 +370,12 @@ def test_no_pair_that_is_held_out_is_trained_in_either_direction(model, tmp_path
 
 
 def test_the_groups_of_a_bin_are_the_same_bytes_for_any_number_of_processes(
-        model, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "CHUNK", 500)
-    monkeypatch.setattr(corpus, "ALONE", 0)
+        model, tmp_path):
     (tmp_path / "x.tsv").write_text("eng\tkin\n" + "".join(f"a {i}\tb {i}\n" for i in range(300)))
     files = [{f.name: f.read_bytes() for f in prepared(
-        model, tmp_path / n, "mt", f"{tmp_path}/x.tsv", "--processes", n)[0].folder.iterdir()}
-        for n in ("1", "3")]
+        model, tmp_path / str(n), "mt", f"{tmp_path}/x.tsv",
+        workers=Workers(n, serial_seconds=0, chunk_bytes=500))[0].folder.iterdir()}
+        for n in (1, 3)]
     assert files[0] == files[1] and len(files[0]["groups.bin"]) == 600 * 8
 
 
@@ -514,14 +517,13 @@ ALL = ["--prompts", "all", "--shots", "2", "--directions", "eng-kin:3", "kin-eng
     ["mt", "mt.tsv", *ALL, "--max-tokens", "400", "--too-long", "drop"],
     ["mt", "mt.tsv", "--as-chat", "--join", "2"], ["pairs", "pairs.jsonl"]],
     ids=["chat", "mt", "mt as chat", "pairs"])
-def test_a_bin_is_the_same_bytes_for_any_number_of_processes(model, tmp_path, monkeypatch, words):
+def test_a_bin_is_the_same_bytes_for_any_number_of_processes(model, tmp_path, words):
     rows_of_all_kinds(tmp_path)
-    monkeypatch.setattr(corpus, "CHUNK", 1000)
-    monkeypatch.setattr(corpus, "ALONE", 0)
     command, file, *more = words
     made = []
-    for n in ("1", "2", "3") if ALL[0] in words else ("1", "2"):
-        bin, _ = prepared(model, tmp_path, command, f"{tmp_path}/{file}", *more, "--processes", n)
+    for n in (1, 2, 3):
+        bin, _ = prepared(model, tmp_path, command, f"{tmp_path}/{file}", *more,
+                          workers=Workers(n, serial_seconds=0, chunk_bytes=1000))
         made.append({x.name: x.read_bytes() for x in bin.folder.iterdir()})
     assert all(x == made[0] for x in made)
     assert bin.meta["ledger"]["documents"]["kept"] > 20
@@ -536,25 +538,25 @@ def test_what_a_row_becomes_does_not_depend_on_how_rows_are_dealt_out(
     folder = tmp_path_factory.mktemp("dealt")
     rows_of_all_kinds(folder, 40)
     command, file, *more = words
-    made, chunk = [], corpus.CHUNK
-    for corpus.CHUNK in (size, chunk):  # the last is as it was
-        bin, _ = prepared(model, folder, command, f"{folder}/{file}", *more, "--processes", "1")
+    made = []
+    for chunk_bytes in (size, Workers.chunk_bytes):
+        bin, _ = prepared(model, folder, command, f"{folder}/{file}", *more,
+                          workers=Workers(chunk_bytes=chunk_bytes))
         made.append({x.name: x.read_bytes() for x in bin.folder.iterdir()})
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("n", ["1", "2"])
-def test_the_first_fault_is_said_whichever_process_met_it(model, tmp_path, monkeypatch, n):
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_first_fault_is_said_whichever_process_met_it(model, tmp_path, n):
     """A line that is no JSON is met by the one that reads, long before a worker sees the others."""
-    monkeypatch.setattr(corpus, "CHUNK", 200)
-    monkeypatch.setattr(corpus, "ALONE", 0)
     rows_of_all_kinds(tmp_path)
     lines = (tmp_path / "chat.jsonl").read_text().splitlines()
     lines[30], lines[33], lines[40] = chat_line(("u", "a")), "{", chat_line(("u", "b"))
     for place, wanted in ((30, "the conversation does not end"), (33, "not JSON")):
         (tmp_path / "chat.jsonl").write_text("\n".join(lines) + "\n")
         with pytest.raises(UserError, match=rf"chat\.jsonl, line {place + 1}: {wanted}") as e:
-            prepared(model, tmp_path, "chat", f"{tmp_path}/chat.jsonl", "--processes", n)
+            prepared(model, tmp_path, "chat", f"{tmp_path}/chat.jsonl",
+                     workers=Workers(n, serial_seconds=0, chunk_bytes=200))
         assert e.value.code == 3 and not list(tmp_path.glob(".tmp*"))
         lines[30] = lines[29]
 
@@ -795,8 +797,8 @@ def samples_of(file: Path, asked: list[str], n: int, number: bool) -> list[list[
     (["a", "b", "a"], False), (["a", "a", "b"], True), (["a", "b", "a"], True)])
 def test_a_prompt_that_stands_twice_is_two_prompts(tmp_path, asked, number):
     texts = samples_of(tmp_path / "s.jsonl", asked, 3, number)
-    found = pairs.candidates(tmp_path / "s.jsonl")
-    assert [(x.prompt, x.texts) for x in found] == list(zip(asked, texts, strict=True))
+    found = read_samples(tmp_path / "s.jsonl")
+    assert [(x.prompt, x.answers) for x in found] == list(zip(asked, texts, strict=True))
     (tmp_path / "ref.kin").write_text("".join(f"{x[1]}\n" for x in texts))  # lines by any name
     prepare.prefer(prepare.Prefer([str(tmp_path / "s.jsonl")], f"{tmp_path}/o.jsonl",
                                   f"{tmp_path}/ref.kin", gap=0.0))
@@ -805,7 +807,7 @@ def test_a_prompt_that_stands_twice_is_two_prompts(tmp_path, asked, number):
     if number:  # and samples of two runs may lie behind one another
         both = (tmp_path / "s.jsonl").read_text() * 2
         (tmp_path / "s.jsonl").write_text(both)
-        assert [x.texts for x in pairs.candidates(tmp_path / "s.jsonl")] == [x * 2 for x in texts]
+        assert [x.answers for x in read_samples(tmp_path / "s.jsonl")] == [x * 2 for x in texts]
 
 
 def test_references_that_cannot_be_read_are_refused_with_what_helps(tmp_path):
@@ -814,7 +816,7 @@ def test_references_that_cannot_be_read_are_refused_with_what_helps(tmp_path):
             ("r.kin", b"x\ny\nz\n", "3 lines for 2 prompts.*; 'a' has 6 answers, others 3: if it "
                                      "stands twice"),
             ("r.kin", b"x\n\xff\n", r"r\.kin, line 2: undecodable"),
-            ("r.jsonl", b'{"kin": "x"}\n', "no text under 'text'; name the key with --text-key")):
+            ("r.jsonl", b'{"kin": "x"}\n', "no text under 'text'; name the key of the text")):
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(UserError, match=wanted):
             prepare.prefer(prepare.Prefer([f"{tmp_path}/s.jsonl"], f"{tmp_path}/o",
@@ -843,4 +845,4 @@ def test_preferences_that_cannot_be_written_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^--out .*p\.jsonl: cannot be written \(No such") as e:
         prepare.prefer(prepare.Prefer([f"{tmp_path}/s.jsonl"], f"{tmp_path}/nodir/p.jsonl",
                                       votes=f"{tmp_path}/v.tsv"))
-    assert e.value.code == log.STORAGE
+    assert e.value.code == console.STORAGE

@@ -14,8 +14,8 @@ import pytest
 
 import train
 from helpers import tiny
-from preparation import text as corpus
 from preparation.bin_writer import BinWriter
+from preparation.text import prepare_text
 from runtime import flags as config
 from runtime.paths import ROOT
 from tokenization.document import Document
@@ -41,7 +41,7 @@ def place(tmp_path_factory) -> Path:
         kind = "mt" if name in ("mt", "mt-chat") else "pairs" if name == "pairs" else \
             "chat" if name.startswith("alpaca") else "text"
         if kind == "text":
-            corpus.prepare([str(root / "text.txt")], root / "model", root / name)
+            prepare_text([str(root / "text.txt")], root / "model", root / name)
             continue
         writer = BinWriter(root / name, tok.fingerprint, tok.vocab_size, kind)
         for _ in range(80):

@@ -27,7 +27,7 @@ from helpers import tiny
 from helpers.train_runs import ENV, call, read_losses, train_command
 from layers import nf4
 from model import Llama, ModelConfig
-from preparation import text as corpus
+from preparation.text import prepare_text
 from runtime import flags as config
 from runtime.console import UserError
 from runtime.distributed import Ranks
@@ -730,7 +730,7 @@ def test_resume_refuses_other_flags_and_other_data_and_takes_free_ones(workspace
     assert "lr was 0.001, now 0.01" in call([*again, "--lr", "0.01"], code=2)
     kin = workspace / "kin"
     kin.rename(workspace / "aside")
-    corpus.prepare([str(workspace / "eng.txt")], workspace / "tied", kin)
+    prepare_text([str(workspace / "eng.txt")], workspace / "tied", kin)
     assert "the data are not those" in call(again, code=3)
     shutil.rmtree(kin)
     (workspace / "aside").rename(kin)
