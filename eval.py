@@ -99,7 +99,14 @@ from evaluation.suites import Prompt, Suite  # noqa: E402
 from inference.decode import pack  # noqa: E402
 from inference.prompt_format import Way  # noqa: E402
 from model import Llama  # noqa: E402
-from preparation import contamination, readers  # noqa: E402
+from preparation import readers  # noqa: E402
+from preparation.contamination import (  # noqa: E402
+    TrainingText,
+    bins_of_run,
+    count_contaminated,
+    require_text,
+)
+from preparation.readers import detect_document_unit, file_format, list_files  # noqa: E402
 from reports import evaluation_report as sheet  # noqa: E402
 from runtime.distributed import Ranks  # noqa: E402
 from runtime.dtypes import FLAG_NAMES  # noqa: E402
@@ -195,7 +202,7 @@ def read_texts(s: Settings) -> list[Text]:
                             "without a /", FLAGS)
         if name in (t.name for t in texts):
             raise UserError(f"--text {item}: the name {name} is taken; give each its own", FLAGS)
-        files = readers.list_files([spec])
+        files = list_files([spec])
         documents = readers.read_texts(spec, s.documents, s.text_key)
         partial = 0 < s.limit < len(documents)
         texts.append(Text(name, unit(files, s), files, documents[: s.limit or None], partial))
@@ -207,10 +214,10 @@ def unit(files: list[Path], s: Settings) -> str:
     """What a document of these files is, in a word or two."""
     units = set()
     for file in files:
-        if readers.file_format(file) != ".txt":
+        if file_format(file) != ".txt":
             units.add(f"record.{s.text_key}")
         elif s.documents == "auto":
-            units.add(readers.detect_document_unit(file))
+            units.add(detect_document_unit(file))
         else:
             units.add(s.documents)
     return "+".join(sorted(units))
@@ -377,7 +384,7 @@ def main(s: Settings) -> None:
         others, e.results = e.results, []
         if s.model:
             if s.overlap:
-                contamination.require_text(s.trained_on, s.documents, s.text_key)
+                require_text(s.trained_on, s.documents, s.text_key)
             reader = open_model(s)
             settings |= {"dtype": name_of(reader.model), "max_length": reader.length,
                          "device": str(reader.model.device), "torch": torch.__version__,
@@ -414,12 +421,12 @@ def look_for_overlap(s: Settings, texts: list[Text], asked: list[Suite],
     """Items of the tests that stand in the training text, as results.json keeps it."""
     specs, missing = s.trained_on, []
     if not specs:
-        specs, missing = contamination.bins_of_run(s.model)
+        specs, missing = bins_of_run(s.model)
     tests = {f"text:{t.name}": [[x] for x in t.documents] for t in texts}
     tests |= {x.name: [[v for v in row.values() if isinstance(v, str)]
                        for row in x.rows[: s.limit or None]] for x in asked}
-    training = contamination.TrainingText(specs, tokenizer, s.documents, s.text_key)
-    counts = contamination.count_contaminated(tests, training) if specs else {}
+    training = TrainingText(specs, tokenizer, s.documents, s.text_key)
+    counts = count_contaminated(tests, training) if specs else {}
     missing += training.unread
     if missing:
         log.say(f"contamination: could not be read: {', '.join(missing)}")
