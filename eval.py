@@ -11,6 +11,11 @@ Figures of one signature compare; with --baseline they are compared, item by ite
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before any import that needs this Python
+    from runtime.python_version import require_python
+
+    require_python()
+
 import dataclasses
 import hashlib
 import json

@@ -12,6 +12,11 @@ what another program will open; a card repeats what files say, and calls the res
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before any import that needs this Python
+    from runtime.python_version import require_python
+
+    require_python()
+
 import json
 import re
 import sys
@@ -80,7 +85,7 @@ class Push:
 COMMANDS = {"merge": Merge, "check": Check, "card": Card, "push": Push}
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
-    NAME, SETTINGS = log.run(lambda: config.pick(
+    NAME, SETTINGS = log.run(lambda: config.read_subcommand(
         dict(COMMANDS), sys.argv[1:], "export.py", (__doc__ or "").strip()))
 
 import torch  # noqa: E402

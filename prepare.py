@@ -12,6 +12,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before any import that needs this Python
+    from runtime.python_version import require_python
+
+    require_python()
+
 import json
 import os
 import sys
@@ -448,8 +453,9 @@ COMMANDS = {"text": (Text, text), "chat": (Chat, chat), "mt": (Mt, mt), "pairs":
 
 
 def main() -> None:
-    name, settings = flags.pick({k: v[0] for k, v in COMMANDS.items()}, sys.argv[1:], "prepare.py",
-                                (__doc__ or "").strip())
+    classes = {name: command[0] for name, command in COMMANDS.items()}
+    name, settings = flags.read_subcommand(
+        classes, sys.argv[1:], "prepare.py", (__doc__ or "").strip())
     if hasattr(settings, "files") and not settings.files:
         raise UserError(f"prepare.py {name}: name at least one file", FLAGS)
     COMMANDS[name][1](settings)

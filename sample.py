@@ -18,6 +18,11 @@ prompt that training wrote beside it (prompt.json).
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before any import that needs this Python
+    from runtime.python_version import require_python
+
+    require_python()
+
 import asyncio
 import dataclasses
 import hashlib

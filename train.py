@@ -12,6 +12,11 @@ goes on bit for bit.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before any import that needs this Python
+    from runtime.python_version import require_python
+
+    require_python()
+
 import math
 import os
 import sys

@@ -10,7 +10,7 @@ allocator. Losses of the first and last step must agree between all sides.
 What a checkpoint costs is measured as the loop goes: turns of it without a save, then turns from
 the save on until the files have their names, again and again in one process. Two programs that know
 nothing of each other each take all cores, step for step at the same time, with threads that wait as
-libgomp's do by themselves and as ours do (threads.py).
+libgomp's do by themselves and as ours do (runtime/openmp.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 from bench import Child, Settings, Spread, child, in_turn, installed, limits, main, table
 from bench.train_step import MODELS, draw, tokens_of
-from runtime import openmp as waiting
+from runtime import openmp
 
 HERE = "bench.scale"
 LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
@@ -223,7 +223,7 @@ def beside(s: Settings) -> str:
         for side in ("ours", "accelerate"):
             if side != "ours" and not installed(side):
                 continue
-            for spins in (waiting.OWN, waiting.SHORT):
+            for spins in (openmp.LIBGOMP_SPIN_COUNT, openmp.SHORT_SPIN_COUNT):
                 took = []
                 for n in (1, 2):
                     programs = [Child(HERE, "alone", side, model, folder,
@@ -237,8 +237,9 @@ def beside(s: Settings) -> str:
                              f"{took[1].median / took[0].median:.1f}"])
     return (
         f"Two programs on the same cores ({model}), one rank each. Spins: how often a thread looks "
-        f"for its next work before it sleeps (GOMP_SPINCOUNT); {waiting.OWN:,} is libgomp's own, "
-        f"{waiting.SHORT:,} ours.\n\n"
+        f"for its next work before it sleeps (GOMP_SPINCOUNT); {openmp.LIBGOMP_SPIN_COUNT:,} is "
+        f"libgomp's own, "
+        f"{openmp.SHORT_SPIN_COUNT:,} ours.\n\n"
         + table(["side", "spins", "a step alone (range), s", "beside the other, s",
                  "times as long"], rows))
 

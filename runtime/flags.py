@@ -1,9 +1,9 @@
-"""Settings: a command's dataclass < recipe.toml files, left to right < flags.
+"""The settings of a command: dataclass defaults < recipe.toml files, left to right < flags.
 
-A command's settings are one flat dataclass; a field's name is its name in code, in a recipe and,
-with hyphens, as a flag; the string under it is its help. A recipe is read as if its lines were
-flags, so one parser checks every value, and an unknown name or a wrong type stops before any weight
-is read.
+A command's settings are one flat dataclass. A field's name is its name in code, in a recipe and,
+with hyphens, as a flag. A recipe is read as if its lines were flags, so one parser checks every
+value. Unknown names, wrong types and numbers out of bounds are refused before a weight is read.
+What may be declared beside the fields: runtime/setting_metadata.py.
 """
 
 from __future__ import annotations
@@ -14,71 +14,88 @@ import difflib
 import io
 import itertools
 import json
+import math
 import os
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from runtime import openmp as threads  # noqa: F401, for flags are read before torch is loaded
+from runtime import console
 from runtime.console import FLAGS, UserError
+from runtime.flag_help import help_text
+from runtime.openmp import shorten_spin_wait
+from runtime.paths import version
+from runtime.setting_metadata import flag_name, settings_of
 
 T = TypeVar("T")
 
 
-def read(cls: type[T], argv: list[str], prog: str) -> tuple[T, dict[str, str]]:
-    """Settings from recipe files (leading `*.toml` arguments) and flags, and where each came from.
+def read(cls: type[T], argv: list[str], prog: str,
+         check: bool = True) -> tuple[T, dict[str, str]]:
+    """Read settings from recipe files (leading `*.toml` arguments) and flags.
 
-    The second is {field: "default", a recipe's path, or "flag"}. UserError (FLAGS) on what cannot
-    be read.
+    Returns them and the origin of each: {field: "default", a recipe's path, or "flag"}. Prints
+    and exits on --help and --version. UserError (FLAGS) on anything that cannot be read and, with
+    `check`, on numbers out of bounds. Also shortens OpenMP's spin wait, because commands read their
+    settings before they import torch.
     """
+    shorten_spin_wait()
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls, prog))
+        raise SystemExit(0)
+    _print_version(argv)
     settings = None
     origins = {f.name: "default" for f in dataclasses.fields(cls)}
     while argv and argv[0].endswith(".toml"):
         recipe, argv = argv[0], argv[1:]
-        values = _recipe(cls, recipe)
-        settings = _parse(
-            cls, [x for k, v in values.items() for x in _flag(k, v)], prog, settings, f"{recipe}: ")
+        values = _read_recipe(cls, recipe)
+        words = [word for key, value in values.items() for word in _as_flags(key, value)]
+        settings = _parse(cls, words, prog, settings, f"{recipe}: ")
         for key, value in values.items():
             if getattr(settings, key) != value:  # "10" for a number, 5 for a name
                 raise UserError(
                     f"{recipe}: {key} = {json.dumps(value)} is a {type(value).__name__}, expected "
-                    f"{_type_of(cls, key)}", FLAGS)
+                    f"{_type_name(cls, key)}", FLAGS)
             origins[key] = recipe
-    given = [
-        a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--") and len(a) > 2]
-    for name in given:
-        name = name if name in origins else name.removeprefix("no_")
-        if name != "help":
-            _known(cls, name, f"--{name.replace('_', '-')}", prog)
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name = word[2:].split("=")[0].replace("-", "_")
+            if name not in origins:
+                name = name.removeprefix("no_")
+            _check_known(cls, name, flag_name(name), prog)
             origins[name] = "flag"
-    return _parse(cls, argv, prog, settings, f"{prog}: "), origins
-
-
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names of the settings that are others now, each with words that say so."""
-    return [(k, f"{k.replace('_', '-')} was {before[k]!r}, now {x!r}") for k, x in now.items()
-            if before.get(k, x) != x]
-
-
-def go_on(cls: type[T], argv: list[str], prog: str, kept: Path,
-          may_change: Collection[str]) -> tuple[T, dict[str, str]]:
-    """The settings in `kept` with those flags over them that may change in a run that goes on; any
-    other is refused (FLAGS)."""
-    before, _ = read(cls, [str(kept)], prog)
-    settings, origins = read(cls, [str(kept), *argv], prog)
-    changed = changes(dataclasses.asdict(before), dataclasses.asdict(settings))
-    if refused := [said for name, said in changed if name not in may_change]:
-        raise UserError(f"--resume: {'; '.join(refused)}; that is another run: leave it out, or "
-                        "start anew with another --out", FLAGS)
+    settings = _parse(cls, argv, prog, settings, f"{prog}: ")
+    if check:
+        check_bounds(settings, origins)
     return settings, origins
 
 
-def pick(commands: dict[str, type], argv: list[str], prog: str, about: str) -> tuple[str, Any]:
-    """The subcommand that the first argument names, and its settings."""
+def read_resumed(cls: type[T], argv: list[str], prog: str, saved: Path,
+                 may_change: Collection[str]) -> tuple[T, dict[str, str]]:
+    """Read the settings of a run that goes on: the file `saved`, and flags over it.
+
+    Only the settings in `may_change` may be changed by flags; any other is refused (FLAGS).
+    Bounds are not checked: they may be newer than the run.
+    """
+    original, _ = read(cls, [str(saved)], prog, check=False)
+    settings, origins = read(cls, [str(saved), *argv], prog, check=False)
+    changes = changed_settings(dataclasses.asdict(original), dataclasses.asdict(settings))
+    refused = [text for name, text in changes if name not in may_change]
+    if refused:
+        raise UserError(f"--resume: {'; '.join(refused)}; a resumed run cannot change this. Remove "
+                        "the flag, or start a new run with another --out", FLAGS)
+    return settings, origins
+
+
+def read_subcommand(commands: dict[str, type], argv: list[str], prog: str,
+                    about: str) -> tuple[str, Any]:
+    """Read the subcommand that the first argument names, and its settings."""
+    _print_version(argv[:1])
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [
-            f"  {name:<11}{(cls.__doc__ or '').splitlines()[0]}" for name, cls in commands.items()]
+        width = max(map(len, commands)) + 2
+        lines = [f"  {name:<{width}}{(cls.__doc__ or '').splitlines()[0]}"
+                 for name, cls in commands.items()]
         print(f"{about}\n\nusage: python {prog} COMMAND ...\n\n" + "\n".join(lines) +
               f"\n\n`python {prog} COMMAND --help` lists its flags.")
         raise SystemExit(0 if argv else FLAGS)
@@ -88,80 +105,136 @@ def pick(commands: dict[str, type], argv: list[str], prog: str, about: str) -> t
     return name, read(commands[name], argv[1:], f"{prog} {name}")[0]
 
 
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str]]:
+    """The settings whose values differ, each as (name, text that says how)."""
+    return [(name, f"{name.replace('_', '-')} was {old[name]!r}, now {value!r}")
+            for name, value in new.items() if old.get(name, value) != value]
+
+
+def check_bounds(settings: Any, origins: dict[str, str] | None = None,
+                 skip: Collection[str] = (), allow_infinite: bool = False) -> None:
+    """Raise a UserError (FLAGS) for the first number outside the bounds beside its field."""
+    for setting in settings_of(type(settings)):
+        value, bounds = getattr(settings, setting.name), setting.bounds
+        if bounds is None or isinstance(value, str) or setting.name in skip:
+            continue
+        if value not in bounds:
+            expected = str(bounds)
+        elif value == math.inf and not bounds.may_be_infinite and not allow_infinite:
+            expected = "finite"
+        else:
+            continue
+        origin = (origins or {}).get(setting.name, "flag")
+        where = f"{setting.flag} {value}"
+        if origin.endswith(".toml"):
+            where = f"{origin}: {setting.name} = {value}"
+        raise UserError(f"{where}: must be {expected}", FLAGS)
+
+
 def to_toml(settings: Any) -> str:
-    """Settings as a recipe that gives them back; what is not set (None) is left out."""
+    """Settings as a recipe from which they are read again; None is left out."""
     values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    return "".join(f"{k} = {_toml(v)}\n" for k, v in values.items() if v is not None)
+    return "".join(f"{k} = {_toml_value(v)}\n" for k, v in values.items() if v is not None)
 
 
-def _toml(value: Any) -> str:
+def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)
 
 
-def _recipe(cls: type, path: str) -> dict[str, Any]:
-    """A recipe's values by field name."""
+def _print_version(argv: list[str]) -> None:
+    if "--version" in argv:
+        print(version())
+        raise SystemExit(0)
+
+
+def _read_recipe(cls: type, path: str) -> dict[str, Any]:
+    """The values of a recipe by field name; old names are replaced by RENAMED."""
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe", FLAGS) from None
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be read as TOML ({e})", FLAGS) from None
-    values = {k.replace("-", "_"): v for k, v in raw.items()}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        values |= _replace_old_name(cls, key.replace("-", "_"), value, path)
     for key in values:
-        _known(cls, key, key, path)
+        _check_known(cls, key, key, path)
     return values
 
 
-def _flag(key: str, value: Any) -> list[str]:
-    """A recipe's line as flags."""
-    name = key.replace("_", "-")
+def _replace_old_name(cls: type, key: str, value: Any, path: str) -> dict[str, Any]:
+    """The settings that a line of a recipe means today; a changed name or value is reported."""
+    renamed = getattr(cls, "RENAMED", {}).get(key)
+    if renamed is None:
+        return {key: value}
+    new = {renamed: value} if isinstance(renamed, str) else renamed(value)
+    if new and new != {key: value}:
+        lines = ", ".join(f"{name} = {_toml_value(x)}" for name, x in new.items())
+        console.say(f"{path}: {key} = {_toml_value(value)} is now called {lines}")
+    return new
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    """A recipe's line as words of a command line."""
+    flag = flag_name(key)
     if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
+        return [flag if value else flag_name(f"no_{key}")]
     if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}", str(value)]
+        return [flag, *map(str, value)]
+    return [flag, str(value)]
 
 
-def _known(cls: type, name: str, shown: str, where: str) -> None:
+def _check_known(cls: type, name: str, shown: str, where: str) -> None:
+    """Raise a UserError for a name that is not a field, with the nearest one that is."""
     names = [f.name for f in dataclasses.fields(cls)]
-    if name not in names:
-        raise UserError(f"{where}: unknown setting {shown}; {_nearest(name, names)}", FLAGS)
+    if name in names:
+        return
+    renamed = getattr(cls, "RENAMED", {}).get(name)
+    hint = getattr(cls, "HINTS", {}).get(name)
+    if isinstance(renamed, str):
+        hint = flag_name(renamed)
+    if hint is not None and hint.startswith("--"):
+        hint = f"here it is {hint}"
+    raise UserError(f"{where}: unknown setting {shown}; {hint or _nearest(name, names)}", FLAGS)
 
 
-def _nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), 1, 0.5)
-    return f"did you mean {close[0]}?" if close else "known are " + ", ".join(names)
+def _nearest(name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    longer = [x for x in names if name.startswith(f"{x}_")]  # model_name_or_path: model
+    close = difflib.get_close_matches(name, names, 1, 0.5) or longer
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are {', '.join(names)}"
 
 
-def _type_of(cls: type, key: str) -> str:
-    kind = next(f.type for f in dataclasses.fields(cls) if f.name == key)
-    return kind if isinstance(kind, str) else kind.__name__
+def _type_name(cls: type, key: str) -> str:
+    kind = next(x.type for x in settings_of(cls) if x.name == key)
+    return getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind)
 
 
 def _parse(cls: type[T], args: list[str], prog: str, default: T | None, where: str) -> T:
-    """tyro's reading of flags; what it prints in a box when it refuses becomes our one line."""
+    """Let tyro read flags; the box that it prints on an error becomes one line."""
     import tyro
 
-    said = io.StringIO()
-    os.environ.setdefault(
-        "COLUMNS", "110")  # a box is drawn as wide as the terminal: wide enough for one line
-    wants_help = "--help" in args or "-h" in args
+    output = io.StringIO()
+    # tyro draws the box as wide as the terminal; this is wide enough for one line
+    os.environ.setdefault("COLUMNS", "110")
+    options = {} if default is None else {"default": default}
     try:
-        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(said), \
-             contextlib.nullcontext() if wants_help else contextlib.redirect_stdout(said):
-            more = {} if default is None else {"default": default}
-            return tyro.cli(cls, args=args, prog=f"python {prog}", **more)
-    except SystemExit as e:
-        if not e.code:
-            raise
-        box = [x.strip(" │|") for x in said.getvalue().splitlines()[1:]]  # without its title
-        words = itertools.dropwhile(_is_rule, box)
-        what = " ".join(itertools.takewhile(lambda x: not _is_rule(x), words))
-        raise UserError(f"{where}{what} (see --help)", FLAGS) from None
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            return tyro.cli(cls, args=args, prog=f"python {prog}", **options)
+    except SystemExit:
+        box = [x.strip(" │|") for x in output.getvalue().splitlines()[1:]]  # without its title
+        text = itertools.dropwhile(_is_rule, box)
+        reason = " ".join(itertools.takewhile(lambda x: not _is_rule(x), text))
+        raise UserError(f"{where}{reason} (see --help)", FLAGS) from None
 
 
 def _is_rule(line: str) -> bool:

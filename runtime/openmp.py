@@ -1,15 +1,22 @@
-"""How a CPU's threads wait for each other; imported before torch, whose libgomp reads it once.
+"""How the threads of OpenMP wait for each other on a CPU.
 
-A training step is thousands of short products, and after each one all threads meet. As it comes,
-libgomp's threads spin for milliseconds before they sleep: alone that costs nothing, but beside
-another program on the same cores each waits for a thread that has no core because others spin on
-it, and both crawl. A short spin is as fast alone. What a user has set stands.
+A training step is thousands of short matrix products, with a barrier of all threads after each. By
+default libgomp's threads spin for milliseconds before they sleep. That costs nothing on an idle
+machine. If another program runs on the same cores, each thread waits for one that has no core
+because others spin on it, and both programs become slow. A short spin is as fast on an idle
+machine.
 """
 
 import os
 
-OWN = 300_000  # libgomp's, where nothing is said
-SHORT = 1_000  # some tens of microseconds
+LIBGOMP_SPIN_COUNT = 300_000  # libgomp's default
+SHORT_SPIN_COUNT = 1_000  # some tens of microseconds
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", str(SHORT))
+
+def shorten_spin_wait() -> None:
+    """Set GOMP_SPINCOUNT, unless the user has set it or OMP_WAIT_POLICY.
+
+    libgomp reads it once, when torch is imported: call this before.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SHORT_SPIN_COUNT))

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -50,7 +48,7 @@ from runtime import hub
 from runtime.console import FLAGS, UserError
 from runtime.distributed import Ranks
 from runtime.dtypes import FLAG_NAMES
-from runtime.paths import ROOT, source_files
+from runtime.paths import code_sha256, git_commit
 from tokenization.chat_template import Template
 from tokenization.tokenizer import Tokenizer
 from training import datasets as sources
@@ -104,7 +102,7 @@ class Run:
             checkpoint.sweep(folder)
         ranks.agree({f"--{f.name.replace('_', '-')}": str(getattr(s, f.name))
                      for f in dataclasses.fields(s) if f.name != "out"}  # links, by machine
-                    | {"code": code_sha(), "torch": torch.__version__})
+                    | {"code": code_sha256(), "torch": torch.__version__})
         if ranks.world > 1:  # several machines must see one folder
             if ranks.rank == 0:
                 (out / ".ranks").write_text(str(time.time_ns()), encoding="utf-8")
@@ -336,7 +334,7 @@ class Run:
         with checkpoint.Saved(newest) as saved:
             state = saved.state
             may_change = CAN_CHANGE_ON_RESUME | WARN_ON_RESUME | {"model"}
-            changed = config.changes(state.get("settings", {}), dataclasses.asdict(self.s))
+            changed = config.changed_settings(state.get("settings", {}), dataclasses.asdict(self.s))
             if refused := [x for name, x in changed if name not in may_change]:
                 raise UserError(f"{self.out / 'settings.toml'}: not as {newest} was written with "
                                 f"({'; '.join(refused)}); that is another run: put it back, or "
@@ -374,11 +372,9 @@ class Run:
         model = f"{repo}@{commit}" if commit else self.s.model
         s = dataclasses.replace(self.s, resume=False, plan=False, model=model)
         checkpoint.write_text(self.out / "settings.toml", config.to_toml(s))
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         about = {
             "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
-            "commit": git.stdout.strip() or None, "started": time.strftime("%F %T"),
+            "commit": git_commit(), "started": time.strftime("%F %T"),
             "python": platform.python_version(), "torch": torch.__version__,
             "device": str(self.ranks), "ranks": self.ranks.world,
             "dtype": self.products, "model": str(self.folder),
@@ -458,12 +454,3 @@ class Run:
             log.say(f"{self.out} {self.end}")
         log.say(f"the model: {self.out / 'model'}   the report: {page}   "
                 f"samples: {self.out / 'samples.txt'}")
-
-
-def code_sha() -> str:
-    """The sha256 of the program: every Python file of the commands and packages, with its path."""
-    digest = hashlib.sha256()
-    for file in source_files():
-        digest.update(f"{file.relative_to(ROOT)} {file.stat().st_size}\n".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -7,48 +7,23 @@ it expects an effect.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from runtime import flags
 from runtime.console import BAD_INPUT, FLAGS, UserError
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The interval that a number must lie in."""
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    may_be_infinite: bool = False
-
-    def __contains__(self, x: float) -> bool:
-        return ((self.at_least is None or x >= self.at_least)
-                and (self.above is None or x > self.above)
-                and (self.at_most is None or x <= self.at_most)
-                and (self.below is None or x < self.below))
-
-    def __str__(self) -> str:
-        limits = {"at least": self.at_least, "above": self.above,
-                  "at most": self.at_most, "below": self.below}
-        return " and ".join(f"{name} {x:g}" for name, x in limits.items() if x is not None)
-
-
-def bounded(default: Any, **bounds: Any) -> Any:
-    """A dataclass field with a default and `Bounds`."""
-    return field(default=default, metadata={"bounds": Bounds(**bounds)})
+from runtime.setting_metadata import bounded
+from training import other_trainers
 
 
 @dataclass
 class Settings:
     """Train a LLaMA on token bins, with all weights or LoRA."""
+
+    HINTS: ClassVar[dict[str, str]] = other_trainers.HINTS
 
     mode: Literal["cpt", "sft", "mt", "dpo", "cpo"] = "cpt"
     """What is trained: cpt, continued pretraining on text; sft, answers in conversations; mt,
@@ -221,7 +196,7 @@ def read_settings(argv: list[str], restarts: int = 0) -> tuple[Settings, dict[st
     With --resume the settings that the run began with are read first, like a recipe. The same holds
     where torchrun has restarted the processes (`restarts` times) with the flags of the first start.
     """
-    settings, origins = flags.read(Settings, argv, "train.py")
+    settings, origins = flags.read(Settings, argv, "train.py", check=False)
     saved = Path(settings.out) / "settings.toml"
     if restarts and saved.exists():
         argv, settings.resume = ["--out", settings.out, "--resume"], True
@@ -230,28 +205,18 @@ def read_settings(argv: list[str], restarts: int = 0) -> tuple[Settings, dict[st
     if not saved.exists():
         raise UserError(f"--resume: {saved} does not exist, so {settings.out} holds no run; "
                         "check --out", BAD_INPUT)
-    return flags.go_on(Settings, argv, "train.py", saved, CAN_CHANGE_ON_RESUME | WARN_ON_RESUME)
+    return flags.read_resumed(
+        Settings, argv, "train.py", saved, CAN_CHANGE_ON_RESUME | WARN_ON_RESUME)
 
 
 def check_settings(s: Settings) -> None:
     """UserError (FLAGS) for a value out of its bounds, and for a setting that has no effect."""
-    check_bounds(s)
+    skip = NOT_CHECKED_ON_RESUME if s.resume else ()
+    flags.check_bounds(s, skip=skip, allow_infinite=s.resume)
     check_combinations(s)
     for names, reason in without_effect(s):
         for name in changed_settings(s, names):
             raise UserError(f"{flag(name)}: has no effect {reason}; remove it", FLAGS)
-
-
-def check_bounds(s: Settings) -> None:
-    """UserError (FLAGS) for the first number that is out of its bounds."""
-    for f in dataclasses.fields(s):
-        bounds, x = f.metadata.get("bounds"), getattr(s, f.name)
-        if bounds is None or isinstance(x, str) or (s.resume and f.name in NOT_CHECKED_ON_RESUME):
-            continue
-        if x not in bounds:
-            raise UserError(f"{flag(f.name)} {x}: out of range, expected a number {bounds}", FLAGS)
-        if x == math.inf and not bounds.may_be_infinite and not s.resume:
-            raise UserError(f"{flag(f.name)} {x}: out of range, expected a finite number", FLAGS)
 
 
 def check_combinations(s: Settings) -> None:

@@ -72,7 +72,8 @@ def prepared(model: Path, tmp_path: Path, command: str, *words: str,
              workers: Workers | None = None) -> tuple[Bin, Tokenizer]:
     """The bin that a command of prepare.py makes, in this process."""
     out = tmp_path / "bin"
-    name, s = prepare.flags.pick({k: v[0] for k, v in prepare.COMMANDS.items()}, [
+    classes = {name: command[0] for name, command in prepare.COMMANDS.items()}
+    name, s = prepare.flags.read_subcommand(classes, [
         command, *words, "--tokenizer", str(model), "--out", str(out)], "prepare.py", "")
     prepare.COMMANDS[name][1](s, workers)
     return Bin(out), Tokenizer.open(model)

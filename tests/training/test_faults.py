@@ -396,11 +396,11 @@ def test_every_flag_is_fixed_or_may_change_when_a_run_goes_on(field, tmp_path):
     kept = tmp_path / "settings.toml"
     may_change = CAN_CHANGE_ON_RESUME | WARN_ON_RESUME
     if field.name in may_change:
-        found, _ = config.go_on(Settings, said, "train.py", kept, may_change)
+        found, _ = config.read_resumed(Settings, said, "train.py", kept, may_change)
         assert getattr(found, field.name) == new
     else:
-        with pytest.raises(UserError, match="that is another run") as e:
-            config.go_on(Settings, said, "train.py", kept, may_change)
+        with pytest.raises(UserError, match="a resumed run cannot change") as e:
+            config.read_resumed(Settings, said, "train.py", kept, may_change)
         assert e.value.code == FLAGS and f"{flag[2:]} was {old!r}, now {new!r}" in str(e.value)
 
 
@@ -408,7 +408,7 @@ def test_a_refusal_to_go_on_names_every_difference(tmp_path):
     kept = tmp_path / "settings.toml"
     kept.write_text(config.to_toml(Settings()))
     with pytest.raises(UserError, match=r"clip was 1\.0, now 3\.0; seed was 1, now 2"):
-        config.go_on(Settings, ["--seed", "2", "--clip", "3"], "train.py", kept,
+        config.read_resumed(Settings, ["--seed", "2", "--clip", "3"], "train.py", kept,
                      CAN_CHANGE_ON_RESUME | WARN_ON_RESUME)
 
 
@@ -857,7 +857,7 @@ def test_ranks_with_other_code_or_other_data_are_refused_by_name(workspace, monk
         m.setattr(Source, "sha", property(lambda self: f"{os.environ['RANK']}" * 64))
         said = run_ranks(make_settings(workspace, "other-data"), world=2, codes={FLAGS})
         assert "rank 1 was started with another sha256 of kin: 1111" in said
-    monkeypatch.setattr(life, "code_sha", lambda: os.environ["RANK"])
+    monkeypatch.setattr(life, "code_sha256", lambda: os.environ["RANK"])
     assert "another code" in run_ranks(
         make_settings(workspace, "other-code"), world=2, codes={FLAGS}
     )
