@@ -95,14 +95,14 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from checkpoints.huggingface import load_model  # noqa: E402
-from checkpoints.model_folder import resolve_model_dir, stop_ids  # noqa: E402
+from checkpoints.model_folder import base_model_dir, resolve_model_dir, stop_ids  # noqa: E402
 from data import sha256  # noqa: E402
 from evaluation import metrics, suites, tasks  # noqa: E402
 from evaluation import results as judge  # noqa: E402
 from evaluation.results import Record, Result  # noqa: E402
 from evaluation.suites import Prompt, Suite  # noqa: E402
-from inference.decode import pack  # noqa: E402
-from inference.prompt_format import Way  # noqa: E402
+from inference.cpu_linear import optimize_for_inference  # noqa: E402
+from inference.prompt_format import PromptFormat  # noqa: E402
 from model import Llama  # noqa: E402
 from preparation import readers  # noqa: E402
 from preparation.contamination import (  # noqa: E402
@@ -447,13 +447,14 @@ def open_model(s: Settings) -> Reader:
     dtype = ranks.compute_dtype(s.dtype)
     model, tokenizer = load_model(s.model, ranks.device, dtype, quant=s.quant)
     model.eval().model.compute_dtype = dtype
-    pack(model, losses=True)
+    optimize_for_inference(model, keep_head_weight=True)
     context = model.config.max_position_embeddings
     if not 0 <= s.max_length <= context:
         raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
                         "context, or 0 for all of it", FLAGS)
     folder = resolve_model_dir(s.model)
-    template = Way.of(folder, tokenizer).own_template if s.chat_template else None
+    folders = (folder, base_model_dir(folder))
+    template = PromptFormat(folders, tokenizer).own_template if s.chat_template else None
     if s.chat_template and template is None:
         raise UserError(f"--chat-template: {s.model} has no chat template; leave it out, or take "
                         "a model that was taught to converse", FLAGS)

@@ -122,7 +122,8 @@ from checkpoints.safetensors_header import (  # noqa: E402
     resolve_inside,
 )
 from data import sha256  # noqa: E402
-from inference.generate import Sampling, generate  # noqa: E402
+from inference.generate import completions  # noqa: E402
+from inference.sampling import SamplingParams, StoppingCriteria  # noqa: E402
 from layers.cross_entropy import capped  # noqa: E402
 from model import Llama  # noqa: E402
 from reports.model_card import WRITTEN, identity, merges  # noqa: E402
@@ -328,9 +329,10 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
         loaded, _ = load_model(folder, dtype=None)
         start = ids[: max(1, len(ids) // 4)]  # far from where a sentence ends
         new = min(16, shape.max_position_embeddings - 1)
-        more = [x for _, x in generate(loaded.eval(), [start], Sampling(new, temperature=0.0),
-                                       set(stops), tokenizer.bos)]
-        yield True, f"continuation: {tokenizer.decode(start)!r} -> {tokenizer.decode(more)!r}"
+        [answer] = completions(loaded.eval(), [start], SamplingParams(new, temperature=0.0),
+                               StoppingCriteria(set(stops)), tokenizer.bos)
+        yield True, (f"continuation: {tokenizer.decode(start)!r} -> "
+                     f"{tokenizer.decode(answer.ids)!r}")
     except UserError as e:
         yield False, f"continuation: {e}"
 

@@ -41,39 +41,47 @@ from runtime.console import FLAGS, UserError
 
 
 class KVCache:
-    """Keys and values of what was read so far: k, v (L,B,S,K,D); `length` (B,) tokens held in each
-    row.
+    """Keys and values of the tokens read so far: k, v (L,B,S,K,D).
 
-    A token is kept at its own `pos`, so rows may differ in length; what a shorter prompt's padding
-    (doc -1, on the right) leaves behind is overwritten before it can be seen.
+    `lengths` (B,) says how many tokens each row holds, `cache_len` how many the longest row holds
+    (a number of the host, so no device is asked). A token is stored at its own `pos`, so rows may
+    differ in length. Padding on the right (doc -1) is overwritten before any token sees it.
     """
 
+    exact = True  # a pass reads no key beyond the longest row
+
     def __init__(self, config: ModelConfig, rows: int, size: int, device: Any, dtype: torch.dtype):
-        # in memory a head's keys lie side by side, for it reads all of them and only them
+        # a head's keys are contiguous in memory, because a head reads all of its keys and no others
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3)  # (L,B,S,K,D)
         self.v = torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3)
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)
-        self.extent = 0  # no row has a token at or beyond it; known without asking the device
-        self.reach = 0  # keys that are read, if more than those; then lengths are the caller's
-        self.rows: Tensor | None = None  # (T,) while prompts come packed: where each token is kept
+        self.set_lengths(torch.zeros(rows, dtype=torch.long, device=device), 0)
 
-    def put(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k, v (B,T,K,D) at pos (B,T); return all keys and values up to the extent,
-        (B,S,K,D). Of packed prompts (1,T,K,D) those are their own."""
-        if self.rows is not None:
-            self.k[layer][self.rows, pos[0]], self.v[layer][self.rows, pos[0]] = k[0], v[0]
-            return k, v
+    def set_lengths(self, lengths: Tensor, cache_len: int) -> None:
+        """State how many tokens each row holds, (B,), and the largest of these numbers."""
+        self.lengths, self.cache_len = lengths, cache_len
+
+    def begin_pass(self, T: int) -> int | None:
+        """Add T tokens to each row; how many keys S they read. None: only keys of the same pass."""
+        self.cache_len += T
+        return self.cache_len
+
+    def update(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B,T,K,D) of a layer at pos (B,T); return the keys and values to read,
+        (B,S,K,D)."""
         rows = torch.arange(len(pos), device=pos.device)[:, None]
         self.k[layer][rows, pos], self.v[layer][rows, pos] = k, v
-        read = self.reach or self.extent
-        return self.k[layer][:, :read], self.v[layer][:, :read]
+        return self.k[layer][:, : self.cache_len], self.v[layer][:, : self.cache_len]
 
-    def part(self, rows: slice) -> KVCache:
+    def end_pass(self, doc: Tensor, pos: Tensor) -> None:
+        """Count the tokens of a pass, doc, pos (B,T), that are not padding."""
+        self.lengths = torch.maximum(self.lengths, torch.where(doc >= 0, pos + 1, 0).amax(1))
+
+    def select(self, rows: slice) -> KVCache:
         """Some of the rows as a cache of their own, in the same memory."""
-        part = copy.copy(self)
-        part.k, part.v, part.length = self.k[:, rows], self.v[:, rows], self.length[rows]
-        return part
+        view = copy.copy(self)
+        view.k, view.v, view.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        return view
 
 
 class Attention(nn.Module):
@@ -106,7 +114,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *turn), rotate(k, *turn)
         v = self.v_proj(x).view(B, T, -1, self.D)  # (B,T,K,D)
         if cache is not None:
-            k, v = cache.put(layer, k, v, pos)
+            k, v = cache.update(layer, k, v, pos)
         return self.o_proj(attend(q, k, v, layout, self.scale, self.cap).flatten(2))  # (B,T,C)
 
 
@@ -230,11 +238,8 @@ class Decoder(nn.Module):
             x = x + noise(x, doc, self.neftune)
         if c.scale_embeddings:  # rounded to the dtype of products, as the published models were
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)
-        held = cache is not None and cache.rows is None  # tokens behind what the cache holds
-        if held:
-            cache.extent += tokens.shape[1]
-        layouts, turn, local = self.shared(doc, pos, cache.reach or cache.extent, not cache.reach) \
-            if held else self.shared(doc, pos, None)
+        key_len = None if cache is None else cache.begin_pass(tokens.shape[1])
+        layouts, turn, local = self.shared(doc, pos, key_len, cache is None or cache.exact)
         windows = c.windows or (0,) * len(self.layers)
         for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
             here = None if i in c.no_rope else local if window else turn
@@ -244,8 +249,8 @@ class Decoder(nn.Module):
             with Light() if self.light and torch.is_grad_enabled() else nullcontext():
                 # without a cache all layers get one number: one that varies recompiles
                 x = block(x, here, layouts[window], pos, cache, 0 if cache is None else i)
-        if held and not cache.reach:
-            cache.length = torch.maximum(cache.length, torch.where(doc >= 0, pos + 1, 0).amax(1))
+        if cache is not None:
+            cache.end_pass(doc, pos)
         return self.norm(x)
 
 
@@ -260,7 +265,10 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else \
             Linear(config.hidden_size, config.vocab_size, bias=False)
         self.smoothing = 0.0  # of targets while training
-        self.recorded = False  # whether its steps are played back (decode.Steps)
+
+    def set_lm_head(self, head: nn.Module) -> None:
+        """Replace the output layer; a model with tied embeddings then has one of its own."""
+        self.lm_head = head
 
     @property
     def head(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ask a model: continue text, answer a file of prompts, converse, translate, from a page too.
+"""Generate text: continue prompts, answer a file of prompts, chat, translate, serve a web page.
 
     python sample.py --model out/kin/model --prompt "Muraho"
     python sample.py --model out/kin/model --prompt "Umwana" "Inka" --temperature 0
@@ -7,13 +7,12 @@
     python sample.py --model out/mt/model --translate eng-kin --beams 5 --file eng.txt > kin.txt
     python sample.py --model out/chat/model --web
 
-One prompt streams as its tokens come; several are continued side by side and printed in order,
-each when it is done. With --dtype fp32 an answer depends on its prompt and --seed alone, whatever
-is asked beside it (bf16 rounds otherwise in a larger batch). Text goes to stdout, notes to stderr;
-on a terminal control characters are shown, not obeyed.
+The answer to one prompt streams. Several prompts are continued together and printed in order, each
+answer when it is finished. With --dtype fp32 an answer depends on its prompt and --seed only (bf16
+rounds differently in a larger batch). Text goes to stdout, notes go to stderr.
 
-A model is asked as it was taught: in a conversation by its chat template, for a translation by the
-prompt that training wrote beside it (prompt.json).
+A model is prompted as it was trained: for a conversation by its chat template, for a translation by
+the prompt that training wrote next to it (prompt.json).
 """
 
 from __future__ import annotations
@@ -28,16 +27,25 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from runtime import console as log
-from runtime import flags as config
+from languages.language import read_direction, read_names
+from runtime import console, flags
 from runtime.console import FLAGS, STORAGE, UserError
 
-COMMANDS = "/reset forgets what was said, /save FILE keeps it as a line of JSON, /quit ends"
+if TYPE_CHECKING:  # these import torch, which --help does not wait for
+    from inference.decode import DecodeStep
+    from inference.generate import Completion
+    from inference.prompt_format import GenerationConfig, PromptFormat, PromptOrMessages
+    from inference.sampling import SamplingParams, StoppingCriteria
+    from model import Llama
+
+CHAT_COMMANDS = "/reset starts a new conversation, /save FILE writes it as a line of JSON, " \
+    "/quit ends"
 
 
 @dataclass
@@ -47,368 +55,501 @@ class Settings:
     model: str = ""
     """A run's folder, a Hugging Face folder, a PEFT adapter, or a hub id (org/name@revision)."""
     prompt: list[str] = field(default_factory=list)
-    """Texts to continue (with --translate: to translate); "" begins a text from nothing."""
+    """Texts to continue (with --translate: to translate); "" starts a text from nothing."""
     file: str = ""
-    """In place of --prompt: a text file with one on each line, or .jsonl with "prompt" or
+    """In place of --prompt: a text file with one prompt a line, or .jsonl with "prompt" or
     "messages"."""
     chat: bool = False
-    """A conversation, by the model's chat template; a base without one gets ours."""
-    translate: Literal["", "eng-kin", "kin-eng"] = ""
-    """Translate --prompt, --file or stdin, a text a line, by the prompt the model was taught."""
+    """A conversation, by the model's chat template; a base model without one gets ours."""
+    translate: str = ""
+    """Translate --prompt, --file or stdin line by line, as in eng-kin: two ISO 639-3 codes. Uses
+    the prompt that the model was trained with."""
+    language_names: list[str] = field(default_factory=list)
+    """With --translate: English names of languages, CODE=NAME, as in lug=Luganda."""
     web: bool = False
-    """A page on this machine, for a browser: conversation and translation where the model was
-    taught them, and text to continue, at most --max-new-tokens each."""
+    """A page on this machine, for a browser: conversation and translation if the model was trained
+    for them, and text to continue, at most --max-new-tokens each."""
     address: str = "127.0.0.1:8000"
-    """Where the page is. From afar: ssh -L 8000:127.0.0.1:8000 HOST, and open it there."""
+    """Address of the page. From another machine: ssh -L 8000:127.0.0.1:8000 HOST, then open it."""
     samples: int = 1
     """Answers to each prompt."""
     out: str = ""
-    """With --file: write answers here, a JSON object a line; what a killed run has done is kept."""
+    """With --file: write answers here, a JSON object a line. A killed run continues from it."""
     max_new_tokens: int = 128
+    """Tokens of an answer, at most."""
     temperature: float | None = None
-    """0 takes the likeliest token each time. Unless given 0.8; with --translate or --beams 0."""
+    """0 takes the most likely token each time. Default 0.8; 0 with --beams, and with --translate
+    unless --samples is above 1."""
     top_k: int = 0
-    """Draw from this many likeliest tokens; 0: from all."""
+    """Sample from this many most likely tokens; 0: from all."""
     top_p: float = 0.95
-    """Draw from the fewest likeliest tokens that hold this probability; 1: from all."""
+    """Sample from the fewest most likely tokens that have this probability; 1: from all."""
     min_p: float = 0.0
-    """Draw from tokens at least this fraction as likely as the likeliest; 0: from all."""
+    """Sample from tokens at least this fraction as likely as the most likely one; 0: from all."""
     repetition_penalty: float = 1.0
-    """Above 1: what was already said becomes less likely."""
+    """Above 1: tokens that the text already has become less likely."""
     beams: int = 1
-    """Search the likeliest whole answer with so many hypotheses; ALMA translates with 5."""
+    """Beam search with this many hypotheses; ALMA translates with 5."""
     length_penalty: float = 1.0
-    """Of a search: above 0 longer answers win more often, below it shorter ones."""
+    """Of a beam search: larger values favour longer answers."""
     early_stopping: Literal["false", "true", "never"] = "false"
-    """When a search ends that has an answer for each beam, as in transformers: false, once the best
-    that grows, at its present length, is no better; true, at once; never, once none can become
-    better (differs where the length penalty is above 0)."""
+    """When a beam search that has an answer for each beam ends, as in transformers. false: when the
+    best hypothesis, at its present length, is no better than the answers. true: at once. never:
+    when no hypothesis can become better (differs if the length penalty is above 0)."""
     stop: list[str] = field(default_factory=list)
     """Strings that end an answer; they are not shown."""
     seed: int = 1
+    """Seed of all samples."""
     rows: int = 32
-    """Answers in the making side by side; each beam counts."""
+    """Prompts continued at once; each beam counts."""
     json: bool = False
-    """A JSON object a line: prompt, text, tokens, end (eos, stop or length), prompt_number
+    """Print a JSON object a line: prompt, text, tokens, end (eos, stop or length), prompt_number
     (from 1)."""
     compile: bool = False
-    """On a GPU: steps are recorded as CUDA graphs and played back."""
+    """On a GPU: compile the decoding step, with CUDA graphs."""
     quant: Literal["none", "int8", "nf4"] = "none"
-    """int8: matrices in eight bits a number, the head's too, half of what a CPU reads in bf16; nf4:
-    the layers' matrices in four, which is for memory."""
+    """Quantised weights. int8: all matrices, half the memory of bf16; nf4: the matrices of the
+    layers, a quarter."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of weights and products. auto: bf16 where the device is fast with it, see README."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
 
 
-if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
-    SETTINGS, _ = log.run(lambda: config.read(Settings, sys.argv[1:], "sample.py"))
+def main(s: Settings) -> None:
+    """Read the prompts, load the model, answer."""
+    if not s.model:
+        raise UserError("name a model: --model FOLDER or a hub id", FLAGS)
+    check_settings(s)
+    prompts = read_prompts(s)
 
-from checkpoints.huggingface import load_model  # noqa: E402
-from checkpoints.model_folder import resolve_model_dir, stop_ids, weights_fingerprints  # noqa: E402
-from inference.decode import hasten, pack  # noqa: E402
-from inference.generate import Answer, answers, stream  # noqa: E402
-from inference.prompt_format import (  # noqa: E402
-    DIRECTIONS,
-    OUTGROWN,
-    Asked,
-    Manner,
-    Way,
-    facts,
-    pieces,
-    replies,
-    whole,
-)
-from inference.sampling import Sampling, Stops, own_seeds  # noqa: E402
-from model import Llama  # noqa: E402
-from runtime.distributed import Ranks  # noqa: E402
-from serving import server as web  # noqa: E402
-from training.monitor import memory_ends  # noqa: E402
+    from training.monitor import memory_ends  # imports torch, as all below
+
+    with memory_ends("lower --rows or --max-new-tokens, or use --quant int8"):
+        answerer = Answerer.load(s)
+        if s.web:
+            serve_page(answerer)
+        elif s.chat:
+            chat(answerer)
+        elif s.out:
+            write_file(answerer, prompts)
+        elif len(prompts) == 1 and not s.json and not s.translate:
+            print_one(answerer, prompts[0])
+        else:
+            print_all(answerer, prompts)
 
 
-def sampling_of(s: Settings) -> Sampling:
-    """How tokens are chosen; UserError on flags that contradict each other."""
-    temperature = s.temperature
-    if temperature is None:
-        temperature = 0.0 if s.translate or s.beams > 1 else 0.8
-    sampling = Sampling(s.max_new_tokens, temperature, s.top_k, s.top_p, s.seed, s.min_p,
-                        s.repetition_penalty, s.beams, s.length_penalty, s.early_stopping)
+def check_settings(s: Settings) -> None:
+    """Refuse flags that contradict each other; UserError."""
+    inputs = [bool(s.prompt), bool(s.file), s.chat, s.web]
+    if sum(inputs) > 1 or not (any(inputs) or s.translate):
+        raise UserError("give one of --prompt TEXT ..., --file FILE, --chat and --web", FLAGS)
+    if s.translate:
+        read_direction(s.translate, "--translate")
+    if s.out and not s.file:
+        raise UserError(f"--out {s.out} needs --file. Without it, use --json > FILE", FLAGS)
+    if s.chat and (s.json or s.translate or s.samples > 1 or s.beams > 1):
+        raise UserError("--chat cannot be used with --json, --translate, --samples or --beams. "
+                        "Use --file with messages", FLAGS)
+    if s.address != Settings.address and not s.web:
+        raise UserError(f"--address {s.address} needs --web", FLAGS)
+    if s.web and (s.json or s.samples > 1):
+        raise UserError("--web cannot be used with --json or --samples", FLAGS)
     if s.samples < 1 or s.rows < 1:
         raise UserError(f"--samples {s.samples} --rows {s.rows}: expected 1 or more", FLAGS)
-    if s.samples > 1 and temperature == 0:
-        raise UserError(f"--samples {s.samples}: without chance all are the same; give "
+    if s.samples > 1 and temperature_of(s, bool(s.translate)) == 0:
+        raise UserError(f"--samples {s.samples}: at temperature 0 all samples are equal. Give "
                         "--temperature above 0", FLAGS)
     if "" in s.stop:
-        raise UserError('--stop "": an empty string ends every answer; leave it out', FLAGS)
-    return sampling
+        raise UserError('--stop "": an empty string would end every answer. Remove it', FLAGS)
+    sampling_params(s, bool(s.translate))  # checks ranges
 
 
-def read_asked(s: Settings) -> list[Asked]:
-    """What is asked, from flags, a file or stdin; an empty line is an empty text."""
-    ways = [bool(s.prompt), bool(s.file), s.chat, s.web]
-    if sum(ways) > 1 or not (any(ways) or s.translate):
-        raise UserError("give one of --prompt TEXT ..., --file FILE, --chat and --web", FLAGS)
-    if s.out and not s.file:
-        raise UserError(f"--out {s.out}: goes with --file; without it, take --json > FILE", FLAGS)
-    if s.chat and (s.json or s.translate or s.samples > 1 or s.beams > 1):
-        raise UserError("--chat: a conversation takes no --json, --translate, --samples or "
-                        "--beams; --file takes messages", FLAGS)
-    if s.address != Settings.address and not s.web:
-        raise UserError(f"--address {s.address}: goes with --web", FLAGS)
-    if s.web and (s.json or s.samples > 1):
-        raise UserError("--web: a page takes no --json or --samples", FLAGS)
+def temperature_of(s: Settings, translates: bool) -> float:
+    """--temperature, or its default: 0 for a translation or a search, 0.8 for several samples and
+    everything else."""
+    if s.temperature is not None:
+        return s.temperature
+    if s.beams > 1 or (translates and s.samples == 1):
+        return 0.0
+    return 0.8
+
+
+def sampling_params(s: Settings, translates: bool) -> SamplingParams:
+    """How tokens are chosen; UserError on a value out of range."""
+    from inference.sampling import SamplingParams
+
+    return SamplingParams(s.max_new_tokens, temperature_of(s, translates), s.top_k, s.top_p, s.seed,
+                          s.min_p, s.repetition_penalty, s.beams, s.length_penalty,
+                          s.early_stopping)
+
+
+# ---- What is asked
+
+
+def read_prompts(s: Settings) -> list[PromptOrMessages]:
+    """The prompts of the flags, a file or stdin, each --samples times; an empty line is an empty
+    prompt."""
     if s.chat or s.web:
         return []
     if s.file:
-        return read_file(s.file, s.translate)
-    if not s.prompt:
+        prompts = read_file(s.file, s.translate)
+    elif s.prompt:
+        prompts = list(s.prompt)
+    else:
         if sys.stdin.isatty():
-            log.say("a text on each line; Ctrl-D ends")
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # see `checked`
-        return [line.rstrip("\r\n") for line in sys.stdin]
-    return list(s.prompt)
-
-
-def checked(asked: list[Asked]) -> list[Asked]:
-    """The same; UserError on text that no file could hold."""
-    for i, x in enumerate(asked, 1):
+            console.say("a text on each line; Ctrl-D ends")
+        # bytes that are not UTF-8 become half characters, which are refused below
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+        prompts = [line.rstrip("\r\n") for line in sys.stdin]
+    prompts = [prompt for prompt in prompts for _ in range(s.samples)]
+    for number, prompt in enumerate(prompts, 1):
         try:
-            json.dumps(x, ensure_ascii=False).encode()
+            json.dumps(prompt, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise UserError(f"prompt {i}: holds bytes that are not UTF-8, or half a character; "
-                            "give it as UTF-8") from None
-    return asked
+            raise UserError(f"prompt {number}: has bytes that are not UTF-8, or half a character. "
+                            "Give it as UTF-8") from None
+    return prompts
 
 
-def read_file(name: str, translate: str) -> list[Asked]:
-    """What a file asks: a line each, in .jsonl an object with `prompt` (or, to translate, `text`
-    or the language's name), or `messages`."""
+def read_file(name: str, translate: str) -> list[PromptOrMessages]:
+    """The prompts of a file: one on each line; in .jsonl an object with `prompt` or `messages` (to
+    translate: `text`, the source language's code, or `prompt`)."""
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
     except OSError as e:
         raise UserError(f"--file {name}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"--file {name}: byte {e.start} is not UTF-8; save it as UTF-8") from None
+        raise UserError(f"--file {name}: byte {e.start} is not UTF-8. Save it as UTF-8") from None
     if not text:
         raise UserError(f"--file {name}: empty, expected a prompt on each line")
-    lines = text.removesuffix("\n").split("\n")  # read_text has made \r\n into \n
+    lines = text.removesuffix("\n").split("\n")  # read_text has turned \r\n into \n
     if not name.endswith(".jsonl"):
         return lines
-    keys = ("text", translate[:3], "prompt") if translate else ("prompt", "messages")
-    asked = []
-    for i, line in enumerate(lines, 1):
+    keys, types = ("prompt", "messages"), (str, list)
+    if translate:
+        keys, types = ("text", translate.partition("-")[0], "prompt"), (str,)
+    prompts = []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        found = [row[k] for k in keys if k in row] if isinstance(row, dict) else []
-        if not found or not isinstance(found[0], str | list) or (
-                translate and isinstance(found[0], list)):
-            raise UserError(f"--file {name}, line {i}: expected a JSON object with "
+        values = []
+        if isinstance(row, dict):
+            values = [row[key] for key in keys if key in row]
+        if not values or not isinstance(values[0], types):
+            raise UserError(f"--file {name}, line {number}: expected a JSON object with "
                             f"{' or '.join(map(repr, keys))}")
-        asked.append(found[0])
-    return asked
+        prompts.append(values[0])
+    return prompts
 
 
-def done_before(file: Path, asked: Sequence[str], mark: str) -> int:
-    """How many answers a file holds of those asked, in order; a line cut short by a kill goes.
+# ---- The model
+
+
+@dataclass
+class Answerer:
+    """A loaded model, and how this run prompts it."""
+
+    settings: Settings
+    folder: Path
+    model: Llama
+    prompt_format: PromptFormat
+    stop_ids: set[int]
+    decode_step: DecodeStep
+
+    @classmethod
+    def load(cls, s: Settings) -> Answerer:
+        """Load the model in the dtype of this device, made fast for decoding."""
+        from checkpoints.huggingface import load_model
+        from checkpoints.model_folder import base_model_dir, resolve_model_dir, stop_ids
+        from inference.cpu_linear import optimize_for_inference
+        from inference.decode import DecodeStep, compiled_decode_step
+        from inference.prompt_format import PromptFormat
+        from runtime.distributed import Ranks
+
+        ranks = Ranks.start(s.device)
+        dtype = ranks.compute_dtype(s.dtype)
+        model, tokenizer = load_model(s.model, ranks.device, dtype, quant=s.quant)
+        model.eval().model.compute_dtype = dtype
+        if s.compile:
+            decode_step = compiled_decode_step(model)
+        else:
+            optimize_for_inference(model)
+            decode_step = DecodeStep(model)
+        folder = resolve_model_dir(s.model)
+        folders = (folder, base_model_dir(folder))
+        prompt_format = PromptFormat.load(folders, tokenizer, s.translate,
+                                          read_names(s.language_names))
+        return cls(s, folder, model, prompt_format, stop_ids(folder, tokenizer),
+                   decode_step)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How this run chooses tokens."""
+        return sampling_params(self.settings, bool(self.settings.translate))
+
+    def stopping_criteria(self, in_chat: bool, prompt_format: PromptFormat) -> StoppingCriteria:
+        """What ends an answer: EOS; in a conversation also the end of a turn; in a translation also
+        the end of a line, as in ALMA."""
+        from inference.detokenizer import decode_tail
+        from inference.sampling import StoppingCriteria
+
+        stop_ids = self.stop_ids
+        if in_chat or prompt_format.translation.as_chat:
+            stop_ids = stop_ids | ({prompt_format.template.end} - {None})
+        if not stop_ids:
+            console.say("the model has no EOS, so every answer continues to --max-new-tokens")
+        strings = list(self.settings.stop)
+        if prompt_format.direction:
+            strings.append("\n")
+        return StoppingCriteria(stop_ids, strings, partial(decode_tail, prompt_format.tokenizer))
+
+    def stream(self, ids: Sequence[int], stopping: StoppingCriteria) -> Iterator[str]:
+        """The answer to one prompt, in pieces of text."""
+        from inference.detokenizer import stream_text
+        from inference.generate import generate
+
+        tokenizer = self.prompt_format.tokenizer
+        steps = generate(self.model, [ids], self.sampling, stopping, tokenizer.bos,
+                         decode_step=self.decode_step)
+        return stream_text(tokenizer, ids, (token for _, token, _ in steps), stopping.strings)
+
+    def answers(self, prompts: Sequence[PromptOrMessages],
+                start: int = 0) -> Iterator[dict[str, Any]]:
+        """The answers to prompts `start` and later, in order, as --json writes them.
+
+        The translation of a blank line is blank.
+        """
+        from inference.generate import Completion, completions
+        from inference.sampling import per_prompt_seeds
+
+        s, prompt_format = self.settings, self.prompt_format
+        in_chat = any(not isinstance(prompt, str) for prompt in prompts)
+        stopping = self.stopping_criteria(in_chat, prompt_format)
+        ids = [prompt_format.encode(prompt) for prompt in prompts]
+        seeds = per_prompt_seeds(ids, s.seed)
+        is_blank = [bool(prompt_format.direction) and not prompt.strip() for prompt in prompts]
+        indices = [i for i in range(start, len(prompts)) if not is_blank[i]]
+        finished = completions(self.model, [ids[i] for i in indices], self.sampling, stopping,
+                               prompt_format.tokenizer.bos, [seeds[i] for i in indices], s.rows,
+                               self.decode_step)
+        for i in range(start, len(prompts)):
+            completion = Completion([], "eos") if is_blank[i] else next(finished)
+            row = self._row(prompts[i], ids[i], completion, stopping.strings)
+            yield {**row, "prompt_number": i // s.samples + 1}
+
+    def _row(self, prompt: PromptOrMessages, ids: Sequence[int], completion: Completion,
+             stop_strings: Sequence[str]) -> dict[str, Any]:
+        """An answer as a JSON object."""
+        from inference.detokenizer import decode_answer
+
+        prompt_format = self.prompt_format
+        text = decode_answer(prompt_format.tokenizer, ids, completion.ids, stop_strings)
+        row: dict[str, Any] = {"prompt": prompt_format.render(prompt)}
+        if prompt_format.direction:
+            row["source"], text = prompt, text.strip()
+        elif not isinstance(prompt, str):
+            row["messages"] = prompt
+        return {**row, "text": text, "tokens": len(completion.ids),
+                "end": completion.finish_reason}
+
+
+# ---- Text to the terminal
+
+
+def show(text: str) -> None:
+    """Print at once. On a terminal, control characters of a model are shown, not obeyed."""
+    print(console.printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def print_one(answerer: Answerer, prompt: PromptOrMessages) -> None:
+    """A prompt and its answer as it is generated."""
+    prompt_format = answerer.prompt_format
+    stopping = answerer.stopping_criteria(not isinstance(prompt, str), prompt_format)
+    show(prompt_format.render(prompt))
+    for piece in answerer.stream(prompt_format.encode(prompt), stopping):
+        show(piece)
+    show("\n")
+
+
+def print_all(answerer: Answerer, prompts: Sequence[PromptOrMessages]) -> None:
+    """All answers, in order."""
+    for number, row in enumerate(answerer.answers(prompts), 1):
+        if answerer.settings.json:
+            show(json.dumps(row, ensure_ascii=False) + "\n")
+        elif answerer.settings.translate:
+            show(row["text"] + "\n")
+        else:
+            show(f"== {number} of {len(prompts)}\n{row['prompt']}{row['text']}\n")
+
+
+# ---- Answers to a file
+
+
+def write_file(answerer: Answerer, prompts: Sequence[PromptOrMessages]) -> None:
+    """Append the answers that --out does not hold yet."""
+    s = answerer.settings
+    rendered = [answerer.prompt_format.render(prompt) for prompt in prompts]
+    fingerprint = settings_fingerprint(s, answerer.folder)
+    try:
+        n_done = count_done(Path(s.out), rendered, fingerprint)
+        if n_done:
+            console.say(f"{s.out}: {n_done} of {len(prompts)} answers are there")
+        with open(s.out, "a", encoding="utf-8") as file, \
+                console.progress(s.out, len(prompts), n_done) as progress:
+            for row in answerer.answers(prompts, n_done):
+                number = row.pop("prompt_number")
+                row = {**row, "settings": fingerprint, "prompt_number": number}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                progress(1)
+    except OSError as e:
+        raise UserError(f"--out {s.out}: cannot be written ({e.strerror})", STORAGE) from None
+
+
+def count_done(file: Path, prompts: Sequence[str], fingerprint: str) -> int:
+    """How many answers a file holds, in order; a last line that was cut short is removed.
 
     UserError if it holds something else: other prompts, settings or weights.
     """
     if not file.exists():
         return 0
-    kept, n = 0, 0
+    n_bytes, n_done = 0, 0
     for line in file.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"):
             break
         try:
-            found = json.loads(line)
-            same = found["settings"] == mark and n < len(asked) and found["prompt"] == asked[n]
+            row = json.loads(line)
+            matches = (row["settings"] == fingerprint and n_done < len(prompts)
+                       and row["prompt"] == prompts[n_done])
         except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            raise UserError(f"--out {file}, line {n + 1}: answers another prompt, or was made with "
-                            "other settings or weights; name another file, or delete it")
-        kept, n = kept + len(line), n + 1
+            matches = False
+        if not matches:
+            raise UserError(f"--out {file}, line {n_done + 1}: answers another prompt, or was made "
+                            "with other settings or weights. Name another file, or delete it")
+        n_bytes, n_done = n_bytes + len(line), n_done + 1
     with open(file, "r+b") as f:
-        f.truncate(kept)
-    return n
+        f.truncate(n_bytes)
+    return n_done
 
 
-def mark_of(s: Settings, folder: Path) -> str:
-    """Eight hex digits for what an answer depends on besides its prompt: the settings, and rows of
-    all weights, which are others when the model's folder has been trained into again."""
-    apart = ("prompt", "file", "out", "rows", "json", "device", "chat", "compile", "web",
-             "address")
-    values: dict[str, Any] = {k: v for k, v in dataclasses.asdict(s).items() if k not in apart}
+def settings_fingerprint(s: Settings, folder: Path) -> str:
+    """Eight hex digits of what an answer depends on besides its prompt: the settings, and rows of
+    all weights, which change when the model is trained further in its folder."""
+    from checkpoints.model_folder import weights_fingerprints
+
+    no_effect = {"prompt", "file", "out", "rows", "json", "device", "chat", "compile", "web",
+                 "address"}
+    values = {name: value for name, value in dataclasses.asdict(s).items()
+              if name not in no_effect}
+    if not s.language_names:  # keeps the fingerprint of files from before there was this flag
+        del values["language_names"]
     values["weights"] = weights_fingerprints(folder)
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
-def write_file(s: Settings, model: Llama, way: Way, asked: Sequence[Asked], sampling: Sampling,
-               stops: Stops) -> None:
-    """Answer into --out, behind what it already holds."""
-    texts, mark = [way.text(x) for x in asked], mark_of(s, way.folder)
-    try:
-        first = done_before(Path(s.out), texts, mark)
-        if first:
-            log.say(f"{s.out}: {first} of {len(asked)} answers are there")
-        with open(s.out, "a", encoding="utf-8") as file, log.progress(s.out, len(asked),
-                                                                      first) as move:
-            found = answered(s, model, way, asked, sampling, stops, first)
-            for i, (new, end) in enumerate(found, first):
-                line = {**answer(way, asked[i], new, end, stops), "settings": mark,
-                        "prompt_number": i // s.samples + 1}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                move(1)
-    except OSError as e:
-        raise UserError(f"--out {s.out}: cannot be written ({e.strerror})", STORAGE) from None
+# ---- A conversation
 
 
-def answered(s: Settings, model: Llama, way: Way, asked: Sequence[Asked], sampling: Sampling,
-             stops: Stops, first: int = 0) -> Iterator[Answer]:
-    """Answers in order, from `first` on; a blank line has no translation, and is not asked."""
-    ids = [way.ids(x) for x in asked]
-    seeds = own_seeds(ids, s.seed)
-    blank = [bool(way.direction) and not x.strip() for x in asked]
-    real = [i for i in range(first, len(asked)) if not blank[i]]
-    found = answers(model, [ids[i] for i in real], sampling, stops, way.tokenizer.bos,
-                    [seeds[i] for i in real], s.rows)
-    for nothing in blank[first:]:
-        yield Answer([], "eos") if nothing else next(found)
-
-
-def answer(way: Way, asked: Asked, new: Sequence[int], end: str, stops: Stops) -> dict[str, Any]:
-    """An answer as a line of JSON holds it."""
-    text = whole(way.tokenizer, way.ids(asked), new, stops.strings)
-    source = {"source": asked} if way.direction else {} if isinstance(asked, str) else {
-        "messages": asked}
-    text = text.strip() if way.direction else text
-    return {"prompt": way.text(asked), **source, "text": text, "tokens": len(new), "end": end}
-
-
-def converse(model: Llama, way: Way, sampling: Sampling, stops: Stops,
-             shown: Callable[[str], str]) -> None:
+def chat(answerer: Answerer) -> None:
     """A conversation: lines in, answers out, until /quit or the end of the input."""
-    log.say(COMMANDS)
-    said: list[dict[str, str]] = []
-    room = model.config.max_position_embeddings - sampling.max_new_tokens
+    from inference.prompt_format import TRUNCATED_NOTICE
+
+    console.say(CHAT_COMMANDS)
+    prompt_format, messages = answerer.prompt_format, []
+    stopping = answerer.stopping_criteria(True, prompt_format)
+    context = answerer.model.config.max_position_embeddings
+    room = context - answerer.settings.max_new_tokens
     sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        word, _, rest = line.partition(" ")
-        if word == "/quit":
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
             return
-        if word == "/reset":
-            said = []
-        elif word == "/save":
-            save(rest.strip(), said)
+        if command == "/reset":
+            messages = []
+        elif command == "/save":
+            save_conversation(argument.strip(), messages)
         elif line.startswith("/"):
-            log.say(f"{word}: no such command; {COMMANDS}")
+            console.say(f"{command}: unknown command; {CHAT_COMMANDS}")
         elif line:
-            said.append({"role": "user", "content": line})
-            before = len(said)
-            said, ids = way.recent(said, room)
-            if len(said) < before:
-                log.say(OUTGROWN)
-            new = (token for _, token, _ in stream(model, [ids], sampling, stops,
-                                                 way.tokenizer.bos))
-            text = ""
-            try:
-                for piece in pieces(way.tokenizer, ids, new, stops.strings):
-                    print(shown(piece), end="", flush=True)
-                    text += piece
-            except KeyboardInterrupt:  # stops the answer, not the conversation
-                pass
-            print(flush=True)
-            said.append({"role": "assistant", "content": text.strip()})
+            messages.append({"role": "user", "content": line})
+            n = len(messages)
+            messages, ids = prompt_format.truncate_conversation(messages, room)
+            if len(messages) < n:
+                console.say(TRUNCATED_NOTICE)
+            answer = print_reply(answerer.stream(ids, stopping))
+            messages.append({"role": "assistant", "content": answer.strip()})
 
 
-def save(name: str, said: Sequence[Mapping[str, str]]) -> None:
-    """Write a conversation as `prepare.py chat` reads it; what goes wrong is said."""
+def print_reply(pieces: Iterator[str]) -> str:
+    """Print an answer as it is generated, and return it. Ctrl-C ends the answer only."""
+    answer = ""
+    try:
+        for piece in pieces:
+            show(piece)
+            answer += piece
+    except KeyboardInterrupt:
+        pass
+    show("\n")
+    return answer
+
+
+def save_conversation(name: str, messages: Sequence[Mapping[str, str]]) -> None:
+    """Write a conversation as `prepare.py chat` reads it; a fault is reported, not raised."""
     if not name:
-        log.say("/save: name a file, as in /save talk.jsonl")
+        console.say("/save: name a file, as in /save talk.jsonl")
         return
     try:
-        text = json.dumps({"messages": said}, ensure_ascii=False)
+        text = json.dumps({"messages": messages}, ensure_ascii=False)
         Path(name).write_text(text + "\n", encoding="utf-8")
-        log.say(f"wrote {name}: {len(said)} messages")
+        console.say(f"wrote {name}: {len(messages)} messages")
     except OSError as e:
-        log.say(f"/save {name}: cannot be written ({e.strerror})")
+        console.say(f"/save {name}: cannot be written ({e.strerror})")
 
 
-def manners_of(s: Settings, ways: Mapping[str, Way], ends: set[int]) -> dict[str, Manner]:
-    """How a page's answers are made: only translations are searched for, and nothing of them is
-    drawn unless --temperature says so."""
-    if s.beams > 1 and not any(way.direction for way in ways.values()):
-        raise UserError(f"--beams {s.beams}: a page searches only for translations, and this model "
-                        "was taught none; name --translate", FLAGS)
-    drawn = sampling_of(dataclasses.replace(s, beams=1, translate=""))
-    sought = sampling_of(dataclasses.replace(s, translate=DIRECTIONS[0]))
-    return {name: Manner(way, sought if way.direction else drawn, stops_of(s, way, ends, name))
-            for name, way in ways.items()}
+# ---- The web page
 
 
-def stops_of(s: Settings, way: Way, ends: set[int], name: str = "") -> Stops:
-    """What ends an answer: an EOS, in a conversation the end of a turn, in a translation a line."""
-    if name == "chat" or way.as_chat:
-        ends = ends | ({way.template.end} - {None})
-    if not ends:
-        log.say("the model has no EOS, so every answer goes on to --max-new-tokens")
-    strings = [*s.stop, "\n"] if way.direction else s.stop  # ALMA cuts there too
-    return Stops(ends, strings, way.tail)
+def serve_page(answerer: Answerer) -> None:
+    """Serve the page until Ctrl-C."""
+    from inference.prompt_format import PromptFormat
+    from serving.replies import make_replier, page_facts
+    from serving.server import serve
+
+    s, chosen = answerer.settings, answerer.prompt_format
+    formats = {s.translate: chosen} if s.translate else {}
+    formats |= PromptFormat.load_all(chosen.folders, chosen.tokenizer)
+    configs = page_configs(answerer, formats)
+    replier = make_replier(answerer.model, configs, answerer.decode_step)
+    asyncio.run(serve(s.address, replier, page_facts(s.model, configs)))
 
 
-@memory_ends("lower --rows or --max-new-tokens, or take --quant int8")
-def main(s: Settings) -> None:
-    """Read what is asked, load the model, answer."""
-    if not s.model:
-        raise UserError("name a model: --model FOLDER or a hub id", FLAGS)
-    sampling = sampling_of(s)
-    asked = [x for x in checked(read_asked(s)) for _ in range(s.samples)]
-    ranks = Ranks.start(s.device)
-    dtype = ranks.compute_dtype(s.dtype)
-    model, tokenizer = load_model(s.model, ranks.device, dtype, quant=s.quant)
-    model.eval().model.compute_dtype = dtype
-    (hasten if s.compile else pack)(model)
-    folder = resolve_model_dir(s.model)
-    way = Way.of(folder, tokenizer, s.translate)
-    ends = stop_ids(folder, tokenizer)
-    if s.web:
-        ways = {**({s.translate: way} if s.translate else {}), **Way.taught(folder, tokenizer)}
-        manners = manners_of(s, ways, ends)
-        return asyncio.run(web.serve(s.address, replies(model, manners), facts(s.model, manners)))
-    in_chat = s.chat or any(not isinstance(x, str) for x in asked)
-    stops = stops_of(s, way, ends, "chat" if in_chat else "")
-    shown = log.printable if sys.stdout.isatty() else str  # a model must not steer a terminal
+def page_configs(answerer: Answerer,
+                 formats: Mapping[str, PromptFormat]) -> dict[str, GenerationConfig]:
+    """How the answers of the page's tabs are made: only translations are searched, and they are
+    sampled only if --temperature says so."""
+    from inference.prompt_format import GenerationConfig
 
-    def show(text: str) -> None:
-        print(shown(text), end="", flush=True)
-
-    if s.chat:
-        return converse(model, way, sampling, stops, shown)
-    if s.out:
-        return write_file(s, model, way, asked, sampling, stops)
-    if len(asked) == 1 and not s.json and not s.translate:
-        show(way.text(asked[0]))
-        ids = way.ids(asked[0])
-        new = (token for _, token, _ in stream(model, [ids], sampling, stops, tokenizer.bos))
-        for piece in pieces(tokenizer, ids, new, stops.strings):
-            show(piece)
-        return show("\n")
-    found = answered(s, model, way, asked, sampling, stops)
-    for i, (new, end) in enumerate(found):
-        line = answer(way, asked[i], new, end, stops) | {"prompt_number": i // s.samples + 1}
-        if s.json:
-            show(json.dumps(line, ensure_ascii=False) + "\n")
-        elif s.translate:
-            show(line["text"] + "\n")
+    s = answerer.settings
+    if s.beams > 1 and not any(prompt_format.direction for prompt_format in formats.values()):
+        raise UserError(f"--beams {s.beams}: the page searches only translations, and this model "
+                        "was not trained to translate. Name --translate, or remove --beams", FLAGS)
+    configs = {}
+    for name, prompt_format in formats.items():
+        if prompt_format.direction:
+            sampling = sampling_params(s, translates=True)
         else:
-            show(f"== {i + 1} of {len(asked)}\n{line['prompt']}{line['text']}\n")
+            sampling = sampling_params(dataclasses.replace(s, beams=1), translates=False)
+        stopping = answerer.stopping_criteria(name == "chat", prompt_format)
+        configs[name] = GenerationConfig(prompt_format, sampling, stopping)
+    return configs
 
 
 if __name__ == "__main__":
-    log.run(lambda: main(SETTINGS))
+    console.run(lambda: main(flags.read(Settings, sys.argv[1:], "sample.py")[0]))

@@ -102,11 +102,11 @@ def ours(name: str, size: str, folder: str) -> dict[str, Any]:
     """Seconds, and each item's log-likelihoods, as eval.py finds them."""
     from checkpoints.huggingface import load_model
     from evaluation import tasks
-    from inference.decode import pack
+    from inference.cpu_linear import optimize_for_inference
 
     suite = suite_of(name, size)
     model, tokenizer = load_model(folder)
-    pack(model.eval(), losses=True)
+    optimize_for_inference(model.eval(), keep_head_weight=True)
     items = suite.items(suite.prompts[0])
     tasks.records(model, tokenizer, suite, suite.prompts[0], items[:1])  # every thread has begun
     begun = time.perf_counter()

@@ -110,19 +110,19 @@ def ours(case: Case, folder: str, ends: list[int], quant: str = "none") -> Any:
     import torch
 
     from checkpoints.huggingface import load_model
-    from inference.decode import pack
-    from inference.generate import answers
-    from inference.sampling import Sampling, Stops
+    from inference.cpu_linear import optimize_for_inference
+    from inference.generate import completions
+    from inference.sampling import SamplingParams, StoppingCriteria
 
     dtype = getattr(torch, case.dtype)
     model, _ = load_model(folder, dtype=dtype, tokenizer=False, quant=quant)
     model.eval().model.compute_dtype = dtype
-    pack(model)
+    optimize_for_inference(model)
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
-        sampling = Sampling(new, case.temperature, beams=case.beams)
-        return [x.ids for x in answers(model, prompts, sampling, Stops(set(ends)),
-                                       rows=case.rows)]
+        sampling = SamplingParams(new, case.temperature, beams=case.beams)
+        return [x.ids for x in completions(model, prompts, sampling, StoppingCriteria(set(ends)),
+                                           rows=case.rows)]
 
     return run
 

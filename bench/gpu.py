@@ -13,7 +13,7 @@ the device's allocator held at most after two steps, and what memory.py predicts
 case's own flags, where nothing is compiled (of eight bits it says what it says of bf16).
 
 By name, answers of the 1B in bf16: one stream, eight side by side, 200 uneven prompts, by steps as
-they are and recorded (sample.py --compile). The peer is transformers' generate as it comes, prompts
+they are and compiled (sample.py --compile). The peer is transformers' generate as it comes, prompts
 of like lengths padded on the left, and with its static cache, which it compiles. Every first id of
 ours must be one that may come first: at most two steps of bf16 below the largest of the peer's
 logits.
@@ -247,13 +247,13 @@ def peer(name: str, how: str, steps: int) -> dict[str, Any]:
 
 def answers(name: str, cache: str) -> dict[str, Any]:
     """Seconds of answering, after a warm-up, and the first ids, with a cache of the peer's or
-    `ours`, or `ours, recorded`. The peer adds which ids may come first."""
+    `ours`, or `ours, compiled`. The peer adds which ids may come first."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from inference.decode import hasten
-    from inference.generate import answers
-    from inference.sampling import Sampling
+    from inference.decode import compiled_decode_step
+    from inference.generate import completions
+    from inference.sampling import SamplingParams
     from layers.config import ModelConfig
     from model import Llama
 
@@ -286,7 +286,8 @@ def answers(name: str, cache: str) -> dict[str, Any]:
         return first
 
     def by_ours(new: int) -> list[int]:
-        found["ids"] = [x.ids for x in answers(model, prompts, Sampling(new, 0.0), rows=rows)]
+        found["ids"] = [x.ids for x in completions(model, prompts, SamplingParams(new, 0.0),
+                                                  rows=rows, decode_step=decode_step)]
         return [ids[0] for ids in found["ids"]]
 
     found: dict[str, Any] = {}
@@ -304,8 +305,7 @@ def answers(name: str, cache: str) -> dict[str, Any]:
         model.load_state_dict(theirs.state_dict(), assign=True)
         del theirs
         model.eval().model.compute_dtype = torch.bfloat16
-        if cache != "ours":
-            hasten(model)
+        decode_step = None if cache == "ours" else compiled_decode_step(model)
     run(new if cache == "static" else 4)  # compiled for this length
     seconds = []
     for _ in range(2):
@@ -371,7 +371,7 @@ def compare(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
 def answered(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
     """A row of the second table for each side."""
     n, least, most, width, new, caches = ANSWERS[name]
-    runs = {who: side(s, "answers", name, who) for who in ("ours", "ours, recorded")}
+    runs = {who: side(s, "answers", name, who) for who in ("ours", "ours, compiled")}
     if not all(runs.values()):
         return []
     for cache in caches if installed("transformers") else ():
@@ -390,9 +390,9 @@ def answered(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
                      f"{n * new / run['seconds']:,.0f}",
                      f"{run['seconds'] / runs['ours']['seconds']:.2f}", share,
                      f"{run['device']:.1f}"])
-    whole = sum(a == b for a, b in zip(runs["ours"]["ids"], runs["ours, recorded"]["ids"],
+    whole = sum(a == b for a, b in zip(runs["ours"]["ids"], runs["ours, compiled"]["ids"],
                                        strict=True))
-    rows[1][0] += f"; whole answers equal to those not recorded: {whole}"  # bf16 parts the others
+    rows[1][0] += f"; whole answers equal to those not compiled: {whole}"  # bf16 parts the others
     return rows
 
 

@@ -29,8 +29,10 @@ import numpy as np
 import torch
 
 from data import IGNORE, Batch
-from inference import generate
-from inference.sampling import Sampling
+from inference.detokenizer import decode_answer
+from inference.generate import completions
+from inference.sampling import SamplingParams, StoppingCriteria
+from inference.scoring import score
 from runtime.console import FLAGS, UserError, say
 from tokenization.tokenizer import Part
 
@@ -193,7 +195,7 @@ def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequen
     room = (length or model.config.max_position_embeddings) + 1  # the last id is only predicted
     cut(sum(len(p) + len(c) > room for p, c in
             zip(prompts, continuations, strict=True)), len(prompts), room - 1)
-    logp = iter(generate.score(model, prompts, continuations, length, move, kept)[0].tolist())
+    logp = iter(score(model, prompts, continuations, length, move, kept)[0].tolist())
     return [[next(logp) for _ in choices] for _, choices in asked]
 
 
@@ -215,16 +217,16 @@ def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Se
             f"{new_tokens} tokens")
     eos = [] if tokenizer.eos is None else [tokenizer.pieces[tokenizer.eos]]
     ends = {tokenizer.eos, *ends}
-    stops = generate.Stops(ends, [*stop, *eos], tokenizer.decode)
+    stops = StoppingCriteria(ends, [*stop, *eos], tokenizer.decode)
     prompts = [begun(tokenizer, x) for x in contexts]
     room = length - new_tokens
     cut(sum(len(ids) > room for ids in prompts), len(prompts), room)
     prompts = [ids[-room:] for ids in prompts]
-    sampling = Sampling(new_tokens, temperature=0.0, beams=beams)
+    sampling = SamplingParams(new_tokens, temperature=0.0, beams=beams)
     said = []
-    for ids, end in generate.answers(model, prompts, sampling, stops, start_token(tokenizer)):
-        text = tokenizer.decode([x for x in ids if x not in ends])
-        said.append((stops.cut(text), end))
+    for ids, end in completions(model, prompts, sampling, stops, start_token(tokenizer)):
+        text = decode_answer(tokenizer, [], [x for x in ids if x not in ends])
+        said.append((stops.truncate(text), end))
         move(1)
     return said
 

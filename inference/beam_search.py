@@ -1,18 +1,19 @@
-"""Beam search: the answer that is likeliest as a whole, as far as a few hypotheses can tell.
+"""Beam search: find the answer with the highest total log-probability, among few hypotheses.
 
-Each prompt has `beams` rows of the batch, one for each hypothesis that is still growing. A step
-ranks every hypothesis with every next token by the sum of log p; the best that end are put by, the
-best that do not go on. Which answer wins, and when no better one can come, is decided exactly as in
-transformers (`generate(num_beams=...)`, 5.x), so that published recipes give what they gave there:
+Each prompt has `beams` rows of the batch, one for each growing hypothesis. A step ranks every
+hypothesis with every next token by the sum of log p. The best candidates that end become answers;
+the best that do not end grow on. All rules are those of transformers (`generate(num_beams=...)`,
+5.x), so published recipes give the same text here:
 
-    score of an answer      sum of log p / (number of its ids, EOS too) ** length_penalty
-    may be put by           only what ends among the `beams` best of a step
-    a prompt is done        when `beams` answers are put by and the best that grows, scored at its
-                            present length, is no better than the worst put by; with early_stopping
-                            "true" as soon as so many are put by, with "never" (and a penalty above
-                            0) scored at the greatest length it may reach
+    score of an answer      sum of log p / (number of its ids, EOS included) ** length_penalty
+    may become an answer    a candidate that ends among the `beams` best of a step
+    a prompt is done        when it has `beams` answers and the best growing hypothesis, scored at
+                            its present length, is no better than the worst answer. early_stopping
+                            "true": as soon as it has `beams` answers. "never" (and a penalty above
+                            0): scored at the greatest length that the hypothesis may reach
 
-A prompt's search knows nothing of its neighbours; one that is done gives its rows to the next.
+The searches of different prompts do not influence each other. A prompt that is done gives its rows
+to the next one.
 """
 
 from __future__ import annotations
@@ -24,119 +25,140 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inference.decode import Steps, in_order, keep_rows, rearrange, refill
-from inference.sampling import Sampling, Stops, finite, penalise
-from model import KVCache, Llama
+from inference.decode import (
+    DecodeStep,
+    evict_finished,
+    order_by_length,
+    prefill_into,
+    reorder_cache,
+)
+from inference.sampling import (
+    SamplingParams,
+    StoppingCriteria,
+    apply_repetition_penalty,
+    require_finite,
+)
 
-NEVER = -1e9  # the score of what is no hypothesis: transformers' own
+NO_HYPOTHESIS = -1e9  # the score of an empty beam, as in transformers
 
 
 @dataclass
-class Search:
-    """The search of one prompt: hypotheses that grow, and answers put by, both best first."""
+class BeamSearch:
+    """The search of one prompt: growing hypotheses and answers, both sorted, best first."""
 
     index: int
     prompt: list[int]
-    scores: list[float]  # of what grows: sums of log p
+    scores: list[float]  # of the growing hypotheses: sums of log p
     growing: list[list[int]]
-    answers: list[tuple[float, list[int], str]] = field(default_factory=list)  # score, ids, end
+    answers: list[tuple[float, list[int], str]] = field(default_factory=list)
+    """(score, ids, finish reason)."""
 
     @classmethod
-    def begin(cls, index: int, prompt: list[int], beams: int) -> Search:
-        """One hypothesis, the empty one; copies of it would only be found twice."""
-        return cls(index, prompt, [0.0] + [NEVER] * (beams - 1), [[] for _ in range(beams)])
+    def start(cls, index: int, prompt: list[int], beams: int) -> BeamSearch:
+        """One empty hypothesis; copies of it would only find the same candidates again."""
+        scores = [0.0] + [NO_HYPOTHESIS] * (beams - 1)
+        return cls(index, prompt, scores, [[] for _ in range(beams)])
 
     def advance(self, scores: Sequence[float], beams: Sequence[int], tokens: Sequence[int],
-                sampling: Sampling, stops: Stops) -> tuple[list[int], bool]:
-        """Take a step, from candidates best first: which hypothesis, which token, the sum of log p.
+                sampling: SamplingParams,
+                stopping: StoppingCriteria) -> tuple[list[int], bool]:
+        """Take one step. The candidates come best first: sum of log p, hypothesis, token.
 
-        Returns which old hypothesis each new one has grown from, and whether the search is done.
+        Returns the old hypothesis of each new one, and whether the search is done.
         """
-        n, n_new = sampling.beams, len(self.growing[0]) + 1
-        penalty = n_new**sampling.length_penalty
+        length = len(self.growing[0]) + 1
+        normaliser = length**sampling.length_penalty
         grown: list[tuple[float, int, list[int]]] = []
         for rank, (score, beam, token) in enumerate(zip(scores, beams, tokens, strict=True)):
             ids = [*self.growing[beam], token]
-            end = stops.end(ids, sampling.max_new_tokens)
-            if not end and len(grown) < n:
+            reason = stopping.finish_reason(ids, sampling.max_new_tokens)
+            if not reason and len(grown) < sampling.beams:
                 grown.append((score, beam, ids))
-            elif end and rank < n:
-                self.answers.append((score / penalty, ids, end))
-        self.answers = sorted(self.answers, key=lambda x: -x[0])[:n]
-        if not grown:  # nothing can go on: the length is reached, or every candidate has stopped
+            elif reason and rank < sampling.beams:
+                self.answers.append((score / normaliser, ids, reason))
+        self.answers = sorted(self.answers, key=lambda answer: -answer[0])[: sampling.beams]
+        if not grown:  # the maximum length is reached, or every candidate has ended
             return [], True
-        grown += [(NEVER, *grown[0][1:])] * (n - len(grown))
+        grown += [(NO_HYPOTHESIS, *grown[0][1:])] * (sampling.beams - len(grown))
         self.scores = [score for score, _, _ in grown]
         self.growing = [ids for _, _, ids in grown]
-        full = len(self.answers) == n
+        return [beam for _, beam, _ in grown], self._is_done(length, sampling)
+
+    def _is_done(self, length: int, sampling: SamplingParams) -> bool:
+        """Whether no better answer is expected; see the table above."""
+        if len(self.answers) < sampling.beams:
+            return False
+        if sampling.early_stopping == "true":
+            return True
         if sampling.early_stopping == "never" and sampling.length_penalty > 0:
-            penalty = sampling.max_new_tokens**sampling.length_penalty
-        hopeless = full and self.scores[0] / penalty <= self.answers[-1][0]
-        done = hopeless or (full and sampling.early_stopping == "true")
-        return [beam for _, beam, _ in grown], done
+            length = sampling.max_new_tokens
+        return self.scores[0] / length**sampling.length_penalty <= self.answers[-1][0]
 
 
-def candidates(logits: Tensor, searches: Sequence[Search], sampling: Sampling,
-               kept: int) -> tuple[list, list, list]:
-    """The `kept` best (sum of log p, hypothesis, token) of each search, best first: lists (P,kept).
+def top_candidates(logits: Tensor, searches: Sequence[BeamSearch], sampling: SamplingParams,
+                   n: int) -> tuple[list, list, list]:
+    """The `n` best candidates of each of P searches, best first: sums of log p, hypotheses and
+    tokens, lists (P,n).
 
     logits (P * beams, V).
     """
     V = logits.shape[-1]
-    logp = penalise(finite(logits).log_softmax(-1), sampling.repetition_penalty,
-                    [x.prompt + ids for x in searches for ids in x.growing])
-    before = torch.tensor([x.scores for x in searches], device=logits.device)  # (P,beams)
-    sums = (logp.view(*before.shape, V) + before[..., None]).flatten(1)  # (P,beams * V)
-    best, at = sums.topk(min(kept, sums.shape[1]))
-    return best.tolist(), (at // V).tolist(), (at % V).tolist()
+    logp = apply_repetition_penalty(
+        require_finite(logits).log_softmax(-1), sampling.repetition_penalty,
+        [search.prompt + ids for search in searches for ids in search.growing])
+    scores = torch.tensor([search.scores for search in searches], device=logits.device)  # (P,beams)
+    sums = (logp.view(*scores.shape, V) + scores[..., None]).flatten(1)  # (P,beams * V)
+    best, indices = sums.topk(min(n, sums.shape[1]))
+    return best.tolist(), (indices // V).tolist(), (indices % V).tolist()
 
 
-def search(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, stops: Stops,
-           rows: int) -> Iterator[tuple[int, int, str]]:
-    """Answer prompts that fit, so many side by side as `rows` allow, at least one.
+def beam_search(decode_step: DecodeStep, prompts: Sequence[list[int]], sampling: SamplingParams,
+                stopping: StoppingCriteria, rows: int) -> Iterator[tuple[int, int, str]]:
+    """Search an answer to each prompt, as many prompts at once as `rows` allow, at least one.
 
-    Yields (index of the prompt, id, end), an answer's ids all at once; `end` as in
-    generate.stream.
+    Every prompt must fit into the context. Yields (index of the prompt, id, finish reason), all ids
+    of an answer at once; the reason is "" before the last id, see `generate`.
     """
-    n = sampling.beams
-    kept = n * max(2, 1 + len(stops.ids))  # so that, whatever ends, n go on
-    places = max(1, min(rows // n, len(prompts)))
-    order = in_order([len(ids) for ids in prompts], places)
-    waiting = deque(Search.begin(i, prompts[i], n) for i in order)
+    model, beams = decode_step.model, sampling.beams
+    n_candidates = beams * max(2, 1 + len(stopping.ids))  # enough that `beams` of them grow on
+    slots = max(1, min(rows // beams, len(prompts)))
+    order = order_by_length([len(ids) for ids in prompts], slots)
+    queue = deque(BeamSearch.start(i, prompts[i], beams) for i in order)
     longest = max(map(len, prompts), default=0)
-    whole = KVCache(model.config, places * n, longest + sampling.max_new_tokens - 1, model.device,
-                    model.compute_dtype)
-    live: list[Search] = []  # each stands in n rows of the cache
-    steps = Steps(model, whole)
-    cache, logits = whole.part(slice(0, 0)), torch.empty(0, model.config.vocab_size,
-                                                         device=model.device)
-    while live or waiting:
-        if fresh := [waiting.popleft() for _ in range(min(places - len(live), len(waiting)))]:
-            old = len(live) * n
-            cache, more = refill(model, [x.prompt for x in fresh], whole, cache)
-            copies = [old + i for i in range(len(fresh)) for _ in range(n)]
-            cache = rearrange(whole, cache, [*range(old), *copies])
-            live, logits = live + fresh, torch.cat([logits, more.repeat_interleave(n, dim=0)])
-        found = zip(live, *candidates(logits, live, sampling, kept), strict=True)
-        order: list[int] = []
+    storage = decode_step.new_cache(slots * beams, longest + sampling.max_new_tokens - 1)
+    active: list[BeamSearch] = []  # each has `beams` rows of the cache
+    cache = storage.select(slice(0, 0))
+    logits = torch.empty(0, model.config.vocab_size, device=model.device)
+    while active or queue:
+        new = [queue.popleft() for _ in range(min(slots - len(active), len(queue)))]
+        if new:
+            n_rows = len(active) * beams
+            cache, new_logits = prefill_into(model, [x.prompt for x in new], storage, cache)
+            copies = [n_rows + i for i in range(len(new)) for _ in range(beams)]
+            cache = reorder_cache(storage, cache, [*range(n_rows), *copies])
+            logits = torch.cat([logits, new_logits.repeat_interleave(beams, dim=0)])
+            active = active + new
+        candidates = top_candidates(logits, active, sampling, n_candidates)
+        source_rows: list[int] = []
         keep: list[int] = []
-        for place, (x, scores, beams, tokens) in enumerate(found):
-            came_from, done = x.advance(scores, beams, tokens, sampling, stops)
-            first = place * n
-            order += range(first, first + n) if done else [first + beam for beam in came_from]
+        for slot, (search, scores, hypotheses, tokens) in enumerate(
+                zip(active, *candidates, strict=True)):
+            sources, done = search.advance(scores, hypotheses, tokens, sampling, stopping)
+            start = slot * beams
             if not done:
-                keep += range(first, first + n)
+                source_rows += [start + beam for beam in sources]
+                keep += range(start, start + beams)
                 continue
-            _, ids, end = x.answers[0]
-            for at, token in enumerate(ids, 1):
-                yield x.index, token, end if at == len(ids) else ""
-        shared = min(len(x.prompt) for x in live)  # the prompts' keys are equal in all their rows
-        cache = rearrange(whole, cache, order, shared)
-        if len(keep) < len(order):
-            cache, order = keep_rows(cache, keep)
-            live = [live[row // n] for row in order[::n]]
-        if live:
-            ids = torch.tensor([ids[-1] for x in live for ids in x.growing], device=model.device)
-            logits = steps(ids, cache)
-        else:
-            logits = logits[:0]
+            source_rows += range(start, start + beams)
+            _, ids, reason = search.answers[0]
+            yield from ((search.index, token, "") for token in ids[:-1])
+            yield search.index, ids[-1], reason
+        shared = min(len(search.prompt) for search in active)  # equal in all rows of a prompt
+        cache = reorder_cache(storage, cache, source_rows, shared)
+        if len(keep) < len(source_rows):
+            cache, order = evict_finished(cache, keep)
+            active = [active[row // beams] for row in order[::beams]]
+        logits = logits[:0]
+        if active:
+            ids = [ids[-1] for search in active for ids in search.growing]
+            logits = decode_step(torch.tensor(ids, device=model.device), cache, storage)

@@ -1,38 +1,34 @@
-"""Reading with a cache: prompts of any lengths in one pass, then a token at a time.
+"""Decoding with a KV cache: prompts of any lengths in one pass, then one token a step.
 
-Nothing is padded: prompts are read packed, as training reads documents, and a row's first token
-stands at position 0, whoever its neighbours are. Rows that are done leave the cache and others take
-their place, so it only ever holds rows that are being continued.
+Nothing is padded. Prompts are read packed, as training reads documents, and the first token of a
+row stands at position 0. Finished rows leave the cache and new prompts take their place, so the
+cache holds only rows that are being continued.
 
-On a CPU a step of few rows is bound by reading the weights: `pack` chooses products for that. On a
-GPU it is bound by the host, which starts a step's kernels one by one: `Steps` can record them.
+`CompiledDecodeStep` runs the step under torch.compile with CUDA graphs over a static cache, as
+gpt-fast does. It is refused on a CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from inference.cpu_linear import cast_adapters
 from layers import nf4
-from lora import LoRALinear, adapters
-from model import KVCache, Linear, Llama
+from model import KVCache, Llama
 from runtime.console import FLAGS, UserError
 from runtime.distributed import is_cut
 
-Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-AHEAD = 4  # times as many prompts as there are places are put in order of length
-BUDGET = 4096  # tokens read at once: their activations are in memory together
-REACH = 256  # keys that a recorded step reads, or a multiple
-FEW = 8  # rows that a packed matrix is laid out for; any number may come
-COLUMNS = 64  # at the most; more rows are multiplied sooner as rows
-AMX = torch.cpu._is_amx_tile_supported()
+LOOKAHEAD = 4  # groups of this many times `rows` prompts are sorted by length
+PREFILL_TOKENS = 4096  # tokens read in one pass: their activations are in memory together
+STATIC_MULTIPLE = 256  # the size of a static cache is a multiple, so that few shapes are compiled
+SHAPES = 64  # of static caches that are compiled; a step of another shape runs uncompiled
 
 
-def ragged(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of ids as tokens, doc (B,T): padded on the right, where doc is -1."""
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     doc = torch.full_like(tokens, -1)
@@ -42,257 +38,221 @@ def ragged(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     return tokens.to(device), doc.to(device)
 
 
-def portions(sizes: Sequence[int], budget: int, packed: bool = False) -> Iterator[slice]:
-    """Consecutive rows of these lengths, so many at once that padded, or packed end to end, they
-    fit; at least one."""
-    first, longest, tokens = 0, 0, 0
-    for i, size in enumerate(sizes):
-        longest, tokens = max(longest, size), tokens + size
-        if i > first and (tokens if packed else longest * (i + 1 - first)) > budget:
-            yield slice(first, i)
-            first, longest, tokens = i, size, size
-    if first < len(sizes):
-        yield slice(first, len(sizes))
+def batches_within(lengths: Sequence[int], budget: int, packed: bool = False) -> Iterator[slice]:
+    """Slices of consecutive rows of which each batch has at most `budget` tokens, or one row.
+
+    The tokens of a batch are counted with padding, or without it if the rows are `packed`.
+    """
+    start, longest, total = 0, 0, 0
+    for i, length in enumerate(lengths):
+        longest, total = max(longest, length), total + length
+        tokens = total if packed else longest * (i + 1 - start)
+        if i > start and tokens > budget:
+            yield slice(start, i)
+            start, longest, total = i, length, length
+    if start < len(lengths):
+        yield slice(start, len(lengths))
 
 
-def in_order(lengths: Sequence[int], rows: int) -> list[int]:
-    """In which order to begin prompts that are answered `rows` side by side: by length among AHEAD
-    times as many, up and down in turn.
+def order_by_length(lengths: Sequence[int], rows: int, lookahead: int = LOOKAHEAD) -> list[int]:
+    """The order in which prompts enter a batch of `rows` rows: sorted by length within groups of
+    `lookahead * rows` prompts, ascending and descending in turn.
 
-    Every row's keys are read as far as the longest row's: neighbours of like lengths waste least.
-    No answer waits for more than those begun with it.
+    Every row reads as many keys as the longest row, so rows of similar length waste least. No
+    prompt waits for a prompt of a later group.
     """
     order = []
-    for n, first in enumerate(range(0, len(lengths), AHEAD * rows)):
-        some = range(first, min(first + AHEAD * rows, len(lengths)))
-        order += sorted(some, key=lambda i: lengths[i], reverse=n % 2 == 1)
+    for group, start in enumerate(range(0, len(lengths), lookahead * rows)):
+        members = range(start, min(start + lookahead * rows, len(lengths)))
+        order += sorted(members, key=lambda i: lengths[i], reverse=group % 2 == 1)
     return order
 
 
-def prefill(model: Llama, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Read a prompt into each row of an empty cache; logits of what follows each, (B,V).
+class PackedPrompts(KVCache):
+    """The rows of a cache while prompts are read into them, packed end to end in one row (1,T).
 
-    They are read packed, end to end in one row: nothing is padded.
+    Each prompt attends to itself only. `rows` (T,): the cache row of each token.
+    """
+
+    def __init__(self, cache: KVCache, rows: Tensor):
+        self.k, self.v, self.rows = cache.k, cache.v, rows
+
+    def begin_pass(self, T: int) -> None:
+        """A pass over packed prompts reads no keys of the cache."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (1,T,K,D) at pos (1,T) of their rows; return them as they are."""
+        self.k[layer][self.rows, pos[0]], self.v[layer][self.rows, pos[0]] = k[0], v[0]
+        return k, v
+
+    def end_pass(self, doc: Tensor, pos: Tensor) -> None:
+        """`prefill` sets the lengths."""
+
+
+def prefill(model: Llama, prompts: Sequence[Sequence[int]], cache: KVCache,
+            max_tokens: int = PREFILL_TOKENS) -> Tensor:
+    """Read a prompt into each row of an empty cache; logits of the next token of each, (B,V).
+
+    At most `max_tokens` tokens are read in one pass.
     """
     logits, device = [], model.device
-    sizes = torch.tensor([len(ids) for ids in prompts])
-    for some in portions(sizes.tolist(), BUDGET, packed=True):
-        part, n = cache.part(some), sizes[some]
-        rows = torch.arange(len(n)).repeat_interleave(n)  # (T,)
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    for batch in batches_within(lengths.tolist(), max_tokens, packed=True):
+        n = lengths[batch]
+        rows = torch.arange(len(n)).repeat_interleave(n).to(device)  # (T,)
         pos = torch.cat([torch.arange(x) for x in n.tolist()])
-        tokens = torch.tensor([x for ids in prompts[some] for x in ids])
-        part.rows = rows.to(device)
-        h = model.states(tokens[None].to(device), part.rows[None], pos[None].to(device), part)
+        tokens = torch.tensor([token for ids in prompts[batch] for token in ids])
+        packed = PackedPrompts(cache.select(batch), rows)
+        h = model.states(tokens[None].to(device), rows[None], pos[None].to(device), packed)
         logits.append(model.logits(h[0, (n.cumsum(0) - 1).to(device)]))  # (n,V)
-    cache.length = sizes.to(device)
-    cache.extent = int(sizes.max())
+    cache.set_lengths(lengths.to(device), int(lengths.max()))
     return torch.cat(logits)
 
 
-def refill(model: Llama, prompts: Sequence[Sequence[int]], whole: KVCache,
-           held: KVCache) -> tuple[KVCache, Tensor]:
-    """Read prompts into the rows of `whole` behind those of `held`, which are its first.
+def prefill_into(model: Llama, prompts: Sequence[Sequence[int]], storage: KVCache,
+                 active: KVCache) -> tuple[KVCache, Tensor]:
+    """Read prompts into the rows of `storage` that follow those of `active`, its first rows.
 
-    Returns a cache of all these rows, in the same memory, and the logits of the new ones, (B,V).
+    Returns a cache of all these rows, in the same memory, and the logits of the new rows, (B,V).
     """
-    n = len(held.length)
-    fresh = whole.part(slice(n, n + len(prompts)))
-    logits = prefill(model, prompts, fresh)
-    both = whole.part(slice(0, n + len(prompts)))
-    both.length = torch.cat([held.length, fresh.length])
-    both.extent = max(held.extent, fresh.extent)
-    return both, logits
+    n = len(active.lengths)
+    new = storage.select(slice(n, n + len(prompts)))
+    logits = prefill(model, prompts, new)
+    cache = storage.select(slice(0, n + len(prompts)))
+    cache.set_lengths(torch.cat([active.lengths, new.lengths]),
+                      max(active.cache_len, new.cache_len))
+    return cache, logits
 
 
-def step(model: Llama, ids: Tensor, cache: KVCache) -> Tensor:
-    """Read one more id (B,) in each row; logits of what follows it, (B,V)."""
-    return model(ids[:, None], torch.zeros_like(ids)[:, None], cache.length[:, None], cache=cache)
+def reorder_cache(storage: KVCache, active: KVCache, order: Sequence[int],
+                  start: int = 0) -> KVCache:
+    """A cache of rows `order` of `active`, the first rows of `storage`, in the same memory.
 
-
-class Steps:
-    """`step`; of a model that was hastened on a GPU, recorded for each number of rows, a power of
-    two, and each reach of the cache, a multiple of REACH, and played back: the hundreds of kernels
-    of a step take the host many times as long to start as the GPU to run.
-
-    Rows beyond those that are asked for compute what nobody reads, in places of the cache that are
-    free; keys beyond a row's own are masked.
-    """
-
-    def __init__(self, model: Llama, whole: KVCache, record: Record | None = None):
-        self.model, self.whole, self.record = model, whole, record
-        if record is None and model.recorded:
-            self.record = partial(recorded, pool=torch.cuda.graph_pool_handle())
-        self.ids, self.pos = torch.zeros(2, whole.k.shape[1], dtype=torch.long, device=model.device)
-        self.plays: dict[tuple[int, int], Callable[[], Tensor]] = {}
-
-    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Read one more id (B,) in each row of a cache, the first of `whole`; logits of what
-        follows it, (B,V), which stand until the next step."""
-        if self.record is None:
-            return step(self.model, ids, cache)
-        B, (places, size) = len(ids), self.whole.k.shape[1:3]
-        rows = min(1 << (B - 1).bit_length(), places)
-        reach = min(-(-(cache.extent + 1) // REACH) * REACH, size)
-        self.ids[:B], self.pos[:B] = ids, cache.length
-        if (rows, reach) not in self.plays:
-            part = self.whole.part(slice(0, rows))
-            part.reach = reach
-            tokens, pos = self.ids[:rows, None], self.pos[:rows, None]  # (rows,1)
-            self.plays[rows, reach] = self.record(
-                lambda: self.model(tokens, torch.zeros_like(tokens), pos, cache=part))
-        cache.length, cache.extent = cache.length + 1, cache.extent + 1
-        return self.plays[rows, reach]()[:B]
-
-
-def recordable(model: Llama) -> bool:
-    """Whether a model's steps can be played back: by a GPU that has it whole, and neither asks for
-    anything on the way (dynamic frequencies depend on positions) nor is sent it (NF4's tables)."""
-    ropes = (model.config.rope, model.config.local_rope)
-    return model.device.type == "cuda" and not any(x and x.kind == "dynamic" for x in ropes) \
-        and not nf4.found(model) and not any(map(is_cut, model.parameters()))
-
-
-def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
-    """What plays a CUDA graph of run() and gives its result, always in the same memory; of `pool`,
-    as that of all graphs which are played one after the other. What run() reads must outlive it."""
-    graph = torch.cuda.CUDAGraph()
-    capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
-    now, aside = torch.cuda.current_stream(), capture.capture_stream
-    aside.wait_stream(now)
-    with torch.cuda.stream(aside):  # once as it is: libraries start, and choose
-        run()  # in the one queue of all captures: cuBLAS keeps memory for each
-    now.wait_stream(aside)
-    with capture:
-        found = run()
-
-    def play() -> Tensor:
-        graph.replay()
-        return found
-
-    return play
-
-
-def rearrange(whole: KVCache, held: KVCache, order: Sequence[int], start: int = 0) -> KVCache:
-    """A cache whose rows are rows `order` of `held`, which are the first of `whole`, in its memory.
-
-    Only rows that move are copied, and of them what stands at `start` and behind: it is for the
-    caller to know that before it they are equal.
+    Only rows that move are copied, from token `start` on: the caller knows that the tokens before
+    it are equal in all these rows.
     """
     moved = [row for row, old in enumerate(order) if row != old]
     if moved:
         old = [order[row] for row in moved]
-        whole.k[:, moved, start : held.extent] = held.k[:, old, start : held.extent]
-        whole.v[:, moved, start : held.extent] = held.v[:, old, start : held.extent]
-    cache = whole.part(slice(0, len(order)))
-    cache.length = held.length[list(order)]
-    cache.extent = int(cache.length.max()) if order else 0  # the longest row may have left
+        storage.k[:, moved, start : active.cache_len] = active.k[:, old, start : active.cache_len]
+        storage.v[:, moved, start : active.cache_len] = active.v[:, old, start : active.cache_len]
+    cache = storage.select(slice(0, len(order)))
+    lengths = active.lengths[list(order)]
+    cache.set_lengths(lengths, int(lengths.max()) if order else 0)  # the longest row may be gone
     return cache
 
 
-def keep_rows(cache: KVCache, keep: Sequence[int]) -> tuple[KVCache, list[int]]:
-    """Shrink a cache to the rows of `keep`; returns which old row now stands in each row too.
+def evict_finished(cache: KVCache, keep: Sequence[int]) -> tuple[KVCache, list[int]]:
+    """Shrink a cache to the rows `keep`; also returns the old row that is now in each row.
 
-    Only rows from the end move, into the gaps: a row is copied at most once for each that finishes.
+    Only rows from the end move, into the gaps: at most one copy for each finished row.
     """
     n = len(keep)
     order = list(range(n))
     gaps = sorted(set(order) - set(keep))
     for gap, row in zip(gaps, (row for row in keep if row >= n), strict=True):
         order[gap] = row
-    return rearrange(cache, cache, order), order
+    return reorder_cache(cache, cache, order), order
 
 
-class Packed(nn.Module):
-    """y = W x + b where W is only read: in memory as oneDNN's product takes it.
+class DecodeStep:
+    """Read one more token in each row of a cache."""
 
-    A matrix as its file holds it is brought into that order anew for every product, which of few
-    rows costs more than the product itself.
+    def __init__(self, model: Llama):
+        self.model = model
+
+    def new_cache(self, rows: int, size: int) -> KVCache:
+        """A cache for `rows` rows of at most `size` tokens."""
+        model = self.model
+        return KVCache(model.config, rows, size, model.device, model.compute_dtype)
+
+    def __call__(self, ids: Tensor, cache: KVCache, storage: KVCache) -> Tensor:
+        """Logits (B,V) of the tokens that follow ids (B,) in the rows of `cache`, which are the
+        first rows of `storage`."""
+        doc, pos = torch.zeros_like(ids)[:, None], cache.lengths[:, None]
+        return self.model(ids[:, None], doc, pos, cache=cache)
+
+
+class StaticCache(KVCache):
+    """All rows and all S keys of a cache, so that every step has the same shapes.
+
+    Keys beyond a row's own tokens are masked, because their position is greater than `pos`.
     """
 
-    def __init__(self, layer: Linear):
-        super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), FEW)
-        self.bias = layer.bias
+    exact = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (...,in) -> (...,out)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+
+    def begin_pass(self, T: int) -> int:
+        """Every step reads all keys."""
+        return self.k.shape[2]
+
+    def update(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B,1,K,D) at pos (B,1); return all keys and values, (B,S,K,D)."""
+        rows = torch.arange(len(pos), device=pos.device)[:, None]
+        self.k[layer][rows, pos], self.v[layer][rows, pos] = k, v
+        return self.k[layer], self.v[layer]
+
+    def end_pass(self, doc: Tensor, pos: Tensor) -> None:
+        """The lengths are kept outside of the compiled step."""
 
 
-class Few(Linear):
-    """y = W x + b for few rows: W x^T in place of x W^T, with W as its file holds it.
+class CompiledDecodeStep(DecodeStep):
+    """`DecodeStep` compiled over a static cache: one CUDA graph replays the kernels of a step.
 
-    In bf16 with AMX, oneDNN reads a matrix on the left of a product where it lies, and sooner than
-    a `Packed` one on the right (bench.generate).
+    The step computes all rows of the storage. Rows that hold no prompt compute values that nobody
+    reads, and write them where no row reads. `compile_options` go to torch.compile.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (...,in) -> (...,out)."""
-        rows = x.flatten(0, -2)  # (n,in)
-        if len(rows) > COLUMNS:
-            return super().forward(x)
-        W, b = self.weight, self.bias
-        if len(rows) == 1:
-            y = torch.mv(W, rows[0]) if b is None else torch.addmv(b, W, rows[0])  # (out,)
-        else:
-            y = (W @ rows.T if b is None else torch.addmm(b[:, None], W, rows.T)).T  # (n,out)
-        return y.reshape(*x.shape[:-1], -1)
+    def __init__(self, model: Llama, multiple: int = STATIC_MULTIPLE,
+                 **compile_options: Any):
+        super().__init__(model)
+        self.multiple = multiple
+        options = {"mode": "reduce-overhead", "dynamic": False, "recompile_limit": SHAPES,
+                   "isolate_recompiles": True, **compile_options}
+        self.compiled: Callable[..., Tensor] = torch.compile(self._static_step, **options)
+
+    def new_cache(self, rows: int, size: int) -> KVCache:
+        """A cache whose size is rounded up, at an address that CUDA graphs may rely on."""
+        cache = super().new_cache(rows, -(-size // self.multiple) * self.multiple)
+        torch._dynamo.mark_static_address(cache.k)
+        torch._dynamo.mark_static_address(cache.v)
+        return cache
+
+    def _static_step(self, ids: Tensor, pos: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        doc = torch.zeros_like(ids)[:, None]
+        return self.model(ids[:, None], doc, pos[:, None], cache=StaticCache(k, v))
+
+    def __call__(self, ids: Tensor, cache: KVCache, storage: KVCache) -> Tensor:
+        """See `DecodeStep`. The logits are valid until the next step."""
+        B = len(ids)
+        all_ids = ids.new_zeros(storage.k.shape[1])
+        all_ids[:B] = ids
+        all_pos = torch.zeros_like(all_ids)  # a row without a prompt writes at position 0
+        all_pos[:B] = cache.lengths
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = self.compiled(all_ids, all_pos, storage.k, storage.v)
+        cache.set_lengths(cache.lengths + 1, cache.cache_len + 1)
+        return logits[:B]
 
 
-def packs(model: Llama) -> bool:
-    """Whether there are such products for the model's device and dtype."""
-    ops, dtype = torch.ops.mkldnn, model.compute_dtype
-    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16
-                                      else ops._is_mkldnn_fp16_supported())
+def supports_cuda_graphs(model: Llama, device: torch.device) -> bool:
+    """Whether a CUDA graph can replay a decoding step of the model on a device.
+
+    Dynamic rotary frequencies depend on the positions, NF4 copies its tables to the device, and a
+    sharded weight is gathered first: none of them can be part of a graph.
+    """
+    ropes = (model.config.rope, model.config.local_rope)
+    dynamic = any(rope and rope.kind == "dynamic" for rope in ropes)
+    sharded = any(map(is_cut, model.parameters()))
+    return device.type == "cuda" and not (dynamic or nf4.found(model) or sharded)
 
 
-def matrices(model: Llama) -> list[str]:
-    """Names of the linear layers that a step reads in the dtype of products; a tied head becomes
-    one of them."""
-    if model.lm_head is None:
-        model.lm_head = Linear(*model.head.shape[::-1], bias=False, device="meta")
-        model.lm_head.weight = model.model.embed_tokens.weight
-    dora = {m.base_layer for m in model.modules()  # whose matrix is asked for otherwise too
-            if isinstance(m, LoRALinear) and m.lora_magnitude_vector is not None}
-    return [name for name, m in model.named_modules() if type(m) is Linear
-            and m.weight.dtype == model.compute_dtype and m not in dora]
-
-
-def settle(model: Llama) -> None:
-    """Keep an adapter's factors in the dtype of products, or each product of each id would cast
-    them; DoRA's stay in float32, for its lengths are made of them."""
-    for m in adapters(model).values():
-        if m.lora_magnitude_vector is None:
-            m.lora_A.to(model.compute_dtype)
-            m.lora_B.to(model.compute_dtype)
-
-
-@torch.no_grad()
-def pack(model: Llama, losses: bool = False) -> None:
-    """Let a model's matrices be multiplied with few rows as is fastest, where there is a way to. It
-    can answer then, and no longer train or be saved; `losses`: the head stays there for them as
-    well."""
-    settle(model)
-    if not packs(model):
-        return
-    for name in matrices(model):
-        layer = model.get_submodule(name)
-        if AMX and model.compute_dtype == torch.bfloat16:
-            layer.__class__ = Few
-            continue
-        model.set_submodule(name, Packed(layer))
-        if losses and name == "lm_head":
-            model.lm_head.weight = layer.weight
-    for p in model.parameters():  # the files' pages can go; and a mapped matrix is read slower
-        p.data = p.data.clone()
-
-
-def hasten(model: Llama) -> None:
-    """On a GPU, let steps be recorded and played back (`Steps`); UserError where they cannot be."""
-    if not recordable(model):
-        raise UserError("--compile: on a GPU alone, and not with a base in NF4 nor with `dynamic` "
-                        "rotary frequencies; leave it out here", FLAGS)
-    settle(model)
-    model.recorded = True
+def compiled_decode_step(model: Llama) -> CompiledDecodeStep:
+    """The compiled step of a model (--compile); UserError where CUDA graphs cannot replay it."""
+    if not supports_cuda_graphs(model, model.device):
+        raise UserError("--compile needs a GPU, and neither an NF4 base nor `dynamic` rotary "
+                        "frequencies. Remove --compile.", FLAGS)
+    cast_adapters(model)
+    return CompiledDecodeStep(model)

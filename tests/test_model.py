@@ -316,7 +316,7 @@ def test_the_next_logits_are_those_of_each_rows_last_token_in_a_document():
 
 def read(model: Llama, cache: KVCache, ids: torch.Tensor, real: torch.Tensor | None = None):
     """Next logits (B,V) after ids (B,T) behind what the cache holds; not `real`: padding."""
-    pos = cache.length[:, None] + torch.arange(ids.shape[1])
+    pos = cache.lengths[:, None] + torch.arange(ids.shape[1])
     doc = torch.zeros_like(ids) if real is None else torch.where(real, 0, -1)
     return model(ids, doc, pos, cache=cache)
 
@@ -333,7 +333,7 @@ def test_a_cache_read_token_by_token_gives_the_logits_of_the_whole(shape):
             for t in range(24):
                 now = read(model, cache, some[:, t : t + 1])
                 torch.testing.assert_close(now, whole[rows, t], rtol=1e-5, atol=1e-5)
-            assert cache.length.tolist() == [24] * len(some)
+            assert cache.lengths.tolist() == [24] * len(some)
 
 
 @settings(max_examples=25, deadline=None)
@@ -353,7 +353,7 @@ def test_ragged_rows_read_in_parts_give_the_logits_of_each_row_alone(lengths, pa
                 more = torch.stack([ids[i, len(x) : len(x) + width] for i, x in enumerate(seen)])
                 now = read(model, cache, more)
                 seen = [torch.cat(x) for x in zip(seen, more, strict=True)]
-            assert cache.length.tolist() == [len(x) for x in seen]
+            assert cache.lengths.tolist() == [len(x) for x in seen]
             for i, x in enumerate(seen):
                 alone = tiny.logits(model, x[None])[0, -1]
                 torch.testing.assert_close(now[i], alone, rtol=1e-5, atol=1e-5)

@@ -14,7 +14,9 @@ import numpy as np
 
 from checkpoints import resume_point as checkpoint
 from evaluation import tasks
-from inference.generate import Sampling, generate
+from inference.detokenizer import decode_answer
+from inference.generate import completions
+from inference.sampling import SamplingParams, StoppingCriteria
 from layers.cross_entropy import bits_per_byte
 from model import Llama
 from runtime import console as log
@@ -51,14 +53,13 @@ def samples(model: Llama, held: sources.Held, tokenizer: Tokenizer, prompts: Seq
         else start + tokenizer.encode(tokenizer.decode(x[:8].tolist()))
         for texts in held.values() for x in texts[:2]]
     prompts, block = prompts or [tokenizer.decode(ids) for ids in read], ""
-    new: list[list[int]] = [[] for _ in prompts]
-    sampling = Sampling(min(NEW, model.config.max_position_embeddings // 2), temperature=0.0)
+    sampling = SamplingParams(min(NEW, model.config.max_position_embeddings // 2), temperature=0.0)
     model.eval()
-    for i, token in generate(model, read, sampling, {tokenizer.eos}, tokenizer.bos):
-        new[i].append(token)
+    answers = list(completions(model, read, sampling, StoppingCriteria({tokenizer.eos}),
+                               tokenizer.bos))
     model.train()
-    for prompt, ids, more in zip(prompts, read, new, strict=True):
-        continued = tokenizer.decode(ids + more)[len(prompt):]
+    for prompt, ids, answer in zip(prompts, read, answers, strict=True):
+        continued = decode_answer(tokenizer, ids, answer.ids)
         block += f"-- {prompt}\n{log.printable(continued)}\n"
     return block
 

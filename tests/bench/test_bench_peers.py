@@ -109,7 +109,7 @@ def test_a_side_of_a_gpus_case_that_fails_is_a_fault_and_the_others_stand(monkey
     assert [row[1] for row in gpu.compare("full", {"peak": 1.0}, s)] == ["ours"]
     assert len(s.faults) == 2 and "out of memory" in s.faults[0]
     assert [row[1] for row in gpu.answered("stream", {"copy": 1.0}, s)] == [
-        "ours", "ours, recorded", "transformers, dynamic cache"]
+        "ours", "ours, compiled", "transformers, dynamic cache"]
     assert len(s.faults) == 3
 
 

@@ -204,7 +204,7 @@ def test_compat_rounds_log_p_to_the_dtype_of_products(kind, data, tmp_path):
         with torch.inference_mode():
             logits = tiny.logits(model, torch.tensor([before + ids]))[0].bfloat16()
         logp = logits[len(before) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
-        (alone,), _ = tasks.generate.score(model, [before], [ids], kept=torch.bfloat16)
+        (alone,), _ = tasks.score(model, [before], [ids], logprob_dtype=torch.bfloat16)
         assert float(alone) == float(logp.sum())
 
 
@@ -241,7 +241,7 @@ def test_the_boundary_and_the_lengths_are_those_of_the_rule(check, pieces):
     check(pieces)
 
 
-SPLIT, BEGUN, SCORE = tasks.split, tasks.begun, tasks.generate.score
+SPLIT, BEGUN, SCORE = tasks.split, tasks.begun, tasks.score
 
 
 def strip_the_prompt(patch):
@@ -271,7 +271,7 @@ def half_precision_softmax(patch):
     def rough(*args):
         nats, greedy = SCORE(*args)
         return nats.bfloat16().double(), greedy
-    patch(tasks.generate, "score", rough)
+    patch(tasks, "score", rough)
 
 
 def divide_by_tokens(patch):

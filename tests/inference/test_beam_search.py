@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import tiny
-from inference import generate as g
-from inference.generate import answers
-from inference.sampling import Sampling, Stops
+from inference.generate import completions
+from inference.sampling import SamplingParams, StoppingCriteria
+from inference.scoring import score
 from runtime.console import UserError
 
 V, CONTEXT, NEW = 97, 96, 14
@@ -47,8 +47,8 @@ def theirs(peer, asked, eos, beams=5, new=NEW, **more) -> list[list[int]]:
 
 
 def ours(model, asked, eos, beams=5, new=NEW, rows=32, **more) -> list[list[int]]:
-    sampling = Sampling(new, temperature=0, beams=beams, **more)
-    return [x.ids for x in answers(model, asked, sampling, Stops(eos), rows=rows)]
+    sampling = SamplingParams(new, temperature=0, beams=beams, **more)
+    return [x.ids for x in completions(model, asked, sampling, StoppingCriteria(eos), rows=rows)]
 
 
 @pytest.mark.parametrize("early_stopping", ["false", "true", "never"])
@@ -99,7 +99,7 @@ def test_beams_as_many_as_hypotheses_find_the_likeliest_of_all_answers():
     _, model = pair("llama3", 3, vocab_size=12)
     for prompt in ([1, 5], [3], [9, 2, 8]):
         every = [list(x) for x in itertools.product(range(12), repeat=2)]
-        nats, _ = g.score(model, [prompt] * len(every), every)
+        nats, _ = score(model, [prompt] * len(every), every)
         best = every[int(nats.argmax())]
         assert ours(model, [prompt], set(), beams=12, new=2)[0] == best
 
@@ -111,18 +111,18 @@ def test_a_search_ends_at_a_stop_string_and_without_eos_at_its_length():
     assert all(len(x) == NEW for x in whole)
     text = lambda ids: "".join(chr(0x4E00 + i) for i in ids)  # noqa: E731
     stop = text(whole[0][1:3])
-    sampling = Sampling(NEW, 0, beams=5, length_penalty=0.0)
-    found = list(answers(model, asked, sampling, Stops((), [stop], text)))
+    sampling = SamplingParams(NEW, 0, beams=5, length_penalty=0.0)
+    found = list(completions(model, asked, sampling, StoppingCriteria((), [stop], text)))
     for ids, end in found:
         assert end == ("stop" if text(ids).endswith(stop) else "length")
         assert stop not in text(ids)[:-1]
-    assert any(x.end == "stop" for x in found)
+    assert any(x.finish_reason == "stop" for x in found)
 
 
 def test_more_beams_than_ids_are_refused_nowhere_and_bad_numbers_in_one_line():
     _, model = pair("llama3", 3, vocab_size=12)
     assert len(ours(model, [[1]], {5}, beams=20, new=3)[0]) <= 3
     for values, words in [({"beams": 0}, "--beams 0"), ({"length_penalty": math.nan}, "penalty"),
-                          ({"beams": 4, "temperature": 0.5}, "--beams 4 searches")]:
+                          ({"beams": 4, "temperature": 0.5}, "--beams 4 cannot be used")]:
         with pytest.raises(UserError, match=words):
-            Sampling(**{"temperature": 0, **values})
+            SamplingParams(**{"temperature": 0, **values})

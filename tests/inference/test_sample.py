@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import sample
 from helpers import tiny
 from helpers.commands import command
 from helpers.tiny import bytewise_folder
-from inference import prompt_format as ask
-from inference.generate import generate
-from inference.sampling import Sampling, Stops
-from runtime import flags as config
+from inference import cpu_linear
+from inference.generate import completions
+from inference.prompt_format import PromptFormat
+from inference.sampling import SamplingParams, StoppingCriteria
+from model import Llama
+from runtime import flags
 from runtime.console import FLAGS, STORAGE, UserError
 from runtime.paths import ROOT
 from tokenization.chat_template import Template
@@ -40,7 +40,7 @@ def home(tmp_path_factory) -> Path:
 
 def test_a_wrong_flag_of_sampling_stops_with_the_nearest_name():
     with pytest.raises(UserError, match="did you mean prompt"):
-        config.read(sample.Settings, ["--promt", "a"], "sample.py")
+        flags.read(sample.Settings, ["--promt", "a"], "sample.py")
 
 
 def sampled(home: Path, **values) -> None:
@@ -49,11 +49,18 @@ def sampled(home: Path, **values) -> None:
     sample.main(sample.Settings(**{**usual, **values}))
 
 
-def continued(home: Path, prompt: str, sampling: Sampling, peer=tiny.peer) -> str:
+def continuation(model: Llama, tokenizer: Tokenizer, ids: list[int],
+                 sampling: SamplingParams) -> list[int]:
+    """The ids that follow a prompt."""
+    [answer] = completions(model, [ids], sampling, StoppingCriteria({tokenizer.eos}))
+    return answer.ids
+
+
+def continued(home: Path, prompt: str, sampling: SamplingParams, peer=tiny.peer) -> str:
     """A prompt with its continuation, decoded at once."""
     tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(peer())
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-    new = [t for _, t in generate(model, [ids], sampling, {tokenizer.eos})]
+    new = continuation(model, tokenizer, ids, sampling)
     return prompt + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)):]
 
 
@@ -88,7 +95,7 @@ def test_prompts_of_a_file_are_answered_in_order_as_alone(home):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [x["prompt"] for x in found] == prompts
     assert [x["prompt_number"] for x in found] == [1, 2, 3, 4]
-    sampling = Sampling(20, 1.5, 50, 0.9, seed=4)
+    sampling = SamplingParams(20, 1.5, 50, 0.9, seed=4)
     for x in found[:3]:
         assert x["prompt"] + x["text"] == continued(home, x["prompt"], sampling)
         assert x["tokens"] == 20 if x["end"] == "length" else x["tokens"] <= 20
@@ -98,7 +105,7 @@ def test_prompts_of_a_file_are_answered_in_order_as_alone(home):
 def test_several_prompts_are_printed_one_after_another_and_each_as_alone(home, capsys):
     prompts = ["Inka", "Abana babiri", "Umugore"]
     sampled(home, prompt=prompts, temperature=1.2)
-    wanted = [continued(home, p, Sampling(12, 1.2, 0, 0.95)) for p in prompts]
+    wanted = [continued(home, p, SamplingParams(12, 1.2, 0, 0.95)) for p in prompts]
     assert capsys.readouterr().out == "".join(
         f"== {i} of 3\n{text}\n" for i, text in enumerate(wanted, 1))
     sampled(home, prompt=prompts[:1], temperature=1.2)
@@ -108,7 +115,7 @@ def test_several_prompts_are_printed_one_after_another_and_each_as_alone(home, c
 def test_in_eight_bits_it_says_what_the_rounded_model_does(home, capsys):
     prompts = ["Inka", "Abana babiri", "Umugore"]
     sampled(home, prompt=prompts, temperature=0.0, quant="int8", rows=2, max_new_tokens=40)
-    wanted, plain = ([continued(home, p, Sampling(40, 0), peer) for p in prompts]
+    wanted, plain = ([continued(home, p, SamplingParams(40, 0), peer) for p in prompts]
                      for peer in (lambda: tiny.rounded(tiny.peer()), tiny.peer))
     assert capsys.readouterr().out == "".join(
         f"== {i} of 3\n{text}\n" for i, text in enumerate(wanted, 1))
@@ -122,7 +129,7 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     assert "tokens are left out at the start; the context of 128 holds 28" in said.err
     tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
     read = [tokenizer.bos, *tokenizer.encode(prompt)[-27:]]
-    new = [t for _, t in generate(model, [read], Sampling(100, 0), {tokenizer.eos})]
+    new = continuation(model, tokenizer, read, SamplingParams(100, 0))
     assert said.out == prompt + tokenizer.decode(read + new)[len(tokenizer.decode(read)):] + "\n"
 
 
@@ -134,18 +141,19 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     ({"prompt": ["a"], "top_p": 2.0}, "--top-p 2.0", 2),
     ({"prompt": ["a"], "model": "nowhere"}, "nowhere", 3),
     ({"prompt": ["a"], "chat": True}, "give one of --prompt", 2),
-    ({"prompt": ["a"], "out": "x"}, "goes with --file", 2),
-    ({"prompt": ["a"], "compile": True}, "--compile: on a GPU alone", 2),
+    ({"prompt": ["a"], "out": "x"}, "needs --file", 2),
+    ({"prompt": ["a"], "compile": True}, "--compile needs a GPU", 2),
     ({"web": True, "chat": True}, "give one of --prompt", 2),
-    ({"web": True, "samples": 2}, "--web: a page takes no --json or --samples", 2),
+    ({"web": True, "samples": 2}, "--web cannot be used with --json or --samples", 2),
     ({"web": True, "address": "8000"}, "--address 8000: expected one address", 2),
-    ({"web": True, "beams": 2}, "a page searches only for translations", 2),
-    ({"prompt": ["a"], "address": "127.0.0.1:1"}, "--address 127.0.0.1:1: goes with --web", 2),
-    ({"chat": True, "json": True}, "a conversation takes no --json", 2),
-    ({"prompt": ["a"], "samples": 2, "temperature": 0.0}, "without chance all are the same", 2),
-    ({"prompt": ["a"], "beams": 2, "temperature": 0.7}, "--beams 2 searches", 2),
-    ({"prompt": ["a"], "stop": [""]}, "an empty string ends every answer", 2),
-    ({"prompt": ["a\udcff"]}, "prompt 1: holds bytes that are not UTF-8", 3),
+    ({"web": True, "beams": 2}, "the page searches only translations", 2),
+    ({"prompt": ["a"], "address": "127.0.0.1:1"}, "--address 127.0.0.1:1 needs --web", 2),
+    ({"chat": True, "json": True}, "--chat cannot be used with --json", 2),
+    ({"prompt": ["a"], "samples": 2, "temperature": 0.0}, "at temperature 0 all samples are equal",
+     2),
+    ({"prompt": ["a"], "beams": 2, "temperature": 0.7}, "--beams 2 cannot be used", 2),
+    ({"prompt": ["a"], "stop": [""]}, "an empty string would end every answer", 2),
+    ({"prompt": ["a\udcff"]}, "prompt 1: has bytes that are not UTF-8", 3),
     ({"file": "odd.jsonl"}, "odd.jsonl, line 2: expected a JSON object with 'prompt' or", 3),
     ({"file": "odd.jsonl", "translate": "kin-eng"}, "line 2: expected a JSON object", 3),
     ({"prompt": ["a"], "max_new_tokens": 128}, "leaves no room", 2)])
@@ -165,8 +173,8 @@ def test_a_model_without_eos_is_said_to_have_none_and_one_without_bos_needs_text
     words = json.loads((neither / "config.json").read_text())
     (neither / "config.json").write_text(json.dumps({**words, "eos_token_id": None}))
     sampled(home, model=str(neither), prompt=["Inka"])
-    assert "no EOS, so every answer goes on to --max-new-tokens" in capsys.readouterr().err
-    with pytest.raises(UserError, match="no BOS to begin from"):
+    assert "no EOS, so every answer continues to --max-new-tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no BOS to start from"):
         sampled(home, model=str(neither), prompt=[""])
 
 
@@ -235,8 +243,8 @@ def said(folder: Path, messages: list[dict], new: int) -> str:
     """The greedy answer to a conversation."""
     tokenizer, model = Tokenizer.open(folder), tiny.ours(tiny.peer(seed=2))
     ids = Template.of(folder, tokenizer).encode(messages, generation=True)
-    more = [t for _, t in generate(model, [ids], Sampling(new, 0), {tokenizer.eos})]
-    return tokenizer.decode(ids + more)[len(tokenizer.decode(ids)):]
+    answer = continuation(model, tokenizer, ids, SamplingParams(new, 0))
+    return tokenizer.decode(ids + answer)[len(tokenizer.decode(ids)):]
 
 
 def talk(monkeypatch, folder: Path, lines: list[str], **values) -> None:
@@ -259,7 +267,7 @@ def test_a_conversation_goes_on_is_saved_and_is_forgotten(talker, monkeypatch, c
     assert shown.out == f"{first}\n{second}\n{first}\n"
     messages.append({"role": "assistant", "content": second.strip()})
     assert lines_of(file) == [{"messages": messages}]
-    assert "/save: name a file" in shown.err and "/sav: no such command; /reset" in shown.err
+    assert "/save: name a file" in shown.err and "/sav: unknown command; /reset" in shown.err
     talk(monkeypatch, talker, ["/save /no/such/folder/x"])
     assert "cannot be written" in capsys.readouterr().err
 
@@ -268,7 +276,7 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_first_exchange(tal
                                                                            capsys):
     talk(monkeypatch, talker, ["Inka zacu zirya ubwatsi"] * 5, max_new_tokens=24)
     shown = capsys.readouterr()
-    assert "outgrows the context; what was said first is forgotten" in shown.err
+    assert "outgrows the context; its first messages are left out" in shown.err
     assert "left out at the start" not in shown.err and shown.out.count("\n") >= 5
 
 
@@ -288,9 +296,10 @@ def test_the_token_that_ends_a_turn_ends_an_answer_though_it_is_not_eos(tmp_path
     text = TEMPLATE.replace("eos_token", "'<end>'")
     (folder / "chat_template.jinja").write_text(text)
     tokenizer = Tokenizer.open(folder)
-    way, end = ask.Way(folder, tokenizer), tokenizer.pieces.index("<end>")
-    assert sample.stops_of(sample.Settings(), way, {1}, "chat").ids == {1, end}
-    assert sample.stops_of(sample.Settings(), way, {1}).ids == {1}
+    prompt_format, end = PromptFormat((folder,), tokenizer), tokenizer.pieces.index("<end>")
+    answerer = sample.Answerer(sample.Settings(), folder, None, prompt_format, {1}, None)
+    assert answerer.stopping_criteria(True, prompt_format).ids == {1, end}
+    assert answerer.stopping_criteria(False, prompt_format).ids == {1}
 
 
 def test_a_base_without_a_template_is_asked_by_ours(home, monkeypatch, capsys):
@@ -298,8 +307,8 @@ def test_a_base_without_a_template_is_asked_by_ours(home, monkeypatch, capsys):
     sampled(home, chat=True, temperature=0.0)
     tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
     ids = Template.plain(tokenizer).encode([{"role": "user", "content": "Muraho"}], generation=True)
-    more = [t for _, t in generate(model, [ids], Sampling(12, 0), {tokenizer.eos})]
-    assert capsys.readouterr().out == tokenizer.decode(ids + more)[len(tokenizer.decode(ids)):] \
+    answer = continuation(model, tokenizer, ids, SamplingParams(12, 0))
+    assert capsys.readouterr().out == tokenizer.decode(ids + answer)[len(tokenizer.decode(ids)):] \
         + "\n"
 
 
@@ -335,22 +344,26 @@ def test_a_translation_is_asked_by_the_prompt_that_training_left(talker, tmp_pat
     tokenizer = Tokenizer.open(talker)
     (talker / "prompt.json").write_text(json.dumps(taught))
     try:
-        way = ask.Way.of(talker, tokenizer, "kin-eng")
-        assert way.text("Inka\n{source}") == "Shyira mu Cyongereza: Inka {source}\n"
-        assert way.ids("a") == [tokenizer.bos, *tokenizer.encode("Shyira mu Cyongereza: a\n")]
-        assert way.ids(" a\u00a0 b\t\r\nc ") == way.ids("a b c"), "as pairs are trained"
+        prompt_format = PromptFormat.load([talker], tokenizer, "kin-eng")
+        assert prompt_format.render("Inka\n{source}") == "Shyira mu Cyongereza: Inka {source}\n"
+        ids = tokenizer.encode("Shyira mu Cyongereza: a\n")
+        assert prompt_format.encode("a") == [tokenizer.bos, *ids]
+        spaced = prompt_format.encode(" a\u00a0 b\t\r\nc ")
+        assert spaced == prompt_format.encode("a b c"), "as pairs are trained"
         taught["translate"][0]["as_chat"] = True
         (talker / "prompt.json").write_text(json.dumps(taught))
-        way = ask.Way.of(talker, tokenizer, "kin-eng")
+        prompt_format = PromptFormat.load([talker], tokenizer, "kin-eng")
         message = {"role": "user", "content": "Shyira mu Cyongereza: a\n"}
-        assert way.ids("a") == way.template.encode([message], generation=True)
+        ids = prompt_format.template.encode([message], generation=True)
+        assert prompt_format.encode("a") == ids
         for broken in ("{", "[]", '{"translate": []}', '{"translate": [{"text": "no place"}]}'):
             (talker / "prompt.json").write_text(broken)
-            with pytest.raises(UserError, match="says not how a translation is asked for"):
-                ask.Way.of(talker, tokenizer, "kin-eng")
+            with pytest.raises(UserError, match="expected a translation prompt"):
+                PromptFormat.load([talker], tokenizer, "kin-eng")
         (talker / "prompt.json").write_text('{"chat": "a template"}')  # a run of conversations
-        assert ask.Way.of(talker, tokenizer, "kin-eng") == ask.Way(talker, tokenizer, "kin-eng")
-        assert list(ask.Way.taught(talker, tokenizer)) == ["chat", "text"]
+        assert PromptFormat.load([talker], tokenizer, "kin-eng") == PromptFormat(
+            (talker,), tokenizer, "kin-eng")
+        assert list(PromptFormat.load_all([talker], tokenizer)) == ["chat", "text"]
     finally:
         (talker / "prompt.json").unlink()
 
@@ -358,7 +371,7 @@ def test_a_translation_is_asked_by_the_prompt_that_training_left(talker, tmp_pat
 def test_what_is_piped_in_and_is_not_utf8_is_one_line(home, monkeypatch):
     piped = io.TextIOWrapper(io.BytesIO("Mwaramutse \xe9\n".encode("latin-1")), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", piped)
-    with pytest.raises(UserError, match="prompt 1: holds bytes that are not UTF-8"):
+    with pytest.raises(UserError, match="prompt 1: has bytes that are not UTF-8"):
         sampled(home, translate="kin-eng")
 
 
@@ -366,7 +379,7 @@ def test_memory_that_ends_is_one_line(home, monkeypatch):
     def grow(*_, **__):
         torch.empty(1 << 60)
 
-    monkeypatch.setattr(sample, "pack", grow)
+    monkeypatch.setattr(cpu_linear, "optimize_for_inference", grow)
     with pytest.raises(UserError, match=r"out of memory .*; lower --rows") as e:
         sampled(home, prompt=["Inka"])
     assert e.value.code == FLAGS
@@ -380,57 +393,3 @@ def test_an_output_that_is_full_is_one_line(home):
                               stderr=subprocess.PIPE, text=True)
     assert done.returncode == STORAGE
     assert done.stderr == "error: the output: refused by the system (No space left on device)\n"
-
-
-@pytest.fixture(scope="module", params=["sentencepiece", "bytewise"])
-def tokenizer(request, tmp_path_factory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "bytewise":
-        return Tokenizer.open(bytewise_folder(folder, ["<s>", "</s>"]))
-    tiny.write_tokenizer(folder)
-    return Tokenizer.open(folder)
-
-
-MIXED = st.text(st.sampled_from("Inka zi\u0301\u00e9 \u2600\U0001f600\n  '\u4e2d"), max_size=30)
-
-
-@given(MIXED, MIXED)
-@settings(max_examples=150, deadline=None)
-def test_pieces_joined_are_the_text_and_none_ends_in_half_a_character(tokenizer, prompt, more):
-    ids = tokenizer.encode(prompt)
-    tokens = tokenizer.encode(prompt + more)[len(ids):]
-    pieces = list(ask.pieces(tokenizer, ids, tokens))
-    assert "".join(pieces) == tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
-    assert not any(p.endswith("\ufffd") for p in pieces[:-1])
-    assert all(pieces[:-1])  # nothing is printed for nothing
-
-
-@given(st.text("ab\n\u4e2d", max_size=12),
-       st.lists(st.text("ab\n\u4e2d", min_size=1, max_size=3), max_size=1))
-@settings(max_examples=150, deadline=None)
-def test_pieces_end_before_a_stop_string_and_show_nothing_of_it(tokenizer, more, strings):
-    ids = tokenizer.encode("Inka")
-    tokens = tokenizer.encode("Inka" + more)[len(ids):]
-    whole = tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
-    wanted = whole[: min((whole.index(x) for x in strings if x in whole), default=len(whole))]
-    assert "".join(ask.pieces(tokenizer, ids, tokens, strings)) == wanted
-    assert ask.whole(tokenizer, ids, tokens, strings) == wanted
-
-
-def test_a_stop_string_is_found_at_the_beginning_of_an_answer(tokenizer):
-    """Its first space too, which SentencePiece drops from a text of its own."""
-    ids, said = tokenizer.encode("Inka zacu"), tokenizer.encode("Inka")
-    stops = Stops((), [" zacu"], ask.Way(Path(), tokenizer).tail)
-    ends = [stops.end(ids[len(said) : n], 99) for n in range(len(said) + 1, len(ids) + 1)]
-    assert ends[-1] == "stop" and not any(ends[:-1])
-    begun = tokenizer.encode("zacu")  # without one, where the tokenizer can say so
-    told = tokenizer.decode(said + begun)[len("Inka"):]
-    assert stops.end(begun, 99) == ("stop" if told == " zacu" else "")
-
-
-def test_a_character_of_four_bytes_is_shown_when_its_last_byte_comes(tokenizer):
-    tokens = tokenizer.encode("a\U0001f600b")
-    found = list(ask.pieces(tokenizer, tokenizer.encode("Inka"), tokens))
-    assert "\U0001f600" in found and "".join(found).endswith("a\U0001f600b")
-    stopped = list(ask.pieces(tokenizer, tokenizer.encode("Inka"), tokens[:-2]))
-    assert "".join(stopped).endswith("\ufffd")  # the end came before the character was whole

@@ -11,9 +11,9 @@ import lora
 from checkpoints.huggingface import load_model, save_model
 from checkpoints.peft_adapter import save_adapter
 from helpers import tiny
-from inference import decode
-from inference.generate import answers
-from inference.sampling import Sampling
+from inference.cpu_linear import optimize_for_inference
+from inference.generate import completions
+from inference.sampling import SamplingParams
 from layers import int8
 from layers.int8 import Int8Linear
 from runtime.console import UserError
@@ -114,9 +114,9 @@ def test_many_prompts_are_answered_as_by_transformers_with_those_weights(shape, 
     peer = tiny.rounded(transformers.AutoModelForCausalLM.from_pretrained(
         tiny.folder(tmp_path, shape), dtype=torch.float32, attn_implementation="eager"))
     model, _ = load_model(tmp_path, quant="int8")
-    decode.pack(model.eval())
+    optimize_for_inference(model.eval())
     prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (30, 3, 17, 9, 1)]
-    found = answers(model, prompts, Sampling(12, temperature=0), rows=2)
+    found = completions(model, prompts, SamplingParams(12, temperature=0), rows=2)
     for prompt, mine in zip(prompts, found, strict=True):
         out = peer.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
                             pad_token_id=0, eos_token_id=[],

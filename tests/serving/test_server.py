@@ -20,17 +20,19 @@ from pathlib import Path
 import pytest
 
 from helpers import browser, tiny
-from inference import prompt_format as ask
+from inference.prompt_format import TRUNCATED_NOTICE, GenerationConfig, PromptFormat
+from inference.sampling import NO_STOPPING_CRITERIA, SamplingParams
 from runtime.console import UserError
 from runtime.paths import ROOT
-from sample import Settings, manners_of
-from serving import server as web
+from sample import Answerer, Settings, page_configs
+from serving.replies import make_replier
+from serving.server import Server
 from tokenization.tokenizer import Tokenizer
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)>&amp;\u2028"
 WAYS = [{"name": n, "kind": k, "label": n, "about": f"about {n}", "hint": f"hint {n}"}
         for n, k in (("chat", "chat"), ("eng-kin", "translate"), ("text", "text"))]
-FACTS = {"title": f"out/kin {HOSTILE}", "ways": WAYS, "outgrown": ask.OUTGROWN, "new": 64,
+FACTS = {"title": f"out/kin {HOSTILE}", "ways": WAYS, "outgrown": TRUNCATED_NOTICE, "new": 64,
          "temperature": 0.8, "top_p": 0.95}
 
 
@@ -72,7 +74,7 @@ class Served:
 
     def __init__(self, patience: float):
         self.asked, self.loop = Asked(), asyncio.new_event_loop()
-        self.door = web.Door(self.asked, FACTS, patience)
+        self.door = Server(self.asked, FACTS, patience)
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.server = self.do(self.door.listen("127.0.0.1:0"))
@@ -343,7 +345,7 @@ def test_idle_connections_do_not_keep_the_door_shut(served):
 
 def test_a_fault_while_answering_is_said_and_the_page_goes_on(served, capfd):
     found = served.ask({"text": "fail"})
-    assert status(found) == 200 and "stands in its terminal" in lines(found)[-1]["error"]
+    assert status(found) == 200 and "its terminal shows the traceback" in lines(found)[-1]["error"]
     assert "ZeroDivisionError" in capfd.readouterr().err
     assert lines(served.ask({"text": "a"}))[-1]["end"] == "eos"
 
@@ -353,7 +355,7 @@ def test_a_fault_while_answering_is_said_and_the_page_goes_on(served, capfd):
 def test_an_address_that_cannot_be_had_is_one_line(served, address):
     address = f"127.0.0.1:{served.port}" if address == "taken" else address
     with pytest.raises(UserError, match="--address") as e:
-        asyncio.run(web.Door(Asked(), FACTS).listen(address))
+        asyncio.run(Server(Asked(), FACTS).listen(address))
     assert e.value.code == 2 and "\n" not in str(e.value)
 
 
@@ -367,7 +369,8 @@ def taught(tmp_path_factory) -> Path:
     folder = tiny.folder(tmp_path_factory.mktemp("taught") / "model", seed=2)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "prompt.json").write_text(json.dumps({"translate": [{
-        "name": "x", "text": "{source}: {text}\n{target}:", "languages": ask.LANGUAGES}]}))
+        "name": "x", "text": "{source}: {text}\n{target}:",
+        "languages": {"eng": "English", "kin": "Kinyarwanda"}}]}))
     return folder
 
 
@@ -417,7 +420,7 @@ def test_the_page_of_a_model_answers_as_sample_py_does_and_ends_with_ctrl_c(taug
             lines = answer(way="eng-kin", text="The water\n\nOur cows").split("\n")
             long = get("POST", "/answer", json.dumps(
                 {"way": "chat", "messages": [*said[:2] * 30, said[2]]}), facts["token"])
-            assert json.loads(long.splitlines()[0]) == {"note": ask.OUTGROWN}
+            assert json.loads(long.splitlines()[0]) == {"note": TRUNCATED_NOTICE}
             running.send_signal(signal.SIGINT)
             assert running.wait(30) == 130
         finally:
@@ -436,7 +439,7 @@ def test_ctrl_c_ends_an_answer_that_is_being_made_and_says_nothing_of_it():
     program = """if True:
         import asyncio, sys, time
         from runtime import console as log
-        from serving import server as web
+        from serving.server import serve
 
         def reply(question):
             while True:
@@ -444,7 +447,7 @@ def test_ctrl_c_ends_an_answer_that_is_being_made_and_says_nothing_of_it():
                 yield {"text": "a"}
 
         facts = {"title": "x", "ways": []}
-        sys.exit(log.run(lambda: asyncio.run(web.serve("127.0.0.1:0", reply, facts))))
+        sys.exit(log.run(lambda: asyncio.run(serve("127.0.0.1:0", reply, facts))))
     """
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE,
@@ -467,15 +470,16 @@ def test_ctrl_c_ends_an_answer_that_is_being_made_and_says_nothing_of_it():
 
 
 def test_a_page_translates_as_translate_does_and_draws_the_rest(taught):
-    ways = ask.Way.taught(taught, Tokenizer.open(taught))
-    found = manners_of(Settings(web=True), ways, {1})
+    formats = PromptFormat.load_all([taught], Tokenizer.open(taught))
+    answerer = Answerer(Settings(web=True), taught, None, formats["text"], {1}, None)
+    found = page_configs(answerer, formats)
     assert {name: x.sampling.temperature for name, x in found.items()} == {
         "eng-kin": 0.0, "kin-eng": 0.0, "chat": 0.8, "text": 0.8}
 
 
 def test_a_base_offers_only_to_go_on(tmp_path):
     folder = tiny.folder(tmp_path / "base")
-    assert list(ask.Way.taught(folder, Tokenizer.open(folder))) == ["text"]
+    assert list(PromptFormat.load_all([folder], Tokenizer.open(folder))) == ["text"]
 
 
 @pytest.mark.parametrize("question", [
@@ -489,24 +493,26 @@ def test_a_base_offers_only_to_go_on(tmp_path):
     {"way": "chat", "messages": ["a"]}, {"way": "chat", "messages": [{"role": "x"}]},
     {"way": "chat", "messages": [{"role": "user", "content": 3}]}])
 def test_a_question_that_the_page_does_not_offer_is_refused(taught, question):
-    from inference.sampling import NO_STOPS, Sampling
-
     tokenizer = Tokenizer.open(taught)
-    ways = ask.Way.taught(taught, tokenizer)
-    manners = {k: ask.Manner(ways[k], Sampling(64, 0.8), NO_STOPS) for k in ("chat", "text")}
+    formats = PromptFormat.load_all([taught], tokenizer)
+    configs = {k: GenerationConfig(formats[k], SamplingParams(64, 0.8), NO_STOPPING_CRITERIA)
+               for k in ("chat", "text")}
     with pytest.raises(UserError):
-        ask.replies(tiny.ours(tiny.peer(seed=2)), manners)(question)
+        make_replier(tiny.ours(tiny.peer(seed=2)), configs)(question)
 
 
-def test_a_question_is_tokenised_once(taught, monkeypatch):
-    from inference.sampling import NO_STOPS, Sampling
-
+def test_a_question_is_tokenised_once(taught):
     tokenizer, read = Tokenizer.open(taught), []
-    ways = ask.Way.taught(taught, tokenizer)
-    ids = ask.Way.ids
-    monkeypatch.setattr(ask.Way, "ids", lambda way, asked: read.append(asked) or ids(way, asked))
-    reply = ask.replies(tiny.ours(tiny.peer(seed=2)), {
-        k: ask.Manner(ways[k], Sampling(2, 0), NO_STOPS) for k in ("chat", "text", "eng-kin")})
+
+    class Recording(PromptFormat):
+        def encode(self, prompt):
+            read.append(prompt)
+            return super().encode(prompt)
+
+    formats = Recording.load_all([taught], tokenizer)
+    reply = make_replier(tiny.ours(tiny.peer(seed=2)), {
+        k: GenerationConfig(formats[k], SamplingParams(2, 0), NO_STOPPING_CRITERIA)
+        for k in ("chat", "text", "eng-kin")})
     said = [{"role": "user", "content": "Muraho"}]
     for question, asked in (({"way": "text", "text": "a\nb"}, ["a\nb"]),
                             ({"way": "chat", "messages": said}, [said]),
@@ -517,13 +523,14 @@ def test_a_question_is_tokenised_once(taught, monkeypatch):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 9, 40])
 def test_a_conversation_forgets_as_little_as_must_be(taught, n):
-    way = ask.Way.of(taught, Tokenizer.open(taught))
+    prompt_format = PromptFormat.load([taught], Tokenizer.open(taught))
     said = [{"role": ("user", "assistant")[i % 2], "content": "a" * (i * 7 % 11 + 1)}
             for i in range(n)]
     rests = [said[i:] for i in range(0, n, 2)]
     for room in (0, 10, 60, 200, 10_000):
-        wanted = next((x for x in rests if len(way.ids(x)) <= room), rests[-1])
-        assert way.recent(said, room) == (wanted, way.ids(wanted))
+        wanted = next((x for x in rests if len(prompt_format.encode(x)) <= room), rests[-1])
+        assert prompt_format.truncate_conversation(said, room) == (
+            wanted, prompt_format.encode(wanted))
 
 
 @pytest.mark.browser
@@ -561,7 +568,7 @@ def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, widt
             assert len(served.asked.questions) == 7
             assert tab.run("document.querySelectorAll('.foot.bad').length") == 0
             last = tab.run("[...document.querySelectorAll('.foot')].at(-1).textContent")
-            assert last.startswith(ask.OUTGROWN)
+            assert last.startswith(TRUNCATED_NOTICE)
             assert tab.run("document.querySelectorAll('#log img, #log script').length") == 0
             assert tab.run("document.documentElement.scrollWidth") <= width
             assert tab.run("Math.round(document.querySelector('form').getBoundingClientRect()"

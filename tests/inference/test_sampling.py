@@ -1,0 +1,138 @@
+"""Filters, penalties and samples against transformers' and plain formulas; stop strings."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.generation import PROMPTS, V, answers, peer
+from inference.sampling import (
+    SamplingParams,
+    StoppingCriteria,
+    apply_repetition_penalty,
+    filter_logits,
+    per_prompt_seeds,
+    sample_from_logits,
+)
+from runtime.console import UserError
+
+
+def test_every_prompt_copy_and_seed_has_a_seed_of_its_own():
+    seeds = per_prompt_seeds([[1, 2], [1, 3], [1], [1, 2]], 1) + per_prompt_seeds([[1, 2]], 2)
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_a_stop_string_may_end_inside_a_token_and_span_many():
+    ids = [5, 6, 7, 8]
+    text = {5: "a b", 6: "c\nd", 7: "", 8: "efg"}
+    stops = StoppingCriteria({9}, ["b c\n", "\ndef"], lambda new: "".join(text[i] for i in new))
+    assert [stops.finish_reason(ids[: n + 1], 10) for n in range(4)] == ["", "", "", "stop"]
+    assert StoppingCriteria({9}, ["bc\n"], stops.decode).finish_reason(ids[:2], 10) == "stop"
+    assert StoppingCriteria({9}).finish_reason([5, 9], 2) == "eos"
+    assert StoppingCriteria({9}).finish_reason([9, 5], 2) == "length"
+
+
+def chi_square(counts: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
+    """Pearson's statistic and its degrees of freedom; tokens expected below 5 times are one."""
+    expected = p * counts.sum()
+    few = expected < 5
+    seen = torch.cat([counts[~few], counts[few].sum()[None]])
+    wanted = torch.cat([expected[~few], expected[few].sum()[None]])
+    used = wanted > 0
+    return float(((seen - wanted)[used] ** 2 / wanted[used]).sum()), int(used.sum()) - 1
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), [
+    (1.0, 0, 1.0, 0.0), (1.7, 20, 1.0, 0.0), (1.4, 0, 0.8, 0.0), (0.7, 30, 0.9, 0.0),
+    (1.6, 0, 1.0, 0.05)])
+def test_sampled_tokens_come_as_often_as_the_filtered_softmax_says(temperature, top_k, top_p,
+                                                                   min_p):
+    n = 4000
+    sampling = SamplingParams(1, temperature, top_k, top_p, 3, min_p)
+    found = answers([PROMPTS[0]] * n, sampling, rows=64)
+    with torch.inference_mode():
+        logits = peer()(torch.tensor([PROMPTS[0]])).logits[:, -1]
+    p = torch.tensor(plain_filter(logits[0].tolist(), temperature, top_k, top_p)).double()
+    p = torch.where(p < min_p * p.max(), 0, p)
+    p /= p.sum()
+    counts = torch.bincount(torch.tensor(found).flatten(), minlength=V).double()
+    assert counts[p == 0].sum() == 0
+    statistic, freedom = chi_square(counts, p)
+    assert statistic < freedom + 4.5 * math.sqrt(2 * freedom)  # p below 1e-4
+
+
+def plain_filter(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    """The probabilities that temperature, then top-k, then top-p leave, one token after another."""
+    scaled = [x / temperature for x in logits]
+    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    if top_k:
+        order = [i for i in order if scaled[i] >= scaled[order[min(top_k, len(order)) - 1]]]
+    weights = {i: math.exp(scaled[i] - scaled[order[0]]) for i in order}
+    total, kept, held = sum(weights.values()), [], 0.0
+    for i in order:
+        if held < top_p or top_p == 1:
+            kept.append(i)
+        held += weights[i] / total
+    left = sum(weights[i] for i in kept)
+    return [weights[i] / left if i in kept else 0.0 for i in range(len(scaled))]
+
+
+# of 1024ths, because float32 may make equals of two logits that differ by less, and top-k keep both
+@given(st.lists(st.integers(-8192, 8192).map(lambda x: x / 1024), min_size=2, max_size=30),
+       st.floats(0.2, 4), st.integers(0, 40), st.floats(0.05, 0.999) | st.just(1.0))
+@settings(max_examples=150, deadline=None)
+def test_filters_equal_the_plain_formula(logits, temperature, top_k, top_p):
+    found = filter_logits(torch.tensor([logits]), temperature, top_k, top_p).softmax(-1)[0]
+    wanted = torch.tensor(plain_filter(logits, temperature, top_k, top_p))
+    if (found - wanted).abs().max() > 1e-5:
+        # at the very edge of top-p float32 may keep a token more; of equals it may keep another
+        held = torch.tensor(plain_filter(logits, temperature, top_k, 1.0)).sort(descending=True)
+        at_edge = (held.values.cumsum(-1) - top_p).abs().min() < 1e-5
+        assert at_edge or torch.allclose(found.sort().values, wanted.sort().values, atol=1e-5)
+
+
+def test_filters_equal_the_warpers_of_transformers():
+    torch.manual_seed(1)
+    logits = torch.randn(50, 300) * 3
+    for temperature, top_k, top_p in [(0.7, 0, 0.9), (1.5, 50, 1.0), (1.0, 40, 0.5), (2.0, 1, 0.9)]:
+        wanted = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+        wanted = transformers.TopKLogitsWarper(top_k)(None, wanted) if top_k else wanted
+        wanted = transformers.TopPLogitsWarper(top_p)(None, wanted) if top_p < 1 else wanted
+        found = filter_logits(logits, temperature, top_k, top_p)
+        assert torch.equal(found.isinf(), wanted.isinf())
+        torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
+
+
+def test_min_p_and_the_repetition_penalty_equal_those_of_transformers():
+    torch.manual_seed(2)
+    logits = torch.randn(40, 300) * 3
+    for temperature, min_p in [(0.7, 0.1), (1.5, 0.02), (1.0, 1.0)]:
+        wanted = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+        wanted = transformers.MinPLogitsWarper(min_p)(None, wanted)
+        found = filter_logits(logits, temperature, min_p=min_p)
+        assert torch.equal(found.isinf(), wanted.isinf())
+        torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
+    seen = torch.randint(0, 300, (40, 50))
+    for penalty in (1.3, 0.7):
+        wanted = transformers.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+        assert torch.equal(apply_repetition_penalty(logits, penalty, seen.tolist()), wanted)
+
+
+def test_draw_never_gives_a_token_of_no_probability_even_at_the_ends():
+    logits = torch.full((2, 6), -math.inf)
+    logits[:, 1], logits[:, 3] = 0.3, -1.2
+    ends = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert sample_from_logits(logits, ends).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ({"temperature": -1.0}, "--temperature -1.0"), ({"temperature": math.nan}, "--temperature nan"),
+    ({"top_p": 0.0}, "--top-p 0.0"), ({"top_p": 1.5}, "--top-p 1.5"), ({"top_k": -2}, "--top-k -2"),
+    ({"max_new_tokens": 0}, "--max-new-tokens 0"), ({"min_p": 1.2}, "--min-p 1.2"),
+    ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0")])
+def test_sampling_out_of_range_is_refused(values, words):
+    with pytest.raises(UserError, match=words):
+        SamplingParams(**values)
