@@ -70,15 +70,15 @@ def draw(size: str, folder: str) -> None:
 
 def suite_of(name: str, size: str) -> Any:
     """A suite's first items, with its first prompt."""
-    from evaluation import suites
+    from evaluation.suites import load_suite
 
     if name == "belebele":
         with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
             file.write("".join(json.dumps(x) + "\n" for x in questions()))
             file.flush()
-            suite = suites.load(f"{name}={file.name}")
+            suite = load_suite(f"{name}={file.name}")
     else:
-        suite = suites.load(name, str(SHARED / "eval"))
+        suite = load_suite(name, str(SHARED / "eval"))
     suite.rows = suite.rows[: CASES[name][1][SIZES.index(size)]]
     suite.prompts = suite.prompts[:1]
     return suite
@@ -101,16 +101,17 @@ def questions() -> list[dict[str, str]]:
 def ours(name: str, size: str, folder: str) -> dict[str, Any]:
     """Seconds, and each item's log-likelihoods, as eval.py finds them."""
     from checkpoints.huggingface import load_model
-    from evaluation import tasks
+    from evaluation.eval_model import EvalModel
     from inference.cpu_linear import optimize_for_inference
 
     suite = suite_of(name, size)
     model, tokenizer = load_model(folder)
     optimize_for_inference(model.eval(), keep_head_weight=True)
     items = suite.items(suite.prompts[0])
-    tasks.records(model, tokenizer, suite, suite.prompts[0], items[:1])  # every thread has begun
+    task, eval_model = suite.task(suite.prompts[0]), EvalModel(model, tokenizer)
+    task.records(eval_model, items[:1])  # every thread has begun
     begun = time.perf_counter()
-    found = tasks.records(model, tokenizer, suite, suite.prompts[0], items)
+    found = task.records(eval_model, items)
     return {"seconds": time.perf_counter() - begun, "logp": [x["logp"] for x in found],
             "gold": [x["gold"] for x in found]}
 

@@ -1,264 +1,344 @@
-"""The kinds of evaluation: what is asked of a model, and how it is counted.
+"""The kinds of tasks: what a model is asked for each item, and how its answers are scored.
 
-**Bits per byte** of documents, as lm-evaluation-harness counts rolling log-likelihood (its
-`get_rolling_token_windows` with a context of one token), except that BOS is never itself scored:
+    MultipleChoice        the likeliest of some continuations is the answer
+    ExactMatch            a generated answer is compared with the right one
+    Translation           a generated translation is compared with a reference
+    DocumentLikelihood    bits per byte of a text
 
-    document   t1 t2 t3 t4 t5 t6 t7 t8 t9 t10      window length 4
-    1st        BOS t1 t2 t3              -> t1 t2 t3 t4
-    2nd                 t4 t5 t6 t7      -> t5 t6 t7 t8
-    last                   t6 t7 t8 t9   -> t9 t10    (full left context; t7, t8 not scored again)
-
-Each document stands alone, each of its tokens is predicted exactly once, and the result is a ratio
-of sums: nats of all documents over bytes of all documents, in bits. Unlike a loss per token it can
-be compared between tokenizers. Windows are packed into rows, which changes nothing but the speed.
-
-**Choices** by how likely each is behind the context, and **answers** by greedy decoding, as
-lm-evaluation-harness cuts text into ids: context and continuation are encoded together, blanks at a
-context's end belong to the continuation, and what is too long loses its beginning, BOS too. Asked
-in conversation (its `--apply_chat_template`), examples are turns, the model's chat template writes
-them, and a choice stands directly behind.
+A `SuiteTask` is one prompt of a suite. It makes requests from items, records from answers, and
+metrics from records; it needs no model for the last, so saved records can be scored again.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 
-from data import IGNORE, Batch
-from inference.detokenizer import decode_answer
-from inference.generate import completions
-from inference.sampling import SamplingParams, StoppingCriteria
-from inference.scoring import score
-from runtime.console import FLAGS, UserError, say
-from tokenization.tokenizer import Part
+from evaluation import metrics
+from evaluation.eval_model import Answer, Continuation, Truncation, warn_truncated
+from evaluation.likelihood import no_progress
+from evaluation.metrics import Measure
+from languages.language import identifier_for
 
 if TYPE_CHECKING:
+    from evaluation.eval_model import EvalModel, Progress
+    from evaluation.results import (
+        AnswerRecord,
+        ChoiceRecord,
+        DocumentRecord,
+        SampleLog,
+        TranslationRecord,
+    )
     from evaluation.suites import Item, Prompt, Suite
-    from model import Llama
-    from tokenization.chat_template import Template
-    from tokenization.tokenizer import Tokenizer
 
-ROW = 2048  # tokens: a packed row's attention costs its square; a longer window has its own row
-BUDGET = 4096  # tokens read at once
+EMPTY = 1e-9  # the length of an empty choice, by which log p is divided
 
-
-def start_token(tokenizer: Tokenizer) -> int:
-    """What stands before a document's first token: BOS, else EOS, as in lm-evaluation-harness."""
-    start = tokenizer.eos if tokenizer.bos is None else tokenizer.bos
-    if start is None:
-        raise UserError("the tokenizer has neither BOS nor EOS, so a document's first token has "
-                        "nothing to be predicted from; name a bos_token in tokenizer_config.json")
-    return start
+# what log p of a choice is divided by, for each kind of accuracy
+CHOICE_LENGTHS: dict[str, Callable[[str], float]] = {
+    "acc": lambda choice: 1.0,
+    "acc_norm": len,
+    "acc_bytes": lambda choice: len(choice.encode()),
+}
+ANSWER_SCORES = {"exact_match": metrics.exact_match, "f1": metrics.word_f1}
 
 
-def windows(ids: Sequence[int], start: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Cut a document (without BOS) into (inputs, targets); the last inputs predict the targets.
+class Task(Protocol):
+    """What scores records: every kind of task has these."""
 
-    At most `length` inputs; every token is a target exactly once, in order. No token, no window.
-    """
-    ids = [start, *map(int, ids)]  # the token at i predicts the one at i + 1
-    for begin in range(0, len(ids) - 1, length):
-        end = min(begin + length, len(ids) - 1)
-        yield ids[max(0, end - length) : end], ids[begin + 1 : end + 1]
+    unit: ClassVar[str]  # what the confidence interval resamples
+
+    def metrics(self, records: Sequence[SampleLog]) -> list[Measure]:
+        """Return the metrics of some records, in the order in which they are reported."""
 
 
-def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Put pieces into rows of `width`, the longest that still fits first; rows of indices.
+class DocumentLikelihood:
+    """Bits per byte of documents."""
 
-    A piece longer than that has a row of its own. Rows come longest first piece first.
-    """
-    left = sorted(range(len(lengths)), key=lengths.__getitem__)
-    sizes = [lengths[i] for i in left]
-    rows = []
-    while left:
-        row, room = [left.pop()], width - sizes.pop()
-        while at := bisect_right(sizes, room):
-            row.append(left.pop(at - 1))
-            room -= sizes.pop(at - 1)
-        rows.append(row)
-    return rows
+    unit: ClassVar[str] = "documents"
+
+    def record(self, nats: float, n_bytes: int) -> DocumentRecord:
+        """Return the record of a document: -log p in nats, and UTF-8 bytes."""
+        return {"nats": float(nats), "bytes": n_bytes}
+
+    def metrics(self, records: Sequence[DocumentRecord]) -> list[Measure]:
+        """Return bits per byte."""
+        return [metrics.bits_per_byte_of(np.array([r["nats"] for r in records]),
+                                         np.array([r["bytes"] for r in records]))]
 
 
-@torch.inference_mode()
-def document_nats(model: Llama, documents: Sequence[Sequence[int]], start: int, length: int = 0,
-                  move: Callable[[int], object] = lambda tokens: None,
-                  kept: torch.dtype = torch.float64) -> np.ndarray:
-    """-log p of each document in nats, (N,) float64; documents are ids without BOS and EOS.
+class SuiteTask(ABC):
+    """One prompt of a suite."""
 
-    `start` stands before each document and is never scored; `length` is the most inputs of a
-    window, 0 for the model's context. `move` is told how many tokens were scored, batch by batch.
-    `kept`: what each log p, and a window's sum of them, is rounded to.
-    """
-    length = length or model.config.max_position_embeddings
-    pieces, owner = [], []
-    for i, ids in enumerate(documents):
-        for piece in windows(ids, start, length):
-            pieces.append(piece)
-            owner.append(i)
-    nats = torch.zeros(len(pieces), dtype=torch.float64)  # of each window
-    sizes = [len(inputs) for inputs, _ in pieces]
-    usual = min(max(sizes, default=0), ROW)
-    rows = pack(sizes, usual)
-    while rows:
-        width = max(usual, sizes[rows[0][0]])
-        n = max(1, BUDGET // width)
-        batch = Batch.of([_row([(i, *pieces[i]) for i in row], width) for row in rows[:n]])
-        rows = rows[n:]
-        scored = batch.targets != IGNORE  # (B,T)
-        at = batch.to(model.device)
-        nll = model(at.tokens, at.doc, at.pos, at.targets).cpu().to(kept).double()  # (B,T)
-        nats.index_add_(0, batch.doc[scored], nll[scored])
-        move(int(scored.sum()))
-    owner = torch.tensor(owner, dtype=torch.long)  # the document that a window is of
-    whole = torch.zeros(len(documents), dtype=torch.float64)
-    return whole.index_add_(0, owner, nats.to(kept).double()).numpy()
+    kind: ClassVar[str]  # in a suite's .toml, by lm-evaluation-harness's names
+    old_kind: ClassVar[str]  # the earlier name, which is still read
+    known_metrics: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str] = "items"
+    required_keys: ClassVar[tuple[str, ...]] = ()  # that a suite's .toml must have
+    needs_text_gold: ClassVar[bool] = False  # whether a suite without right answers is refused
 
+    def __init__(self, suite: Suite, prompt: Prompt, max_new_tokens: int = 0, beams: int = 1):
+        """`max_new_tokens` 0: as the suite says."""
+        self.suite = suite
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens or suite.new_tokens
+        self.beams = beams
 
-def _row(pieces: Sequence[tuple[int, list[int], list[int]]], width: int) -> np.ndarray:
-    """Windows (index, inputs, targets) side by side: (4, width) of tokens, targets, doc, pos."""
-    row = np.empty((4, width), np.int64)
-    row[:] = [[0], [IGNORE], [-1], [0]]
-    at = 0
-    for i, inputs, targets in pieces:
-        end = at + len(inputs)
-        row[0, at:end], row[1, end - len(targets) : end] = inputs, targets
-        row[2, at:end], row[3, at:end] = i, np.arange(len(inputs))
-        at = end
-    return row
+    @classmethod
+    def columns(cls, prompt: Prompt) -> set[str]:
+        """Return columns that every row must have, in addition to those in the templates."""
+        return set()
 
+    @classmethod
+    def gold(cls, text: str, choices: Sequence[str]) -> int | str:
+        """Return the right answer that a rendered template names."""
+        return text
 
-class Written(str):
-    """A text that a chat template wrote: a control token's name in it is that token."""
+    @abstractmethod
+    def signature(self) -> dict[str, object]:
+        """Return what figures of this task depend on in addition to suite, prompt and model."""
 
+    @abstractmethod
+    def n_requests(self, items: Sequence[Item]) -> int:
+        """Return how many requests the items make."""
 
-def begun(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A text's ids behind BOS, where the tokenizer begins a text so, and no template has."""
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    if not isinstance(text, Written):
-        return start + tokenizer.encode(text)
-    [ids] = tokenizer.encode_parts([Part(text, control=True, first=True)])
-    return ids if ids[:1] == start else start + ids
+    @abstractmethod
+    def item_fields(self, item: Item) -> dict[str, Any]:
+        """Return the part of an item's record that is known before the model is asked."""
+
+    @abstractmethod
+    def records(self, model: EvalModel, items: Sequence[Item], progress: Progress = no_progress,
+                on_truncation: Callable[[Truncation], object] = warn_truncated) -> list[SampleLog]:
+        """Ask the model about each item; return the records in order."""
+
+    @abstractmethod
+    def metrics(self, records: Sequence[SampleLog]) -> list[Measure]:
+        """Return the metrics of some records, in the order in which they are reported."""
+
+    @abstractmethod
+    def example_record(self) -> SampleLog:
+        """Return a made-up record."""
+
+    def metric_names(self) -> list[str]:
+        """Return the names of the metrics, before anything is measured."""
+        return [m.name for m in self.metrics([self.example_record()])]
 
 
-def split(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context, and of a continuation behind it; the first are never empty.
+class MultipleChoice(SuiteTask):
+    """The likeliest continuation is the answer; by its sum of log p, or normalised by length."""
 
-    Blanks at the context's end go over to the continuation; both are encoded as one text, and what
-    goes beyond the context's own ids is the continuation, which may be nothing.
-    """
-    if not context:
-        return [start_token(tokenizer)], tokenizer.encode(continuation)
-    kind = type(context)
-    before = begun(tokenizer, kind(context.rstrip()))
-    whole = begun(tokenizer, kind(context + continuation))
-    return before or [start_token(tokenizer)], whole[len(before) :]
+    kind = "multiple_choice"
+    old_kind = "choose"
+    known_metrics = ("acc", "acc_norm", "acc_bytes", "f1")
 
+    @classmethod
+    def gold(cls, text: str, choices: Sequence[str]) -> int:
+        """Return the index of the right choice: the rendered text is a choice or its index."""
+        if text in choices:
+            return choices.index(text)
+        if text.isdigit() and int(text) < len(choices):
+            return int(text)
+        raise ValueError(f"the right answer is {text!r}, which is none of {list(choices)[:8]}")
 
-def contexts(items: Sequence[Item], template: Template | None) -> list[str]:
-    """What is read before each answer: a text, or the turns of a conversation as its template
-    writes them, up to where an answer begins."""
-    if template is None:
-        return [x.context for x in items]
-    roles = ("user", "assistant")
-    return [Written(template.render([{"role": roles[i % 2], "content": said}
-                                     for i, said in enumerate(x.turns)], generation=True))
-            for x in items]
+    def signature(self) -> dict[str, object]:
+        return {}
 
+    def n_requests(self, items: Sequence[Item]) -> int:
+        return sum(len(item.choices) for item in items)
 
-def say_cut(n: int, N: int, room: int) -> None:
-    """Say how many of N requests do not fit, if any: nothing is left out in silence."""
-    if n:
-        say(f"{n:,} of {N:,} requests do not fit into {room} tokens: their contexts lose their "
-            "beginning, BOS too, as in lm-evaluation-harness")
+    def requests(self, item: Item, context: str, delimiter: str,
+                 number: int = 0) -> list[Continuation]:
+        """Return a request for each choice; `number` is the item's index."""
+        return [Continuation(context, delimiter + choice, number) for choice in item.choices]
 
+    def records(self, model: EvalModel, items: Sequence[Item], progress: Progress = no_progress,
+                on_truncation: Callable[[Truncation], object] = warn_truncated,
+                ) -> list[ChoiceRecord]:
+        delimiter = model.delimiter(self.suite.delimiter)
+        requests = []
+        for number, (item, context) in enumerate(zip(items, model.contexts(items), strict=True)):
+            requests += self.requests(item, context, delimiter, number)
+        scores = iter(model.loglikelihood(requests, progress, on_truncation))
+        return [self.record(item, [next(scores) for _ in item.choices]) for item in items]
 
-def choose(model: Llama, tokenizer: Tokenizer, asked: Sequence[tuple[str, Sequence[str]]],
-           delimiter: str = " ", length: int = 0,
-           move: Callable[[int], object] = lambda done: None,
-           kept: torch.dtype = torch.float64,
-           cut: Callable[[int, int, int], object] = say_cut) -> list[list[float]]:
-    """log p of each choice behind its context, in nats; asked: (context, choices) of each item.
-    `cut`: as `say_cut`."""
-    prompts, continuations = [], []
-    for i, (context, choices) in enumerate(asked):
-        for choice in choices:
-            before, ids = split(tokenizer, context, delimiter + choice)
-            if not ids:
-                raise UserError(f"item {i + 1}: the choice {choice!r} has no token of its own "
-                                f"behind {context[-40:]!r}, so it cannot be scored")
-            prompts.append(before)
-            continuations.append(ids)
-    room = (length or model.config.max_position_embeddings) + 1  # the last id is only predicted
-    cut(sum(len(p) + len(c) > room for p, c in
-            zip(prompts, continuations, strict=True)), len(prompts), room - 1)
-    logp = iter(score(model, prompts, continuations, length, move, kept)[0].tolist())
-    return [[next(logp) for _ in choices] for _, choices in asked]
+    def item_fields(self, item: Item) -> dict[str, Any]:
+        return {"gold": item.gold}
 
+    def record(self, item: Item, logp: Sequence[float]) -> ChoiceRecord:
+        """Return the record of an item: log p of each choice, and the columns of its groups."""
+        groups = {column: item.row[column] for column in self.suite.groups}
+        return {**self.item_fields(item), "logp": list(logp), "choices": list(item.choices),
+                **groups}
 
-def answer(model: Llama, tokenizer: Tokenizer, contexts: Sequence[str], stop: Sequence[str],
-           new_tokens: int, length: int = 0, beams: int = 1,
-           move: Callable[[int], object] = lambda done: None, ends: Collection[int] = (),
-           cut: Callable[[int, int, int], object] = say_cut) -> list[tuple[str, str]]:
-    """What the model says behind each context, greedily, and why it ended: eos, stop or length.
+    def metrics(self, records: Sequence[ChoiceRecord]) -> list[Measure]:
+        gold = [r["gold"] for r in records]
+        measures = {}
+        for name, length in CHOICE_LENGTHS.items():
+            predictions = [best_choice(r["logp"], [length(c) for c in r["choices"]])
+                           for r in records]
+            correct = [float(a == b) for a, b in zip(gold, predictions, strict=True)]
+            measures[name] = metrics.mean(name, correct)
+            if name == "acc":
+                measures["f1"] = metrics.weighted_f1(gold, predictions)
+        return [measures[name] for name in self.suite.metrics]
 
-    A context keeps its last `length - new_tokens` ids. The answer is cut at the first stop string;
-    `ends`: ids besides EOS that end one, as those of weights.stop_ids; `cut`: as `say_cut`.
-    """
-    length = length or model.config.max_position_embeddings
-    if new_tokens >= length:
-        raise UserError(f"--max-new-tokens {new_tokens}: a context of {length} tokens leaves no "
-                        f"room for a question; at most {length - 1}", FLAGS)
-    if tokenizer.eos is None:
-        say("the tokenizer has no EOS: an answer ends at a stop string, or after "
-            f"{new_tokens} tokens")
-    eos = [] if tokenizer.eos is None else [tokenizer.pieces[tokenizer.eos]]
-    ends = {tokenizer.eos, *ends}
-    stops = StoppingCriteria(ends, [*stop, *eos], tokenizer.decode)
-    prompts = [begun(tokenizer, x) for x in contexts]
-    room = length - new_tokens
-    cut(sum(len(ids) > room for ids in prompts), len(prompts), room)
-    prompts = [ids[-room:] for ids in prompts]
-    sampling = SamplingParams(new_tokens, temperature=0.0, beams=beams)
-    said = []
-    for ids, end in completions(model, prompts, sampling, stops, start_token(tokenizer)):
-        text = decode_answer(tokenizer, [], [x for x in ids if x not in ends])
-        said.append((stops.truncate(text), end))
-        move(1)
-    return said
+    def example_record(self) -> ChoiceRecord:
+        return {"gold": 0, "logp": [0.0], "choices": ["a"]}
 
 
-def known(suite: Suite, prompt: Prompt, item: Item) -> dict[str, Any]:
-    """What the record of an item says before the model has."""
-    if suite.kind == "translate":
-        return {"source": str(item.row[prompt.part.partition("-")[0]]), "reference": item.gold}
-    return {"gold": item.gold}
+class GenerationTask(SuiteTask):
+    """A task whose answers are generated."""
+
+    def signature(self) -> dict[str, object]:
+        return {"new": self.max_new_tokens, "beams": self.beams}
+
+    def n_requests(self, items: Sequence[Item]) -> int:
+        return len(items)
+
+    @abstractmethod
+    def record(self, item: Item, answer: Answer) -> SampleLog:
+        """Return the record of an item."""
+
+    def records(self, model: EvalModel, items: Sequence[Item], progress: Progress = no_progress,
+                on_truncation: Callable[[Truncation], object] = warn_truncated) -> list[SampleLog]:
+        answers = model.generate_until(model.contexts(items), self.suite.stop, self.max_new_tokens,
+                                       self.beams, progress, on_truncation)
+        return [self.record(item, answer) for item, answer in zip(items, answers, strict=True)]
 
 
-def records(model: Llama, tokenizer: Tokenizer, suite: Suite, prompt: Prompt,
-            items: Sequence[Item], length: int = 0, new_tokens: int = 0, beams: int = 1,
-            move: Callable[[int], object] = lambda done: None,
-            kept: torch.dtype = torch.float64,
-            template: Template | None = None, ends: Collection[int] = (),
-            cut: Callable[[int, int, int], object] = say_cut) -> list[dict[str, Any]]:
-    """What the model chose or said of each item, as judge.py counts it.
+class ExactMatch(GenerationTask):
+    """An answer is compared with the right one, whole or by what a pattern extracts from it."""
 
-    `move` is told how many choices, or answers, are done; `template`: it is asked in conversation;
-    `ends`: ids besides EOS that end an answer; `cut`: told, in place of a person, as `say_cut`.
-    """
-    asked = contexts(items, template)
-    if suite.kind == "choose":
-        pairs = [(text, x.choices) for text, x in zip(asked, items, strict=True)]
-        scores = choose(model, tokenizer, pairs, "" if template else suite.delimiter, length, move,
-                        kept, cut)
-        return [{**known(suite, prompt, x), "logp": logp, "choices": list(x.choices),
-                 **{column: x.row[column] for column in suite.groups}}
-                for x, logp in zip(items, scores, strict=True)]
-    said = answer(model, tokenizer, asked, suite.stop, new_tokens or suite.new_tokens, length,
-                  beams, move, ends, cut)
-    what = "answer" if suite.kind == "match" else "hypothesis"
-    return [{**known(suite, prompt, x), what: text, "end": end}
-            for x, (text, end) in zip(items, said, strict=True)]
+    kind = "exact_match"
+    old_kind = "match"
+    known_metrics = ("exact_match", "f1")
+    required_keys = ("answers",)
+    needs_text_gold = True
+
+    def item_fields(self, item: Item) -> dict[str, Any]:
+        return {"gold": item.gold}
+
+    def record(self, item: Item, answer: Answer) -> AnswerRecord:
+        return {**self.item_fields(item), "answer": answer.text, "end": answer.end}
+
+    def metrics(self, records: Sequence[AnswerRecord]) -> list[Measure]:
+        measures = []
+        for extraction in self.suite.answers:
+            note = "" if extraction["name"] == "whole" else f", {extraction['name']}"
+            answers = [extract_answer(r["answer"], extraction.get("last")) for r in records]
+            for name in self.suite.metrics:
+                scores = [ANSWER_SCORES[name](r["gold"], answer)
+                          for r, answer in zip(records, answers, strict=True)]
+                measures.append(metrics.mean(name + note, scores))
+        return measures
+
+    def example_record(self) -> AnswerRecord:
+        return {"gold": "a", "answer": "a", "end": "eos"}
+
+
+class Translation(GenerationTask):
+    """A translation is compared with a reference. `part` of the prompt is the direction, two
+    columns: SOURCE-TARGET."""
+
+    kind = "translation"
+    old_kind = "translate"
+    known_metrics = tuple(metrics.TRANSLATION)
+
+    @classmethod
+    def columns(cls, prompt: Prompt) -> set[str]:
+        return set(prompt.part.split("-"))
+
+    @property
+    def source(self) -> str:
+        """The source column."""
+        return self.prompt.part.partition("-")[0]
+
+    @property
+    def target(self) -> str:
+        """The target column."""
+        return self.prompt.part.partition("-")[2]
+
+    def item_fields(self, item: Item) -> dict[str, Any]:
+        return {"source": str(item.row[self.source]), "reference": item.gold}
+
+    def record(self, item: Item, answer: Answer) -> TranslationRecord:
+        return {**self.item_fields(item), "hypothesis": answer.text, "end": answer.end}
+
+    def file_record(self, row: Mapping[str, Any], hypothesis: str) -> TranslationRecord:
+        """Return the record of a translation that another system made."""
+        return {"source": str(row[self.source]), "reference": str(row[self.target]),
+                "hypothesis": hypothesis, "end": ""}
+
+    def metrics(self, records: Sequence[TranslationRecord]) -> list[Measure]:
+        """Scores as they are, then with one spelling of marks that readers do not distinguish, if
+        one of the two languages has such marks; then the rates of common failures."""
+        sources = [r["source"] for r in records]
+        hypotheses = [r["hypothesis"] for r in records]
+        references = [r["reference"] for r in records]
+        measures = self._scores("", hypotheses, references)
+        spelling = self._same_spelling()
+        if spelling:
+            note, respell = spelling
+            measures += self._scores(f", {note}", [respell(x) for x in hypotheses],
+                                     [respell(x) for x in references])
+        if all(r["end"] for r in records):
+            measures.append(metrics.mean("eos_rate", [r["end"] == "eos" for r in records]))
+        copies = [x.strip().casefold().startswith(y.strip().casefold())
+                  for x, y in zip(hypotheses, sources, strict=True)]
+        measures.append(metrics.mean("copy_rate", copies, higher_is_better=False))
+        code = self.suite.language(self.target).code
+        identify = identifier_for([code])
+        if identify:
+            right = [identify(x) == code for x in hypotheses]
+            measures.append(metrics.mean("language_rate", right))
+        lengths = [[len(x) for x in texts] for texts in (hypotheses, references)]
+        return [*measures, metrics.ratio("length_ratio", *lengths)]
+
+    def _scores(self, note: str, hypotheses: Sequence[str],
+                references: Sequence[str]) -> list[Measure]:
+        return [metrics.translation(name, hypotheses, references, note)
+                for name in self.suite.metrics if name != "spBLEU" or metrics.has_spbleu()]
+
+    def _same_spelling(self) -> tuple[str, Callable[[str], str]] | None:
+        for column in (self.target, self.source):
+            same_spelling = self.suite.language(column).same_spelling
+            if same_spelling:
+                return same_spelling
+        return None
+
+    def example_record(self) -> TranslationRecord:
+        return {"source": "a", "reference": "a", "hypothesis": "a", "end": "eos"}
+
+
+TASKS: tuple[type[SuiteTask], ...] = (MultipleChoice, ExactMatch, Translation)
+
+
+def task_type(kind: str) -> type[SuiteTask]:
+    """Return the class of tasks of a suite's `kind`, also by its earlier name; ValueError if there
+    is none."""
+    for cls in TASKS:
+        if kind in (cls.kind, cls.old_kind):
+            return cls
+    raise ValueError(f"kind {kind!r}: expected {', '.join(cls.kind for cls in TASKS)}")
+
+
+def best_choice(logp: Sequence[float], lengths: Sequence[float]) -> int:
+    """Return the index of the choice with the highest log p over its length."""
+    return int(np.argmax(np.array(logp) / np.maximum(np.array(lengths, np.float64), EMPTY)))
+
+
+def extract_answer(answer: str, pattern: str | None = None) -> str:
+    """Return the answer without spaces around it, or the last match of a pattern (of its first
+    group that is not empty); "[invalid]" without a match."""
+    if pattern is None:
+        return answer.strip()
+    matches = re.findall(pattern, answer)
+    if not matches:
+        return "[invalid]"
+    last = matches[-1]
+    if not isinstance(last, str):  # a tuple of groups
+        last = next(filter(None, last), "[invalid]")
+    return last.strip()

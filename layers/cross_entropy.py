@@ -8,7 +8,6 @@ however many tokens there are.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any
 
@@ -198,12 +197,6 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
         (at,) = ctx.saved_tensors
         return g[:1].expand(len(at)) if g.stride(0) == 0 else g[at], None, None
-
-
-def bits_per_byte(nll_sum: float, n_bytes: int) -> float:
-    """Nats over a text's tokens -> bits per UTF-8 byte: comparable across tokenizers, unlike a loss
-    per token."""
-    return nll_sum / math.log(2) / n_bytes if n_bytes else float("nan")
 
 
 def document_logp(nll: Tensor, doc: Tensor, N: int) -> Tensor:

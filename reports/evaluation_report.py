@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import metrics
-from evaluation import results as judge
+from evaluation.results import read_records
 from reports import training_report as report
 
 SHOWN = 5  # best and worst translations
@@ -189,7 +189,7 @@ def _translations(out: Path, results: list[dict[str, Any]],
         key = (r["suite"], r.get("part", ""))
         if "items" not in r or not r["metric"].startswith("chrF") or key in found:
             continue
-        records = judge.read_records(out / "items" / f"{r['items']}.jsonl")
+        records = read_records(out / "items" / f"{r['items']}.jsonl")
         scores = metrics.sentence_scores([x["hypothesis"] for x in records],
                                          [x["reference"] for x in records])
         order = sorted(range(len(records)), key=lambda i: (-scores[i], i))

@@ -20,9 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evaluation import results as judge
-from evaluation import suites, tasks
-from evaluation.suites import Item, Prompt, Suite
+from evaluation.eval_model import EvalModel, Truncation, warn_truncated
+from evaluation.suites import Item, Prompt, Suite, load_suite
 from model import Llama
 from runtime.console import FLAGS, UserError
 from runtime.distributed import Ranks
@@ -90,7 +89,7 @@ class Guards:
         """Read --suites and --stop-if (of train.Settings); UserError on what is wrong."""
         guards, found = [Guard.of(x) for x in s.stop_if], []
         for spec in s.suites:
-            suite = suites.load(spec, s.suite_data)
+            suite = load_suite(spec, s.suite_data)
             if suite.name in (x.name for x in found):
                 raise UserError(f"--suites {spec}: {suite.name} is named twice", FLAGS)
             suite.rows = spread(suite.rows, s.suite_items)
@@ -110,8 +109,7 @@ class Guards:
     def names(self) -> list[str]:
         """Names of the suites' figures, the first of each part its main one."""
         return [name for suite in self.suites for prompt in suite.prompts
-                for name in _named(suite, prompt, judge.names(
-                    suite.kind, suite.metrics, suite.answers, prompt.part))]
+                for name in _named(suite, prompt, suite.task(prompt).metric_names())]
 
     def check(self, texts: Iterable[str]) -> None:
         """UserError for a guard on what is not measured; a suite's bare name is its main figure."""
@@ -132,12 +130,12 @@ class Guards:
         """The suites' figures, by name: one prompt, greedy, answers of half a context at most that
         end at EOS, or one of `ends`."""
         context, found = model.config.max_position_embeddings, {}
+        eval_model = EvalModel(model, tokenizer, stop_ids=frozenset(ends))
         for suite in self.suites:
             for prompt in suite.prompts:
-                ask = partial(tasks.records, model, tokenizer, suite, prompt,
-                              new_tokens=min(suite.new_tokens, context // 2), ends=ends)
-                measures = judge.measures(suite.kind, _shared(ask, suite.items(prompt), ranks),
-                                          suite.metrics, suite.answers, prompt.part)
+                task = suite.task(prompt, min(suite.new_tokens, context // 2))
+                ask = partial(task.records, eval_model)
+                measures = task.metrics(_shared(ask, suite.items(prompt), ranks))
                 names = _named(suite, prompt, [m.name for m in measures])
                 found |= dict(zip(names, (m.value for m in measures), strict=True))
         return found
@@ -184,14 +182,14 @@ def _shared(ask: Callable[..., list[Any]], items: Sequence[Item], ranks: Ranks) 
         return ask(items)
     mine, cut = items[ranks.rank :: ranks.world], []
     try:
-        part = ask(mine, cut=lambda *x: cut.append(x)) if mine else []
+        part = ask(mine, on_truncation=cut.append) if mine else []
     except UserError:
         part = None
     said = [json.loads(x) for x in ranks.gather(json.dumps([part, cut], default=str))]
     if any(part is None for part, _ in said):
         return ask(items)  # all meet the fault, and name its place among all items
     if cut := [x for _, told in said for x in told]:
-        tasks.say_cut(sum(x[0] for x in cut), sum(x[1] for x in cut), cut[0][2])
+        warn_truncated(Truncation(sum(x[0] for x in cut), sum(x[1] for x in cut), cut[0][2]))
     found: list[Any] = [None] * len(items)
     for rank, (part, _) in enumerate(said):
         found[rank :: ranks.world] = part

@@ -26,7 +26,6 @@ from model import Llama
 from runtime.console import say
 from runtime.distributed import Ranks
 from runtime.transfer import host, sent
-from tokenization.document import Document
 from training.settings import Settings
 
 REPORTED = ("margin", "accuracy", "chosen_logp", "rejected_logp")  # means over pairs
@@ -104,21 +103,3 @@ def keep_reference(model: Llama, streams: Sequence[Whole], folder: Path, name: s
         stream.source.reference = np.memmap(file, "<f4", "r", shape=shape)
     for m in ranks.shards:
         m.reshard()  # what a pass leaves whole is freed by the next: nobody may hold it
-
-
-@torch.inference_mode()
-def answer_nats(model: Llama, documents: Sequence[Document], tokens: int = 4096) -> float:
-    """-log p of the trained tokens of documents, in nats, given all that stands before each."""
-    left, nats = sorted(documents, key=lambda d: len(d.ids)), 0.0
-    while left:
-        T = max(1, len(left[-1].ids) - 1)
-        part, left = left[-max(1, tokens // T):], left[: -max(1, tokens // T)]
-        rows = np.empty((len(part), 4, T), np.int64)
-        rows[:] = np.array([0, IGNORE, -1, 0])[None, :, None]
-        for row, d in zip(rows, part, strict=True):
-            n = len(d.ids) - 1
-            row[0, :n], row[2, :n], row[3, :n] = d.ids[:-1], 0, np.arange(n)
-            row[1, :n] = np.where(d.mask[1:], d.ids[1:], IGNORE)
-        b = Batch.of(list(rows)).to(model.device)
-        nats += float(model(b.tokens, b.doc, b.pos, b.targets).double().sum())
-    return nats

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints import resume_point as checkpoint
-from evaluation import tasks
+from evaluation.eval_model import start_token
+from evaluation.likelihood import answer_nats, document_nats
+from evaluation.metrics import bits_per_byte
 from inference.detokenizer import decode_answer
 from inference.generate import completions
 from inference.sampling import SamplingParams, StoppingCriteria
-from layers.cross_entropy import bits_per_byte
 from model import Llama
 from runtime import console as log
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training import datasets as sources
-from training import preference
 
 NEW = 40  # tokens that a prompt is continued by, at most
 
@@ -34,10 +34,10 @@ def bits(model: Llama, held: sources.Held, tokenizer: Tokenizer) -> dict[str, fl
     model.eval()
     for name, texts in held.items():
         if isinstance(texts[0], Document):  # of an answer, given what was asked
-            nats = preference.answer_nats(model, texts)
+            nats = answer_nats(model, texts)
             n_bytes = sum(int(tokenizer.byte_lengths[d.ids[d.mask]].sum()) for d in texts)
         else:
-            nats = tasks.document_nats(model, texts, tasks.start_token(tokenizer))
+            nats = document_nats(model, texts, start_token(tokenizer))
             n_bytes = sum(tokenizer.count_bytes(ids) for ids in texts)
         found[name] = bits_per_byte(float(np.sum(nats)), n_bytes)
     model.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 from languages.kinyarwanda.identify import WORDS, language
 from languages.kinyarwanda.normalise import apostrophe
@@ -32,6 +33,7 @@ LANGUAGE = Language(
     frequent_words=FREQUENT_WORDS,
     names=NAMES,
     prompts=PROMPTS,
+    suites=Path(__file__).with_name("suites"),
     demo=Demo(
         other="eng",
         document=document,

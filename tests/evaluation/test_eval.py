@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import eval as evaluating
 from checkpoints.huggingface import load_model
-from evaluation import metrics, tasks
+from evaluation import likelihood, metrics
+from evaluation.significance import confidence_interval
 from helpers import tiny
 from helpers.commands import command
 from helpers.tiny import bytewise_folder
@@ -29,8 +30,7 @@ CONTEXT, BOS = 16, 1
 
 
 def interval(nats, n_bytes):
-    return metrics.interval([metrics.of_text(nats, n_bytes)])
-
+    return confidence_interval([metrics.bits_per_byte_of(nats, n_bytes)])
 
 def rolling(tokens, prefix, length):
     """lm-evaluation-harness's get_rolling_token_windows with a context of one token."""
@@ -49,7 +49,7 @@ def rolling(tokens, prefix, length):
 @given(st.lists(st.integers(3, 90), max_size=60), st.integers(1, 20))
 @settings(max_examples=300, deadline=None)
 def test_windows_are_those_of_the_rule(ids, length):
-    found = list(tasks.windows(ids, BOS, length))
+    found = list(likelihood.windows(ids, BOS, length))
     assert found == list(rolling(ids, BOS, length))
     assert [t for _, targets in found for t in targets] == ids  # each token once, in order
     assert all(len(targets) <= len(inputs) <= length for inputs, targets in found)
@@ -59,7 +59,7 @@ def test_windows_are_those_of_the_rule(ids, length):
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 40))
 @settings(max_examples=200, deadline=None)
 def test_every_piece_is_packed_once_and_no_row_is_too_full(lengths, width):
-    rows = tasks.pack(lengths, width)
+    rows = likelihood.pack_rows(lengths, width)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     for row in rows:
         assert len(row) == 1 or sum(lengths[i] for i in row) <= width
@@ -99,26 +99,30 @@ def made(lengths, seed=0) -> list[list[int]]:
 
 @pytest.mark.parametrize(("row", "budget"), [(2048, 8192), (40, 100), (8, 20)])
 @pytest.mark.parametrize("length", [0, 1, 7])
-def test_nats_equal_transformers_however_windows_are_packed(row, budget, length, monkeypatch):
-    monkeypatch.setattr(tasks, "ROW", row)
-    monkeypatch.setattr(tasks, "BUDGET", budget)
+def test_nats_equal_transformers_however_windows_are_packed(row, budget, length):
     documents = made([5, 0, 16, 1, 17, 40, 3, 33, 15, 2, 64, 9])
     told = []
-    found = tasks.document_nats(ours(), documents, BOS, length, told.append)
+    found = likelihood.document_nats(ours(), documents, BOS, length, told.append, row_tokens=row,
+                                     batch_tokens=budget)
     wanted = [by_hand(peer(), ids, BOS, length or CONTEXT) for ids in documents]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert sum(told) == sum(map(len, documents)) and found[1] == 0
 
 
+def test_bits_per_byte_is_nats_over_bytes_in_bits():
+    assert metrics.bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
+    assert math.isnan(metrics.bits_per_byte(0.0, 0))
+
+
 def test_nothing_to_measure_is_no_error():
-    assert tasks.document_nats(ours(), [], BOS).shape == (0,)
-    assert tasks.document_nats(ours(), [[], []], BOS).tolist() == [0, 0]
+    assert likelihood.document_nats(ours(), [], BOS).shape == (0,)
+    assert likelihood.document_nats(ours(), [[], []], BOS).tolist() == [0, 0]
 
 
 def test_a_documents_nats_do_not_change_with_its_neighbours():
     documents = made([12, 30, 5])
-    together = tasks.document_nats(ours(), documents, BOS)
-    alone = [tasks.document_nats(ours(), [ids], BOS)[0] for ids in documents]
+    together = likelihood.document_nats(ours(), documents, BOS)
+    alone = [likelihood.document_nats(ours(), [ids], BOS)[0] for ids in documents]
     np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 
@@ -248,7 +252,7 @@ def test_four_bits_are_measured_as_loaded_in_four_bits_and_named(home):
     assert "|quant:nf4|" in rough["signature"] and "quant" not in exact["signature"]
     model, tokenizer = load_model(home / "run" / "model", quant="nf4")
     ids = tokenizer.encode_batch(tiny.SENTENCES)
-    nats = tasks.document_nats(model.eval(), ids, BOS)
+    nats = likelihood.document_nats(model.eval(), ids, BOS)
     assert rough["value"] == pytest.approx(nats.sum() / math.log(2) / rough["bytes"], rel=1e-6)
     assert 1e-4 < abs(rough["value"] / exact["value"] - 1) < 0.1
 

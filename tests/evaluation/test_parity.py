@@ -14,8 +14,10 @@ import torch
 
 import eval as evaluating
 from checkpoints.huggingface import load_model
-from evaluation import metrics, suites, tasks
-from evaluation import results as judge
+from evaluation import eval_model, metrics
+from evaluation.eval_model import EvalModel
+from evaluation.suites import load_suite
+from evaluation.tasks import DocumentLikelihood, MultipleChoice
 from goldens import lm_eval_goldens as goldens
 from goldens.lm_eval_goldens import KINDS, TASKS
 from helpers import tiny
@@ -77,50 +79,47 @@ def readers(homes):
             for kind, folder in homes.items()}
 
 
-def items_of(key, shots, data):
-    suite = suites.load(key[0], str(data))
+def task_and_items(key, shots, data):
+    """The task of a suite's prompt, with as few new tokens as the goldens, and its items."""
+    suite = load_suite(key[0], str(data))
     prompt = next(p for p in suite.prompts if (p.name, p.part) == key[1:])
-    return suite, prompt, suite.items(prompt, shots)
+    return suite.task(prompt, goldens.NEW), suite.items(prompt, shots)
 
 
 @pytest.mark.parametrize(("key", "shots"), CASES, ids=lambda x: str(x))
 def test_texts_are_those_of_the_harness(key, shots, data):
-    suite, _, items = items_of(key, shots, data)
+    task, items = task_and_items(key, shots, data)
     golden = GOLDEN["tasks"][goldens.name(key, shots)]["texts"]
     assert [x.context for x in items] == [x["context"] for x in golden]
-    if suite.kind == "choose":
-        assert [[suite.delimiter + c for c in x.choices] for x in items] == \
+    if isinstance(task, MultipleChoice):
+        requests = [task.requests(x, x.context, task.suite.delimiter) for x in items]
+        assert [[request.text for request in x] for x in requests] == \
             [x["continuations"] for x in golden]
 
 
 def compare(key, shots, kind, data, readers, template=None) -> None:
     """Ids, likelihoods to 1e-5 with the same best choice, answers, and metrics of one task."""
-    model, tokenizer = readers[kind]
-    suite, prompt, items = items_of(key, shots, data)
+    model = EvalModel(*readers[kind], goldens.CONTEXT, chat_template=template)
+    task, items = task_and_items(key, shots, data)
     golden = (GOLDEN["chat"][kind] if template else GOLDEN["tasks"])[goldens.name(key, shots)]
-    contexts, delimiter = tasks.contexts(items, template), "" if template else suite.delimiter
+    contexts = model.contexts(items)
     assert contexts == [x["context"] for x in golden["texts"]]
     golden = golden[kind]
-    if suite.kind == "choose":
-        pairs = [[tasks.split(tokenizer, text, delimiter + c) for c in x.choices]
-                 for text, x in zip(contexts, items, strict=True)]
-        assert [[goldens.digest([a, b]) for a, b in x] for x in pairs] == golden["ids"]
-        found = tasks.choose(model, tokenizer, [(text, x.choices) for text, x in zip(
-            contexts, items, strict=True)], delimiter, goldens.CONTEXT)
-        for ours, theirs in zip(found, golden["resps"], strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-            assert np.argmax(ours) == np.argmax(theirs)
-        records = [{"gold": x.gold, "logp": y, "choices": x.choices}
-                   for x, y in zip(items, found, strict=True)]
-    else:
-        ids = [goldens.digest(tasks.begun(tokenizer, x)) for x in contexts]
+    records = task.records(model, items)
+    if isinstance(task, MultipleChoice):
+        delimiter = model.delimiter(task.suite.delimiter)
+        requests = [task.requests(*x, delimiter) for x in zip(items, contexts, strict=True)]
+        ids = [[goldens.digest(eval_model.encode_pair(model.tokenizer, x.context, x.text))
+                for x in item] for item in requests]
         assert ids == golden["ids"]
-        said = tasks.answer(model, tokenizer, contexts, suite.stop, goldens.NEW, goldens.CONTEXT)
-        assert [text for text, _ in said] == golden["resps"]
-        records = [{"gold": x.gold, "answer": t, "source": "", "reference": x.gold,
-                    "hypothesis": t, "end": ""} for x, (t, _) in zip(items, said, strict=True)]
-    measured = judge.measures(suite.kind, records, suite.metrics, suite.answers, prompt.part)
-    ours = {m.name: m.value for m in measured}
+        for record, theirs in zip(records, golden["resps"], strict=True):
+            np.testing.assert_allclose(record["logp"], theirs, rtol=1e-5)
+            assert np.argmax(record["logp"]) == np.argmax(theirs)
+    else:
+        ids = [goldens.digest(eval_model.encode_context(model.tokenizer, x)) for x in contexts]
+        assert ids == golden["ids"]
+        assert [x.get("answer", x.get("hypothesis")) for x in records] == golden["resps"]
+    ours = {m.name: m.value for m in task.metrics(records)}
     compared = {NAMES[k]: v for k, v in golden["metrics"].items() if k in NAMES}
     assert compared and all(name in ours for name in compared if name != "acc_norm")
     for name, value in compared.items():
@@ -146,13 +145,14 @@ def test_a_conversation_is_that_of_the_harness_with_apply_chat_template(key, sho
 
 
 def bits(kind, readers) -> tuple[np.ndarray, float]:
-    model, tokenizer = readers[kind]
+    model = EvalModel(*readers[kind], goldens.CONTEXT)
     documents = goldens.texts()
-    ids = tokenizer.encode_batch(documents)
+    ids = model.tokenizer.encode_batch(documents)
     assert max(map(len, ids)) > goldens.CONTEXT
-    nats = tasks.document_nats(model, ids, tasks.start_token(tokenizer), goldens.CONTEXT)
-    n_bytes = np.array([len(x.encode()) for x in documents])
-    return nats, metrics.of_text(nats, n_bytes).value
+    nats = model.rolling_nats(ids)
+    task = DocumentLikelihood()
+    records = [task.record(x, len(y.encode())) for x, y in zip(nats, documents, strict=True)]
+    return nats, task.metrics(records)[0].value
 
 
 def compare_texts(kind, readers) -> None:
@@ -191,21 +191,22 @@ def test_compat_rounds_log_p_to_the_dtype_of_products(kind, data, tmp_path):
     """As the harness's formula does with the same logits, exactly; and beside its own in bf16."""
     model, tokenizer = load_model(str(goldens.model(tmp_path, kind)), dtype=torch.bfloat16)
     model.eval().model.compute_dtype = torch.bfloat16
+    rounded = EvalModel(model, tokenizer, goldens.CONTEXT, lm_eval_compat=True)
+    assert rounded.logprob_dtype == torch.bfloat16
     for key in goldens.IN_BF16:
-        suite, prompt, items = items_of(key, 0, data)
-        found = tasks.records(model, tokenizer, suite, prompt, items, goldens.CONTEXT,
-                              kept=torch.bfloat16)
+        task, items = task_and_items(key, 0, data)
+        found = task.records(rounded, items)
         golden = GOLDEN["bf16"][kind][goldens.name(key, 0)]
         for x, theirs in zip(found, golden, strict=True):
             assert x["logp"] == torch.tensor(x["logp"]).bfloat16().tolist()
             np.testing.assert_allclose(x["logp"], theirs, rtol=0.02)
-        before, ids = tasks.split(tokenizer, items[0].context,
-                                  suite.delimiter + items[0].choices[0])
+        request = task.requests(items[0], items[0].context, task.suite.delimiter)[0]
+        before, ids = eval_model.encode_pair(tokenizer, request.context, request.text)
         with torch.inference_mode():
             logits = tiny.logits(model, torch.tensor([before + ids]))[0].bfloat16()
         logp = logits[len(before) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
-        (alone,), _ = tasks.score(model, [before], [ids], logprob_dtype=torch.bfloat16)
-        assert float(alone) == float(logp.sum())
+        [alone] = rounded.loglikelihood([request])
+        assert alone == float(logp.sum())
 
 
 @pytest.fixture(scope="session")
@@ -222,7 +223,7 @@ def compare_boundary(pieces: Path) -> None:
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "tokenizer.model"))
-    before, ids = tasks.split(Tokenizer.open(pieces), "Inka za", "cu zirya ubwatsi")
+    before, ids = eval_model.encode_pair(Tokenizer.open(pieces), "Inka za", "cu zirya ubwatsi")
     assert before == [1, *sp.encode("Inka za")]
     assert ids == [1, *sp.encode("Inka zacu zirya ubwatsi")][len(before) :]
 
@@ -231,8 +232,10 @@ def compare_norm(pieces: Path) -> None:
     """acc_norm divides by characters, acc_bytes by bytes, of the choice without its blank."""
     records = [{"gold": 0, "logp": [-12.0, -4.0], "choices": ["ubwatsi ku", "zxq"]},
                {"gold": 1, "logp": [-4.0, -12.0], "choices": ["zxq", "ikirere \u2600\ufe0f"]}]
-    found = {m.name: m.counts[:, 0].tolist()
-             for m in judge.measures("choose", records, ["acc", "acc_norm", "acc_bytes"])}
+    suite = load_suite("agreement")
+    suite.metrics = ["acc", "acc_norm", "acc_bytes"]
+    task = suite.task(suite.prompts[0])
+    found = {m.name: m.counts[:, 0].tolist() for m in task.metrics(records)}
     assert found == {"acc": [0.0, 0.0], "acc_norm": [1.0, 1.0], "acc_bytes": [1.0, 1.0]}
 
 
@@ -241,29 +244,33 @@ def test_the_boundary_and_the_lengths_are_those_of_the_rule(check, pieces):
     check(pieces)
 
 
-SPLIT, BEGUN, SCORE = tasks.split, tasks.begun, tasks.score
+PAIR, CONTEXT, SCORE = eval_model.encode_pair, eval_model.encode_context, eval_model.score
+METRICS, PIECES = MultipleChoice.metrics, Path()
 
 
 def strip_the_prompt(patch):
-    patch(tasks, "split", lambda t, context, cont: SPLIT(t, context.rstrip(), cont))
+    patch(eval_model, "encode_pair", lambda t, context, cont: PAIR(t, context.rstrip(), cont))
 
 
 def encode_the_choice_alone(patch):
-    patch(tasks, "split", lambda t, context, cont: (
-        [tasks.start_token(t)] if not context else tasks.begun(t, context.rstrip()),
-        t.encode(context[len(context.rstrip()) :] + cont)))
+    def pair(t, context, cont):
+        if not context:
+            return [eval_model.start_token(t)], t.encode(cont)
+        bare = context.rstrip()
+        return eval_model.encode_context(t, bare), t.encode(context[len(bare) :] + cont)
+    patch(eval_model, "encode_pair", pair)
 
 
 def drop_bos(patch):
-    patch(tasks, "begun", lambda t, text: t.encode(text))
+    patch(eval_model, "encode_context", lambda t, text: t.encode(text))
 
 
 def bos_twice(patch):
-    patch(tasks, "begun", lambda t, text: [t.bos, *BEGUN(t, text)])
+    patch(eval_model, "encode_context", lambda t, text: [t.bos, *CONTEXT(t, text)])
 
 
 def mean_of_documents(patch):
-    patch(metrics, "of_text", lambda nats, n: metrics.mean(
+    patch(metrics, "bits_per_byte_of", lambda nats, n: metrics.mean(
         "bits_per_byte", nats / n / np.log(2)))
 
 
@@ -271,18 +278,17 @@ def half_precision_softmax(patch):
     def rough(*args):
         nats, greedy = SCORE(*args)
         return nats.bfloat16().double(), greedy
-    patch(tasks, "score", rough)
+    patch(eval_model, "score", rough)
 
 
 def divide_by_tokens(patch):
-    def choices(records, wanted):
+    def metrics_by_tokens(task, records):
         tokenizer = Tokenizer.open(PIECES)
-        return CHOICES([{**r, "choices": ["x" * len(tokenizer.encode(c)) for c in r["choices"]]}
-                        for r in records], wanted)
-    patch(judge, "_choices", choices)
+        return METRICS(task, [{**r, "choices": ["x" * len(tokenizer.encode(c))
+                                                for c in r["choices"]]} for r in records])
+    patch(MultipleChoice, "metrics", metrics_by_tokens)
 
 
-CHOICES, PIECES = judge._choices, Path()
 MUTANTS = [strip_the_prompt, encode_the_choice_alone, drop_bos, bos_twice, mean_of_documents,
            half_precision_softmax, divide_by_tokens]
 

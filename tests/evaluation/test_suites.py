@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 
 import eval as evaluating
-from evaluation import metrics, suites, tasks
-from evaluation import results as judge
+from evaluation import metrics, suite_readers
+from evaluation.significance import paired_test
+from evaluation.suites import Suite, load_suite
+from evaluation.tasks import TASKS
 from helpers import tiny
 from helpers.browser import CHROMIUM, browser
 from preparation import contamination
@@ -22,6 +25,7 @@ from preparation.text import prepare_text
 from reports import evaluation_report as sheet
 from reports import model_card as card
 from runtime.console import UserError
+from runtime.paths import ROOT
 from tokenization.tokenizer import Tokenizer
 
 KIN = [x for x in tiny.SENTENCES if x.split()[0] in ("Umugore", "Abana", "Ejo", "Inka", "Amazi")]
@@ -119,12 +123,12 @@ def test_made_differences_have_the_right_sign_and_interval():
     rng = np.random.default_rng(3)
     base = rng.random(400) < 0.5
     better = base | (rng.random(400) < 0.2)
-    found = metrics.paired(metrics.mean("acc", better), metrics.mean("acc", base))
+    found = paired_test(metrics.mean("acc", better), metrics.mean("acc", base))
     assert found["low"] > 0.05 and found["high"] < 0.2 and found["p"] < 0.01
     assert found["difference"] == pytest.approx(better.mean() - base.mean())
-    back = metrics.paired(metrics.mean("acc", base), metrics.mean("acc", better))
+    back = paired_test(metrics.mean("acc", base), metrics.mean("acc", better))
     assert back["difference"] == -found["difference"] and back["high"] < 0
-    noise = metrics.paired(metrics.mean("acc", rng.random(400) < 0.5),
+    noise = paired_test(metrics.mean("acc", rng.random(400) < 0.5),
                            metrics.mean("acc", rng.random(400) < 0.5))
     assert noise["low"] < 0 < noise["high"] and noise["p"] > 0.01
 
@@ -190,7 +194,7 @@ def test_the_runs_a_model_came_from_are_each_looked_at_once(tmp_path, monkeypatc
 
 
 def suite_file(home: Path, **changes) -> str:
-    words = {"kind": "choose", "version": 1, "about": "test", "metrics": ["acc"],
+    words = {"kind": "multiple_choice", "version": 1, "about": "test", "metrics": ["acc"],
              "choices": ["yego", "oya"], "gold": "{{label}}", **changes}
     file = home / "mine.toml"
     file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in words.items())
@@ -217,7 +221,7 @@ def test_in_conversation_figures_are_others_and_a_base_without_a_template_is_ref
     with pytest.raises(UserError, match=r"mine\.1 has chat none there and "):
         evaluated(home, model=str(folder), **asked, chat_template=True,
                   baseline=str(home / "plain"))
-    with pytest.raises(UserError, match="model has no chat template; leave it out") as e:
+    with pytest.raises(UserError, match="model has no chat template; remove the flag") as e:
         evaluated(home, model=str(home / "model"), **asked, chat_template=True)
     assert e.value.code == 2
 
@@ -259,8 +263,8 @@ def test_an_answer_ends_where_the_models_files_say_so_and_conversation_compares_
 def test_rows_that_do_not_fit_are_one_line(home, rows, words):
     (home / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(UserError, match=words) as e:
-        suites.load(suite_file(home), str(home)).items(suites.load(
-            suite_file(home), str(home)).prompts[0])
+        suite = load_suite(suite_file(home), str(home))
+        suite.items(suite.prompts[0])
     assert "\n" not in str(e.value)
 
 
@@ -298,13 +302,13 @@ def test_rows_of_another_language_and_sides_that_do_not_match_are_one_line(home)
     (home / "swapped.tsv").write_text("kin\teng\n" + "".join(
         f"{e}\t{k}\n" for e, k in zip(ENG, KIN, strict=True)))
     with pytest.raises(UserError, match="column kin should be kin, but 5 of 5 rows"):
-        suites.load(f"pairs={home}/swapped.tsv")
+        load_suite(f"pairs={home}/swapped.tsv")
     (home / "flores200").mkdir(exist_ok=True)
     (home / "flores200" / "devtest.kin.txt").write_text("".join(x + "\n" for x in KIN))
     (home / "flores200" / "devtest.eng.txt").write_text("".join(x + "\n" for x in ENG[:4]))
     (home / "flores200" / "dev_subset_from_sib200.tsv").write_text("eng\tkin\na\tb\n")
     with pytest.raises(UserError, match=r"different numbers of lines: .* 5, .* 4"):
-        suites.load("flores", str(home))
+        load_suite("flores", str(home))
 
 
 @pytest.mark.parametrize(("values", "words", "code"), [
@@ -342,22 +346,30 @@ def test_a_baseline_of_another_version_or_of_other_items_is_refused(home):
         judged(home, "poor", baseline=str(home / "good"), limit=3)
 
 
-def test_without_its_tokenizer_spbleu_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(metrics, "has_spbleu", lambda: False)
+@pytest.fixture
+def no_spbleu(tmp_path, monkeypatch) -> None:
+    """sacrebleu's folder without spBLEU's tokenizer."""
+    import sacrebleu.utils
+
+    monkeypatch.setattr(sacrebleu.utils, "SACREBLEU_DIR", str(tmp_path))
+
+
+def test_without_its_tokenizer_spbleu_is_refused_in_one_line(home, no_spbleu):
     with pytest.raises(UserError, match="its tokenizer is not on this machine"):
         metrics.translation("spBLEU", ["a"], ["a"])
     records = [{"source": "a b", "reference": "c d", "hypothesis": "c", "end": "eos"}] * 2
-    assert not any("spBLEU" in m.name for m in judge.measures(
-        "translate", records, ["chrF2++", "spBLEU"], (), "eng-kin"))
+    suite = load_suite("pairs", str(home))
+    assert "spBLEU" in suite.metrics
+    assert not any("spBLEU" in m.name for m in suite.task(suite.prompts[0]).metrics(records))
 
 
-def given(tmp_path: Path, name: str, ending: str, text: str) -> suites.Suite:
+def given(tmp_path: Path, name: str, ending: str, text: str) -> Suite:
     """A suite whose rows are a file's of one's own."""
     (tmp_path / f"own{ending}").write_text(text)
-    return suites.load(f"{name}={tmp_path}/own{ending}")
+    return load_suite(f"{name}={tmp_path}/own{ending}")
 
 
-def asked(suite: suites.Suite) -> list[list[tuple[str, int | str]]]:
+def asked(suite: Suite) -> list[list[tuple[str, int | str]]]:
     return [[(x.context, x.gold) for x in suite.items(p)] for p in suite.prompts]
 
 
@@ -419,10 +431,9 @@ def test_what_a_template_cannot_say_of_a_row_is_one_line(tmp_path):
     assert "\n" not in str(e.value)
 
 
-def test_several_files_for_one_suite_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(suites.hub, "data", lambda spec: [tmp_path / "a.tsv", tmp_path / "b.tsv"])
+def test_several_files_for_one_suite_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"names 2 files, a\.tsv first; name one") as e:
-        suites.load("pairs=hf:org/name/*.tsv")
+        suite_readers.only_file("hf:org/name/*.tsv", [tmp_path / "a.tsv", tmp_path / "b.tsv"])
     assert e.value.code == 2
 
 
@@ -432,30 +443,67 @@ def test_a_file_that_is_missing_damaged_or_a_folder_is_one_line(home, tmp_path, 
     (tmp_path / f"folder{ending}").mkdir()
     for name in ("missing", "damaged", "folder"):
         with pytest.raises(UserError, match=name) as e:
-            suites.load(f"pairs={tmp_path}/{name}{ending}")
+            load_suite(f"pairs={tmp_path}/{name}{ending}")
         assert "\n" not in str(e.value) and e.value.code == 3
     with pytest.raises(UserError, match=r"cannot be read .Is a directory"):
         evaluated(home, hypotheses=[f"pairs/eng-kin={tmp_path}"])
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"metrics": ["acc", "accuracy"]}, "metrics: accuracy; of the kind choose there are acc, "),
-    ({"metrics": []}, "metrics: none; of the kind choose"),
-    ({"kind": "match", "metrics": ["exact_match"]}, r"a match needs \[\[answers\]\]"),
+    ({"metrics": ["acc", "accuracy"]},
+     "metrics: accuracy; expected for kind multiple_choice acc, "),
+    ({"metrics": []}, "metrics: none; expected for kind multiple_choice"),
+    ({"kind": "exact_match", "metrics": ["exact_match"]},
+     r"kind exact_match needs \[\[answers\]\]"),
+    ({"kind": "choice"}, "not a suite .kind 'choice': expected multiple_choice, exact"),
+    ({"shuffle": True}, "not a suite .unknown key shuffle"),
     ({"groups": ["class"]}, "row 1 has no column class; it has text, label"),
-    ({"kind": "translate", "metrics": ["BLEU"]}, "row 1 has no column")])
+    ({"kind": "translation", "metrics": ["BLEU"]}, "row 1 has no column")])
 def test_what_would_stop_the_count_stops_a_suite_before_it_is_asked(home, changes, words):
     (home / "mine.jsonl").write_text(json.dumps({"text": "Inka", "label": 0}) + "\n")
     with pytest.raises(UserError, match=words):
-        suites.load(suite_file(home, **changes), str(home))
+        load_suite(suite_file(home, **changes), str(home))
 
 
-def test_every_figure_that_a_suite_may_ask_for_is_counted(monkeypatch):
-    monkeypatch.setattr(metrics, "has_spbleu", lambda: False)
-    for kind, known in suites.KINDS.items():
-        found = judge.names(kind, known, [{"name": "whole"}], "eng-kin")
-        assert set(known) - {"spBLEU"} <= set(found)
-    assert set(metrics.TRANSLATION) <= set(suites.KINDS["translate"])
+def test_every_metric_that_a_suite_may_ask_for_is_computed(home, no_spbleu):
+    pairs = load_suite(f"pairs={home}/pairs.tsv")
+    for task_type in TASKS:
+        pairs.metrics, pairs.answers = list(task_type.known_metrics), [{"name": "whole"}]
+        names = task_type(pairs, pairs.prompts[0]).metric_names()
+        assert set(task_type.known_metrics) - {"spBLEU"} <= set(names)
+
+
+@pytest.mark.parametrize("task_type", TASKS)
+def test_a_suite_file_with_the_earlier_name_of_its_kind_is_read(home, task_type):
+    rows = {"text": "Inka", "label": 0, "eng": "a", "kin": "b"}
+    (home / "mine.jsonl").write_text(json.dumps(rows) + "\n")
+    changes = {"metrics": list(task_type.known_metrics[:1])}
+    new = Path(suite_file(home, kind=task_type.kind, **changes)).read_text()
+    text = new.replace(f'"{task_type.kind}"', f'"{task_type.old_kind}"', 1)
+    text = text.replace('name = "1"', """name = "1"
+part = "eng-kin"
+aside = "why not"
+""").replace("[[data]]", '[[answers]]\nname = "whole"\n[[data]]')
+    (home / "earlier.toml").write_text(text)
+    suite = load_suite(str(home / "earlier.toml"), str(home))
+    assert suite.task_type is task_type
+    assert suite.prompts[0].excluded_from_mean == "why not"
+
+
+def test_a_language_without_an_identifier_is_not_identified_and_not_respelled(home, capsys):
+    """Another language than those of the folders of languages/: no language_rate, and no scores
+    with one apostrophe; the rows are not checked."""
+    text = (ROOT / "evaluation/suites/pairs.toml").read_text()
+    text = re.sub(r"\bkin\b", "xyz", text)
+    (home / "others.toml").write_text(text)
+    (home / "pairs-xyz.tsv").write_text((home / "pairs.tsv").read_text().replace("kin", "xyz"))
+    found = evaluated(home, model=str(home / "model"), prompts=["1"], limit=2, max_new_tokens=4,
+                      suites=[f"{home}/others.toml={home}/pairs-xyz.tsv"], overlap=False)
+    names = {part: {r["metric"] for r in found["results"] if r["part"] == part}
+             for part in ("eng-xyz", "xyz-eng")}
+    assert "language_rate" not in names["eng-xyz"] and "language_rate" in names["xyz-eng"]
+    assert not any("apostrophe" in x for part in names.values() for x in part)
+    assert capsys.readouterr().err.count("language_rate is left out for xyz") == 1
 
 
 def test_what_unicode_calls_a_lines_end_splits_no_record(home):
@@ -518,10 +566,6 @@ def test_nothing_is_said_to_be_found_of_a_bin_that_could_not_be_read(home, tmp_p
     assert "nothing that the model was trained on could be read" in page and "0.0 %" not in page
 
 
-def no_model(*args) -> None:
-    raise AssertionError("the model was loaded, or asked, first")
-
-
 @pytest.mark.parametrize(("values", "words"), [
     ({"trained_on": ["none.txt"]}, "none.txt: no such file"),
     ({"hypotheses": ["pairs/eng-kin=none.txt"]}, "none.txt cannot be read"),
@@ -530,13 +574,13 @@ def no_model(*args) -> None:
     ({"prompts": ["1", "22"]}, "--prompts 22: no suite has such a prompt"),
     ({"text": ["a/b=good.txt"]}, "--text a/b=good.txt: expected NAME=FILE")])
 def test_a_slip_is_told_before_the_model_is_loaded(home, monkeypatch, values, words):
+    """There is no such model, which loading would say."""
     monkeypatch.chdir(home)
-    monkeypatch.setattr(evaluating, "open_model", no_model)
     with pytest.raises(UserError, match=words):
-        evaluated(home, model="model", **values)
+        evaluated(home, model="no-such-model", **values)
 
 
-def test_what_cannot_be_compared_or_read_is_told_before_anything_is_measured(home, monkeypatch):
+def test_what_cannot_be_compared_or_read_is_told_before_anything_is_measured(home, tmp_path):
     (home / "asked.txt").write_text("Inka zacu.\n\nAbana baraje.\n")
     (home / "broken.jsonl").write_text('{"body": "Inka"}\n')
     said = {"model": str(home / "model"), "prompts": ["1"], "max_new_tokens": 2, "limit": 2,
@@ -546,19 +590,17 @@ def test_what_cannot_be_compared_or_read_is_told_before_anything_is_measured(hom
     here = evaluated(home, **said, baseline=before, hypotheses=[f"pairs/eng-kin={home}/good.txt"])
     assert all("baseline" in r for r in here["results"] if r["metric"] not in ("eos_rate",))
     assert here["results"][-1]["prompt"] == "file"
-    monkeypatch.setattr(tasks, "records", no_model)
-    monkeypatch.setattr(tasks, "document_nats", no_model)
     for values, words in (({"limit": 3}, "pairs.eng-kin.1 was measured on other items .2 there, 3"),
                           ({"beams": 2}, "has beams 1 there and 2 here"),
                           ({"max_new_tokens": 3}, "has new 2 there and 3 here"),
                           ({"documents": "file"}, "text.mine has unit block there and file here"),
                           ({"trained_on": [f"{home}/broken.jsonl"]}, "no text under 'text'")):
         with pytest.raises(UserError, match=words):
-            evaluated(home, **{**said, **values}, baseline=before)
+            evaluated(home, **{**said, **values}, baseline=before, out=str(tmp_path / "out"))
+        assert not (tmp_path / "out/items").exists(), "records were written, so it was measured"
 
 
-def test_that_spbleu_is_left_out_is_said_of_another_systems_translations_too(home, monkeypatch,
+def test_that_spbleu_is_left_out_is_said_of_another_systems_translations_too(home, no_spbleu,
                                                                              capsys):
-    monkeypatch.setattr(metrics, "has_spbleu", lambda: False)
     judged(home, "good")
     assert "spBLEU is left out" in capsys.readouterr().err

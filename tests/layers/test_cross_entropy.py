@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,11 +176,6 @@ def test_what_a_mean_or_a_scale_multiplies_by_is_not_rounded_first(dtype, factor
     some = (wanted.abs() < 6e4) & (wanted.abs() > 1e-4 * factor)
     assert some.float().mean() > 0.9
     assert float((found.double()[some] / wanted[some]).mean()) == pytest.approx(1, abs=1e-4)
-
-
-def test_bits_per_byte_is_nats_over_bytes_in_bits():
-    assert loss.bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
-    assert math.isnan(loss.bits_per_byte(0.0, 0))
 
 
 @pytest.mark.parametrize("frozen, cap, dtype", [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluating
-from evaluation import tasks
+from evaluation.eval_model import EvalModel
 from helpers import tiny
 from helpers.train_runs import call, make_settings, read_losses, run_ranks, train_command
 from runtime import console as log
@@ -164,13 +164,13 @@ def test_ranks_share_a_suites_items_and_find_the_same_figures(workspace, tmp_pat
     asked = tmp_path / "asked"
 
     def counts(run):
-        def records(*given, real=tasks.records, **more):
+        def contexts(model, items, real=EvalModel.contexts):
             with open(asked, "a") as file:
-                print(run.ranks.world, run.ranks.rank, len(given[4]), file=file)
-            return real(*given, **more)
+                print(run.ranks.world, run.ranks.rank, len(items), file=file)
+            return real(model, items)
 
         if run.step == 0:
-            tasks.records = records  # between the look at step 0 and the one at step 2
+            EvalModel.contexts = contexts  # between the evaluations at step 0 and at step 2
 
     said = [run_ranks(make_settings(workspace, f"share-{how}-{n}", shard=word, **changes), n,
                            during=counts) for n, word in ((1, "auto"), (2, how))]
@@ -185,21 +185,19 @@ def test_ranks_share_a_suites_items_and_find_the_same_figures(workspace, tmp_pat
     assert sorted(found) == sorted(wanted)
 
 
-def test_a_fault_in_one_ranks_share_is_all_ranks_fault_and_named_as_alone(
-        workspace, tmp_path, monkeypatch):
+def test_a_fault_in_one_ranks_share_is_all_ranks_fault_and_named_as_alone(workspace, tmp_path):
     changes = {"model": str(tmp_path / "model"), "steps": 2, "suite_items": 7, **made(tmp_path)}
-
-    def choose(model, tokenizer, asked, *given, **more):
-        for i, (context, _) in enumerate(asked):
-            if tiny.SENTENCES[1] in context:
-                raise UserError(f"item {i + 1}: cannot be scored")
-        return real(model, tokenizer, asked, *given, **more)
-
-    real = tasks.choose
-    monkeypatch.setattr(tasks, "choose", choose)
+    rows = [{"text": x, "label": i % 2, "choices": ["kin", "eng"]}
+            for i, x in enumerate(tiny.SENTENCES)]
+    rows[1]["choices"] = ["", "eng"]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    suite = tmp_path / "mine.toml"
+    suite.write_text('delimiter = ""\n' + suite.read_text().replace('["kin", "eng"]',
+                                                                    '"{{choices}}"'))
     for n in (1, 2):
         said = run_ranks(make_settings(workspace, f"fault-{n}", **changes), n, {3})
-        assert "error: item 2: cannot be scored" in said and "does not answer" not in said
+        assert "error: item 2: the choice '' has no token of its own" in said
+        assert "does not answer" not in said
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -1,0 +1,107 @@
+"""Comparison with an earlier evaluation, item by item, by a paired test.
+
+The earlier evaluation is read from its folder: results.json, and the records in items/. It is
+refused if it was made with other choices (prompt, shots, dtype is allowed to differ), with another
+version of the metrics, or of other items.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaluation.results import METRICS_VERSION, MetricResult, SampleLog, read_records
+from evaluation.significance import paired_test
+from runtime.console import FLAGS, UserError, say
+
+if TYPE_CHECKING:
+    from evaluation.metrics import Measure
+    from evaluation.tasks import Task
+
+# choices in a signature that must be equal
+COMPARED_CHOICES = ("version", "suite", "prompt", "shots", "beams", "new", "unit", "compat", "chat")
+# keys of a record that say which item it is of
+ITEM_KEYS = ("gold", "source", "reference", "bytes")
+
+
+class Baseline:
+    """An earlier evaluation, from its folder."""
+
+    def __init__(self, folder: Path):
+        try:
+            evaluation = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            self.results: list[MetricResult] = evaluation["results"]
+            self.model: str = evaluation["model"]
+        except FileNotFoundError:
+            raise UserError(f"--baseline {folder}: no results.json there; give the --out of an "
+                            "earlier evaluation", FLAGS) from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--baseline {folder}: results.json is damaged; give the --out of "
+                            "another evaluation, or evaluate again") from None
+        self.folder = folder
+
+    def records(self, name: str, choices: Mapping[str, object],
+                items: Sequence[Mapping]) -> list[SampleLog] | None:
+        """Return the baseline's records of NAME (as `record_name`), None if it has none.
+
+        `choices` are those of our signature; `items` are our records, or at least their parts that
+        say which items they are of. A file of translations ("SUITE.PART.file") is compared with
+        the first prompt of the same part if the baseline has no such file. Raises UserError if the
+        baseline was made with other choices or of other items.
+        """
+        signatures = {r["items"]: r["signature"] for r in reversed(self.results) if "items" in r}
+        if name not in signatures and name.endswith(".file"):
+            part = name.removesuffix("file")
+            name = min((x for x in signatures if x.startswith(part)), default=name)
+        if name not in signatures:
+            return None
+        file = self.folder / "items" / f"{name}.jsonl"
+        try:
+            records = read_records(file)
+        except (OSError, ValueError):
+            raise UserError(f"--baseline {self.folder}: {file.name} is missing or damaged, and a "
+                            "paired test needs it; evaluate again") from None
+        self._check_choices(name, choices, parse_signature(signatures[name]))
+        if _identities(records) != _identities(items):
+            raise UserError(f"--baseline {self.folder}: {name} was measured on other items "
+                            f"({len(records)} there, {len(items)} here); evaluate again to compare")
+        return records
+
+    def _check_choices(self, name: str, choices: Mapping[str, object],
+                       baseline_choices: Mapping[str, str]) -> None:
+        ours = {"version": str(METRICS_VERSION)} | {k: str(v) for k, v in choices.items()}
+        theirs = dict(baseline_choices)
+        for side in (ours, theirs):
+            if "dtype" in side:  # the figures of a model, not of a file
+                side.setdefault("compat", "none")
+                side.setdefault("chat", "none")
+        for key in COMPARED_CHOICES:
+            if key in ours and key in theirs and ours[key] != theirs[key]:
+                raise UserError(f"--baseline {self.folder}: {name} has {key} {theirs[key]} there "
+                                f"and {ours[key]} here; evaluate again to compare")
+
+    def compare(self, name: str, results: Sequence[MetricResult], measures: Sequence[Measure],
+                task: Task, records: Sequence[SampleLog]) -> None:
+        """Add the comparison with the baseline to each of our results."""
+        old_records = self.records(name, parse_signature(results[0]["signature"]), records)
+        if old_records is None:
+            say(f"{name}: not in the baseline {self.folder}, so not compared")
+            return
+        old_measures = {m.name: m for m in task.metrics(old_records)}
+        for result, measure in zip(results, measures, strict=True):
+            old = old_measures.get(measure.name)
+            if old is not None:
+                result["baseline"] = {"value": old.value, **paired_test(measure, old)}
+
+
+def parse_signature(signature: str) -> dict[str, str]:
+    """Return the choices of a signature by name. Ours come first; sacrebleu's, after them, has a
+    `version` of its own, which is left out."""
+    pairs = [choice.split(":", 1) for choice in signature.split("|") if ":" in choice]
+    return dict(reversed(pairs))
+
+
+def _identities(records: Sequence[Mapping]) -> list[list[object]]:
+    return [[r.get(key) for key in ITEM_KEYS] for r in records]

@@ -1,0 +1,357 @@
+"""Measuring: texts, suites and another system's translations in, results and record files out.
+
+`eval.py` is the command. Each `measure_*` function answers one thing that was asked for, writes its
+records to OUT/items and returns its results. Whatever can be refused is refused by the functions
+that read (`read_texts`, `read_suites`, `check_baseline`) before the model is asked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data import sha256
+from evaluation.results import (
+    METRICS_VERSION,
+    TEXT_PREFIX,
+    FileInfo,
+    MetricResult,
+    SampleLog,
+    group_results,
+    mean_result,
+    metric_result,
+    read_hypotheses,
+    record_name,
+    write_parallel_files,
+    write_records,
+)
+from evaluation.significance import RESAMPLES, SEED
+from evaluation.suites import Prompt, Suite, load_suite
+from evaluation.tasks import DocumentLikelihood, SuiteTask, Task, Translation
+from languages.language import identifier_for
+from preparation.contamination import TrainingText, count_contaminated
+from preparation.readers import detect_document_unit, file_format, list_files
+from preparation.readers import read_texts as read_documents
+from runtime.console import FLAGS, UserError, progress, say
+
+if TYPE_CHECKING:
+    from evaluation.baseline import Baseline
+    from evaluation.eval_model import EvalModel
+    from evaluation.metrics import Measure
+
+
+@dataclass
+class EvalText:
+    """A text to measure: the documents of its files, the first --limit of them."""
+
+    name: str
+    unit: str  # what a document is
+    files: list[Path]
+    documents: list[str]
+    partial: bool
+
+    @property
+    def suite(self) -> str:
+        """The name of the suite in its results."""
+        return TEXT_PREFIX + self.name
+
+
+@dataclass(frozen=True)
+class Options:
+    """How suites are asked."""
+
+    shots: int = 0
+    limit: int = 0  # items of each suite; 0: all
+    max_new_tokens: int = 0  # 0: as each suite says
+    beams: int = 1
+
+
+@dataclass
+class Measurement:
+    """The records of a text, or of one prompt of a suite, and how they were made."""
+
+    suite: str
+    task: Task
+    records: Sequence[SampleLog]
+    choices: dict[str, object]  # what the figures depend on: their signature
+    partial: bool
+    details: dict[str, Any]  # further keys of MetricResult
+    prompt: Prompt | None = None
+    groups: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the file of records."""
+        if self.prompt is None:
+            return record_name(self.suite)
+        return record_name(self.suite, self.prompt.name, self.prompt.part)
+
+    def signature(self) -> str:
+        """Return the choices that the figures depend on, as text."""
+        choices = dict(self.choices)
+        if self.partial:
+            choices["limit"] = len(self.records)
+        choices["ci"] = f"{self.task.unit},{RESAMPLES},{SEED}"
+        choices["version"] = METRICS_VERSION
+        return "|".join(f"{key}:{value}" for key, value in choices.items())
+
+    def prompt_details(self) -> dict[str, str]:
+        """Return the keys of a result that say which prompt it is of."""
+        if self.prompt is None:
+            return {}
+        details = {"prompt": self.prompt.name, "part": self.prompt.part}
+        if self.prompt.excluded_from_mean:
+            details["aside"] = self.prompt.excluded_from_mean
+        return details
+
+
+@dataclass
+class Evaluation:
+    """The folder that results go to, and the baseline that they are compared with."""
+
+    out: Path
+    baseline: Baseline | None = None
+    metric_names: set[str] = field(default_factory=set)  # that any measured suite asked for
+
+    def add(self, measured: Measurement) -> tuple[list[MetricResult], list[Measure]]:
+        """Score the records, compare them with the baseline's and write them. Returns the results,
+        and the measures that they come from."""
+        signature, prompt = measured.signature(), measured.prompt_details()
+        measures = measured.task.metrics(measured.records)
+        results = [metric_result(measured.suite, measure, signature, **prompt,
+                                 partial=measured.partial, **measured.details,
+                                 items=measured.name)
+                   for measure in measures]
+        if self.baseline:
+            self.baseline.compare(measured.name, results, measures, measured.task,
+                                  measured.records)
+        if measured.groups:
+            results += group_results(measured.suite, measures[0], measured.records,
+                                     measured.groups, signature, **prompt,
+                                     partial=measured.partial)
+        folder = self.out / "items"
+        write_records(folder / f"{measured.name}.jsonl", measured.records)
+        if isinstance(measured.task, Translation):
+            stem = measured.name
+            if measured.partial:
+                stem += ".PARTIAL"
+            write_parallel_files(folder, stem, measured.records)
+        return results, measures
+
+
+def read_texts(specs: Sequence[str], documents: str, key: str, limit: int) -> list[EvalText]:
+    """Read the texts of --text, NAME=FILE each. `documents`, `key`: --documents, --text-key."""
+    texts: list[EvalText] = []
+    for spec in specs:
+        name, _, file_spec = spec.partition("=")
+        if not name or "/" in name or not file_spec:
+            raise UserError(f"--text {spec}: expected NAME=FILE, as in kin=kin_val.jsonl, the name "
+                            "without a /", FLAGS)
+        if name in (text.name for text in texts):
+            raise UserError(f"--text {spec}: the name {name} is taken; give each text its own",
+                            FLAGS)
+        files = list_files([file_spec])
+        all_documents = read_documents(file_spec, documents, key)
+        text = EvalText(name, document_unit(files, documents, key), files,
+                        all_documents[: limit or None], 0 < limit < len(all_documents))
+        texts.append(text)
+        say(f"{name}: {len(all_documents)} documents (a document is a {text.unit})")
+    return texts
+
+
+def document_unit(files: Sequence[Path], documents: str, key: str) -> str:
+    """Return what a document of these files is, such as "line" or "record.text"."""
+    units = set()
+    for file in files:
+        if file_format(file) != ".txt":
+            units.add(f"record.{key}")
+        elif documents == "auto":
+            units.add(detect_document_unit(file))
+        else:
+            units.add(documents)
+    return "+".join(sorted(units))
+
+
+def read_suites(specs: Sequence[str], data_folder: str, prompts: Sequence[str],
+                options: Options) -> list[Suite]:
+    """Load the suites of --suites with only the prompts that --prompts names (without any: all),
+    and make every item once, so that faults of a suite are reported now."""
+    suites: list[Suite] = []
+    for spec in specs:
+        suite = load_suite(spec, data_folder)
+        if prompts:
+            _keep_prompts(suite, prompts)
+        if suite.name in (other.name for other in suites):
+            raise UserError(f"--suites {spec}: {suite.name} is named twice; name it once", FLAGS)
+        for prompt in suite.prompts:
+            suite.items(prompt, options.shots, options.limit)
+        suites.append(suite)
+        say(f"{suite.name}: {len(suite.rows)} items, {len(suite.prompts)} prompts "
+            f"({suite.about})")
+    kept = {prompt.name for suite in suites for prompt in suite.prompts}
+    missing = [name for name in prompts if name not in kept]
+    if missing:
+        raise UserError(f"--prompts {' '.join(missing)}: no suite has such a prompt; there are "
+                        f"{', '.join(sorted(kept))}", FLAGS)
+    return suites
+
+
+def _keep_prompts(suite: Suite, names: Sequence[str]) -> None:
+    kept = [prompt for prompt in suite.prompts if prompt.name in names]
+    if not kept:
+        known = ", ".join(dict.fromkeys(prompt.name for prompt in suite.prompts))
+        raise UserError(f"--prompts {' '.join(names)}: suite {suite.name} has {known}", FLAGS)
+    suite.prompts = kept
+
+
+def warn_unidentified_languages(suites: Sequence[Suite]) -> None:
+    """Print which target languages have no identifier, so that language_rate is left out."""
+    codes = dict.fromkeys(suite.language(task.target).code for suite in suites
+                          for task in map(suite.task, suite.prompts)
+                          if isinstance(task, Translation))
+    for code in codes:
+        if identifier_for([code]) is None:
+            say(f"language_rate is left out for {code}: languages/ has no identifier for it")
+
+
+def suite_choices(task: SuiteTask, model: EvalModel, shots: int) -> dict[str, object]:
+    """Return what the figures of a suite's prompt depend on."""
+    return {**task.suite.signature(task.prompt), "shots": shots, **model.signature(),
+            **model.chat_signature(), **task.signature()}
+
+
+def text_choices(text: EvalText, model: EvalModel) -> dict[str, object]:
+    """Return what the figures of a text depend on."""
+    return {"unit": text.unit, **model.signature()}
+
+
+def check_baseline(baseline: Baseline, texts: Sequence[EvalText], suites: Sequence[Suite],
+                   model: EvalModel, options: Options) -> None:
+    """Raise UserError now, and not after hours, if the baseline was measured otherwise."""
+    for text in texts:
+        items = [{"bytes": len(document.encode())} for document in text.documents]
+        baseline.records(record_name(text.suite), text_choices(text, model), items)
+    for suite in suites:
+        for prompt in suite.prompts:
+            task = suite.task(prompt, options.max_new_tokens, options.beams)
+            items = [task.item_fields(item)
+                     for item in suite.items(prompt, options.shots, options.limit)]
+            baseline.records(record_name(suite.name, prompt.name, prompt.part),
+                             suite_choices(task, model, options.shots), items)
+
+
+def measure_text(evaluation: Evaluation, text: EvalText, model: EvalModel) -> list[MetricResult]:
+    """Measure bits per byte of one text."""
+    start = time.perf_counter()
+    task = DocumentLikelihood()
+    ids = model.tokenizer.encode_batch(text.documents)
+    n_bytes = [len(document.encode()) for document in text.documents]
+    n_tokens = sum(map(len, ids))
+    ids = model.with_scored_bos(ids)
+    with progress(text.name, sum(map(len, ids))) as advance:
+        nats = model.rolling_nats(ids, advance)
+    model.check_finite(nats, text.name)
+    records = [task.record(x, n) for x, n in zip(nats, n_bytes, strict=True)]
+    details = {"bytes": sum(n_bytes), "tokens": n_tokens, **_provenance(start, text.files)}
+    results, _ = evaluation.add(Measurement(
+        text.suite, task, records, text_choices(text, model), text.partial, details))
+    return results
+
+
+def measure_suite(evaluation: Evaluation, suite: Suite, model: EvalModel,
+                  options: Options) -> list[MetricResult]:
+    """Measure all prompts of one suite, and their means."""
+    evaluation.metric_names |= set(suite.metrics)
+    results: list[MetricResult] = []
+    # measures of one part and metric, of all prompts that count in the mean
+    same_metric: dict[tuple[str, str], list[Measure]] = {}
+    for prompt in suite.prompts:
+        prompt_results, measures = _measure_prompt(evaluation, suite, prompt, model, options)
+        results += prompt_results
+        if not prompt.excluded_from_mean:
+            for measure in measures:
+                same_metric.setdefault((prompt.part, measure.name), []).append(measure)
+    for (part, _), measures in same_metric.items():
+        if len(measures) > 1:
+            signature = f"suite:{suite.name}.{suite.version}|prompts:{len(measures)}"
+            results.append(mean_result(suite.name, measures, signature, part=part, prompt="mean",
+                                       partial=0 < options.limit < len(suite.rows)))
+    return results
+
+
+def _measure_prompt(evaluation: Evaluation, suite: Suite, prompt: Prompt, model: EvalModel,
+                    options: Options) -> tuple[list[MetricResult], list[Measure]]:
+    start = time.perf_counter()
+    items = suite.items(prompt, options.shots, options.limit)
+    task = suite.task(prompt, options.max_new_tokens, options.beams)
+    title = " ".join(filter(None, (suite.name, prompt.part, prompt.name)))
+    with progress(title, task.n_requests(items)) as advance:
+        records = task.records(model, items, advance)
+    for record in records:
+        model.check_finite(np.array(record.get("logp", ())), title)
+    return evaluation.add(Measurement(
+        suite.name, task, records, suite_choices(task, model, options.shots),
+        len(items) < len(suite.rows), _provenance(start, suite.files), prompt, suite.groups))
+
+
+def measure_hypotheses(evaluation: Evaluation, spec: str, suite_specs: Sequence[str],
+                       data_folder: str, limit: int) -> list[MetricResult]:
+    """Score another system's translations, SUITE/PART=FILE. `suite_specs`, `data_folder`:
+    --suites, --suite-data."""
+    start = time.perf_counter()
+    name, _, file = spec.partition("=")
+    suite_name, _, part = name.partition("/")
+    given = [x for x in suite_specs if x.partition("=")[0] == suite_name]
+    suite = load_suite(given[0] if given else suite_name, data_folder)
+    parts = dict.fromkeys(prompt.part for prompt in suite.prompts)
+    if not file or suite.task_type is not Translation or part not in parts:
+        raise UserError(f"--hypotheses {spec}: expected SUITE/PART=FILE, as in "
+                        f"flores/eng-kin=file.txt; {suite.name} has {', '.join(parts)}", FLAGS)
+    evaluation.metric_names |= set(suite.metrics)
+    prompt = Prompt("file", "", "", part=part)
+    task = Translation(suite, prompt)
+    rows = suite.rows[: limit or None]
+    hypotheses = read_hypotheses(Path(file), len(suite.rows), name)
+    records = [task.file_record(row, text) for row, text in zip(rows, hypotheses, strict=False)]
+    results, _ = evaluation.add(Measurement(
+        suite.name, task, records, {"suite": f"{suite.name}.{suite.version}"},
+        len(rows) < len(suite.rows), _provenance(start, [*suite.files, Path(file)]), prompt,
+        suite.groups))
+    return results
+
+
+def check_hypotheses(specs: Sequence[str]) -> None:
+    """Raise UserError if --hypotheses names a suite's part twice."""
+    names = [spec.partition("=")[0] for spec in specs]
+    for spec, name in zip(specs, names, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"--hypotheses {spec}: {name} is given twice; evaluate one system at a "
+                            "time, each with its own --out", FLAGS)
+
+
+def find_contamination(training: TrainingText, missing: Sequence[str], texts: Sequence[EvalText],
+                       suites: Sequence[Suite], limit: int) -> dict[str, Any]:
+    """Return the items of texts and suites that stand in the training text, as results.json keeps
+    it. `missing`: training data that is known of but no longer there."""
+    tests = {text.suite: [[document] for document in text.documents] for text in texts}
+    for suite in suites:
+        tests[suite.name] = [[cell for cell in row.values() if isinstance(cell, str)]
+                             for row in suite.rows[: limit or None]]
+    counts = count_contaminated(tests, training) if training.specs else {}
+    unread = [*missing, *training.unread]
+    if unread:
+        say(f"contamination: could not be read: {', '.join(unread)}")
+    elif not training.specs:
+        say("contamination: what the model was trained on is not known; name it with --trained-on")
+    return {"read": training.read, "gone": unread, "tests": counts if training.read else {}}
+
+
+def _provenance(start: float, files: Sequence[Path]) -> dict[str, Any]:
+    """Return seconds since `start`, and the files with their hashes."""
+    infos: list[FileInfo] = [{"path": str(file), "sha256": sha256(file)} for file in files]
+    return {"seconds": round(time.perf_counter() - start, 2), "files": infos}
