@@ -8,7 +8,7 @@ that read (`read_texts`, `read_suites`, `check_baseline`) before the model is as
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
