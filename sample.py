@@ -31,11 +31,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from languages.language import read_direction, read_names
 from runtime import console, flags
 from runtime.console import FLAGS, STORAGE, UserError
+from runtime.setting_metadata import Group, bounded
 
 if TYPE_CHECKING:  # these import torch, which --help does not wait for
     from inference.decode import DecodeStep
@@ -44,15 +45,15 @@ if TYPE_CHECKING:  # these import torch, which --help does not wait for
     from inference.sampling import SamplingParams, StoppingCriteria
     from model import Llama
 
-CHAT_COMMANDS = "/reset starts a new conversation, /save FILE writes it as a line of JSON, " \
-    "/quit ends"
+CHAT_COMMANDS = ("/reset starts a new conversation, /save FILE writes it as a line of JSON, "
+                 "/quit ends")
 
 
 @dataclass
 class Settings:
     """Continue prompts with a model."""
 
-    model: str = ""
+    model: Annotated[str, Group("Most used")] = ""
     """A run's folder, a Hugging Face folder, a PEFT adapter, or a hub id (org/name@revision)."""
     prompt: list[str] = field(default_factory=list)
     """Texts to continue (with --translate: to translate); "" starts a text from nothing."""
@@ -61,17 +62,13 @@ class Settings:
     "messages"."""
     chat: bool = False
     """A conversation, by the model's chat template; a base model without one gets ours."""
-    translate: str = ""
-    """Translate --prompt, --file or stdin line by line, as in eng-kin: two ISO 639-3 codes. Uses
-    the prompt that the model was trained with."""
-    language_names: list[str] = field(default_factory=list)
-    """With --translate: English names of languages, CODE=NAME, as in lug=Luganda."""
     web: bool = False
     """A page on this machine, for a browser: conversation and translation if the model was trained
     for them, and text to continue, at most --max-new-tokens each."""
-    address: str = "127.0.0.1:8000"
-    """Address of the page. From another machine: ssh -L 8000:127.0.0.1:8000 HOST, then open it."""
-    samples: int = 1
+    translate: str = ""
+    """Translate --prompt, --file or stdin line by line, as in eng-kin: two ISO 639-3 codes. Uses
+    the prompt that the model was trained with."""
+    samples: int = bounded(1, at_least=1)
     """Answers to each prompt."""
     out: str = ""
     """With --file: write answers here, a JSON object a line. A killed run continues from it."""
@@ -80,7 +77,7 @@ class Settings:
     temperature: float | None = None
     """0 takes the most likely token each time. Default 0.8; 0 with --beams, and with --translate
     unless --samples is above 1."""
-    top_k: int = 0
+    top_k: Annotated[int, Group("Sampling")] = 0
     """Sample from this many most likely tokens; 0: from all."""
     top_p: float = 0.95
     """Sample from the fewest most likely tokens that have this probability; 1: from all."""
@@ -88,32 +85,42 @@ class Settings:
     """Sample from tokens at least this fraction as likely as the most likely one; 0: from all."""
     repetition_penalty: float = 1.0
     """Above 1: tokens that the text already has become less likely."""
-    beams: int = 1
-    """Beam search with this many hypotheses; ALMA translates with 5."""
+    beams: Annotated[int, Group("Beam search")] = 1
+    """Hypotheses of the search; 1: no search. ALMA translates with 5."""
     length_penalty: float = 1.0
-    """Of a beam search: larger values favour longer answers."""
+    """Larger values favour longer answers."""
     early_stopping: Literal["false", "true", "never"] = "false"
-    """When a beam search that has an answer for each beam ends, as in transformers. false: when the
-    best hypothesis, at its present length, is no better than the answers. true: at once. never:
-    when no hypothesis can become better (differs if the length penalty is above 0)."""
-    stop: list[str] = field(default_factory=list)
+    """When a search that has an answer for each beam ends, as in transformers. false: when the best
+    hypothesis, at its present length, is no better than the answers. true: at once. never: when no
+    hypothesis can become better (differs if the length penalty is above 0)."""
+    stop: Annotated[list[str], Group("Input and output")] = field(default_factory=list)
     """Strings that end an answer; they are not shown."""
     seed: int = 1
     """Seed of all samples."""
-    rows: int = 32
-    """Prompts continued at once; each beam counts."""
     json: bool = False
     """Print a JSON object a line: prompt, text, tokens, end (eos, stop or length), prompt_number
     (from 1)."""
+    language_names: list[str] = field(default_factory=list)
+    """With --translate: English names of languages, CODE=NAME, as in lug=Luganda."""
+    address: str = "127.0.0.1:8000"
+    """Address of the page. From another machine: ssh -L 8000:127.0.0.1:8000 HOST, then open it."""
+    rows: Annotated[int, Group("Speed and memory")] = bounded(32, at_least=1)
+    """Prompts continued at once; each beam counts."""
     compile: bool = False
     """On a GPU: compile the decoding step, with CUDA graphs."""
     quant: Literal["none", "int8", "nf4"] = "none"
     """Quantised weights. int8: all matrices, half the memory of bf16; nf4: the matrices of the
     layers, a quarter."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of weights and products. auto: bf16 where the device is fast with it, see README."""
+    """Of products. auto: bf16 if the device computes it natively, else fp16 on a GPU, fp32 on a
+    CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
+
+    HINTS: ClassVar[dict[str, str]] = {
+        "max_tokens": "--max-new-tokens", "max_length": "--max-new-tokens",
+        "num_beams": "--beams", "num_return_sequences": "--samples", "n": "--samples",
+        "batch_size": "--rows", "do_sample": "--temperature above 0", "prompts": "--prompt"}
 
 
 def main(s: Settings) -> None:
@@ -155,8 +162,6 @@ def check_settings(s: Settings) -> None:
         raise UserError(f"--address {s.address} needs --web", FLAGS)
     if s.web and (s.json or s.samples > 1):
         raise UserError("--web cannot be used with --json or --samples", FLAGS)
-    if s.samples < 1 or s.rows < 1:
-        raise UserError(f"--samples {s.samples} --rows {s.rows}: expected 1 or more", FLAGS)
     if s.samples > 1 and temperature_of(s, bool(s.translate)) == 0:
         raise UserError(f"--samples {s.samples}: at temperature 0 all samples are equal. Give "
                         "--temperature above 0", FLAGS)

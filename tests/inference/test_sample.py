@@ -368,6 +368,35 @@ def test_a_translation_is_asked_by_the_prompt_that_training_left(talker, tmp_pat
         (talker / "prompt.json").unlink()
 
 
+def test_samples_of_a_translation_are_drawn_as_the_recipe_says(home, tmp_path):
+    """docs/recipes.md: --translate eng-kin --file eng.jsonl --samples 4 --out samples.jsonl."""
+    rows = [{"eng": "Our cows eat grass."}, {"text": "The water is good."}]
+    (tmp_path / "eng.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampled(home, file=str(tmp_path / "eng.jsonl"), translate="eng-kin", samples=4,
+            out=str(tmp_path / "samples.jsonl"))
+    answers = lines_of(tmp_path / "samples.jsonl")
+    assert [x["prompt_number"] for x in answers] == [1] * 4 + [2] * 4
+    assert len({x["text"] for x in answers}) > 4 and answers[4]["source"] == "The water is good."
+
+
+@pytest.mark.parametrize(("direction", "names", "prompt"), [
+    ("kin-swa", [], "Translate this from Kinyarwanda to Swahili:\nKinyarwanda: Inka\nSwahili:"),
+    ("xyz-kin", ["xyz=Xyzish"],
+     "Translate this from Xyzish to Kinyarwanda:\nXyzish: Inka\nKinyarwanda:")])
+def test_any_two_languages_can_be_asked_for(home, capsys, direction, names, prompt):
+    sampled(home, prompt=["Inka"], translate=direction, language_names=names, json=True)
+    assert json.loads(capsys.readouterr().out)["prompt"] == prompt
+
+
+@pytest.mark.parametrize(("direction", "message"), [
+    ("english", "--translate english: expected two ISO 639-3 codes, as in eng-kin"),
+    ("eng-eng", "--translate eng-eng: expected two"), ("xyz-kin", "--language-names xyz=NAME")])
+def test_a_direction_that_is_unknown_is_one_line(home, direction, message):
+    with pytest.raises(UserError, match=message) as e:
+        sampled(home, prompt=["Inka"], translate=direction)
+    assert e.value.code == FLAGS
+
+
 def test_what_is_piped_in_and_is_not_utf8_is_one_line(home, monkeypatch):
     piped = io.TextIOWrapper(io.BytesIO("Mwaramutse \xe9\n".encode("latin-1")), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", piped)
