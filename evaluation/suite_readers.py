@@ -17,18 +17,18 @@ A data file is looked for under --suite-data, then beside the suite's .toml.
 from __future__ import annotations
 
 import ast
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from preparation.readers import file_format, read_aligned_rows, read_rows
 from runtime import hub
-from runtime.console import BAD_INPUT, FLAGS, UserError, say
+from runtime.console import BAD_INPUT, FLAGS, UserError
 
 Row = dict[str, Any]  # cells by column
 Layout = Mapping[str, Any]  # an entry of [[data]]
 SPLITS = ("test", "shots")
+FORMATS = (".jsonl", ".tsv", ".csv", ".parquet")
 
 
 def layout_of_file(spec: str, layouts: Sequence[Layout]) -> Layout:
@@ -92,9 +92,13 @@ def read_split(layout: Layout, split: str, folders: Sequence[Path]) -> tuple[lis
     spec = layout[split]
     if isinstance(spec, dict):
         files = [_locate(name, folders) for name in spec.values()]
-        return _read_parallel(dict(zip(spec, files, strict=True))), files
+        aligned = read_aligned_rows(dict(zip(spec, files, strict=True)))
+        return [dict(row.cells) for row in aligned], files
     file = _locate(spec, folders)
-    rows = read_rows(file, layout.get("quoted", False))
+    if file_format(file) not in FORMATS:
+        raise UserError(f"{file}: expected {', '.join(FORMATS)}")
+    quoted = layout.get("quoted", False)
+    rows = [dict(row.cells) for row in read_rows(file, quoted, skip_blank_lines=True)]
     rows = _filter(rows, layout.get(f"{split}_where", {}), file)
     _rename_columns(rows, layout.get("columns", {}), file)
     _map_values(rows, layout.get("values", {}), file)
@@ -152,90 +156,3 @@ def require_column(rows: Sequence[Row], column: str, file: Path) -> None:
         if column not in row:
             raise UserError(f"{file}: row {i + 1} has no column {column}; it has "
                             f"{', '.join(map(str, row))}")
-
-
-def _read_parallel(files: Mapping[str, Path]) -> list[Row]:
-    """Return the rows of text files, one per column, line by line."""
-    columns = {name: _lines(file) for name, file in files.items()}
-    if len({len(lines) for lines in columns.values()}) > 1:
-        counts = ", ".join(f"{file} {len(columns[name]):,}" for name, file in files.items())
-        raise UserError(f"the sides have different numbers of lines: {counts}; line n of one must "
-                        "be the translation of line n of the other")
-    return [dict(zip(columns, cells, strict=True))
-            for cells in zip(*columns.values(), strict=True)]
-
-
-def _lines(file: Path) -> list[str]:
-    """Return the lines of a text. Only \\n ends a line; a \\r before it is removed."""
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{file}: not UTF-8 (byte {e.start}); save it as UTF-8") from None
-    if lines[-1] == "":
-        lines = lines[:-1]
-    return [line.removesuffix("\r") for line in lines]
-
-
-def read_rows(file: Path, quoted: bool = False) -> list[Row]:
-    """Return the rows of a .jsonl, .tsv, .csv or .parquet; quotes in a .tsv are plain characters
-    unless `quoted`."""
-    if file.suffix == ".parquet":
-        return _read_parquet(file)
-    if file.suffix == ".jsonl":
-        return _read_jsonl(file)
-    if file.suffix not in (".tsv", ".csv"):
-        raise UserError(f"{file}: expected .jsonl, .tsv, .csv or .parquet")
-    lines = _lines(file)
-    if file.suffix == ".tsv" and not quoted:
-        cells = [line.split("\t") for line in lines]
-    else:
-        cells = _quoted(lines, file)
-    rows = []
-    for i, row in enumerate(cells[1:]):
-        if row and row != [""]:
-            if len(row) != len(cells[0]):
-                raise UserError(f"{file}: row {i + 1} has {len(row)} columns, the first line names "
-                                f"{len(cells[0])}")
-            rows.append(dict(zip(cells[0], row, strict=True)))
-    return rows
-
-
-def _read_parquet(file: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with file.open("rb") as f:
-            return pyarrow.parquet.read_table(f).to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{file}: not a parquet file that can be read "
-                        f"({' '.join(str(e).split())})") from None
-
-
-def _read_jsonl(file: Path) -> list[Row]:
-    try:
-        rows = [json.loads(line) for line in _lines(file) if line.strip()]
-        if all(isinstance(row, dict) for row in rows):
-            return rows
-    except ValueError:
-        pass
-    raise UserError(f"{file}: not JSON, an object on each line")
-
-
-def _quoted(lines: Sequence[str], file: Path) -> list[list[str]]:
-    """Return the cells of lines with quotes. Prints where a quoted cell spans lines: a stray quote
-    makes one row of several."""
-    reader = csv.reader((line + "\n" for line in lines),
-                        delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
-    try:
-        cells = list(reader)
-    except csv.Error as e:
-        raise UserError(f"{file}, line {reader.line_num}: its quotes cannot be read ({e}); a quote "
-                        "within a cell is written twice, in a cell within quotes") from None
-    spanning = [i for i, row in enumerate(cells) if any("\n" in cell for cell in row)]
-    if spanning:
-        say(f"{file}: quotes hold a line's end in {len(spanning):,} of {len(cells) - 1:,} rows, in "
-            f"row {spanning[0]} first")
-    return cells
