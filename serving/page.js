@@ -1,128 +1,198 @@
 "use strict";
-const $ = id => document.getElementById(id), facts = JSON.parse($("facts").textContent);
-let way = null, said = [], kept = [], running = null;  // messages, exchanges, what can stop the answer
 
-function put(parent, tag, kind, text) {  // everything that is shown goes through textContent
-  const x = document.createElement(tag);
-  x.className = kind; x.textContent = text; parent.append(x);
-  return x;
+const $ = id => document.getElementById(id);
+const facts = JSON.parse($("facts").textContent);
+
+let format = null;  // the chosen tab: chat, a translation, or text
+let messages = [];  // of the conversation
+let exchanges = [];  // what Save writes for the other tabs
+let running = null;  // stops the answer that is being made
+
+// Model output is shown only through textContent, never as markup.
+function add(parent, tag, className, text) {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.textContent = text;
+  parent.append(element);
+  return element;
 }
+
 function choose(next) {
   if (running) return;
-  if (way && (way.kind === "chat" || next.kind === "chat")) clear();
-  way = next;
-  for (const x of $("ways").children) x.setAttribute("aria-selected", x.dataset.name === way.name);
-  $("empty").textContent = way.about;
-  $("text").placeholder = way.hint;
-  for (const x of document.querySelectorAll(".draws")) x.hidden = way.kind === "translate";
+  if (format && (format.kind === "chat" || next.kind === "chat")) clear();
+  format = next;
+  for (const tab of $("formats").children) {
+    tab.setAttribute("aria-selected", tab.dataset.name === format.name);
+  }
+  $("empty").textContent = format.about;
+  $("text").placeholder = format.hint;
+  for (const element of document.querySelectorAll(".sampling")) {
+    element.hidden = format.kind === "translate";
+  }
   $("text").focus();
 }
+
 function clear() {
-  said = []; kept = [];
-  for (const x of document.querySelectorAll(".turn")) x.remove();
-  change();
+  messages = [];
+  exchanges = [];
+  for (const turn of document.querySelectorAll(".turn")) turn.remove();
+  updateControls();
 }
-function change() {  // what the controls look like now
+
+function updateControls() {
+  const busy = Boolean(running);
   $("empty").hidden = Boolean(document.querySelector(".turn"));
-  $("go").textContent = running ? "Stop" : way && way.kind === "translate" ? "Translate" : "Send";
-  for (const x of $("ways").children) x.disabled = Boolean(running);
-  $("clear").disabled = Boolean(running); $("save").disabled = Boolean(running) || !kept.length;
+  if (busy) $("go").textContent = "Stop";
+  else $("go").textContent = format && format.kind === "translate" ? "Translate" : "Send";
+  for (const tab of $("formats").children) tab.disabled = busy;
+  $("clear").disabled = busy;
+  $("save").disabled = busy || !exchanges.length;
 }
-function grow() {
+
+function fitHeight() {
   $("text").style.height = "auto";
   $("text").style.height = $("text").scrollHeight + "px";
 }
+
+function makeQuestion(text, seed) {
+  const question = {format: format.name, seed, new: Number($("new").value)};
+  if (format.kind !== "translate") {
+    question.temperature = Number($("temperature").value);
+    question.top_p = Number($("top_p").value);
+  }
+  if (format.kind !== "chat") {
+    question.text = text;
+    return question;
+  }
+  question.messages = [...messages, {role: "user", content: text}];
+  const size = () => new Blob([JSON.stringify(question)]).size;
+  while (question.messages.length > 2 && size() > facts.max_bytes) question.messages.splice(0, 2);
+  return question;
+}
+
+// Reads the lines of an answer, a JSON object each, as they arrive.
+async function readAnswer(question, takePart) {
+  const answer = await fetch("answer", {
+    method: "POST", signal: running.signal, body: JSON.stringify(question),
+    headers: {"Content-Type": "application/json", "X-Token": facts.token}});
+  if (!answer.ok) throw new Error(await answer.text());
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) takePart(JSON.parse(line));
+  }
+}
+
 async function ask(text) {
-  const seed = $("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number($("seed").value);
-  const question = {way: way.name, seed, new: Number($("new").value)};
-  if (way.kind !== "translate") Object.assign(question,
-    {temperature: Number($("temperature").value), top_p: Number($("top_p").value)});
-  if (way.kind === "chat") question.messages = [...said, {role: "user", content: text}];
-  else question.text = text;
-  while (way.kind === "chat" && question.messages.length > 2 &&
-    new Blob([JSON.stringify(question)]).size > facts.most) question.messages.splice(0, 2);
-  const turn = put($("log"), "section", "turn " + way.kind, "");
-  const both = way.kind === "text" ? put(turn, "div", "both", "") : turn;
-  put(both, "p", "said asked", text);
-  const shown = put(both, "p", "said answer busy", ""), foot = put(turn, "p", "foot", "");
+  const chosen = $("seed").value;
+  const seed = chosen === "" ? Math.floor(Math.random() * 2 ** 31) : Number(chosen);
+  const question = makeQuestion(text, seed);
+  const turn = add($("log"), "section", "turn " + format.kind, "");
+  const box = format.kind === "text" ? add(turn, "div", "box-text", "") : turn;
+  add(box, "p", "message prompt", text);
+  const shown = add(box, "p", "message answer busy", "");
+  const foot = add(turn, "p", "foot", "");
   const main = document.querySelector("main");
   turn.scrollIntoView({block: "nearest"});
+  const notes = [];
+  if (format.kind === "chat" && question.messages.length <= messages.length) {
+    notes.push(facts.truncated);
+  }
   let end = null;
-  const notes = way.kind === "chat" && question.messages.length <= said.length ? [facts.outgrown] : [];
-  const take = part => {
-    const near = main.scrollHeight - main.scrollTop - main.clientHeight < 80;
+  const takePart = part => {
+    const atBottom = main.scrollHeight - main.scrollTop - main.clientHeight < 80;
     if (part.text) shown.append(part.text);  // a text node
     if (part.note) notes.push(part.note);
     if (part.error) throw new Error(part.error);
     if (part.end) end = part;
-    if (near) main.scrollTop = main.scrollHeight;
+    if (atBottom) main.scrollTop = main.scrollHeight;
   };
-  running = new AbortController(); change();
+  running = new AbortController();
+  updateControls();
   try {
-    const answer = await fetch("answer", {method: "POST", signal: running.signal, body: JSON.stringify(question),
-      headers: {"Content-Type": "application/json", "X-Token": facts.token}});
-    if (!answer.ok) throw new Error(await answer.text());
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let rest = "";;) {
-      const {value, done} = await reader.read();
-      if (done) break;
-      const lines = (rest + value).split("\n");
-      rest = lines.pop();
-      lines.forEach(line => take(JSON.parse(line)));
-    }
-    if (!end) throw new Error("the answer broke off; is sample.py still running?");
+    await readAnswer(question, takePart);
+    if (!end) throw new Error("the answer is incomplete; is sample.py still running?");
     notes.push(`${end.tokens} tokens in ${end.seconds} s`);
-    if (way.kind !== "translate") notes.push(`seed ${seed}`);
-    if (end.end === "length") notes.push("as many tokens as were asked for");
-  } catch (e) {
-    const stopped = e.name === "AbortError";
+    if (format.kind !== "translate") notes.push(`seed ${seed}`);
+    if (end.end === "length") notes.push("the maximum number of tokens");
+  } catch (error) {
+    const stopped = error.name === "AbortError";
     foot.classList.toggle("bad", !stopped);
-    notes.push(stopped ? "stopped" : e instanceof TypeError ? "no answer; is sample.py still running?" : e.message);
+    if (stopped) notes.push("stopped");
+    else if (error instanceof TypeError) notes.push("no answer; is sample.py still running?");
+    else notes.push(error.message);
   }
   running = null;
   shown.classList.remove("busy");
   foot.textContent = notes.join(" · ");
   const answer = shown.textContent;
   if (answer || end) {
-    said.push({role: "user", content: text}, {role: "assistant", content: answer.trim()});
-    kept.push({way: way.name, prompt: text, text: answer});
-  } else if (!$("text").value) { $("text").value = text; grow(); }  // nothing is lost to a fault
+    messages.push({role: "user", content: text}, {role: "assistant", content: answer.trim()});
+    exchanges.push({way: format.name, prompt: text, text: answer});
+  } else if (!$("text").value) {  // after a fault, the text can be sent again
+    $("text").value = text;
+    fitHeight();
+  }
   turn.scrollIntoView({block: "end"});
-  change();
+  updateControls();
 }
-$("form").addEventListener("submit", e => {
-  e.preventDefault();
-  if (running) return running.abort();
+
+$("form").addEventListener("submit", event => {
+  event.preventDefault();
+  if (running) {
+    running.abort();
+    return;
+  }
   const text = $("text").value;
-  if (!text.trim() && way.kind !== "text") return;
-  $("text").value = ""; grow();
+  if (!text.trim() && format.kind !== "text") return;
+  $("text").value = "";
+  fitHeight();
   ask(text);
 });
-$("text").addEventListener("input", grow);
-$("text").addEventListener("keydown", e => {
-  if (e.key !== "Enter" || e.shiftKey || e.isComposing || matchMedia("(pointer: coarse)").matches) return;
-  e.preventDefault();
+
+$("text").addEventListener("input", fitHeight);
+
+$("text").addEventListener("keydown", event => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (matchMedia("(pointer: coarse)").matches) return;  // on a phone, Enter is a new line
+  event.preventDefault();
   if (!running) $("form").requestSubmit();
 });
+
 $("settings").addEventListener("click", () => {
   $("more").hidden = !$("more").hidden;
   $("settings").setAttribute("aria-expanded", !$("more").hidden);
 });
+
 $("clear").addEventListener("click", clear);
+
 $("save").addEventListener("click", () => {  // a conversation as `prepare.py chat` reads it
-  const rows = way.kind === "chat" ? [{messages: said}] : kept;
+  const chat = format.kind === "chat";
+  const rows = chat ? [{messages}] : exchanges;
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([rows.map(x => JSON.stringify(x) + "\n").join("")]));
-  link.download = way.kind === "chat" ? "talk.jsonl" : "answers.jsonl";
+  link.href = URL.createObjectURL(new Blob(rows.map(row => JSON.stringify(row) + "\n")));
+  link.download = chat ? "talk.jsonl" : "answers.jsonl";
   link.click();
 });
-document.title = facts.title; $("title").textContent = facts.title;
-for (const x of facts.ways) {
-  const button = put($("ways"), "button", "", x.label);
-  button.type = "button"; button.dataset.name = x.name; button.setAttribute("role", "tab");
-  button.addEventListener("click", () => { choose(x); change(); });
+
+document.title = facts.title;
+$("title").textContent = facts.title;
+for (const each of facts.formats) {
+  const tab = add($("formats"), "button", "", each.label);
+  tab.type = "button";
+  tab.dataset.name = each.name;
+  tab.setAttribute("role", "tab");
+  tab.addEventListener("click", () => {
+    choose(each);
+    updateControls();
+  });
 }
-$("ways").hidden = facts.ways.length < 2;
+$("formats").hidden = facts.formats.length < 2;
 for (const name of ["new", "temperature", "top_p"]) $(name).value = facts[name];
 $("new").max = facts.new;
-choose(facts.ways[0]); change();
+choose(facts.formats[0]);
+updateControls();

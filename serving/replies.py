@@ -22,13 +22,13 @@ from runtime.console import UserError
 TABS = {"chat": ("Chat", "A conversation. Earlier messages are remembered until Clear.",
                  "Say something"),
         "text": ("Continue", "The model continues a text.", "The beginning of a text")}
-QUESTION_TYPES = {"way": str, "text": str, "messages": list, "new": int, "seed": int,
+QUESTION_TYPES = {"format": str, "text": str, "messages": list, "new": int, "seed": int,
                   "temperature": int | float, "top_p": int | float}
 
 
 def page_facts(title: str, configs: Mapping[str, GenerationConfig]) -> dict[str, Any]:
     """What the page shows: its title, its tabs with their texts, and the default settings."""
-    ways = []
+    formats = []
     for name, (prompt_format, _, _) in configs.items():
         if name in TABS:
             kind, (label, about, hint) = name, TABS[name]
@@ -37,9 +37,9 @@ def page_facts(title: str, configs: Mapping[str, GenerationConfig]) -> dict[str,
             source, target = map(prompt_format.translation.name_of, name.split("-"))
             label, about = f"{source} → {target}", "Each line is translated separately."
             hint = f"Text in {source}"
-        ways.append({"name": name, "kind": kind, "label": label, "about": about, "hint": hint})
+        formats.append({"name": name, "kind": kind, "label": label, "about": about, "hint": hint})
     sampling = configs["text"].sampling
-    return {"title": title, "ways": ways, "outgrown": TRUNCATED_NOTICE,
+    return {"title": title, "formats": formats, "truncated": TRUNCATED_NOTICE,
             "new": sampling.max_new_tokens, "temperature": sampling.temperature,
             "top_p": sampling.top_p}
 
@@ -49,7 +49,7 @@ def make_replier(model: Llama, configs: Mapping[str, GenerationConfig],
                  ) -> Callable[[Mapping[str, Any]], Iterator[dict[str, Any]]]:
     """A function that answers the page's questions.
 
-    A question has "way", "text" or "messages", and optionally "new", "seed", "temperature" and
+    A question has "format", "text" or "messages", and optionally "new", "seed", "temperature" and
     "top_p". The answer is that of `reply_parts`. UserError on any other question.
     """
 
@@ -78,10 +78,10 @@ def check_question(question: Mapping[str, Any],
     for key, value in question.items():
         if not isinstance(value, QUESTION_TYPES.get(key, ())) or isinstance(value, bool):
             raise UserError(f"{key[:20]}: not a key of a question, or of the wrong type")
-    name = question.get("way")
+    name = question.get("format")
     content = question.get("messages" if name == "chat" else "text")
     if name not in configs or content is None or content == []:
-        raise UserError("expected a way that the page offers, and a text or messages")
+        raise UserError("expected a format that the page offers, and a text or messages")
     return name, content
 
 

@@ -207,7 +207,7 @@ class Server:
 
     async def send_page(self, writer: asyncio.StreamWriter) -> None:
         """Send the page, with the token and the largest size of a question."""
-        facts = {**self.facts, "token": self.token, "most": MAX_BODY}
+        facts = {**self.facts, "token": self.token, "max_bytes": MAX_BODY}
         page = self.page.render(facts).encode()
         await self.send(writer, self.response_head(200, "text/html", len(page)) + page)
 

@@ -1,4 +1,4 @@
-"""The page of sample.py: what strangers at its door get, what it answers, what a browser shows."""
+"""The page of sample.py: which requests are refused, what it answers, what a browser shows."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from serving.server import Server
 from tokenization.tokenizer import Tokenizer
 
 HOSTILE = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)>&amp;\u2028"
-WAYS = [{"name": n, "kind": k, "label": n, "about": f"about {n}", "hint": f"hint {n}"}
+FORMATS = [{"name": n, "kind": k, "label": n, "about": f"about {n}", "hint": f"hint {n}"}
         for n, k in (("chat", "chat"), ("eng-kin", "translate"), ("text", "text"))]
-FACTS = {"title": f"out/kin {HOSTILE}", "ways": WAYS, "outgrown": TRUNCATED_NOTICE, "new": 64,
-         "temperature": 0.8, "top_p": 0.95}
+FACTS = {"title": f"out/kin {HOSTILE}", "formats": FORMATS, "truncated": TRUNCATED_NOTICE,
+         "new": 64, "temperature": 0.8, "top_p": 0.95}
 
 
-class Asked:
-    """A function that answers as a model would, and remembers what it was asked."""
+class FakeModel:
+    """A handler that answers as a model would, and remembers the questions."""
 
     def __init__(self):
         self.questions: list[dict] = []
@@ -69,31 +69,31 @@ class Asked:
             self.ended.set()
 
 
-class Served:
-    """A door in a thread of its own."""
+class ServerThread:
+    """A server in a thread of its own."""
 
-    def __init__(self, patience: float):
-        self.asked, self.loop = Asked(), asyncio.new_event_loop()
-        self.door = Server(self.asked, FACTS, patience)
+    def __init__(self, timeout: float):
+        self.model, self.loop = FakeModel(), asyncio.new_event_loop()
+        self.server = Server(self.model, FACTS, timeout)
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.server = self.do(self.door.listen("127.0.0.1:0"))
-        self.port = self.server.sockets[0].getsockname()[1]
+        self.listener = self.do(self.server.listen("127.0.0.1:0"))
+        self.port = self.listener.sockets[0].getsockname()[1]
 
-    def do(self, what):
-        return asyncio.run_coroutine_threadsafe(what, self.loop).result(10)
+    def do(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(10)
 
     def close(self) -> None:
-        self.asked.go_on.set()
+        self.model.go_on.set()
         self.do(self.end())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
-        self.door.worker.shutdown()
+        self.server.worker.shutdown()
         self.loop.close()
 
     async def end(self) -> None:
         """End as asyncio.run does: no connection outlives its loop."""
-        self.server.close()
+        self.listener.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -105,77 +105,79 @@ class Served:
         return s
 
     def raw(self, request: bytes) -> bytes:
-        """All that is said to a request; b"" if the connection is only closed."""
+        """The whole response to a request; b"" if the connection is only closed."""
         with self.socket() as s:
             try:
                 s.sendall(request)
-            except OSError:  # it is closed before we have said all
+            except OSError:  # closed before we have sent everything
                 pass
-            return all_of(s)
+            return read_all(s)
 
     def head(self, first: str = "POST /answer HTTP/1.1", size: int | None = None,
              **changes: str | None) -> bytes:
         """A request's first lines as our page sends them, but for `changes`; None leaves one out.
         """
         lines = {"Host": f"127.0.0.1:{self.port}", "Origin": f"http://127.0.0.1:{self.port}",
-                 "Content-Type": "application/json", "X-Token": self.door.token,
+                 "Content-Type": "application/json", "X-Token": self.server.token,
                  "Content-Length": None if size is None else str(size)}
         lines |= {k.replace("_", "-"): v for k, v in changes.items()}
-        said = [f"{k}: {v}" for k, v in lines.items() if v is not None]
-        return "\r\n".join([first, *said, "", ""]).encode()
+        headers = [f"{k}: {v}" for k, v in lines.items() if v is not None]
+        return "\r\n".join([first, *headers, "", ""]).encode()
 
     def ask(self, question: dict | bytes, **changes: str | None) -> bytes:
         body = question if isinstance(question, bytes) else json.dumps(question).encode()
         return self.raw(self.head(size=len(body), **changes) + body)
 
 
-def begun(s: socket.socket) -> bytes:
-    """The first bytes that come."""
+def first_bytes(s: socket.socket) -> bytes:
+    """The first bytes that arrive."""
     try:
         return s.recv(65536)
     except ConnectionError:
         return b""
 
 
-def all_of(s: socket.socket) -> bytes:
-    found = b""
+def read_all(s: socket.socket) -> bytes:
+    """Everything that arrives until the connection is closed."""
+    response = b""
     try:
-        while more := s.recv(65536):
-            found += more
+        while chunk := s.recv(65536):
+            response += chunk
     except ConnectionError:
         pass
-    return found
+    return response
 
 
-def status(answer: bytes) -> int:
-    return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.1 ") else 0
+def status(response: bytes) -> int:
+    """The HTTP status; 0 without a response."""
+    return int(response.split(b" ", 2)[1]) if response.startswith(b"HTTP/1.1 ") else 0
 
 
-def lines(answer: bytes) -> list[dict]:
-    return [json.loads(x) for x in answer.partition(b"\r\n\r\n")[2].splitlines()]
+def lines(response: bytes) -> list[dict]:
+    return [json.loads(x) for x in response.partition(b"\r\n\r\n")[2].splitlines()]
 
 
 @pytest.fixture
 def served():
-    served = Served(patience=0.5)
+    served = ServerThread(timeout=0.5)
     yield served
     served.close()
 
 
-def test_the_page_and_an_answer_are_given_to_who_calls_by_our_name(served):
+def test_the_page_and_an_answer_are_served_under_our_names(served):
     for name in ("127.0.0.1", "localhost", "[::1]"):
         page = served.raw(f"GET / HTTP/1.1\r\nHost: {name}:{served.port}\r\n\r\n".encode())
-        assert status(page) == 200 and served.door.token.encode() in page
+        assert status(page) == 200 and served.server.token.encode() in page
         assert b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n" in page
-        found = served.ask({"way": "text", "text": "Inka \u2028 \U0001f600"},
+        response = served.ask({"format": "text", "text": "Inka \u2028 \U0001f600"},
                            Host=f"{name}:{served.port}", Origin=f"http://{name}:{served.port}")
-        assert status(found) == 200
-        assert lines(found) == [{"text": "Answer to "}, {"text": "Inka \u2028 \U0001f600"},
+        assert status(response) == 200
+        assert lines(response) == [{"text": "Answer to "}, {"text": "Inka \u2028 \U0001f600"},
                                 {"end": "eos", "tokens": 3, "seconds": 0.1}]
     assert status(served.ask({"text": "a"}, Origin=None)) == 200  # curl, with the page's token
 
 
-def test_the_page_asks_nobody_else_and_runs_nothing_but_its_own_script(served):
+def test_the_page_loads_nothing_else_and_runs_only_its_own_script(served):
     head, _, page = served.raw(
         f"GET / HTTP/1.1\r\nHost: localhost:{served.port}\r\n\r\n".encode()).decode().partition(
             "\r\n\r\n")
@@ -188,7 +190,7 @@ def test_the_page_asks_nobody_else_and_runs_nothing_but_its_own_script(served):
     assert json.loads(facts)["title"] == FACTS["title"]
 
 
-STRANGERS = {  # what differs from what our page sends -> the answer's status
+FOREIGN_REQUESTS = {  # what differs from our page's request -> the status of the response
     "a foreign host": ({"Host": "evil.example:{port}"}, 403),
     "a name rebound to us": ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
     "a rebound name with our port": ({"Host": "a.example:{port}",
@@ -230,18 +232,18 @@ STRANGERS = {  # what differs from what our page sends -> the answer's status
     "a head without end": ({"X-Odd": "a" * 20_000}, 431)}
 
 
-@pytest.mark.parametrize("what", STRANGERS)
-def test_a_stranger_is_refused(served, what):
-    changes, wanted = STRANGERS[what]
+@pytest.mark.parametrize("what", FOREIGN_REQUESTS)
+def test_a_request_that_is_not_from_our_page_is_refused(served, what):
+    changes, expected = FOREIGN_REQUESTS[what]
     changes = {k: v and v.replace("{port}", str(served.port)) for k, v in changes.items()}
     body = b'{"text": "a"}'
-    found = served.raw(served.head(**{"size": len(body), **changes}) + body)
-    assert status(found) == wanted and served.asked.questions == []
-    assert served.door.token.encode() not in found and b"Traceback" not in found
-    assert status(served.ask({"text": "a"})) == 200  # and the door is still there
+    response = served.raw(served.head(**{"size": len(body), **changes}) + body)
+    assert status(response) == expected and served.model.questions == []
+    assert served.server.token.encode() not in response and b"Traceback" not in response
+    assert status(served.ask({"text": "a"})) == 200  # and the server still answers
 
 
-@pytest.mark.parametrize("first, wanted", [
+@pytest.mark.parametrize("first, expected", [
     ("GET /../../../../etc/passwd HTTP/1.1", 404), ("GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1", 404),
     ("GET //etc/passwd HTTP/1.1", 404), ("GET /web.py HTTP/1.1", 404),
     ("GET /file=/etc/passwd HTTP/1.1", 404), ("GET /?file=/etc/passwd HTTP/1.1", 404),
@@ -249,36 +251,37 @@ def test_a_stranger_is_refused(served, what):
     ("GET /answer HTTP/1.1", 405), ("OPTIONS /answer HTTP/1.1", 405), ("HEAD / HTTP/1.1", 404),
     ("PUT /answer HTTP/1.1", 405), ("GET / HTTP/2.0", 400), ("GET /", 400), ("get / HTTP/1.1", 400),
     ("GET  / HTTP/1.1", 400), ("\x16\x03\x01", 400), ("", 400)])
-def test_no_path_names_a_file_and_no_other_method_is_known(served, first, wanted):
-    found = served.raw(served.head(first, size=2) + b"{}")
-    assert status(found) == wanted and b"root:" not in found and served.asked.questions == []
-    assert served.door.token.encode() not in found
+def test_no_path_names_a_file_and_no_other_method_is_known(served, first, expected):
+    response = served.raw(served.head(first, size=2) + b"{}")
+    assert status(response) == expected and b"root:" not in response
+    assert served.model.questions == []
+    assert served.server.token.encode() not in response
 
 
 @pytest.mark.parametrize("body", [
     b"", b"{", b"[]", b"null", b'"a"', b"[" * 60_000, b"9" * 5000, b"\xff\xfe", b'{"a": "\xe9"}',
     b'{"text": "\\ud800"}', b'{"new": 0}'])
-def test_what_is_no_question_is_refused(served, body):
-    found = served.ask(body)
-    assert status(found) == 400 and b"Traceback" not in found
+def test_a_body_that_is_not_a_question_is_refused(served, body):
+    response = served.ask(body)
+    assert status(response) == 400 and b"Traceback" not in response
     assert status(served.ask({"text": "a"})) == 200
 
 
 def memory() -> float:
-    """Pages that this process holds, in MB."""
+    """Resident memory of this process, in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-def test_ten_megabytes_are_refused_unread(served):
-    before = memory()
+def test_ten_megabytes_are_refused_without_being_read(served):
+    start = memory()
     for _ in range(5):
         assert status(served.ask(b"[" + b" " * 10_000_000 + b"]")) == 413
-    assert memory() - before < 50 and served.asked.questions == []
+    assert memory() - start < 50 and served.model.questions == []
 
 
-def test_who_speaks_too_slowly_is_cut_off(served):
-    with served.socket() as s:  # a byte now and then does not prolong it
+def test_a_client_that_sends_too_slowly_is_cut_off(served):
+    with served.socket() as s:  # single bytes do not extend the timeout
         for byte in served.head(size=2):
             try:
                 s.send(bytes([byte]))
@@ -286,76 +289,77 @@ def test_who_speaks_too_slowly_is_cut_off(served):
                 break
             time.sleep(0.05)
         else:
-            pytest.fail("it listened to the end")
-        assert status(all_of(s)) in (0, 408)
-    found = served.raw(served.head(size=100) + b"{")  # and of its body the rest never comes
-    assert status(found) == 408
+            pytest.fail("the server read to the end")
+        assert status(read_all(s)) in (0, 408)
+    response = served.raw(served.head(size=100) + b"{")  # the rest of the body never arrives
+    assert status(response) == 408
     with served.socket() as s:
-        assert status(all_of(s)) == 408  # it says nothing at all
-    assert served.asked.questions == []
+        assert status(read_all(s)) == 408  # nothing is sent at all
+    assert served.model.questions == []
 
 
-def test_who_takes_nothing_of_an_answer_ends_it(served):
+def test_a_client_that_reads_nothing_ends_its_answer(served):
     body = b'{"text": "long"}'
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         s.connect(("127.0.0.1", served.port))
         s.sendall(served.head(size=len(body)) + body)
-        assert served.asked.ended.wait(20)
+        assert served.model.ended.wait(20)
 
 
-def test_who_goes_away_ends_the_answer_and_the_next_is_answered(served):
+def test_a_client_that_disconnects_ends_its_answer_and_the_next_is_answered(served):
     body = b'{"text": "long"}'
     with served.socket() as s:
         s.sendall(served.head(size=len(body)) + body)
         assert s.recv(100)
-        assert not served.asked.ended.is_set()
-    assert served.asked.ended.wait(20)
+        assert not served.model.ended.is_set()
+    assert served.model.ended.wait(20)
     assert lines(served.ask({"text": "a"}))[-1]["end"] == "eos"
 
 
-def test_of_a_hundred_questions_at_once_four_are_taken(served):
+def test_of_a_hundred_simultaneous_questions_four_are_accepted(served):
     body = b'{"text": "wait"}'
     sockets = [served.socket() for _ in range(100)]
     try:
         for s in sockets:
             s.sendall(served.head(size=len(body)) + body)
-        first = [begun(s) for s in sockets]  # of each, while no answer goes on
-        served.asked.go_on.set()
-        found = [a + all_of(s) for a, s in zip(first, sockets, strict=True)]
+        first = [first_bytes(s) for s in sockets]  # of each, while no answer continues
+        served.model.go_on.set()
+        response = [a + read_all(s) for a, s in zip(first, sockets, strict=True)]
     finally:
         for s in sockets:
             s.close()
-    codes = [status(x) for x in found]
+    codes = [status(x) for x in response]
     assert set(codes) <= {200, 429} and codes.count(200) == 4
-    assert all(lines(x)[-1]["end"] == "eos" for x in found if status(x) == 200)
-    assert len(served.asked.questions) == 4  # who finds the door full costs nothing
+    assert all(lines(x)[-1]["end"] == "eos" for x in response if status(x) == 200)
+    assert len(served.model.questions) == 4  # a refused question costs nothing
     assert lines(served.ask({"text": "a"}))[-1]["end"] == "eos"
 
 
-def test_idle_connections_do_not_keep_the_door_shut(served):
+def test_idle_connections_do_not_block_others(served):
     sockets = [served.socket() for _ in range(100)]
     try:
-        time.sleep(1.5)  # longer than its patience
+        time.sleep(1.5)  # longer than its timeout
         assert status(served.ask({"text": "a"})) == 200
     finally:
         for s in sockets:
             s.close()
 
 
-def test_a_fault_while_answering_is_said_and_the_page_goes_on(served, capfd):
-    found = served.ask({"text": "fail"})
-    assert status(found) == 200 and "its terminal shows the traceback" in lines(found)[-1]["error"]
+def test_an_error_in_an_answer_is_reported_and_the_server_continues(served, capfd):
+    response = served.ask({"text": "fail"})
+    assert status(response) == 200
+    assert "its terminal shows the traceback" in lines(response)[-1]["error"]
     assert "ZeroDivisionError" in capfd.readouterr().err
     assert lines(served.ask({"text": "a"}))[-1]["end"] == "eos"
 
 
 @pytest.mark.parametrize("address", ["8000", "127.0.0.1", "127.0.0.1:x", "0.0.0.0:8000", ":8000",
                                      "[::]:8000", "127.0.0.1:99999", "192.0.2.1:8000", "taken"])
-def test_an_address_that_cannot_be_had_is_one_line(served, address):
+def test_an_address_that_cannot_be_used_is_one_line(served, address):
     address = f"127.0.0.1:{served.port}" if address == "taken" else address
     with pytest.raises(UserError, match="--address") as e:
-        asyncio.run(Server(Asked(), FACTS).listen(address))
+        asyncio.run(Server(FakeModel(), FACTS).listen(address))
     assert e.value.code == 2 and "\n" not in str(e.value)
 
 
@@ -364,9 +368,9 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory) -> Path:
-    """A tiny model that was taught to converse and to translate."""
-    folder = tiny.folder(tmp_path_factory.mktemp("taught") / "model", seed=2)
+def trained(tmp_path_factory) -> Path:
+    """A tiny model with a chat template and a translation prompt."""
+    folder = tiny.folder(tmp_path_factory.mktemp("trained") / "model", seed=2)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "prompt.json").write_text(json.dumps({"translate": [{
         "name": "x", "text": "{source}: {text}\n{target}:",
@@ -374,27 +378,28 @@ def taught(tmp_path_factory) -> Path:
     return folder
 
 
-def sampled(folder: Path, *more: str) -> str:
-    """What sample.py answers elsewhere."""
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", folder, "--dtype", "fp32",
-                           "--device", "cpu", "--max-new-tokens", "12", *more], text=True,
-                          capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_sample(folder: Path, *flags: str) -> str:
+    """What sample.py prints on the command line."""
+    process = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--model", folder, "--dtype", "fp32", "--device", "cpu",
+         "--max-new-tokens", "12", *flags], text=True, capture_output=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-def test_the_page_of_a_model_answers_as_sample_py_does_and_ends_with_ctrl_c(taught, tmp_path):
-    run = [sys.executable, ROOT / "sample.py", "--model", taught, "--web", "--address",
+def test_the_page_of_a_model_answers_as_sample_py_does_and_ends_with_ctrl_c(trained, tmp_path):
+    run = [sys.executable, ROOT / "sample.py", "--model", trained, "--web", "--address",
            "127.0.0.1:0", "--dtype", "fp32", "--device", "cpu", "--max-new-tokens", "12",
            "--beams", "2"]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as at a terminal
-    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as running:
+    allow_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as in a terminal
+    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=allow_interrupt) as running:
         try:
             port = None
             while port is None:
                 assert running.poll() is None
-                found = re.search(r"http://127\.0\.0\.1:(\d+)", running.stderr.readline())
-                port = found and int(found[1])
+                match = re.search(r"http://127\.0\.0\.1:(\d+)", running.stderr.readline())
+                port = match and int(match[1])
 
             def get(method: str, path: str, body: str | None = None, token: str = "") -> bytes:
                 to = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -404,38 +409,39 @@ def test_the_page_of_a_model_answers_as_sample_py_does_and_ends_with_ctrl_c(taug
 
             facts = json.loads(re.search(r'id="facts">(.*?)</script>',
                                          get("GET", "/").decode())[1])
-            assert [x["name"] for x in facts["ways"]] == ["eng-kin", "kin-eng", "chat", "text"]
+            assert [x["name"] for x in facts["formats"]] == ["eng-kin", "kin-eng", "chat", "text"]
 
             def answer(**question) -> str:
-                found = get("POST", "/answer", json.dumps(question), facts["token"])
-                rows = [json.loads(x) for x in found.splitlines()]
-                assert rows[-1]["end"] in ("eos", "stop", "length"), found
+                response = get("POST", "/answer", json.dumps(question), facts["token"])
+                rows = [json.loads(x) for x in response.splitlines()]
+                assert rows[-1]["end"] in ("eos", "stop", "length"), response
                 return "".join(x.get("text", "") for x in rows)
 
-            said = [{"role": "user", "content": "Muraho"}, {"role": "assistant", "content": "Ego"},
-                    {"role": "user", "content": "Amakuru?"}]
+            messages = [{"role": "user", "content": "Muraho"},
+                        {"role": "assistant", "content": "Ego"},
+                        {"role": "user", "content": "Amakuru?"}]
             drawn = {"temperature": 1.2, "seed": 7, "top_p": 0.9}
-            text = answer(way="text", text="Inka", **drawn)
-            chat = answer(way="chat", messages=said, temperature=0.0)
-            lines = answer(way="eng-kin", text="The water\n\nOur cows").split("\n")
+            text = answer(format="text", text="Inka", **drawn)
+            chat = answer(format="chat", messages=messages, temperature=0.0)
+            lines = answer(format="eng-kin", text="The water\n\nOur cows").split("\n")
             long = get("POST", "/answer", json.dumps(
-                {"way": "chat", "messages": [*said[:2] * 30, said[2]]}), facts["token"])
+                {"format": "chat", "messages": [*messages[:2] * 30, messages[2]]}), facts["token"])
             assert json.loads(long.splitlines()[0]) == {"note": TRUNCATED_NOTICE}
             running.send_signal(signal.SIGINT)
             assert running.wait(30) == 130
         finally:
             running.kill()
-    assert "Inka" + text + "\n" == sampled(taught, "--prompt", "Inka", "--temperature", "1.2",
+    assert "Inka" + text + "\n" == run_sample(trained, "--prompt", "Inka", "--temperature", "1.2",
                                            "--seed", "7", "--top-p", "0.9")
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": said}) + "\n")
-    assert chat == json.loads(sampled(taught, "--file", str(tmp_path / "chat.jsonl"),
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    assert chat == json.loads(run_sample(trained, "--file", str(tmp_path / "chat.jsonl"),
                                       "--temperature", "0", "--json"))["text"].lstrip()
-    wanted = sampled(taught, "--translate", "eng-kin", "--beams", "2", "--prompt", "The water",
-                     "Our cows").split("\n")
-    assert [x.strip() for x in lines] == [wanted[0], "", wanted[1]]
+    expected = run_sample(trained, "--translate", "eng-kin", "--beams", "2", "--prompt",
+                          "The water", "Our cows").split("\n")
+    assert [x.strip() for x in lines] == [expected[0], "", expected[1]]
 
 
-def test_ctrl_c_ends_an_answer_that_is_being_made_and_says_nothing_of_it():
+def test_ctrl_c_ends_an_answer_without_a_traceback():
     program = """if True:
         import asyncio, sys, time
         from runtime import console as log
@@ -446,12 +452,12 @@ def test_ctrl_c_ends_an_answer_that_is_being_made_and_says_nothing_of_it():
                 time.sleep(0.2)
                 yield {"text": "a"}
 
-        facts = {"title": "x", "ways": []}
+        facts = {"title": "x", "formats": []}
         sys.exit(log.run(lambda: asyncio.run(serve("127.0.0.1:0", reply, facts))))
     """
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    allow_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE,
-                          text=True, preexec_fn=heard) as running:
+                          text=True, preexec_fn=allow_interrupt) as running:
         try:
             port = int(re.search(r":(\d+) in", running.stderr.readline())[1])
             to = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -469,75 +475,76 @@ def test_ctrl_c_ends_an_answer_that_is_being_made_and_says_nothing_of_it():
             running.kill()
 
 
-def test_a_page_translates_as_translate_does_and_draws_the_rest(taught):
-    formats = PromptFormat.load_all([taught], Tokenizer.open(taught))
-    answerer = Answerer(Settings(web=True), taught, None, formats["text"], {1}, None)
-    found = page_configs(answerer, formats)
-    assert {name: x.sampling.temperature for name, x in found.items()} == {
+def test_a_page_translates_greedily_and_samples_everything_else(trained):
+    formats = PromptFormat.load_all([trained], Tokenizer.open(trained))
+    answerer = Answerer(Settings(web=True), trained, None, formats["text"], {1}, None)
+    configs = page_configs(answerer, formats)
+    assert {name: x.sampling.temperature for name, x in configs.items()} == {
         "eng-kin": 0.0, "kin-eng": 0.0, "chat": 0.8, "text": 0.8}
 
 
-def test_a_base_offers_only_to_go_on(tmp_path):
+def test_a_base_model_offers_only_to_continue_a_text(tmp_path):
     folder = tiny.folder(tmp_path / "base")
     assert list(PromptFormat.load_all([folder], Tokenizer.open(folder))) == ["text"]
 
 
 @pytest.mark.parametrize("question", [
-    {}, {"way": "text"}, {"way": "kin-eng", "text": "a"}, {"way": ["text"], "text": "a"},
-    {"way": "text", "text": 1}, {"way": "text", "text": "a", "new": 0},
-    {"way": "text", "text": "a", "new": 65}, {"way": "text", "text": "a", "new": True},
-    {"way": "text", "text": "a", "new": 1e300}, {"way": "text", "text": "a", "temperature": -1},
-    {"way": "text", "text": "a", "temperature": float("nan")},
-    {"way": "text", "text": "a", "top_p": 2}, {"way": "text", "text": "a", "model": "/etc"},
-    {"way": "chat", "text": "a"}, {"way": "chat", "messages": []},
-    {"way": "chat", "messages": ["a"]}, {"way": "chat", "messages": [{"role": "x"}]},
-    {"way": "chat", "messages": [{"role": "user", "content": 3}]}])
-def test_a_question_that_the_page_does_not_offer_is_refused(taught, question):
-    tokenizer = Tokenizer.open(taught)
-    formats = PromptFormat.load_all([taught], tokenizer)
+    {}, {"format": "text"}, {"format": "kin-eng", "text": "a"}, {"format": ["text"], "text": "a"},
+    {"format": "text", "text": 1}, {"format": "text", "text": "a", "new": 0},
+    {"format": "text", "text": "a", "new": 65}, {"format": "text", "text": "a", "new": True},
+    {"format": "text", "text": "a", "new": 1e300},
+    {"format": "text", "text": "a", "temperature": -1},
+    {"format": "text", "text": "a", "temperature": float("nan")},
+    {"format": "text", "text": "a", "top_p": 2}, {"format": "text", "text": "a", "model": "/etc"},
+    {"format": "chat", "text": "a"}, {"format": "chat", "messages": []},
+    {"format": "chat", "messages": ["a"]}, {"format": "chat", "messages": [{"role": "x"}]},
+    {"format": "chat", "messages": [{"role": "user", "content": 3}]}])
+def test_a_question_that_the_page_does_not_offer_is_refused(trained, question):
+    tokenizer = Tokenizer.open(trained)
+    formats = PromptFormat.load_all([trained], tokenizer)
     configs = {k: GenerationConfig(formats[k], SamplingParams(64, 0.8), NO_STOPPING_CRITERIA)
                for k in ("chat", "text")}
     with pytest.raises(UserError):
         make_replier(tiny.ours(tiny.peer(seed=2)), configs)(question)
 
 
-def test_a_question_is_tokenised_once(taught):
-    tokenizer, read = Tokenizer.open(taught), []
+def test_a_question_is_tokenised_once(trained):
+    tokenizer, read = Tokenizer.open(trained), []
 
     class Recording(PromptFormat):
         def encode(self, prompt):
             read.append(prompt)
             return super().encode(prompt)
 
-    formats = Recording.load_all([taught], tokenizer)
+    formats = Recording.load_all([trained], tokenizer)
     reply = make_replier(tiny.ours(tiny.peer(seed=2)), {
         k: GenerationConfig(formats[k], SamplingParams(2, 0), NO_STOPPING_CRITERIA)
         for k in ("chat", "text", "eng-kin")})
-    said = [{"role": "user", "content": "Muraho"}]
-    for question, asked in (({"way": "text", "text": "a\nb"}, ["a\nb"]),
-                            ({"way": "chat", "messages": said}, [said]),
-                            ({"way": "eng-kin", "text": "a\n \nb"}, ["a", "b"])):
+    messages = [{"role": "user", "content": "Muraho"}]
+    for question, prompts in (({"format": "text", "text": "a\nb"}, ["a\nb"]),
+                            ({"format": "chat", "messages": messages}, [messages]),
+                            ({"format": "eng-kin", "text": "a\n \nb"}, ["a", "b"])):
         read.clear()
-        assert list(reply(question))[-1]["tokens"] == 2 * len(asked) and read == asked
+        assert list(reply(question))[-1]["tokens"] == 2 * len(prompts) and read == prompts
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 9, 40])
-def test_a_conversation_forgets_as_little_as_must_be(taught, n):
-    prompt_format = PromptFormat.load([taught], Tokenizer.open(taught))
-    said = [{"role": ("user", "assistant")[i % 2], "content": "a" * (i * 7 % 11 + 1)}
+def test_a_conversation_loses_as_few_messages_as_possible(trained, n):
+    prompt_format = PromptFormat.load([trained], Tokenizer.open(trained))
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "a" * (i * 7 % 11 + 1)}
             for i in range(n)]
-    rests = [said[i:] for i in range(0, n, 2)]
+    rests = [messages[i:] for i in range(0, n, 2)]
     for room in (0, 10, 60, 200, 10_000):
-        wanted = next((x for x in rests if len(prompt_format.encode(x)) <= room), rests[-1])
-        assert prompt_format.truncate_conversation(said, room) == (
-            wanted, prompt_format.encode(wanted))
+        expected = next((x for x in rests if len(prompt_format.encode(x)) <= room), rests[-1])
+        assert prompt_format.truncate_conversation(messages, room) == (
+            expected, prompt_format.encode(expected))
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(not browser.CHROMIUM, reason="no chromium here to open the page")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, width):
-    served = Served(patience=5)
+def test_a_browser_asks_shows_and_stops_and_runs_nothing_that_the_model_writes(tmp_path, width):
+    served = ServerThread(timeout=5)
     try:
         with browser.browser(tmp_path / "profile") as tab:
             tab.open(f"http://127.0.0.1:{served.port}/", width)
@@ -555,17 +562,17 @@ def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, widt
             tab.run(idle)
             ask_for("Muraho " + "ubwenegihugu" * 40)
             tab.run(idle)
-            messages = served.asked.questions[-1]["messages"]
+            messages = served.model.questions[-1]["messages"]
             assert [x["role"] for x in messages] == ["user", "assistant", "user"]
             assert messages[0]["content"] == HOSTILE
-            assert HOSTILE in tab.run("document.querySelector('.asked').textContent")
+            assert HOSTILE in tab.run("document.querySelector('.prompt').textContent")
             assert tab.run("document.title") == FACTS["title"]  # not taken
             for _ in range(5):  # a conversation that outgrows what a question may hold
                 ask_for("Amazi ni meza. " * 1000)
                 tab.run(idle)
-            messages = served.asked.questions[-1]["messages"]
+            messages = served.model.questions[-1]["messages"]
             assert len(messages) < 9 and messages[0]["role"] == "user"
-            assert len(served.asked.questions) == 7
+            assert len(served.model.questions) == 7
             assert tab.run("document.querySelectorAll('.foot.bad').length") == 0
             last = tab.run("[...document.querySelectorAll('.foot')].at(-1).textContent")
             assert last.startswith(TRUNCATED_NOTICE)
@@ -580,7 +587,7 @@ def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, widt
             tab.run(idle)
             assert tab.run(answers) == ["Answer to The water is good."]
             left, right = (tab.run(f"document.querySelector('.{x}').getBoundingClientRect().top")
-                           for x in ("asked", "answer"))
+                           for x in ("prompt", "answer"))
             assert left == right if width > 600 else left < right  # beside it, or under it
 
             tab.run("document.querySelector('[data-name=text]').click()")
@@ -588,7 +595,7 @@ def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, widt
                     "document.getElementById('top_p').value = 0.92")  # of no step of the fields
             ask_for("Umwana")
             tab.run(idle)
-            question = served.asked.questions[-1]
+            question = served.model.questions[-1]
             assert (question["temperature"], question["top_p"]) == (0.65, 0.92)
             ask_for("slow")
             tab.run("new Promise(r => {const look = () => document.querySelector('.busy')"
@@ -596,7 +603,7 @@ def test_a_browser_asks_shows_stops_and_runs_nothing_that_is_said(tmp_path, widt
             assert tab.run("document.getElementById('go').textContent") == "Stop"
             tab.run("document.getElementById('go').click()")
             tab.run(idle)
-            assert served.asked.ended.wait(20)
+            assert served.model.ended.wait(20)
             assert tab.run("[...document.querySelectorAll('.foot')].at(-1).textContent"
                            ".includes('stopped')")
             ask_for("fail")
