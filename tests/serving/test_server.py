@@ -381,8 +381,8 @@ def trained(tmp_path_factory) -> Path:
 def run_sample(folder: Path, *flags: str) -> str:
     """What sample.py prints on the command line."""
     process = subprocess.run(
-        [sys.executable, ROOT / "sample.py", "--model", folder, "--dtype", "fp32", "--device", "cpu",
-         "--max-new-tokens", "12", *flags], text=True, capture_output=True, timeout=300)
+        [sys.executable, ROOT / "sample.py", "--model", folder, "--dtype", "fp32", "--device",
+         "cpu", "--max-new-tokens", "12", *flags], text=True, capture_output=True, timeout=300)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -522,8 +522,8 @@ def test_a_question_is_tokenised_once(trained):
         for k in ("chat", "text", "eng-kin")})
     messages = [{"role": "user", "content": "Muraho"}]
     for question, prompts in (({"format": "text", "text": "a\nb"}, ["a\nb"]),
-                            ({"format": "chat", "messages": messages}, [messages]),
-                            ({"format": "eng-kin", "text": "a\n \nb"}, ["a", "b"])):
+                              ({"format": "chat", "messages": messages}, [messages]),
+                              ({"format": "eng-kin", "text": "a\n \nb"}, ["a", "b"])):
         read.clear()
         assert list(reply(question))[-1]["tokens"] == 2 * len(prompts) and read == prompts
 
