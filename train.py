@@ -36,7 +36,7 @@ if __name__ == "__main__":  # flags are read before torch is imported, so that -
 import numpy as np
 import torch
 
-from checkpoints import resume_point as checkpoint
+from checkpoints.resume_point import claim_run_folder, lock_run_folder
 from data import Batch
 from model import Llama
 from runtime.distributed import Ranks
@@ -153,12 +153,12 @@ def loop(run: Run) -> int:
                 metrics.write(step=run.step, **run.look())
                 last |= bool(run.guards.stopped)
             if not busy:
-                run.saver.advance()
+                run.saver.poll()
             if run.step % run.save_every == 0 or run.step == 1 or save or last or stop:
                 asked.save = 0  # the first only tries the disk
                 metrics.flush()
                 run.save()
-        run.saver.finish(must=True)
+        run.saver.finish(must_succeed=True)
     return stop if run.step < run.steps else 0
 
 
@@ -168,13 +168,13 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     if s.plan_for:
         plan.foretell(s)
         return 0
-    out = checkpoint.claim(Path(s.out))
+    out = claim_run_folder(Path(s.out))
     s = replace(s, out=str(out))
     if log.speaking() and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
         raise UserError(f"--out {out}: holds a run; go on with --resume, or name another folder",
                         FLAGS)
     run = None
-    with checkpoint.lock(out) if log.speaking() else nullcontext(), \
+    with lock_run_folder(out) if log.speaking() else nullcontext(), \
          explained(f"--rows {s.rows} x --seq-len {s.seq_len}", lambda: run.step + 1 if run else 0,
                    out):
         objective = objective_of(s)
@@ -193,10 +193,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         n = run.parameters
         log.say(f"{run.ranks}, products in {run.products}; {n['total']:,} parameters, "
                 f"{n['trained']:,} trained; {run.steps} steps of {run.tokens_per_step:,} tokens")
-        try:
-            stop = loop(run)
-        finally:
-            run.saver.awaited.set()  # what is under way is written now, not at its leisure
+        stop = loop(run)
         if stop:
             log.say(f"stopped and saved at step {run.step}; go on with: "
                     f"python train.py --resume --out {out}")

@@ -168,17 +168,17 @@ def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[s
     tokens = tokens_of(model)
 
     def rank() -> dict[str, Any]:
-        from checkpoints import resume_point as checkpoint
+        from checkpoints.resume_point import AsyncCheckpointer
 
         step: Any = ours(how, folder)
         rows = tokens.chunk(world)[int(os.environ.get("RANK", 0))]
-        saver = checkpoint.Saver(Path(folder) / f"checkpoints-{how}", 2, step.ranks)
+        saver = AsyncCheckpointer(Path(folder) / f"checkpoints-{how}", 2, step.ranks)
 
         def turn() -> float:  # as train.py's loop goes
             begun = time.perf_counter()
             step(rows)
             if not step.ranks.highest(saver.busy)[0]:
-                saver.advance()
+                saver.poll()
             return time.perf_counter() - begun
 
         found: dict[str, Any] = {"plain": [], "beside": [], "copy": [], "written": []}
@@ -189,7 +189,7 @@ def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[s
             begun = time.perf_counter()
             saver.save(i, step.parts(), {})
             found["copy"].append(time.perf_counter() - begun)
-            while saver.work is not None:
+            while saver.pending is not None:
                 found["beside"].append(turn())
             found["written"].append(time.perf_counter() - begun)
         found["plain"] += [turn() for _ in range(4)]  # before and after: machines drift

@@ -1,16 +1,15 @@
-"""The resume point: written aside, flushed, named, verified, by all ranks, while training goes on.
+"""Resume points: checkpoints that all ranks write in the background while training goes on.
 
     checkpoints/step-000200/  {model,optimizer}-{rank}.safetensors  state.json  manifest.json
 
-A checkpoint exists when its folder has its name: everything is written into `.tmp-...`, flushed to
-the disk, and renamed, so a kill at any moment leaves the ones before. safetensors has no checksum
-and a torn write leaves a file of the right length, so the manifest holds each file's sha256 and
-`newest` believes nothing else.
+A checkpoint exists when its folder has its name: all files are written into `.tmp-...`, flushed to
+the disk, and then the folder is renamed, so a kill at any moment leaves the earlier checkpoints. A
+torn write can leave a file of the right length, and safetensors has no checksum, so the manifest
+holds the sha256 of each file, and `find_newest` accepts only checkpoints that match it.
 
-No rank ever holds the whole: each writes what it has, tensors that are cut as their rows from
-`NAME@ROW` on, whole ones dealt out among the ranks; and each reads the rows it needs, whoever wrote
-them. Training waits only for the copy to host memory. Where the cores that write are the cores that
-train, writing takes what is left of them, a fortieth of one at most, until somebody waits for it.
+No rank holds the whole state: each writes its own shards, as rows that begin at `NAME@ROW`, and the
+tensors that are not sharded are divided among the ranks. Each rank reads the rows that it needs,
+whoever wrote them. Training waits only for the copy to host memory.
 """
 
 from __future__ import annotations
@@ -21,341 +20,372 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoints.atomic_write import fsync
 from data import sha256
-from runtime import distributed as shares
+from runtime import distributed
 from runtime.console import FLAGS, STORAGE, UserError, say
 from runtime.distributed import Ranks
 from runtime.dtypes import SAFETENSORS_NAMES
 
-FORMAT = 2  # 1: one file a part, whole tensors under their names
-NAME = re.compile(r"step-(\d{6,})")
-ASIDE = re.compile(r"\.(?:tmp|del)-(.+)-(\d+)")  # with the process that made it
+FORMAT = 2  # format 1 had one file for each state dict, with whole tensors under their names
 MANIFEST = "manifest.json"
-CHUNK = 4 << 20  # bytes written and hashed at a time
-RESTS = 39  # on a CPU: seconds that a second's writing is followed by
+STEP_FOLDER = re.compile(r"step-(\d{6,})")
+TEMPORARY = re.compile(r"\.(?:tmp|del)-(.+)-(\d+)")  # the name, and the process that made it
+CHUNK = 4 << 20  # bytes that are written and hashed at a time
+FAILURES_ALLOWED = 2  # saves that may fail one after the other
 
-Parts = dict[str, dict[str, Tensor]]
+StateDicts = dict[str, dict[str, Tensor]]  # {"model": {name: tensor}, "optimizer": {...}}
+FileRecord = list  # [bytes, sha256], as the manifest has it
 
 
-class Saver:
-    """Writes one run's resume points in the background, on all ranks alike.
+class AsyncCheckpointer:
+    """Writes the checkpoints of a run in a background thread, on all ranks alike.
 
-    `save` copies and returns. A checkpoint has its name when every rank has written its files, and
-    only the loop knows that: it calls `advance` between steps when no rank is `busy`, and `finish`
-    where it must wait. These three are called by all ranks at once.
+    `save` copies the tensors and returns. A checkpoint gets its name when every rank has written
+    its files, and only the training loop knows that: it calls `poll` between steps when no rank is
+    `busy`, and `finish` where it must wait. All ranks call these three methods at the same step.
     """
 
-    def __init__(self, root: Path, keep: int, ranks: Ranks | None = None, later: bool = True):
+    def __init__(self, root: Path, keep: int, ranks: Ranks | None = None, keep_later: bool = True):
+        """`keep` checkpoints stay under `root`. `keep_later`: checkpoints of later steps, which a
+        resumed run left behind, stay too."""
         if keep < 2:
-            raise UserError(f"--keep {keep}: at least 2, as the last may be half written", FLAGS)
-        self.root, self.keep, self.later = root, keep, later  # whether later steps may stay
+            raise UserError(f"--keep {keep}: must be at least 2, because the last checkpoint may "
+                            "be incomplete", FLAGS)
+        self.root, self.keep, self.keep_later = root, keep, keep_later
         self.ranks = ranks or Ranks(0, 1, torch.device("cpu"))
-        self.owner = int(self.ranks.gather(str(os.getpid()))[0])  # one aside for all, rank 0's
-        self.pool = ThreadPoolExecutor(1, "saver")
-        # does the pool's work at its leisure: most people may not raise a thread they have lowered
-        self.idle = ThreadPoolExecutor(1, "saver-idle", _lower)
-        self.awaited = threading.Event()  # somebody waits for what is written: no more leisure
-        self.work: Future | None = None  # this rank's part of what is under way
-        self.naming = False  # all is written; rank 0 gives the name
-        self.saved = self.failures = 0  # whole ones so far; refusals in a row
-        self.must = False
+        self.owner = int(self.ranks.gather(str(os.getpid()))[0])  # all ranks use rank 0's name
+        self.pool = ThreadPoolExecutor(1, "checkpointer")
+        self.pending: Future | None = None  # this rank's part of the stage that is under way
+        self.publishing = False  # the second stage: all files are written, rank 0 renames
+        self.saved = 0  # complete checkpoints so far
+        self.failures = 0  # one after the other
+        self.must_succeed = False
 
     @property
     def busy(self) -> bool:
-        """Whether this rank is still at work."""
-        return self.work is not None and not self.work.done()
+        """Whether this rank is still writing."""
+        return self.pending is not None and not self.pending.done()
 
-    def save(self, step: int, parts: Parts, state: dict[str, Any]) -> None:
-        """Begin to write root/step-NNNNNN; the tensors may change as soon as this returns."""
+    def save(self, step: int, state_dicts: StateDicts, state: dict[str, Any]) -> None:
+        """Begin to write root/step-NNNNNN. The tensors may change as soon as this returns."""
         self.finish()
         if os.path.islink(self.root):
-            raise UserError(f"{self.root}: is a link, and a run writes nowhere but in its folder",
-                            STORAGE)
-        self.folder = self.root / f"step-{step:06}"
-        self.aside = self.root / f".tmp-{self.folder.name}-{self.owner}"
+            raise UserError(f"{self.root}: is a link, and a run writes only inside its own folder; "
+                            "put a real folder there", STORAGE)
         self.step = step
-        self.state = json.dumps({"format": FORMAT, **state})  # now: the run goes on changing it
-        self.need = sum(x.numel() * x.element_size() for t in parts.values() for x in t.values())
-        pieces = {part: self._copied(tensors) for part, tensors in parts.items()}
-        with suppress(OSError):  # which _write meets too, and tells the other ranks
+        self.folder = self.root / f"step-{step:06}"
+        self.temporary = self.root / f".tmp-{self.folder.name}-{self.owner}"
+        self.state = json.dumps({"format": FORMAT, **state})  # the run goes on changing `state`
+        self.size = sum(x.numel() * x.element_size()
+                        for tensors in state_dicts.values() for x in tensors.values())
+        copies = {part: self._copy_own_rows(tensors) for part, tensors in state_dicts.items()}
+        with suppress(OSError):  # _write meets the same error and reports it to the other ranks
             if self.ranks.rank == 0:
                 self.root.mkdir(parents=True, exist_ok=True)
-                sweep(self.root)
+                remove_leftovers(self.root)
         self.ranks.barrier()
-        self.work = self.pool.submit(self._write, pieces)
+        self.pending = self.pool.submit(self._write, copies)
 
-    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this rank writes of a part, in host memory, by name and first row."""
-        found = {}
-        for i, (name, x) in enumerate(tensors.items()):
-            first, rows = shares.rows(x.detach())
-            mine = rows.numel() > 0 if shares.is_cut(x) else i % self.ranks.world == self.ranks.rank
-            if mine:
-                found[f"{name}@{first}"] = rows.to("cpu", copy=True).contiguous()
-        return found
+    def poll(self) -> None:
+        """Go on to the next stage. To be called when no rank is `busy`.
 
-    def _write(self, pieces: Parts) -> dict[str, list]:
-        """This rank's files, flushed: {name: [bytes, sha256]}."""
-        self.aside.mkdir(parents=True, exist_ok=True)
-        return {(name := f"{part}-{self.ranks.rank}.safetensors"):
-                write_tensors(self.aside / name, tensors, self._at_leisure)
-                for part, tensors in pieces.items()}
-
-    def _at_leisure(self, work: Callable[[], object]) -> None:
-        """Do a piece of work; beside training on a CPU, in what that leaves of it, then rest."""
-        if self.ranks.device.type != "cpu" or self.awaited.is_set():
-            work()
-        else:
-            self.awaited.wait(RESTS * self.idle.submit(_timed, work).result())
-
-    def advance(self) -> None:
-        """One stage further, now that no rank is at work; UserError (STORAGE) where a disk refuses:
-        at the first save of a run, or for the third time in a row. Else that is said."""
-        if self.work is None:
+        UserError (STORAGE) if the disk refuses at the first save of a run, or for the third time in
+        a row. Other failures are printed, and the next save tries again.
+        """
+        if self.pending is None:
             return
-        files, fault = {}, ""
+        files: dict[str, FileRecord] = {}
+        fault = ""
         try:
-            files = self.work.result() or {}
-        except OSError as e:  # of any kind, for the other ranks wait for what this one says
+            files = self.pending.result() or {}
+        except OSError as e:  # tell the other ranks, which wait for this one
             fault = str(e) or repr(e)
-        said = [json.loads(x) for x in self.ranks.gather(json.dumps([files, fault]))]
-        fault = next((f"rank {i}: {x}" if self.ranks.world > 1 else x
-                      for i, (_, x) in enumerate(said) if x), "")
-        self.work = None
+        reports = [json.loads(x) for x in self.ranks.gather(json.dumps([files, fault]))]
+        self.pending = None
+        fault = self._first_fault([fault for _, fault in reports])
         if fault:
-            self.naming = False
-            self._give_up(fault)
-        elif not self.naming:
-            self.naming = True
-            files = {name: x for part, _ in said for name, x in part.items()}
-            self.work = self.pool.submit(self._name, files) if self.ranks.rank == 0 \
-                else self.pool.submit(dict)
+            self.publishing = False
+            self._on_failure(fault)
+        elif not self.publishing:
+            self.publishing = True
+            all_files = {name: record for files, _ in reports for name, record in files.items()}
+            if self.ranks.rank == 0:
+                self.pending = self.pool.submit(self._publish, all_files)
+            else:
+                self.pending = self.pool.submit(dict)
         else:
-            self.naming, self.failures, self.saved = False, 0, self.saved + 1
+            self.publishing = False
+            self.failures = 0
+            self.saved += 1
 
-    def finish(self, must: bool = False) -> None:
-        """Wait until what was begun is there; with `must`, any refusal is a UserError."""
-        self.must = must
-        self.awaited.set()
-        while self.work is not None:
-            wait([self.work])
-            self.advance()
-        self.awaited.clear()
+    def finish(self, must_succeed: bool = False) -> None:
+        """Wait until the checkpoint that was begun is complete. With `must_succeed` every failure
+        is a UserError."""
+        self.must_succeed = must_succeed
+        while self.pending is not None:
+            wait([self.pending])
+            self.poll()
 
-    def _give_up(self, fault: str) -> None:
-        if self.ranks.rank == 0:
-            shutil.rmtree(self.aside, ignore_errors=True)
-        self.failures += 1
-        there = next(x for x in (self.root, *self.root.absolute().parents)
-                     if os.path.exists(x))
-        line = (f"{self.folder}: cannot be written: needs {self.need:,} bytes, "
-                f"{shutil.disk_usage(there).free:,} are free ({fault}); earlier checkpoints "
-                "are whole. Make room")
-        if self.failures == 3 or self.must or not self.saved:
-            raise UserError(f"{line} and --resume", STORAGE)
-        say(f"{line}; going on, the next save tries again")
+    def _copy_own_rows(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank writes: copies in host memory, named NAME@FIRST_ROW."""
+        copies = {}
+        for i, (name, x) in enumerate(tensors.items()):
+            first, rows = distributed.rows(x.detach())
+            if distributed.is_cut(x):
+                write = rows.numel() > 0
+            else:
+                write = i % self.ranks.world == self.ranks.rank
+            if write:
+                copies[f"{name}@{first}"] = rows.to("cpu", copy=True).contiguous()
+        return copies
 
-    def _name(self, files: dict[str, list]) -> None:
-        """Describe what all ranks wrote, give it its name, and let the oldest go. The newest `keep`
-        up to this step stay."""
-        (self.aside / "state.json").write_text(self.state, encoding="utf-8")
-        state = self.aside / "state.json"
+    def _write(self, state_dicts: StateDicts) -> dict[str, FileRecord]:
+        """Write and flush this rank's files."""
+        self.temporary.mkdir(parents=True, exist_ok=True)
+        records = {}
+        for part, tensors in state_dicts.items():
+            name = f"{part}-{self.ranks.rank}.safetensors"
+            records[name] = write_safetensors(self.temporary / name, tensors)
+        return records
+
+    def _publish(self, files: dict[str, FileRecord]) -> None:
+        """Write state and manifest, rename the folder, and remove old checkpoints."""
+        state = self.temporary / "state.json"
+        state.write_text(self.state, encoding="utf-8")
         files = {**files, "state.json": [state.stat().st_size, sha256(state)]}
-        (self.aside / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-        for path in (state, self.aside / MANIFEST, self.aside):
-            _flush(path)
-        replaced = _put_aside(self.folder) if os.path.lexists(self.folder) else None
+        manifest = self.temporary / MANIFEST
+        manifest.write_text(json.dumps(files, indent=1), encoding="utf-8")
+        for path in (state, manifest, self.temporary):
+            fsync(path)
+        replaced = None
+        if os.path.lexists(self.folder):
+            replaced = _rename_for_removal(self.folder)
         try:
-            self.aside.rename(self.folder)
+            self.temporary.rename(self.folder)
         except OSError:
             if replaced:
                 replaced.rename(self.folder)
             raise
-        _flush(self.root)
+        fsync(self.root)
         if replaced:
             _remove(replaced)
-        steps = _steps(self.root)  # later ones are damaged, or of lost work: they push nothing out
-        before = [x for x in steps if _step(x) <= self.step]
-        for old in before[:-self.keep] + ([] if self.later else steps[len(before):]):
-            _remove(_put_aside(old))
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Keep the newest `keep` checkpoints up to this step. Later ones are damaged, or belong to
+        work that was lost, so they do not count."""
+        folders = _step_folders(self.root)
+        up_to_here = [x for x in folders if _step(x) <= self.step]
+        surplus = up_to_here[:-self.keep]
+        if not self.keep_later:
+            surplus += folders[len(up_to_here):]
+        for folder in surplus:
+            _remove(_rename_for_removal(folder))
+
+    def _first_fault(self, faults: list[str]) -> str:
+        """The fault of the first rank that has one, with its number if there are several."""
+        for rank, fault in enumerate(faults):
+            if fault:
+                return f"rank {rank}: {fault}" if self.ranks.world > 1 else fault
+        return ""
+
+    def _on_failure(self, fault: str) -> None:
+        if self.ranks.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        self.failures += 1
+        existing = self.root.absolute()
+        while not os.path.exists(existing):
+            existing = existing.parent
+        message = (f"{self.folder}: cannot be written: needs {self.size:,} bytes, "
+                   f"{shutil.disk_usage(existing).free:,} are free ({fault}); earlier checkpoints "
+                   "are complete. Make room")
+        if self.failures > FAILURES_ALLOWED or self.must_succeed or not self.saved:
+            raise UserError(f"{message} and --resume", STORAGE)
+        say(f"{message}; training goes on, the next save tries again")
 
 
-def save(root: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) -> Path:
-    """Write root/step-NNNNNN by this process alone, and wait for it.
+def save_checkpoint(root: Path, step: int, state_dicts: StateDicts, state: dict[str, Any],
+                    keep: int) -> Path:
+    """Write root/step-NNNNNN by this process alone, and wait until it is complete.
 
-    UserError: FLAGS if `keep` is below 2, STORAGE if the disk refuses; what was there before is
-    then as it was.
+    UserError: FLAGS if `keep` is below 2, STORAGE if the disk refuses. Earlier checkpoints are then
+    unchanged.
     """
-    saver = Saver(root, keep)
-    saver.save(step, parts, state)
-    saver.finish()
-    return saver.folder
+    checkpointer = AsyncCheckpointer(root, keep)
+    checkpointer.save(step, state_dicts, state)
+    checkpointer.finish()
+    return checkpointer.folder
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor],
-                  do: Callable[[Callable[[], object]], object] = lambda work: work()) -> list:
-    """Write CPU tensors as a new safetensors file, flushed: [its bytes, its sha256].
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
+    """Write CPU tensors as a new safetensors file and flush it. Returns [bytes, sha256].
 
-    The format is a length, a JSON header and the bytes; written here so that the hash is taken on
-    the way, and so that Python's lock is free meanwhile: training goes on. `do` does a piece of the
-    work, as it is called.
+    The format is a length, a JSON header and the bytes. It is written here, and not by the library,
+    so that the hash needs no second pass, and Python's lock is free while training goes on.
     """
-    header, at = {}, 0
     tensors = dict(sorted(tensors.items(), key=lambda x: -x[1].element_size()))  # keeps alignment
+    header, end = {}, 0
     for name, x in tensors.items():
-        end = at + x.numel() * x.element_size()
+        start, end = end, end + x.numel() * x.element_size()
         header[name] = {"dtype": SAFETENSORS_NAMES[x.dtype], "shape": list(x.shape),
-                        "data_offsets": [at, end]}
-        at = end
+                        "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    blocks = [len(text).to_bytes(8, "little"), text]
+    blocks += [x.reshape(-1).view(torch.uint8).numpy().data for x in tensors.values()]
     digest = hashlib.sha256()
-
-    def put(chunk: bytes | memoryview) -> None:
-        file.write(chunk)
-        digest.update(chunk)
-
     with open(path, "xb") as file:
         try:
-            for block in (len(text).to_bytes(8, "little"), text, *(
-                    x.reshape(-1).view(torch.uint8).numpy().data for x in tensors.values())):
+            for block in blocks:
                 for start in range(0, len(block), CHUNK):
-                    do(partial(put, block[start : start + CHUNK]))
+                    chunk = block[start : start + CHUNK]
+                    file.write(chunk)
+                    digest.update(chunk)
             file.flush()
-            do(partial(os.fsync, file.fileno()))  # the system's work for all that was written
+            os.fsync(file.fileno())
         except OSError:
-            path.unlink(missing_ok=True)  # the room it took is needed for a line of metrics.jsonl
+            path.unlink(missing_ok=True)  # metrics.jsonl needs the room for its next line
             raise
-    return [8 + len(text) + at, digest.hexdigest()]
+    return [8 + len(text) + end, digest.hexdigest()]
 
 
-def _lower() -> None:
-    """Let a thread have of the cores what others leave."""
-    with suppress(OSError):  # a courtesy: a container may refuse it
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _timed(work: Callable[[], object]) -> float:
-    """Seconds that a piece of work took of a core."""
-    begun = time.thread_time()
-    work()
-    return time.thread_time() - begun
-
-
-def newest(root: Path) -> Path | None:
-    """The newest checkpoint that is what its manifest says; damaged ones are named and passed
-    over."""
-    for folder in reversed(_steps(root)):
-        fault = _fault(folder)
+def find_newest(root: Path) -> Path | None:
+    """The newest checkpoint that matches its manifest. Damaged ones are named and passed over."""
+    for folder in reversed(_step_folders(root)):
+        fault = _find_fault(folder)
         if fault is None:
             return folder
         say(f"{folder}: {fault}; looking for an earlier one")
-    # replacing the only one is two renames: a kill between them leaves it whole, without its name
-    for path in sorted(root.iterdir()) if root.is_dir() else []:
-        left = ASIDE.fullmatch(path.name)
-        if left and NAME.fullmatch(left[1]) and not path.is_symlink() and _fault(path) is None:
-            folder = root / left[1]
+    return _restore_renamed(root)
+
+
+def _restore_renamed(root: Path) -> Path | None:
+    """A complete checkpoint under a temporary name, renamed back. Replacing the only checkpoint
+    takes two renames, and a kill between them leaves it without its name."""
+    if not root.is_dir():
+        return None
+    for path in sorted(root.iterdir()):
+        match = TEMPORARY.fullmatch(path.name)
+        if match and STEP_FOLDER.fullmatch(match[1]) and not path.is_symlink() \
+                and _find_fault(path) is None:
+            folder = root / match[1]
             if not os.path.lexists(folder):
                 path.rename(folder)
                 return folder
     return None
 
 
-class Saved:
-    """A checkpoint, open for reading: its state, and any rows of its tensors."""
+class CheckpointReader:
+    """An open checkpoint: its `state`, and any rows of its tensors."""
 
     def __init__(self, folder: Path):
         from safetensors import safe_open
 
-        self.folder, self.files = folder, ExitStack()
+        self.folder = folder
+        self.files = ExitStack()
         self.state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if (found := self.state.get("format", 1)) > FORMAT:
-            raise UserError(f"{folder}: written by a newer version of this program (format {found},"
-                            f" this one reads up to {FORMAT}); update, or resume with that version")
-        self.pieces: dict[str, dict[str, list]] = {}  # part -> tensor -> [(first row, slice)]
+        version = self.state.get("format", 1)
+        if version > FORMAT:
+            raise UserError(f"{folder}: written by a newer version of this program (format "
+                            f"{version}, this version reads up to {FORMAT}); update, or resume "
+                            "with that version")
+        # state dict -> tensor -> [(its first row, the rows as a slice of the file)]
+        self.pieces: dict[str, dict[str, list[tuple[int, Any]]]] = {}
         for name in json.loads((folder / MANIFEST).read_text(encoding="utf-8")):
             if name.endswith(".safetensors"):
                 file = self.files.enter_context(safe_open(folder / name, "pt"))
-                part = self.pieces.setdefault(re.split(r"[-.]", name)[0], {})
+                tensors = self.pieces.setdefault(re.split(r"[-.]", name)[0], {})
                 for key in file.keys():
-                    tensor, _, row = key.rpartition("@") if "@" in key else (key, "", 0)
-                    part.setdefault(tensor, []).append((int(row), file.get_slice(key)))
+                    tensor, first = key, 0  # format 1
+                    if "@" in key:
+                        tensor, _, first = key.rpartition("@")
+                    tensors.setdefault(tensor, []).append((int(first), file.get_slice(key)))
 
-    def __enter__(self) -> Saved:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.files.close()
 
-    def rows(self, part: str, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        """Rows of a tensor from `first` on, `count` of them or all."""
+    def names(self, part: str) -> list[str]:
+        """The names of the tensors in a state dict."""
+        return list(self.pieces.get(part, {}))
+
+    def read_rows(self, part: str, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        """Rows of a tensor from `first` on: `count` of them, or all."""
         pieces = sorted(self.pieces[part][name], key=lambda x: x[0])
         if not pieces[0][1].get_shape():
             return pieces[0][1][...]
-        last = pieces[-1][0] + pieces[-1][1].get_shape()[0] if count is None else first + count
-        found = []
+        if count is None:
+            last = pieces[-1][0] + pieces[-1][1].get_shape()[0]
+        else:
+            last = first + count
+        rows = []
         for start, piece in pieces:
-            a, b = max(first, start), min(last, start + piece.get_shape()[0])
-            if a < b or not found:
-                found.append(piece[a - start : b - start] if a < b else piece[0:0])
-        return found[0] if len(found) == 1 else torch.cat(found)
+            begin, end = max(first, start), min(last, start + piece.get_shape()[0])
+            if begin < end:
+                rows.append(piece[begin - start : end - start])
+        if not rows:
+            return pieces[0][1][0:0]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def like(self, part: str, name: str, like: Tensor) -> Tensor:
-        """A tensor for one that stands here: of one that is cut among ranks, the same rows."""
-        if not shares.is_cut(like):
-            return self.rows(part, name)
-        first, local = shares.rows(like)
-        x = self.rows(part, name, first, len(local))
-        return shares.as_cut(x.to(local), like) if x.dim() else x  # AdamW's count of steps
-
-
-def read(folder: Path) -> tuple[Parts, dict[str, Any]]:
-    """A checkpoint's parts (whole tensors, on the CPU) and state."""
-    with Saved(folder) as saved:
-        return ({part: {name: saved.rows(part, name) for name in tensors}
-                 for part, tensors in saved.pieces.items()}, saved.state)
+    def read_like(self, part: str, name: str, like: Tensor) -> Tensor:
+        """A tensor, sharded among the ranks as `like` is."""
+        if not distributed.is_cut(like):
+            return self.read_rows(part, name)
+        first, local = distributed.rows(like)
+        x = self.read_rows(part, name, first, len(local))
+        if x.dim() == 0:  # AdamW's count of steps
+            return x
+        return distributed.as_cut(x.to(local), like)
 
 
-def claim(out: Path) -> Path:
-    """A run's folder, made where there is none; links to it are followed here and then no more.
-    UserError (FLAGS) if it, or resume points in it, cannot be written, or it holds a link."""
-    written = out
+def read_checkpoint(folder: Path) -> tuple[StateDicts, dict[str, Any]]:
+    """A checkpoint's state dicts (whole tensors, on the CPU) and its state."""
+    with CheckpointReader(folder) as reader:
+        state_dicts = {part: {name: reader.read_rows(part, name) for name in reader.names(part)}
+                       for part in reader.pieces}
+        return state_dicts, reader.state
+
+
+def claim_run_folder(out: Path) -> Path:
+    """Create a run's folder if it is missing, and return its real path.
+
+    UserError (FLAGS) if the folder or its checkpoints cannot be written, or if it holds a link.
+    """
+    path = out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in out.iterdir():
-            if path.is_symlink():
-                raise UserError(f"{path}: is a link, and a run writes nowhere but in its folder; "
-                                "put the real thing there, or name another folder", FLAGS)
+        for file in out.iterdir():
+            if file.is_symlink():
+                raise UserError(f"{file}: is a link, and a run writes only inside its own folder; "
+                                "put the real file there, or name another folder", FLAGS)
         (out / ".lock").touch()
-        for written in (out / "checkpoints", out / "best"):  # perhaps on disks of their own
-            if written.exists():
-                tempfile.TemporaryFile(dir=written).close()
+        for path in (out / "checkpoints", out / "best"):  # these may be on other disks
+            if path.exists():
+                tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
-        raise UserError(f"--out {written}: cannot be written ({e.strerror}); name another folder",
+        raise UserError(f"--out {path}: cannot be written ({e.strerror}); name another folder",
                         FLAGS) from None
     real = out.resolve()
     return out if real == out.absolute() else real
 
 
 @contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Hold OUT/.lock: one run at a time writes a folder. The system lets go of it however the
-    process ends. UserError (FLAGS) if another holds it."""
+def lock_run_folder(out: Path) -> Iterator[None]:
+    """Hold OUT/.lock, so that one run at a time writes the folder. The system releases the lock
+    when the process ends, however it ends. UserError (FLAGS) if another process holds it."""
     with open(out / ".lock", "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -365,28 +395,40 @@ def lock(out: Path) -> Iterator[None]:
         yield
 
 
-def _steps(root: Path) -> list[Path]:
-    """Checkpoints by step, oldest first; links are not ours."""
-    found = [Path(x.path) for x in os.scandir(root) if NAME.fullmatch(x.name)
-             and x.is_dir(follow_symlinks=False)] if root.is_dir() else []
-    return sorted(found, key=_step)
+def remove_leftovers(root: Path) -> None:
+    """Remove what killed processes left in a folder, if it exists."""
+    if not root.is_dir():
+        return
+    for path in root.iterdir():
+        match = TEMPORARY.fullmatch(path.name)
+        if match and not path.is_symlink() and not _is_other_process(int(match[2])):
+            _remove(path)
+
+
+def _step_folders(root: Path) -> list[Path]:
+    """The folders of checkpoints by step, oldest first. Links are not ours."""
+    if not root.is_dir():
+        return []
+    folders = [Path(x.path) for x in os.scandir(root)
+               if STEP_FOLDER.fullmatch(x.name) and x.is_dir(follow_symlinks=False)]
+    return sorted(folders, key=_step)
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file is what the manifest says."""
+def _find_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file matches the manifest."""
     try:
-        written = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(written)
-        if written != json.dumps(manifest, indent=1).encode():  # nor is another blank its own
+        text = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        if text != json.dumps(manifest, indent=1).encode():  # a changed space is damage too
             return f"{MANIFEST} is not as it was written"
         for name, (size, digest) in manifest.items():
             path = folder / name
             if path.parent != folder or path.is_symlink() or not path.is_file():
-                return f"{name} is no file of its own"
+                return f"{name} is not a file of its own"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, expected {size}"
             if sha256(path) != digest:
@@ -396,51 +438,25 @@ def _fault(folder: Path) -> str | None:
         return f"incomplete ({e})"
 
 
-def _put_aside(folder: Path) -> Path:
-    """Take a checkpoint's name away before its files: half a removed one must not look like one."""
-    gone = folder.with_name(f".del-{folder.name}-{os.getpid()}")
-    folder.rename(gone)
-    return gone
+def _rename_for_removal(folder: Path) -> Path:
+    """Take a checkpoint's name away before its files are removed, so that a half-removed checkpoint
+    does not look like a complete one."""
+    renamed = folder.with_name(f".del-{folder.name}-{os.getpid()}")
+    folder.rename(renamed)
+    return renamed
 
 
-def _remove(gone: Path) -> None:
-    if gone.is_dir() and not gone.is_symlink():
-        shutil.rmtree(gone, ignore_errors=True)  # what stays goes with the next sweep
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)  # what stays is removed by remove_leftovers
     else:
-        gone.unlink()  # a link, or a file: what it names is not ours
+        path.unlink()  # the link or the file itself, never what a link points to
 
 
-def sweep(root: Path) -> None:
-    """Remove what killed processes left behind in a folder, if there is one."""
-    for path in root.iterdir() if root.is_dir() else ():
-        left = ASIDE.fullmatch(path.name)
-        if left and not path.is_symlink() and not _others(int(left[2])):
-            _remove(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file as a checkpoint is written: whenever a kill comes, the old one is there or
-    the new one."""
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    _flush(aside)
-    aside.replace(path)
-    _flush(path.parent)
-
-
-def _others(pid: int) -> bool:
-    """Whether another process lives by this id."""
+def _is_other_process(pid: int) -> bool:
+    """Whether another running process has this id."""
     try:
         os.kill(pid, 0)
     except OSError as e:
-        return isinstance(e, PermissionError)  # another user's
+        return isinstance(e, PermissionError)  # a process of another user
     return pid != os.getpid()
-
-
-def _flush(path: Path) -> None:
-    """Make the disk hold what was written: a file's bytes, or a folder's names."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

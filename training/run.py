@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import lora
-from checkpoints import resume_point as checkpoint
+from checkpoints.atomic_write import write_text
 from checkpoints.huggingface import load_model, save_model
 from checkpoints.model_folder import (
     add_stop_id,
@@ -36,6 +36,12 @@ from checkpoints.model_folder import (
     tensor_infos,
 )
 from checkpoints.peft_adapter import adapter_config, adapter_state, save_adapter
+from checkpoints.resume_point import (
+    AsyncCheckpointer,
+    CheckpointReader,
+    find_newest,
+    remove_leftovers,
+)
 from checkpoints.safetensors_header import weights_fingerprint
 from data import Loader
 from layers import fp8, nf4
@@ -84,7 +90,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     average: optim.Average
     scale: optim.LossScale
-    saver: checkpoint.Saver
+    saver: AsyncCheckpointer
     steps: int
     micro_batches: int
     past: watch.Past = field(default_factory=watch.Past)
@@ -99,7 +105,7 @@ class Run:
         minimised. UserError on what is wrong."""
         out, ranks = Path(s.out), Ranks.start(s.device, s.rank_timeout)
         for folder in (out, out / "bins") if ranks.rank == 0 else ():
-            checkpoint.sweep(folder)
+            remove_leftovers(folder)
         ranks.agree({f"--{f.name.replace('_', '-')}": str(getattr(s, f.name))
                      for f in dataclasses.fields(s) if f.name != "out"}  # links, by machine
                     | {"code": code_sha256(), "torch": torch.__version__})
@@ -192,7 +198,7 @@ class Run:
         optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
                                 s.embedding_lr / s.lr or 1.0, s.lora_plus, s.optimizer, s.seed)
         scale = optim.LossScale(65536.0 if dtype == torch.float16 else 1.0)
-        saver = checkpoint.Saver(out / "checkpoints", s.keep, ranks)
+        saver = AsyncCheckpointer(out / "checkpoints", s.keep, ranks)
         # what trains as it is and is cut cannot be changed for its frozen values in a forward pass
         if s.mode == "dpo" and not s.plan and (not fresh or (ranks.how == "fsdp" and whole)):
             preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
@@ -293,9 +299,9 @@ class Run:
         value = found.get(self.s.best)
         if value is not None and value < self.best:
             self.best = value
-            saver = checkpoint.Saver(self.out / "best", 2, self.ranks, later=False)
+            saver = AsyncCheckpointer(self.out / "best", 2, self.ranks, keep_later=False)
             saver.save(self.step, {"model": self.trained}, {"step": self.step, "best": value})
-            saver.finish(must=True)
+            saver.finish(must_succeed=True)
 
     def save(self) -> None:
         """Begin to write the resume point: what trains, the optimizer, and where the data stand."""
@@ -313,8 +319,8 @@ class Run:
         left there, and all are told."""
         newest, root = None, self.out / name
         if self.ranks.rank == 0:
-            newest = checkpoint.newest(root)
-            checkpoint.sweep(root)
+            newest = find_newest(root)
+            remove_leftovers(root)
         newest = self.ranks.gather(str(newest or ""))[0]
         return Path(newest) if newest else None
 
@@ -325,13 +331,13 @@ class Run:
         from those it was written with, whether a flag or an editor changed them.
         """
         if self.s.best and (kept := self.newest("best")):
-            with checkpoint.Saved(kept) as saved:
+            with CheckpointReader(kept) as saved:
                 self.best = saved.state["best"]
         newest = self.newest("checkpoints")
         if not newest:
             log.say("no checkpoint yet: starting from step 0")
             return
-        with checkpoint.Saved(newest) as saved:
+        with CheckpointReader(newest) as saved:
             state = saved.state
             may_change = CAN_CHANGE_ON_RESUME | WARN_ON_RESUME | {"model"}
             changed = config.changed_settings(state.get("settings", {}), dataclasses.asdict(self.s))
@@ -352,10 +358,10 @@ class Run:
             named = self.trained
             for part, tensors in (("model", named), ("average", self.average.tensors)):
                 for name, x in tensors.items():
-                    x.copy_(saved.like(part, name, x))
+                    x.copy_(saved.read_like(part, name, x))
             optim.load_state(self.model, self.optimizer, {
-                key: saved.like("optimizer", key, named[key.rsplit("/", 1)[0]])
-                for key in saved.pieces.get("optimizer", {})})
+                key: saved.read_like("optimizer", key, named[key.rsplit("/", 1)[0]])
+                for key in saved.names("optimizer")})
         self.scale = optim.LossScale(*state.get("scale", dataclasses.astuple(self.scale)))
         self.past.losses.extend(state.get("losses", []))
         self.past.failures = state.get("failures", 0)
@@ -371,7 +377,7 @@ class Run:
         repo, commit = hub.source(self.folder)  # a resumed run is of this commit, wherever main is
         model = f"{repo}@{commit}" if commit else self.s.model
         s = dataclasses.replace(self.s, resume=False, plan=False, model=model)
-        checkpoint.write_text(self.out / "settings.toml", config.to_toml(s))
+        write_text(self.out / "settings.toml", config.to_toml(s))
         about = {
             "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
             "commit": git_commit(), "started": time.strftime("%F %T"),
@@ -388,7 +394,7 @@ class Run:
     def describe(self, about: dict[str, Any]) -> None:
         """Write run.json."""
         text = json.dumps(about, indent=1, ensure_ascii=False)
-        checkpoint.write_text(self.out / "run.json", text + "\n")
+        write_text(self.out / "run.json", text + "\n")
 
     @property
     def finished(self) -> bool:
@@ -415,10 +421,10 @@ class Run:
         """Give the result: the best evaluated weights with --best, else the last, averaged if so
         kept."""
         if self.s.best and (kept := self.newest("best")):
-            with checkpoint.Saved(kept) as saved:
+            with CheckpointReader(kept) as saved:
                 step = saved.state["step"]
                 for name, x in self.trained.items():
-                    x.copy_(saved.like("model", name, x))
+                    x.copy_(saved.read_like("model", name, x))
             log.say(f"the model is that of step {step}, the best of {self.s.best}")
             self.write(step)
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints import resume_point as checkpoint
+from checkpoints.atomic_write import write_text
 from evaluation.eval_model import start_token
 from evaluation.likelihood import answer_nats, document_nats
 from evaluation.metrics import bits_per_byte
@@ -71,4 +71,4 @@ def add(file: Path, step: int, block: str) -> None:
         if int(m[1]) >= step:
             before = before[: m.start()]
             break
-    checkpoint.write_text(file, f"{before}== step {step}\n{block}")
+    write_text(file, f"{before}== step {step}\n{block}")

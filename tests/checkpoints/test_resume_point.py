@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,7 +23,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints import resume_point as checkpoint
+from checkpoints import resume_point
+from checkpoints.resume_point import (
+    AsyncCheckpointer,
+    _find_fault,
+    claim_run_folder,
+    find_newest,
+    lock_run_folder,
+    read_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+    write_safetensors,
+)
 from helpers import fork as fork_tools
 from runtime.console import FLAGS, STORAGE, UserError
 from runtime.distributed import Ranks
@@ -44,13 +54,13 @@ def parts(step: int) -> dict[str, dict[str, Tensor]]:
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
-    return checkpoint.save(root, step, parts(step), {"step": step, "why": "é"}, keep)
+    return save_checkpoint(root, step, parts(step), {"step": step, "why": "é"}, keep)
 
 
 def assert_whole(folder: Path | None) -> int:
     """That a checkpoint holds, bit for bit, what was given for its step; which step that is."""
     assert folder is not None, "no checkpoint left"
-    found, state = checkpoint.read(folder)
+    found, state = read_checkpoint(folder)
     wanted = parts(state["step"])
     assert folder.name == f"step-{state['step']:06}" and found.keys() == wanted.keys()
     for name, tensors in wanted.items():
@@ -107,7 +117,7 @@ def fuse(root: Path, at: int, how: str) -> None:
 
     for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"),
                         (Path, "mkdir"), (Path, "write_text"),
-                        (checkpoint, "write_tensors")):
+                        (resume_point, "write_safetensors")):
         wrap(owner, name)
 
 
@@ -124,53 +134,39 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path):
 def test_a_file_that_stands_there_is_neither_written_over_nor_taken_away(tmp_path):
     (tmp_path / "other").write_bytes(b"somebody's")
     with pytest.raises(FileExistsError):
-        checkpoint.write_tensors(tmp_path / "other", {"x": torch.zeros(2)})
+        write_safetensors(tmp_path / "other", {"x": torch.zeros(2)})
     assert (tmp_path / "other").read_bytes() == b"somebody's"
 
 
-def test_at_leisure_the_bytes_are_the_same_and_whoever_waits_gets_the_rest_at_once(
-        tmp_path, monkeypatch):
-    """Pieces are written by a thread that takes what others leave of the cores, rests between them,
-    until somebody waits."""
-    monkeypatch.setattr(checkpoint, "CHUNK", 100)
-    monkeypatch.setattr(checkpoint, "RESTS", 0.0)
+def test_a_written_file_is_what_safetensors_reads_with_its_size_and_hash(tmp_path):
+    tensors = {"w": torch.arange(3_000_000.0), "n": torch.arange(7)}  # several chunks
+    size, digest = write_safetensors(tmp_path / "file", tensors)
+    loaded = load_file(tmp_path / "file")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+    assert size == (tmp_path / "file").stat().st_size
+    assert digest == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+
+
+def test_what_is_written_in_the_background_is_what_was_there_when_save_was_called(tmp_path):
     tensors = {"w": torch.arange(400.0), "n": torch.arange(7)}
-    alone = checkpoint.write_tensors(tmp_path / "alone", tensors)
-    found, state = load_file(tmp_path / "alone"), {"step": 1}
-    assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in found)
-    digest = hashlib.sha256((tmp_path / "alone").read_bytes()).hexdigest()
-    assert alone == [(tmp_path / "alone").stat().st_size, digest]
-
-    saver, real, by = checkpoint.Saver(tmp_path / "root", 2), checkpoint._timed, []
-
-    def timed(work: Callable[[], object]) -> float:
-        by.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        real(work)
-        if len(by) == 2:  # of the next piece
-            monkeypatch.setattr(checkpoint, "RESTS", 1e9)  # a rest of years
-        return 1.0
-
-    monkeypatch.setattr(checkpoint, "_timed", timed)
-    saver.save(1, {"model": tensors}, state)
-    deadline = time.monotonic() + 30
-    while len(by) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert saver.busy, "it rests"
-    saver.finish()
-    assert len(by) == 3 and (not sys.platform.startswith("linux") or by == [19] * 3)
-    folder = checkpoint.newest(tmp_path / "root")
+    wanted = {f"{k}@0": x.clone() for k, x in tensors.items()}
+    checkpointer = AsyncCheckpointer(tmp_path / "root", 2)
+    checkpointer.save(1, {"model": tensors}, {"step": 1})
+    for x in tensors.values():
+        x.zero_()  # training goes on
+    checkpointer.finish()
+    assert not checkpointer.busy
+    folder = find_newest(tmp_path / "root")
     manifest = json.loads((folder / "manifest.json").read_text())
-    (size, digest) = manifest["model-0.safetensors"]
-    whole = checkpoint.write_tensors(tmp_path / "whole", {f"{k}@0": x for k, x in tensors.items()})
-    assert [size, digest] == whole
-    assert (folder / "model-0.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert manifest["model-0.safetensors"] == write_safetensors(tmp_path / "file", wanted)
+    assert (folder / "model-0.safetensors").read_bytes() == (tmp_path / "file").read_bytes()
 
 
 def test_a_transposed_and_a_shared_tensor_are_saved_as_they_look(tmp_path):
     x = torch.arange(6.0).view(2, 3)
-    folder = checkpoint.save(tmp_path, 1, {"a": {"t": x.T, "row": x[1]}}, {}, 2)
-    found = checkpoint.read(folder)[0]["a"]
+    folder = save_checkpoint(tmp_path, 1, {"a": {"t": x.T, "row": x[1]}}, {}, 2)
+    found = read_checkpoint(folder)[0]["a"]
     assert torch.equal(found["t"], x.T) and torch.equal(found["row"], x[1])
 
 
@@ -178,12 +174,12 @@ def test_the_newest_are_kept_in_the_order_of_numbers_not_of_letters(tmp_path):
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
         save(tmp_path, step, keep=3)
     assert names(tmp_path) == ["step-1000000", "step-1000001", "step-999999"]
-    assert assert_whole(checkpoint.newest(tmp_path)) == 1_000_001
+    assert assert_whole(find_newest(tmp_path)) == 1_000_001
 
 
 def test_no_root_or_an_empty_one_has_no_newest(tmp_path):
-    assert checkpoint.newest(tmp_path / "none") is None
-    assert checkpoint.newest(tmp_path) is None
+    assert find_newest(tmp_path / "none") is None
+    assert find_newest(tmp_path) is None
 
 
 def test_all_is_flushed_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
@@ -214,11 +210,11 @@ def test_a_kill_at_any_touch_of_the_disk_loses_no_earlier_checkpoint(tmp_path, s
             code = in_child(lambda root=root, at=at, how=how: (fuse(root, at, how),
                                                                save(root, step)))
             assert code in (0, -signal.SIGKILL)
-            newest = assert_whole(checkpoint.newest(root))
+            newest = assert_whole(find_newest(root))
             assert newest >= (2 if step == 3 else 1)
             assert sum(x.startswith(".") for x in names(root)) <= (1 if step == 3 else 2)
             save(root, 4)  # the next run goes on, and clears up
-            assert assert_whole(checkpoint.newest(root)) == 4
+            assert assert_whole(find_newest(root)) == 4
             assert not [x for x in names(root) if x.startswith(".")]
             shutil.rmtree(root)
             found.append(newest)
@@ -238,7 +234,7 @@ def test_a_kill_while_the_only_checkpoint_is_replaced_leaves_it_or_the_new_one(t
         root = tmp_path / str(at)
         shutil.copytree(ready, root)
         code = in_child(lambda root=root, at=at: (fuse(root, at, "before"), save(root, 1)))
-        assert assert_whole(checkpoint.newest(root)) == 1, at
+        assert assert_whole(find_newest(root)) == 1, at
         assert assert_whole(save(root, 2)) == 2
         if code == 0:
             break
@@ -262,7 +258,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
         time.sleep(draw.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        found = assert_whole(checkpoint.newest(tmp_path))
+        found = assert_whole(find_newest(tmp_path))
         assert found >= least
         assert sum(x.startswith(".") for x in names(tmp_path)) <= 1 and len(names(tmp_path)) <= 4
         least = found
@@ -292,7 +288,7 @@ def test_a_thousand_changed_bytes_are_each_seen_and_the_earlier_one_taken(two, c
     try:
         for file, at, byte in [x for x in spots if whole[x[0]][x[1]] != x[2]][:1000]:
             file.write_bytes(whole[file][:at] + bytes([byte]) + whole[file][at + 1:])
-            assert assert_whole(checkpoint.newest(two)) == 1, (file.name, at, byte)
+            assert assert_whole(find_newest(two)) == 1, (file.name, at, byte)
             file.write_bytes(whole[file])
             seen += 1
             said = capsys.readouterr().err
@@ -300,7 +296,7 @@ def test_a_thousand_changed_bytes_are_each_seen_and_the_earlier_one_taken(two, c
     finally:
         for file, was in whole.items():
             file.write_bytes(was)
-    assert seen == 1000 and assert_whole(checkpoint.newest(two)) == 2
+    assert seen == 1000 and assert_whole(find_newest(two)) == 2
 
 
 def test_every_shortened_longer_or_missing_file_is_seen(two):
@@ -309,16 +305,16 @@ def test_every_shortened_longer_or_missing_file_is_seen(two):
         try:
             for n in range(len(whole)):
                 os.truncate(file, len(whole) - 1 - n)
-                assert assert_whole(checkpoint.newest(two)) == 1, (file.name, n)
+                assert assert_whole(find_newest(two)) == 1, (file.name, n)
             half = len(whole) // 2
             for torn in (whole[:half].ljust(len(whole), b"\0"), bytes(len(whole)), whole + b"x"):
                 file.write_bytes(torn)  # power was lost: the length is there, the bytes are not
-                assert assert_whole(checkpoint.newest(two)) == 1
+                assert assert_whole(find_newest(two)) == 1
             file.unlink()
-            assert assert_whole(checkpoint.newest(two)) == 1
+            assert assert_whole(find_newest(two)) == 1
         finally:
             file.write_bytes(whole)
-    assert assert_whole(checkpoint.newest(two)) == 2
+    assert assert_whole(find_newest(two)) == 2
 
 
 @pytest.mark.parametrize("manifest", [
@@ -328,14 +324,14 @@ def test_every_shortened_longer_or_missing_file_is_seen(two):
 def test_a_manifest_that_makes_no_sense_is_no_checkpoint(tmp_path, manifest):
     save(tmp_path, 1), save(tmp_path, 2)
     (tmp_path / "step-000002" / "manifest.json").write_text(manifest)
-    assert assert_whole(checkpoint.newest(tmp_path)) == 1
+    assert assert_whole(find_newest(tmp_path)) == 1
 
 
 def test_all_damaged_means_none_and_each_is_named(two, tmp_path, capsys):
     shutil.copytree(two, tmp_path / "both")
     for step in (1, 2):
         (tmp_path / "both" / f"step-{step:06}" / "state.json").write_text("{}")
-    assert checkpoint.newest(tmp_path / "both") is None
+    assert find_newest(tmp_path / "both") is None
     said = capsys.readouterr().err
     assert "step-000001: state.json has 2 bytes, expected" in said and "step-000002: " in said
 
@@ -345,10 +341,10 @@ def test_going_back_behind_damaged_ones_keeps_what_is_saved_from_there(tmp_path)
         save(tmp_path, step, keep=3)
     for step in (200, 300):
         (tmp_path / f"step-{step:06}" / "state.json").write_text("{}")
-    assert assert_whole(checkpoint.newest(tmp_path)) == 100
+    assert assert_whole(find_newest(tmp_path)) == 100
     for step in (150, 200, 250):  # 200 again, now whole
         assert assert_whole(save(tmp_path, step)) == step
-        assert assert_whole(checkpoint.newest(tmp_path)) == step
+        assert assert_whole(find_newest(tmp_path)) == step
     assert names(tmp_path) == ["step-000200", "step-000250", "step-000300"]
 
 
@@ -356,7 +352,7 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path):
     folder = save(tmp_path, 1)
     shutil.copy(folder / "model-0.safetensors", folder / "other.safetensors")
     (folder / ".DS_Store").write_text("a file manager was here")
-    assert assert_whole(checkpoint.newest(tmp_path)) == 1
+    assert assert_whole(find_newest(tmp_path)) == 1
 
 
 def test_a_part_that_is_a_link_or_a_pipe_is_not_read(tmp_path):
@@ -365,10 +361,10 @@ def test_a_part_that_is_a_link_or_a_pipe_is_not_read(tmp_path):
     part = root / "step-000002" / "model-0.safetensors"
     part.rename(tmp_path / "outside.safetensors")
     part.symlink_to(tmp_path / "outside.safetensors")
-    assert assert_whole(checkpoint.newest(root)) == 1
+    assert assert_whole(find_newest(root)) == 1
     part.unlink()
     os.mkfifo(part)
-    assert assert_whole(checkpoint.newest(root)) == 1
+    assert assert_whole(find_newest(root)) == 1
 
 
 def test_a_rename_that_fails_puts_the_one_of_the_same_step_back(tmp_path, monkeypatch):
@@ -384,12 +380,12 @@ def test_a_rename_that_fails_puts_the_one_of_the_same_step_back(tmp_path, monkey
     with pytest.raises(UserError):
         save(tmp_path, 1)
     assert names(tmp_path) == ["step-000001"]
-    assert assert_whole(checkpoint.newest(tmp_path)) == 1
+    assert assert_whole(find_newest(tmp_path)) == 1
 
 
 def test_any_fault_of_a_disk_is_told_to_the_other_ranks_and_tried_again(tmp_path, monkeypatch):
     """Also one that says nothing of room, as a server's that went away, and a folder that did."""
-    saver, told = checkpoint.Saver(tmp_path / "checkpoints", 2), []
+    saver, told = AsyncCheckpointer(tmp_path / "checkpoints", 2), []
     monkeypatch.setattr(saver.ranks, "gather", lambda text: told.append(text) or [text])
 
     def stale(_):
@@ -417,8 +413,8 @@ def test_any_fault_of_a_disk_is_told_to_the_other_ranks_and_tried_again(tmp_path
     assert [json.loads(x)[1] for x in told if json.loads(x)[1]] == [
         f"[Errno {errno.ESTALE}] Stale file handle", "[Errno 2] No such file or directory",
         f"[Errno {errno.ESTALE}] Stale file handle"]
-    assert assert_whole(checkpoint.newest(saver.root)) == 6
-    first = checkpoint.Saver(tmp_path / "first", 2)
+    assert assert_whole(find_newest(saver.root)) == 6
+    first = AsyncCheckpointer(tmp_path / "first", 2)
     monkeypatch.setattr(first, "_write", stale)
     first.save(1, parts(1), {"step": 1})
     with pytest.raises(UserError, match="Stale file handle") as e:
@@ -429,11 +425,11 @@ def test_any_fault_of_a_disk_is_told_to_the_other_ranks_and_tried_again(tmp_path
 def test_a_best_that_is_found_before_one_of_lost_work_takes_its_place(tmp_path):
     """A run that goes on from an earlier step, and looks at others: what was later is worse."""
     for step, later in ((10, True), (20, True), (15, False)):
-        saver = checkpoint.Saver(tmp_path, 2, later=later)
+        saver = AsyncCheckpointer(tmp_path, 2, keep_later=later)
         saver.save(step, parts(step), {"step": step})
-        saver.finish(must=True)
+        saver.finish(must_succeed=True)
     assert names(tmp_path) == ["step-000010", "step-000015"]
-    assert assert_whole(checkpoint.newest(tmp_path)) == 15
+    assert assert_whole(find_newest(tmp_path)) == 15
 
 
 def test_keeping_fewer_than_two_is_refused(tmp_path):
@@ -446,7 +442,7 @@ def test_a_folder_is_not_claimed_through_a_link_in_it(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="lock: is a link") as e:
-        checkpoint.claim(tmp_path / "out")
+        claim_run_folder(tmp_path / "out")
     assert e.value.code == FLAGS and not (tmp_path / "elsewhere").exists()
 
 
@@ -471,19 +467,19 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_behind(tmp_path):
 
 def test_one_run_at_a_time_writes_a_folder_and_a_killed_one_lets_go(tmp_path):
     program = "import sys\nfrom pathlib import Path\n" \
-              "from checkpoints import resume_point as checkpoint\n" \
-              "with checkpoint.lock(Path(sys.argv[1])):\n    print('held', flush=True)\n" \
+              "from checkpoints.resume_point import lock_run_folder\n" \
+              "with lock_run_folder(Path(sys.argv[1])):\n    print('held', flush=True)\n" \
               "    sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, cwd=ROOT) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="another run is writing there") as e:
-            with checkpoint.lock(tmp_path):
+            with lock_run_folder(tmp_path):
                 raise AssertionError("two hold one lock")
         assert e.value.code == FLAGS
         other.kill()
         other.wait()
-        with checkpoint.lock(tmp_path):
+        with lock_run_folder(tmp_path):
             pass
 
 
@@ -514,7 +510,7 @@ def test_links_are_neither_read_nor_written_nor_removed_through(tmp_path):
     (root / "step-000002").symlink_to(tmp_path / "nowhere")
     (root / f".tmp-step-000003-{DEAD}").symlink_to(canary)  # a leftover's name
     (root / f".del-step-000003-{DEAD}").symlink_to(canary)
-    assert checkpoint.newest(root) is None
+    assert find_newest(root) is None
     for step in (1, 2, 3, 9, 10, 11):  # onto the links, and driving others out
         assert assert_whole(save(root, step)) == step
         assert not (root / f"step-{step:06}").is_symlink()
@@ -543,18 +539,18 @@ def test_a_hundred_thousand_checkpoints_are_looked_through_and_all_but_the_kept_
     root, source = tmp_path / "root", tmp_path / "source"
     for i in range(n):
         if i % 30_000 == 0:  # ext4 links a file 65,000 times at most
-            source = checkpoint.save(tmp_path / f"source-{i}", 1, {}, {"step": 1}, 2)
+            source = save_checkpoint(tmp_path / f"source-{i}", 1, {}, {"step": 1}, 2)
         folder = root / f"step-{i + 1:06}"
         folder.mkdir(parents=True)
         for name in ("state.json", "manifest.json"):
             os.link(source / name, folder / name)
     for pid in (DEAD, os.getpid()):
         (root / f".del-step-000000-{pid}").mkdir()
-    read, fault = [], checkpoint._fault
-    monkeypatch.setattr(checkpoint, "_fault", lambda x: (read.append(x.name), fault(x))[1])
+    read, fault = [], _find_fault
+    monkeypatch.setattr(resume_point, "_find_fault", lambda x: (read.append(x.name), fault(x))[1])
     begun = time.monotonic()
-    assert checkpoint.newest(root).name == f"step-{n:06}" and read == [f"step-{n:06}"]
-    checkpoint.sweep(root)
+    assert find_newest(root).name == f"step-{n:06}" and read == [f"step-{n:06}"]
+    remove_leftovers(root)
     assert len(os.listdir(root)) == n and time.monotonic() - begun < 5 + n / 10_000
     assert assert_whole(save(root, n + 1, keep=3)) == n + 1
     assert names(root) == [f"step-{x:06}" for x in (n - 1, n, n + 1)]
@@ -571,7 +567,7 @@ def test_a_rank_killed_at_any_touch_of_the_disk_loses_no_earlier_checkpoint(tmp_
 
         def two(root=root, at=at) -> int:
             ranks = Ranks.start("cpu", 20)
-            saver = checkpoint.Saver(root, 2, ranks)
+            saver = AsyncCheckpointer(root, 2, ranks)
             if ranks.rank == rank:
                 fuse(root, at, "before")
             saver.save(3, parts(3), {"step": 3, "why": "é"})
@@ -583,7 +579,7 @@ def test_a_rank_killed_at_any_touch_of_the_disk_loses_no_earlier_checkpoint(tmp_
         if code:
             os.kill(pids[1 - rank], signal.SIGKILL)
         os.waitpid(pids[1 - rank], 0)
-        found.append(assert_whole(checkpoint.newest(root)))
+        found.append(assert_whole(find_newest(root)))
         assert found[-1] in (2, 3) and sum(x.startswith(".") for x in names(root)) <= 1
         assert assert_whole(save(root, 4)) == 4
         assert not [x for x in names(root) if x.startswith(".")]

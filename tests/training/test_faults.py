@@ -24,7 +24,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from checkpoints import resume_point as checkpoint
+from checkpoints import resume_point
+from checkpoints.resume_point import (
+    FORMAT,
+    AsyncCheckpointer,
+    find_newest,
+    lock_run_folder,
+    read_checkpoint,
+    save_checkpoint,
+)
+from data import sha256
 from helpers import fork
 from helpers.train_runs import (
     ENV,
@@ -107,8 +116,8 @@ def killed_at_random(workspace: Path, kills: int, steps: int) -> None:
         assert len(strays(out)) <= 1, strays(out)
         if not (out / "checkpoints").exists():
             continue
-        newest = checkpoint.newest(out / "checkpoints")
-        before, kept = kept, checkpoint.read(newest)[1]["step"] if newest else 0
+        newest = find_newest(out / "checkpoints")
+        before, kept = kept, read_checkpoint(newest)[1]["step"] if newest else 0
         done = max((x["step"] for x in lines_of(out)), default=0)
         assert before <= kept <= done <= kept + 2 * changes["save_every"], (before, kept, done)
         in_steps += 0 < done < steps
@@ -133,7 +142,7 @@ def test_a_signal_finishes_the_step_and_saves_it(workspace, number, code):
         during=send_signal_at(7, 0, number),
     )
     assert max(read_losses(workspace / name)) == 7 and "stopped and saved at step 7" in said
-    assert checkpoint.newest(workspace / name / "checkpoints").name == "step-000007"
+    assert find_newest(workspace / name / "checkpoints").name == "step-000007"
 
 
 @pytest.mark.parametrize("signals", [8, pytest.param(200, marks=pytest.mark.slow)])
@@ -168,7 +177,7 @@ def test_a_signal_at_any_moment_loses_no_step(workspace, signals):
         said = (workspace / f"said-asked-{signals}-0").read_text()
         assert code in (0, 128 + number, -number) and "Traceback" not in said, (code, said[-2000:])
         if code == 128 + number and stepping.exists():
-            kept = checkpoint.read(checkpoint.newest(out / "checkpoints"))[1]["step"]
+            kept = read_checkpoint(find_newest(out / "checkpoints"))[1]["step"]
             assert kept == max(read_losses(out)), "every step that was taken"
             in_steps += 1
         if code == -number:  # before the first step, or behind the last
@@ -199,14 +208,14 @@ def test_a_second_signal_ends_at_once_and_a_forwarded_one_is_the_first(workspace
     run_ranks(make_settings(workspace, "forwarded"), codes={143}, during=twice(0.1))
     run_ranks(make_settings(workspace, "twice"), codes={-signal.SIGTERM}, during=twice(1.2))
     assert max(read_losses(workspace / "twice")) == 4
-    assert checkpoint.newest(workspace / "twice/checkpoints").name in ("step-000001", "step-000004")
+    assert find_newest(workspace / "twice/checkpoints").name in ("step-000001", "step-000004")
 
 
 def test_a_signal_while_a_checkpoint_is_written_lets_it_be_written(workspace):
     def slow(run):
         if run.step == 8:
-            real = checkpoint.write_tensors
-            checkpoint.write_tensors = lambda *a: (time.sleep(0.7), real(*a))[1]
+            real = resume_point.write_safetensors
+            resume_point.write_safetensors = lambda *a: (time.sleep(0.7), real(*a))[1]
         if run.step == 9:
             assert run.saver.busy, "training goes on while step 8 is written"
             os.kill(os.getpid(), signal.SIGTERM)
@@ -249,9 +258,9 @@ def test_a_disk_that_is_full_for_a_while_is_said_and_tried_again(workspace, worl
     said = run_ranks(make_settings(workspace, name, save_every=4), world=world,
                      during=no_file_above(30_000, 3, 9, rank))
     assert rank != 1 or "(rank 1: " in said
-    assert said.count("going on, the next save tries again") in (1, 2)
+    assert said.count("training goes on, the next save tries again") in (1, 2)
     assert "step-000004: cannot be written" in said and len(read_losses(workspace / name)) == 20
-    assert checkpoint.newest(workspace / name / "checkpoints").name == "step-000020"
+    assert find_newest(workspace / name / "checkpoints").name == "step-000020"
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_5_and_the_earlier_checkpoint(workspace):
@@ -275,37 +284,6 @@ def test_a_disk_that_refuses_a_line_of_metrics_is_one_line_and_the_run_goes_on_l
     assert "Traceback" not in said
     run_ranks(make_settings(workspace, "full-log", resume=True))
     assert len(read_losses(workspace / "full-log")) == 20
-
-
-def test_an_error_does_not_wait_for_a_writer_that_rests(workspace):
-    """A program that ends as programs do, waiting for its threads, while one rests for days."""
-    program = """
-import sys, checkpoint, log, train
-checkpoint.RESTS, real, steps = 1e9, train.train_step, []
-def full(*given):
-    steps.append(given)
-    if len(steps) == 4:
-        raise OSError(28, "No space left on device")
-    return real(*given)
-train.train_step = full
-log.run(lambda: train.train(*train.read_settings(sys.argv[1:])))
-"""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            program,
-            str(write_recipe(make_settings(workspace, "resting", save_every=100))),
-        ],
-        env=ENV,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == STORAGE, done.stderr
-    assert "error: step 4: a file of the run cannot be written (No space left" in done.stderr
-    assert checkpoint.newest(workspace / "resting/checkpoints") is None  # nobody gave it its name
 
 
 def test_a_disk_with_too_little_room_is_refused_before_step_1(workspace, monkeypatch):
@@ -355,7 +333,7 @@ def test_the_disk_that_a_plan_names_is_the_most_that_the_run_then_takes(
                    if x.is_file() and (part == "checkpoints" or x.suffix == ".safetensors"))
 
     def watched(run):
-        real = checkpoint.Saver._name
+        real = AsyncCheckpointer._publish
 
         def naming(self, files):
             with open(workspace / f"{name}-most", "a") as file:
@@ -363,7 +341,7 @@ def test_the_disk_that_a_plan_names_is_the_most_that_the_run_then_takes(
             real(self, files)
 
         if run.step == 0:
-            checkpoint.Saver._name = naming
+            AsyncCheckpointer._publish = naming
 
     most, with_best = planned(), planned(best="kin")
     monkeypatch.undo()
@@ -584,7 +562,7 @@ def test_ranks_that_do_not_fit_together_are_one_line_of_the_command(workspace):
             workspace, "port", *flags, "--rank-timeout", "5", code=FLAGS, RANK="0", WORLD_SIZE="2",
             LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
     (workspace / "command").mkdir(exist_ok=True)
-    with checkpoint.lock(workspace / "command"):
+    with lock_run_folder(workspace / "command"):
         assert "another run is writing there" in said_by(workspace, "two", *flags, code=FLAGS)
     assert not (workspace / "command/metrics.jsonl").exists()
 
@@ -593,7 +571,7 @@ def described(folder: Path) -> None:
     """Give a checkpoint's folder the manifest of the files that it holds."""
     names = [p for p in folder.iterdir() if p.name != "manifest.json"]
     (folder / "manifest.json").write_text(json.dumps(
-        {p.name: [p.stat().st_size, checkpoint.sha256(p)] for p in names}, indent=1))
+        {p.name: [p.stat().st_size, sha256(p)] for p in names}, indent=1))
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
@@ -640,7 +618,7 @@ def test_a_copied_folder_goes_on_by_itself_and_what_was_edited_in_it_is_seen(wor
     state.write_text(text.replace('"format": 2', '"format": 3'))
     described(state.parent)
     said = said_by(workspace, "newer", "--resume", "--out", str(out), code=BAD_INPUT)
-    assert "written by a newer version of this program (format 3, this one reads up to 2)" in said
+    assert "newer version of this program (format 3, this version reads up to 2)" in said
     assert snapshot(workspace / "original") == before
 
 
@@ -654,7 +632,7 @@ def test_a_run_does_not_begin_in_a_folder_that_holds_a_link(workspace, tmp_path,
     (out / name).symlink_to(outside if name in ("checkpoints", "model", "bins")
                             else outside / "canary")
     said = run_ranks(make_settings(workspace, out.name), codes={FLAGS})
-    assert f"{out / name}: is a link, and a run writes nowhere but in its folder" in said
+    assert f"{out / name}: is a link, and a run writes only inside its own folder" in said
     assert snapshot(outside) == {outside / "canary": b"as it was"}
 
 
@@ -680,7 +658,7 @@ def test_a_link_to_the_folder_is_followed_once_and_one_that_comes_into_it_never(
             (run.out / "checkpoints").symlink_to(tmp_path / "other")
 
     said = run_ranks(make_settings(workspace, "swapped", save_every=3), codes={STORAGE}, during=put)
-    assert "checkpoints: is a link, and a run writes nowhere but in its folder" in said
+    assert "checkpoints: is a link, and a run writes only inside its own folder" in said
     assert not snapshot(tmp_path / "other")
 
 
@@ -805,7 +783,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run_is_tried_again_or_ends_it(
     assert "earlier checkpoints are whole" in said and "Traceback" not in said
     steps = (16, 20) if code == 0 else (1, 4)
     assert sorted(os.listdir(kept / "checkpoints")) == [f"step-{x:06}" for x in steps]
-    assert checkpoint.newest(kept / "checkpoints").name == f"step-{steps[-1]:06}"
+    assert find_newest(kept / "checkpoints").name == f"step-{steps[-1]:06}"
     assert len(read_losses(kept)) >= (20 if code == 0 else 16) and not strays(kept)
 
 
@@ -827,10 +805,10 @@ def test_resume_points_whose_disk_turns_read_only_for_a_while_are_tried_again(
     )
     assert fork.ends(fork.together(1, act, workspace / "said-turns")) == [0]
     said = (workspace / "said-turns-0").read_text()
-    assert said.count("going on, the next save tries again") == 1 and "Traceback" not in said
+    assert said.count("the next save tries again") == 1 and "Traceback" not in said
     assert "step-000008: cannot be written" in said and "Read-only file system" in said
     assert (
-        checkpoint.newest(folder).name == "step-000020"
+        find_newest(folder).name == "step-000020"
         and len(read_losses(workspace / "turns")) == 20
     )
 
@@ -870,7 +848,8 @@ def test_a_rank_that_dies_ends_the_others_with_the_reason(workspace, rank, when)
     def dies(run):
         if run.step != 4 or run.ranks.rank != rank:
             return
-        owner, touch = {"a step": (train, "train_step"), "a save": (checkpoint, "write_tensors"),
+        owner, touch = {"a step": (train, "train_step"),
+                        "a save": (resume_point, "write_safetensors"),
                         "an evaluation": (looks, "bits")}[when]
         setattr(owner, touch, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
@@ -879,7 +858,7 @@ def test_a_rank_that_dies_ends_the_others_with_the_reason(workspace, rank, when)
                      codes={FLAGS, -signal.SIGKILL}, during=dies)
     assert f"rank {1 - rank}: another rank does not answer" in said and "Traceback" not in said
     assert time.monotonic() - begun < 60
-    assert checkpoint.newest(workspace / name / "checkpoints") is not None
+    assert find_newest(workspace / name / "checkpoints") is not None
     run_ranks(make_settings(workspace, name, resume=True), world=2)
     assert len(read_losses(workspace / name)) == 20
 
@@ -960,20 +939,20 @@ def test_rows_auto_never_tries_what_the_last_sizes_let_expect_not_to_fit():
 
 def test_a_checkpoint_of_a_newer_format_is_refused_and_one_of_the_first_is_read(tmp_path):
     root = tmp_path / "checkpoints"
-    folder = checkpoint.save(root, 3, {"model": {"w": torch.ones(2)}}, {"step": 3}, 2)
+    folder = save_checkpoint(root, 3, {"model": {"w": torch.ones(2)}}, {"step": 3}, 2)
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**state, "format": checkpoint.FORMAT + 1}))
+    (folder / "state.json").write_text(json.dumps({**state, "format": FORMAT + 1}))
 
     described(folder)
-    with pytest.raises(UserError, match=r"newer version .*\(format 3, this one reads up to 2\)"):
-        checkpoint.read(checkpoint.newest(root))
+    with pytest.raises(UserError, match=r"\(format 3, this version reads up to 2\)"):
+        read_checkpoint(find_newest(root))
     first = root / "step-000004"  # as version 0.1 wrote it, before there were ranks in it
     first.mkdir()
     tensors = {"a": torch.arange(6.0).view(3, 2), "b/step": torch.tensor(3.0)}
     save_file(tensors, first / "model.safetensors")
     (first / "state.json").write_text('{"step": 4}')
     described(first)
-    parts, state = checkpoint.read(checkpoint.newest(root))
+    parts, state = read_checkpoint(find_newest(root))
     assert state == {"step": 4} and all(torch.equal(parts["model"][k], x)
                                         for k, x in tensors.items())
 
@@ -1046,7 +1025,7 @@ def test_torchrun_is_down_soon_after_a_rank_was_killed_and_says_which(
     assert going.returncode == 1 and f"Signal 9 (SIGKILL) received by PID {ranks[rank]}" in said
     assert rank == 0 or "rank 0: another rank does not answer" in said
     assert not any(Path(f"/proc/{x}").exists() for x in ranks)
-    assert checkpoint.newest(Path(s.out) / "checkpoints") is not None
+    assert find_newest(Path(s.out) / "checkpoints") is not None
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import train
-from checkpoints import resume_point as checkpoint
 from checkpoints.huggingface import init_from_config, load_model
 from checkpoints.peft_adapter import PEFT_PREFIX
+from checkpoints.resume_point import find_newest, read_checkpoint
 from data import IGNORE, Batch, Bin
 from helpers import tiny
 from helpers.train_runs import ENV, call, read_losses, train_command
@@ -285,7 +285,7 @@ def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(
     model, _ = load_model(out / "model")
     assert model.lm_head is None and model.head is model.model.embed_tokens.weight
     assert torch.equal(model.head, moved) and not any("head" in k for k in model.state_dict())
-    saved, _ = checkpoint.read(checkpoint.newest(out / "checkpoints"))
+    saved, _ = read_checkpoint(find_newest(out / "checkpoints"))
     assert torch.equal(saved["model"][name], moved)
     assert not any("lm_head" in k for part in saved.values() for k in part)
 
@@ -345,7 +345,7 @@ def test_fp16_that_overflows_at_every_step_ends_with_4_and_no_nan_is_saved(works
     assert [(x["loss"], x["skipped"]) for x in steps] == [(None, 1), (None, 2)]
     odd = [json.loads(x) for x in (out / "odd_steps.jsonl").read_text().splitlines()]
     assert [x["step"] for x in odd] == [1, 2, 3]
-    saved, state = checkpoint.read(checkpoint.newest(out / "checkpoints"))
+    saved, state = read_checkpoint(find_newest(out / "checkpoints"))
     assert all(x.isfinite().all() for part in saved.values() for x in part.values())
     assert state["skipped"] == state["step"] and not (out / "model").exists()
 
