@@ -117,7 +117,6 @@ def loop(run: Run) -> int:
             try:
                 loss, norm = train_step(run.model, objective, batches, run.optimizer, ranks, s.clip,
                                         run.scale, reported)
-                run.average.update(run.step + 1)
                 watch.good(run.step + 1, loss, served, rows)
             except NotFinite as fault:
                 loss = norm = None  # JSON has no NaN

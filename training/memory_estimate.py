@@ -216,7 +216,7 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
         held.what = "optimizer"
         parts = cut.parts if cut else {}
         moving = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        kept = [torch.empty(optim.bytes_held(name, parts.get(p, p), s.optimizer, s.ema),
+        kept = [torch.empty(optim.bytes_held(name, parts.get(p, p), s.optimizer),
                             dtype=torch.uint8) for name, p in moving]
         held.what = "activations"
         for x in (*(x for pair in turning for x in pair),

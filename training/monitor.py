@@ -170,11 +170,11 @@ def out_of_memory(e: BaseException) -> bool:
 class Memory:
     """Tries micro-batches of more and more rows, and whether the optimizer would still fit."""
 
-    def __init__(self, model: Llama, objective: Objective, ranks: Ranks, kind: str, ema: float):
+    def __init__(self, model: Llama, objective: Objective, ranks: Ranks, kind: str):
         self.model, self.objective, self.ranks = model, objective, ranks
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.trained = list(named.values())
-        moments = sum(optim.bytes_held(n, shares.rows(p)[1], kind, ema) for n, p in named.items())
+        moments = sum(optim.bytes_held(n, shares.rows(p)[1], kind) for n, p in named.items())
         message = max((sum(p.nbytes for p in b.parameters) for b in ranks.buckets), default=0)
         self.limit = 0.92 * ranks.memory_limit_gb() - (moments + message) / shares.GiB
         self.seen = [(0, ranks.memory_gb())]  # rows, and the most memory held
@@ -216,7 +216,7 @@ def rows_that_fit(s: Settings, model: Llama, objective: Objective, ranks: Ranks,
     if not s.tokens_per_step:
         raise UserError("--rows auto: give --tokens-per-step too, which it divides", FLAGS)
     total, left = divmod(s.tokens_per_step, s.seq_len * ranks.world)
-    tries = Memory(model, objective, ranks, s.optimizer, s.ema)
+    tries = Memory(model, objective, ranks, s.optimizer)
     found = 1 if left else most_rows(
         total, lambda n: tries.fits(n, min(2, total // n), load(n).next))
     if ranks.device.type == "cuda":

@@ -1,5 +1,5 @@
 """What moves the weights: parameter groups, AdamW, the learning-rate curve, the scale of an fp16
-loss, the weights' moving average, and the optimizer's state by name.
+loss, and the optimizer's state by name.
 
 AdamW costs 16 bytes a trained number: weight, gradient and two moments in float32. Where that is
 too much there are two more. `adamw8bit` (Dettmers et al. 2022, by bitsandbytes) keeps the moments
@@ -91,12 +91,11 @@ def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay:
     return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=EPS, fused=True)
 
 
-def bytes_held(name: str, p: Tensor, kind: str, averaged: float = 0.0) -> int:
-    """What is kept beside a tensor that trains, once it has moved: moments, and its average."""
-    average = 4 * p.numel() if averaged else 0
+def bytes_held(name: str, p: Tensor, kind: str) -> int:
+    """Bytes of the optimizer's moments of a trained tensor."""
     if kind == "adamw8bit" and p.numel() >= NARROW and name not in EMBEDDINGS:
-        return average + 2 * (p.numel() + 4 * -(p.numel() // -256))  # a float32 for every 256
-    return average + 2 * p.numel() * (2 if kind == "adamw-bf16" else 4)
+        return 2 * (p.numel() + 4 * -(p.numel() // -256))  # a float32 for every 256
+    return 2 * p.numel() * (2 if kind == "adamw-bf16" else 4)
 
 
 def _adamw8bit(model: nn.Module, parts: list[dict], lr: float,
@@ -211,37 +210,6 @@ class LossScale:
         self.good = self.good + 1 if finite else 0
         if not finite or self.good == 2000:
             self.value, self.good = max(LEAST, self.value * (2.0 if finite else 0.5)), 0
-
-
-class Average:
-    """A moving average of what trains, in float32 beside it; with decay 0 it holds nothing.
-
-    After step t it is d of what it was and 1 - d of the weights, d = min(decay, (1 + t) / (10 +
-    t)): where training began is soon forgotten, in a short run too. Averaged weights are often
-    better ones, for the noise of single steps is gone (Polyak & Juditsky 1992).
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and decay}
-        self.decay, self.weights = decay, trained
-        self.tensors = {n: p.detach().clone() for n, p in trained.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after a step."""
-        d = min(self.decay, (1 + step) / (10 + step))
-        for name, x in self.tensors.items():
-            x.lerp_(self.weights[name].detach(), 1 - d)
-
-    @torch.no_grad()
-    def exchange(self) -> None:
-        """Weights become their average and the average the weights; the second time, all is as it
-        was."""
-        for name, x in self.tensors.items():
-            p = self.weights[name]
-            kept = p.detach().clone()
-            p.copy_(x)
-            x.copy_(kept)
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -60,8 +60,8 @@ def disk(run: Run) -> int:
 
 
 def point(run: Run) -> int:
-    """Bytes of a resume point, all ranks' parts: what trains, its moments, its average."""
-    return sum(x.nbytes + optim.bytes_held(name, x, run.s.optimizer, run.s.ema)
+    """Bytes of a resume point, all ranks' parts: what trains and its moments."""
+    return sum(x.nbytes + optim.bytes_held(name, x, run.s.optimizer)
                for name, x in run.trained.items())
 
 
@@ -90,7 +90,7 @@ def _show(run: Run, origins: dict[str, str], objective: Objective) -> None:
     whole = "GPU's tensors" if run.ranks.device.type == "cuda" else "whole process"
     minutes = (time.perf_counter() - begun) * run.micro_batches * run.steps / 60
     moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
-    moments = sum(optim.bytes_held(name, p, s.optimizer, s.ema) for name, p in moving) / GiB
+    moments = sum(optim.bytes_held(name, p, s.optimizer) for name, p in moving) / GiB
     base = base_model_dir(run.folder)
     said = memory.on(run.ranks, run.model.config, s, run.model.compute_dtype,
                      run.micro_batches, run.folder if run.folder != base else None)

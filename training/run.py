@@ -15,8 +15,6 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +69,7 @@ from training.settings import (
     Settings,
     changed_settings,
     check_adapter,
+    upgrade_settings,
 )
 
 
@@ -88,7 +87,6 @@ class Run:
     held: sources.Held  # held-out documents by name
     guards: Guards
     optimizer: torch.optim.Optimizer
-    average: optim.Average
     scale: optim.LossScale
     saver: AsyncCheckpointer
     steps: int
@@ -204,7 +202,7 @@ class Run:
             preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
                                       ranks)
         return cls(s, out, ranks, model, folder, tokenizer, loader, held, guards, optimizer,
-                   optim.Average(model, s.ema), scale, saver, steps, per_step // micro)
+                   scale, saver, steps, per_step // micro)
 
     @property
     def tokens_per_step(self) -> int:
@@ -240,19 +238,20 @@ class Run:
     def look(self) -> dict[str, Any]:
         """An evaluation: bits per byte, suites, samples; whether a guard ends the run with it. What
         metrics.jsonl keeps; of several ranks, what the first found."""
-        with self.averaged():
-            found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
-            if self.guards.suites:
-                self.model.eval()
-                ends = stop_ids(self.folder, self.tokenizer)
-                found["suites"] = finite(self.guards.measure(self.model, self.tokenizer, self.ranks,
-                                                             ends))
-                self.model.train()
-            found = json.loads(self.ranks.gather(json.dumps(found))[0])
-            block = looks.samples(self.model, self.held, self.tokenizer, self.s.prompts)
-            if self.ranks.rank == 0:
-                looks.add(self.out / "samples.txt", self.step, block)
-            self.keep_best(found["bits_per_byte"])
+        found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
+        if self.guards.suites:
+            self.model.eval()
+            ends = stop_ids(self.folder, self.tokenizer)
+            found["suites"] = finite(self.guards.measure(self.model, self.tokenizer, self.ranks,
+                                                         ends))
+            self.model.train()
+        found = json.loads(self.ranks.gather(json.dumps(found))[0])
+        block = looks.samples(self.model, self.held, self.tokenizer, self.s.prompts)
+        if self.ranks.rank == 0:
+            looks.add(self.out / "samples.txt", self.step, block)
+        self.keep_best(found["bits_per_byte"])
+        for m in self.ranks.shards:
+            m.reshard()  # an evaluation leaves the root module unsharded
         self.guards.look(self.step, {**found.get("suites", {}), **found["bits_per_byte"]})
         said = [f"{name} {x}" if x is None else f"{name} {x:.4f}"
                 for name, x in found["bits_per_byte"].items()]
@@ -260,19 +259,6 @@ class Run:
             "bits per byte " * bool(said) + ", ".join(said),
             self.guards.words(found.get("suites", {}))))))
         return found | ({"stopped": self.guards.stopped} if self.guards.stopped else {})
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the model is the average of its steps, where one is kept: what is evaluated is
-        what will be saved."""
-        self.exchange()
-        yield
-        self.exchange()
-
-    def exchange(self) -> None:
-        for m in self.ranks.shards:
-            m.reshard()  # what an evaluation left whole is of the other weights
-        self.average.exchange()
 
     @property
     def end(self) -> str:
@@ -306,7 +292,6 @@ class Run:
     def save(self) -> None:
         """Begin to write the resume point: what trains, the optimizer, and where the data stand."""
         parts = {"model": self.trained, "optimizer": optim.state(self.model, self.optimizer)}
-        parts |= {"average": self.average.tensors} if self.average.tensors else {}
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
                  "settings": dataclasses.asdict(self.s),
                  "served": self.loader.served, "data": self.data, "model": self.mark,
@@ -340,7 +325,8 @@ class Run:
         with CheckpointReader(newest) as saved:
             state = saved.state
             may_change = CAN_CHANGE_ON_RESUME | WARN_ON_RESUME | {"model"}
-            changed = config.changed_settings(state.get("settings", {}), dataclasses.asdict(self.s))
+            old = upgrade_settings(state.get("settings", {}))
+            changed = config.changed_settings(old, dataclasses.asdict(self.s))
             if refused := [x for name, x in changed if name not in may_change]:
                 raise UserError(f"{self.out / 'settings.toml'}: not as {newest} was written with "
                                 f"({'; '.join(refused)}); that is another run: put it back, or "
@@ -356,9 +342,8 @@ class Run:
                                 f"{self.mark[:12]}); put those back, or start anew with another "
                                 "--out")
             named = self.trained
-            for part, tensors in (("model", named), ("average", self.average.tensors)):
-                for name, x in tensors.items():
-                    x.copy_(saved.read_like(part, name, x))
+            for name, x in named.items():
+                x.copy_(saved.read_like("model", name, x))
             optim.load_state(self.model, self.optimizer, {
                 key: saved.read_like("optimizer", key, named[key.rsplit("/", 1)[0]])
                 for key in saved.names("optimizer")})
@@ -418,8 +403,7 @@ class Run:
                 add_stop_id(result, end)
 
     def finish(self) -> None:
-        """Give the result: the best evaluated weights with --best, else the last, averaged if so
-        kept."""
+        """Write the result: with --best the best evaluated weights, else the last."""
         if self.s.best and (kept := self.newest("best")):
             with CheckpointReader(kept) as saved:
                 step = saved.state["step"]
@@ -428,8 +412,7 @@ class Run:
             log.say(f"the model is that of step {step}, the best of {self.s.best}")
             self.write(step)
         else:
-            with self.averaged():
-                self.write(self.step)
+            self.write(self.step)
 
     def write(self, step: int) -> None:
         """Write the weights, which are those evaluated at a step, as an HF or PEFT folder, and the

@@ -8,7 +8,7 @@ it expects an effect.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,11 +19,25 @@ from runtime.setting_metadata import bounded
 from training import other_trainers
 
 
+def removed(name: str, idle: Any) -> Callable[[Any], dict[str, Any]]:
+    """For `Settings.RENAMED`: refuse a removed setting, except with the value `idle`, at which it
+    had no effect."""
+
+    def read(value: Any) -> dict[str, Any]:
+        if value != idle:
+            raise UserError(f"{name} = {value}: this setting was removed; commit 53f4a60 is the "
+                            "last one that can continue such a run", FLAGS)
+        return {}
+
+    return read
+
+
 @dataclass
 class Settings:
     """Train a LLaMA on token bins, with all weights or LoRA."""
 
     HINTS: ClassVar[dict[str, str]] = other_trainers.HINTS
+    RENAMED: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {"ema": removed("ema", 0.0)}
 
     mode: Literal["cpt", "sft", "mt", "dpo", "cpo"] = "cpt"
     """What is trained: cpt, continued pretraining on text; sft, answers in conversations; mt,
@@ -106,9 +120,6 @@ class Settings:
     """cpt, sft, mt: noise on the embeddings, so strong (NEFTune; its authors take 5 to 15)."""
     label_smoothing: float = bounded(0.0, at_least=0, below=1)
     """cpt, sft, mt: this share of each target is spread over all tokens; in training alone."""
-    ema: float = bounded(0.0, at_least=0, below=1)
-    """Average the weights over steps, with this decay such as 0.999; the average is evaluated and
-    saved. 0: the weights as they are."""
 
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
     """dtype of products (fp8: of blocks', with --tune full). What trains is kept in float32."""
@@ -185,6 +196,15 @@ PART = ("lora_layers", "rslora", "dora", "double_quant", "train_layers", "train_
         "train_norms")
 
 
+def upgrade_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings under today's names, from those that an earlier version wrote into a checkpoint."""
+    upgraded = {}
+    for name, value in values.items():
+        renamed = Settings.RENAMED.get(name)
+        upgraded |= renamed(value) if renamed else {name: value}
+    return upgraded
+
+
 def torchrun_restarts() -> int:
     """The number of times that torchrun has restarted this machine's processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -227,9 +247,9 @@ def check_combinations(s: Settings) -> None:
     if s.max_epochs_per_source and not s.steps:
         raise UserError("--max-epochs-per-source: has no effect without --steps; give --steps too",
                         FLAGS)
-    if s.optimizer == "adamw-bf16" and (s.tune != "full" or s.train_layers or s.ema):
-        raise UserError("--optimizer adamw-bf16: works only where all weights are trained, and "
-                        "without --ema; use adamw or adamw8bit", FLAGS)
+    if s.optimizer == "adamw-bf16" and (s.tune != "full" or s.train_layers):
+        raise UserError("--optimizer adamw-bf16: works only where all weights are trained; "
+                        "use adamw or adamw8bit", FLAGS)
     part = s.tune != "full" or bool(s.train_layers)
     if s.embedding_lr and part and not s.train_embeddings and not s.resume:
         raise UserError("--embedding-lr: has no effect without --train-embeddings; give that too, "

@@ -49,8 +49,7 @@ TUNES = {
     "QLoRA": {"tune": "qlora", "lora_rank": 4},
     "recomputed": {"recompute": True},
     "norms and gates made again": {"recompute_light": True, "tune": "lora", "lora_rank": 4},
-    "averaged": {"model": "untied", "ema": 0.9, "label_smoothing": 0.1, "best": "kin",
-                 "eval_every": 5},
+    "smoothed": {"model": "untied", "label_smoothing": 0.1, "best": "kin", "eval_every": 5},
 }
 
 
@@ -227,7 +226,7 @@ def test_thirty_steps_are_ten_on_some_ranks_ten_on_others_and_ten_on_some(worksp
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_ranks_cut_and_resumed_equal_two_that_were_not_bit_for_bit(workspace, how):
     changes = {"steps": 12, "tune": "lora", "lora_dropout": 0.2, "shard": how,
-               "train_embeddings": True, "ema": 0.9, "best": "kin", "eval_every": 5}
+               "train_embeddings": True, "best": "kin", "eval_every": 5}
     run_ranks(make_settings(workspace, f"uncut-{how}", **changes), world=2)
     run_ranks(
               make_settings(workspace, f"cut-{how}", **changes),

@@ -226,25 +226,3 @@ def test_bf16_adamw_takes_adamws_steps():
         optimizer.step()
     apart = (wide - narrow.float()).abs()
     assert (apart <= wide.abs() * 2**-7 + 1e-30).all() and apart.mean() > 0
-
-
-def test_an_average_is_the_weighted_sum_of_all_steps_and_gives_the_weights_back():
-    """By the formula on numbers of its own: the start's weight is the product of all decays."""
-    model = torch.nn.Linear(3, 2)
-    model.bias.requires_grad_(False)
-    average, seen = optim.Average(model, 0.6), [model.weight.detach().double()]
-    for step in range(1, 9):
-        with torch.no_grad():
-            model.weight += torch.randn(2, 3)
-        seen.append(model.weight.detach().double())
-        average.update(step)
-    wanted = seen[0]
-    for step, w in enumerate(seen[1:], 1):
-        d = min(0.6, (1 + step) / (10 + step))
-        wanted = d * wanted + (1 - d) * w
-    before = model.weight.detach().clone()
-    average.exchange()
-    torch.testing.assert_close(model.weight.detach(), wanted.float(), atol=1e-6, rtol=1e-5)
-    average.exchange()
-    assert torch.equal(model.weight, before) and average.tensors.keys() == {"weight"}
-    assert not optim.Average(model, 0.0).tensors, "none is kept where none was asked for"

@@ -45,13 +45,13 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 TUNES = {
     "full": ["--tune", "full"], "lora": ["--tune", "lora", "--lora-dropout", "0.1"],
     "bf16": ["--optimizer", "adamw-bf16", "--dtype", "bf16"],
-    "averaged": ["--ema", "0.9", "--label-smoothing", "0.1", "--best", "kin"],
+    "smoothed": ["--label-smoothing", "0.1", "--best", "kin"],
     "qlora": ["--tune", "qlora", "--double-quant", "--lora-dropout", "0.1", "--optimizer",
               "adamw8bit", "--lora-rank", "32"],
     "all of LoRA": ["--tune", "lora", "--lora-dropout", "0.1", "--rslora", "--dora", "--lora-plus",
                     "4", "--train-embeddings", "--embedding-lr", "5e-4", "--train-norms",
-                    "--ema", "0.9", "--best", "eng"]}
-SLOW = {"bf16", "averaged"}
+                    "--best", "eng"]}
+SLOW = {"bf16", "smoothed"}
 
 
 @pytest.mark.parametrize("tune", [
@@ -113,7 +113,7 @@ def bits_per_byte(out: Path) -> dict[int, dict[str, float]]:
     return {x["step"]: x["bits_per_byte"] for x in lines if "bits_per_byte" in x}
 
 
-def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(workspace):
+def test_the_model_saved_is_the_one_that_was_evaluated_and_best(workspace):
     """As the next run finds it at its step 0. The last is not the best: a decay of half the step's
     number shrinks strong weights first, and from the fifth step on makes them many times as
     strong."""
@@ -127,8 +127,6 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(workspa
             "2",
             "--best",
             "kin",
-            "--ema",
-            "0.5",
             "--lr",
             "0.05",
             "--weight-decay",
@@ -137,7 +135,7 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(workspa
             "10",
         )
     )
-    call(train_command(workspace, "last", "--steps", "4", "--eval-every", "2", "--ema", "0.9"))
+    call(train_command(workspace, "last", "--steps", "4", "--eval-every", "2"))
     for name in ("best", "last"):
         seen = bits_per_byte(workspace / name)
         step = min(seen, key=lambda k: seen[k]["kin"]) if name == "best" else 4
@@ -155,9 +153,8 @@ def test_the_model_saved_is_the_one_that_was_evaluated_averaged_and_best(workspa
 
 @pytest.mark.parametrize("flags, said", [
     (["--best", "fra"], "--best fra: no held-out text of that name; there are kin, eng"),
-    (["--ema", "1.0"], "--ema 1.0: must be"),
     (["--label-smoothing", "-0.1"], "--label-smoothing -0.1: must be"),
-    (["--ema", "0.9", "--optimizer", "adamw-bf16"], "and without --ema"),
+    (["--tune", "lora", "--optimizer", "adamw-bf16"], "works only where all weights are trained"),
     (["--mode", "dpo", "--neftune", "5"], "--neftune: has no effect with --mode dpo"),
     (["--mode", "cpo", "--label-smoothing", "0.1"],
      "--label-smoothing: has no effect with --mode cpo"),
@@ -807,3 +804,15 @@ def test_origins_are_told(tmp_path):
     assert (settings.lr, settings.steps) == (1e-4, 7)
     assert (origins["lr"].endswith("r.toml") and origins["steps"] == "flag"
             and origins["seed"] == "default")
+
+
+def test_old_settings_that_name_a_removed_one_are_read_where_it_had_no_effect(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    text = config.to_toml(Settings(out=str(out), lr=3e-4))
+    (out / "settings.toml").write_text(text + "ema = 0.0\n")
+    settings, _ = read_settings(["--resume", "--out", str(out)])
+    assert settings.lr == 3e-4
+    (out / "settings.toml").write_text(text + "ema = 0.999\n")
+    with pytest.raises(UserError, match=r"ema = 0\.999: this setting was removed; commit 53f4a60"):
+        read_settings(["--resume", "--out", str(out)])
