@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from runtime import console, flags
 from runtime.console import FLAGS, STORAGE, UserError
+from runtime.setting_metadata import Group, bounded
 
 if TYPE_CHECKING:
     from evaluation.eval_model import EvalModel
@@ -41,58 +42,64 @@ if TYPE_CHECKING:
 class Settings:
     """Evaluate a model on suites and texts, with intervals: a table, results.json, report.html."""
 
-    model: str = ""
+    model: Annotated[str, Group("Most used")] = ""
     """A run's folder, a Hugging Face folder, a PEFT adapter, or a hub id (org/name@revision)."""
     suites: list[str] = field(default_factory=list)
     """Names of suites (the files of evaluation/suites and of languages), or NAME=FILE with the
     suite's data (a path, or hf:org/name/file), or a .toml of your own."""
     suite_data: str = ""
     """The folder with the data of the suites."""
-    prompts: list[str] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    """Texts to measure, each NAME=FILE: .txt, .jsonl, .tsv, .parquet, also .gz."""
+    baseline: str = ""
+    """The --out of an earlier evaluation, to compare with by a paired test."""
+    out: str = "out/eval"
+    """Folder for results.json, report.html and the answers."""
+    limit: int = bounded(0, at_least=0)
+    """Only the first items of each suite and text, for a quick check; results are marked PARTIAL.
+    0: all."""
+    prompts: Annotated[list[str], Group("Suites")] = field(default_factory=list)
     """Only these prompts of each suite, such as 1 3. Default: all."""
-    shots: int = 0
+    shots: int = bounded(0, at_least=0)
     """Number of few-shot examples before each item."""
     chat_template: bool = False
     """Ask the suites as conversations, in the model's chat template (lm-eval's
     --apply_chat_template): for models that were trained on conversations."""
-    beams: int = 1
+    beams: int = bounded(1, at_least=1)
     """Number of beams for answers and translations. 1: greedy, as for published figures."""
-    max_new_tokens: int = 0
+    max_new_tokens: int = bounded(0, at_least=0)
     """Maximum number of tokens of an answer. 0: as the suite says."""
-    text: list[str] = field(default_factory=list)
-    """Texts to measure, each NAME=FILE: .txt, .jsonl, .tsv, .parquet, also .gz."""
-    documents: Literal["auto", "file", "line", "block"] = "auto"
+    hypotheses: list[str] = field(default_factory=list)
+    """Translations of another system, each NAME=FILE, such as flores/eng-kin=nllb.txt, one sentence
+    a line. They are scored like a model's; no --model is needed."""
+    documents: Annotated[Literal["auto", "file", "line", "block"], Group("Texts")] = "auto"
     """What a document of a .txt is. auto: decided from the file. Results for different documents
     are not comparable."""
     text_key: str = "text"
     """The column of the text in a .jsonl, .tsv or .parquet."""
-    hypotheses: list[str] = field(default_factory=list)
-    """Translations of another system, each NAME=FILE, such as flores/eng-kin=nllb.txt, one sentence
-    a line. They are scored like a model's; no --model is needed."""
-    baseline: str = ""
-    """The --out of an earlier evaluation, to compare with by a paired test."""
-    trained_on: list[str] = field(default_factory=list)
+    trained_on: Annotated[list[str], Group("Contamination")] = field(default_factory=list)
     """Bins or files (text, conversations, pairs) that the model was trained on, which are searched
     for the tests' sentences. Default: those that the run's own settings name."""
     overlap: bool = True
     """Search the training text for the tests' sentences."""
-    limit: int = 0
-    """Only the first items of each suite and text, for a quick check; results are marked PARTIAL.
-    0: all."""
-    max_length: int = 0
-    """Maximum length of the context in tokens. 0: the model's own."""
-    out: str = "out/eval"
-    """Folder for results.json, report.html and the answers."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Group("Model")] = "auto"
+    """Where the model runs. auto: on a GPU if there is one."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Of matrix products. bf16 is faster and changes results by some thousandths; publish fp32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs."""
     quant: Literal["none", "int8", "nf4"] = "none"
     """int8: the matrices of layers and the output head in 8 bits, as in sample.py; nf4: the
     matrices of layers in 4 bits, as in QLoRA."""
+    max_length: int = 0
+    """Maximum length of the context in tokens. 0: the model's own."""
     lm_eval_compat: bool = False
     """Count as lm-evaluation-harness 0.4.13 does by default: the BOS of a text is scored after
     another BOS, and log p is rounded to the dtype of matrix products."""
+
+    HINTS: ClassVar[dict[str, str]] = {  # names of lm-evaluation-harness
+        "tasks": "--suites", "num_fewshot": "--shots", "output_path": "--out",
+        "apply_chat_template": "--chat-template", "max_gen_toks": "--max-new-tokens",
+        "num_beams": "--beams", "batch_size": "batches are formed by length; there is no such "
+                                              "setting"}
 
 
 def main(s: Settings) -> None:
@@ -143,10 +150,7 @@ def check_settings(s: Settings) -> None:
     if not (s.text or s.suites or s.hypotheses):
         raise UserError("nothing to measure: give --suites NAME ..., or --text NAME=FILE ...",
                         FLAGS)
-    for name, least in (("limit", 0), ("shots", 0), ("beams", 1), ("max_new_tokens", 0)):
-        if getattr(s, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: expected {least} or "
-                            "more", FLAGS)
+    flags.check_bounds(s)
     suites = {spec.partition("=")[0] for spec in s.suites}
     suites_of_hypotheses = {spec.partition("/")[0] for spec in s.hypotheses}
     if not s.model and (s.text or suites - suites_of_hypotheses):

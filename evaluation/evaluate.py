@@ -185,7 +185,7 @@ def read_suites(specs: Sequence[str], data_folder: str, prompts: Sequence[str],
     for spec in specs:
         suite = load_suite(spec, data_folder)
         if prompts:
-            _keep_prompts(suite, prompts)
+            _select_prompts(suite, prompts)
         if suite.name in (other.name for other in suites):
             raise UserError(f"--suites {spec}: {suite.name} is named twice; name it once", FLAGS)
         for prompt in suite.prompts:
@@ -193,20 +193,21 @@ def read_suites(specs: Sequence[str], data_folder: str, prompts: Sequence[str],
         suites.append(suite)
         say(f"{suite.name}: {len(suite.rows)} items, {len(suite.prompts)} prompts "
             f"({suite.about})")
-    kept = {prompt.name for suite in suites for prompt in suite.prompts}
-    missing = [name for name in prompts if name not in kept]
+    chosen = {prompt.name for suite in suites for prompt in suite.prompts}
+    missing = [name for name in prompts if name not in chosen]
     if missing:
-        raise UserError(f"--prompts {' '.join(missing)}: no suite has such a prompt; there are "
-                        f"{', '.join(sorted(kept))}", FLAGS)
+        raise UserError(f"--prompts {' '.join(missing)}: no suite has such a prompt; remove it",
+                        FLAGS)
     return suites
 
 
-def _keep_prompts(suite: Suite, names: Sequence[str]) -> None:
-    kept = [prompt for prompt in suite.prompts if prompt.name in names]
-    if not kept:
+def _select_prompts(suite: Suite, names: Sequence[str]) -> None:
+    prompts = [prompt for prompt in suite.prompts if prompt.name in names]
+    if not prompts:
         known = ", ".join(dict.fromkeys(prompt.name for prompt in suite.prompts))
-        raise UserError(f"--prompts {' '.join(names)}: suite {suite.name} has {known}", FLAGS)
-    suite.prompts = kept
+        raise UserError(f"--prompts {' '.join(names)}: suite {suite.name} has {known}; name one "
+                        "of them", FLAGS)
+    suite.prompts = prompts
 
 
 def warn_unidentified_languages(suites: Sequence[Suite]) -> None:
@@ -306,8 +307,8 @@ def measure_hypotheses(evaluation: Evaluation, spec: str, suite_specs: Sequence[
     start = time.perf_counter()
     name, _, file = spec.partition("=")
     suite_name, _, part = name.partition("/")
-    given = [x for x in suite_specs if x.partition("=")[0] == suite_name]
-    suite = load_suite(given[0] if given else suite_name, data_folder)
+    specs_of_suite = [x for x in suite_specs if x.partition("=")[0] == suite_name]
+    suite = load_suite(specs_of_suite[0] if specs_of_suite else suite_name, data_folder)
     parts = dict.fromkeys(prompt.part for prompt in suite.prompts)
     if not file or suite.task_type is not Translation or part not in parts:
         raise UserError(f"--hypotheses {spec}: expected SUITE/PART=FILE, as in "
