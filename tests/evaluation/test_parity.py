@@ -1,6 +1,9 @@
-"""Equal to lm-evaluation-harness 0.4.13: every request's text and ids, likelihoods, answers and
-metrics, for two kinds of tokenizer. tests/goldens.py made what is compared with; a slow test makes
-it again where lm_eval is installed. Seven mistakes, put in on purpose, are each noticed."""
+"""Parity with lm-evaluation-harness 0.4.13: the text and ids of every request, likelihoods, answers
+and metrics, for two kinds of tokenizer.
+
+goldens/lm_eval_goldens.py computed the expected values; a slow test computes them again if lm_eval
+is installed. Seven deliberate mistakes are each noticed by the comparison.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +141,7 @@ def test_ids_likelihoods_answers_and_metrics_are_those_of_the_harness(key, shots
 @pytest.mark.parametrize(("key", "shots"), [(key, shots) for shots in (0, goldens.SHOTS) for key in
                                             goldens.IN_CHAT if not shots or
                                             key in goldens.WITH_SHOTS], ids=lambda x: str(x))
-def test_a_conversation_is_that_of_the_harness_with_apply_chat_template(key, shots, kind, data,
+def test_conversations_are_those_of_the_harness_with_apply_chat_template(key, shots, kind, data,
                                                                         readers, homes):
     template = chat.Template.of(homes[kind], readers[kind][1])
     compare(key, shots, kind, data, readers, template)
@@ -169,25 +172,25 @@ def test_rolling_bits_per_byte_are_those_of_the_harness(kind, readers):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "key", "rel"), [("fp32", "texts_as_it_comes", 1e-6),
                                                    ("bf16", "texts_bf16", 5e-3)])
-def test_compat_is_the_harness_as_it_comes_which_scores_bos(kind, dtype, key, rel, tmp_path):
+def test_lm_eval_compat_scores_bos_as_the_harness_does_by_default(kind, dtype, key, rel, tmp_path):
     """Through eval.py. In bf16 our products round otherwise than transformers', in some digit."""
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": x}) + "\n" for x in goldens.texts()))
     evaluating.main(evaluating.Settings(
         model=str(goldens.model(tmp_path / "model", kind)), text=[f"a={file}"], dtype=dtype,
         lm_eval_compat=True, device="cpu", overlap=False, out=str(tmp_path / "out")))
-    found = json.loads((tmp_path / "out/results.json").read_text())["results"][0]
+    result = json.loads((tmp_path / "out/results.json").read_text())["results"][0]
     golden = GOLDEN[key][kind]
-    assert found["value"] == pytest.approx(golden["bits_per_byte"], rel=rel)
+    assert result["value"] == pytest.approx(golden["bits_per_byte"], rel=rel)
     assert golden["bits_per_byte"] > GOLDEN["texts"][kind]["bits_per_byte"] * 1.001
     lines = (tmp_path / "out/items/text.a.jsonl").read_text().splitlines()
     nats = [json.loads(x)["nats"] for x in lines]
     np.testing.assert_allclose(nats, golden["nats"], rtol=10 * rel)
-    assert found["signature"].count(f"dtype:{dtype}|sum:{dtype}|compat:lm-eval,0.4.13") == 1
+    assert result["signature"].count(f"dtype:{dtype}|sum:{dtype}|compat:lm-eval,0.4.13") == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compat_rounds_log_p_to_the_dtype_of_products(kind, data, tmp_path):
+def test_lm_eval_compat_rounds_log_p_to_the_compute_dtype(kind, data, tmp_path):
     """As the harness's formula does with the same logits, exactly; and beside its own in bf16."""
     model, tokenizer = load_model(str(goldens.model(tmp_path, kind)), dtype=torch.bfloat16)
     model.eval().model.compute_dtype = torch.bfloat16
@@ -195,16 +198,17 @@ def test_compat_rounds_log_p_to_the_dtype_of_products(kind, data, tmp_path):
     assert rounded.logprob_dtype == torch.bfloat16
     for key in goldens.IN_BF16:
         task, items = task_and_items(key, 0, data)
-        found = task.records(rounded, items)
+        records = task.records(rounded, items)
         golden = GOLDEN["bf16"][kind][goldens.name(key, 0)]
-        for x, theirs in zip(found, golden, strict=True):
+        for x, theirs in zip(records, golden, strict=True):
             assert x["logp"] == torch.tensor(x["logp"]).bfloat16().tolist()
             np.testing.assert_allclose(x["logp"], theirs, rtol=0.02)
         request = task.requests(items[0], items[0].context, task.suite.delimiter)[0]
-        before, ids = eval_model.encode_pair(tokenizer, request.context, request.text)
+        context_ids, ids = eval_model.encode_pair(tokenizer, request.context, request.text)
         with torch.inference_mode():
-            logits = tiny.logits(model, torch.tensor([before + ids]))[0].bfloat16()
-        logp = logits[len(before) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
+            logits = tiny.logits(model, torch.tensor([context_ids + ids]))[0].bfloat16()
+        logp = logits[len(context_ids) - 1 : -1].log_softmax(-1)
+        logp = logp.gather(1, torch.tensor(ids)[:, None])
         [alone] = rounded.loglikelihood([request])
         assert alone == float(logp.sum())
 
@@ -223,9 +227,9 @@ def compare_boundary(pieces: Path) -> None:
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "tokenizer.model"))
-    before, ids = eval_model.encode_pair(Tokenizer.open(pieces), "Inka za", "cu zirya ubwatsi")
-    assert before == [1, *sp.encode("Inka za")]
-    assert ids == [1, *sp.encode("Inka zacu zirya ubwatsi")][len(before) :]
+    context_ids, ids = eval_model.encode_pair(Tokenizer.open(pieces), "Inka za", "cu zirya ubwatsi")
+    assert context_ids == [1, *sp.encode("Inka za")]
+    assert ids == [1, *sp.encode("Inka zacu zirya ubwatsi")][len(context_ids) :]
 
 
 def compare_norm(pieces: Path) -> None:
@@ -235,12 +239,12 @@ def compare_norm(pieces: Path) -> None:
     suite = load_suite("agreement")
     suite.metrics = ["acc", "acc_norm", "acc_bytes"]
     task = suite.task(suite.prompts[0])
-    found = {m.name: m.counts[:, 0].tolist() for m in task.metrics(records)}
-    assert found == {"acc": [0.0, 0.0], "acc_norm": [1.0, 1.0], "acc_bytes": [1.0, 1.0]}
+    correct = {m.name: m.counts[:, 0].tolist() for m in task.metrics(records)}
+    assert correct == {"acc": [0.0, 0.0], "acc_norm": [1.0, 1.0], "acc_bytes": [1.0, 1.0]}
 
 
 @pytest.mark.parametrize("check", [compare_boundary, compare_norm])
-def test_the_boundary_and_the_lengths_are_those_of_the_rule(check, pieces):
+def test_the_boundary_of_a_continuation_and_the_lengths_of_choices(check, pieces):
     check(pieces)
 
 
