@@ -1,4 +1,4 @@
-"""A real browser, driven over a pipe as its own tools are: open a page, run a line in it, look."""
+"""A real Chromium, driven over the pipe of its debugging protocol: open pages, run JavaScript."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ CHROMIUM = shutil.which("chromium")
 class Browser:
     """One tab. `run` evaluates JavaScript in it, waiting for promises."""
 
-    def __init__(self, asks: Any, tells: Any):
-        self.asks, self.tells, self.number, self.session = asks, tells, 0, None
+    def __init__(self, requests: Any, responses: Any):
+        self.requests, self.responses = requests, responses
+        self.number, self.session = 0, None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target,
                                  flatten=True)["sessionId"]
-        self.complaints: list[str] = []
+        self.complaints: list[str] = []  # log entries and exceptions of the page
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
@@ -32,20 +33,22 @@ class Browser:
         self.number += 1
         session = {"sessionId": self.session} if self.session else {}
         message = {"id": self.number, "method": method, "params": params, **session}
-        self.asks.write(json.dumps(message).encode() + b"\0")
-        self.asks.flush()
-        while (said := self.next()).get("id") != self.number:
-            if said.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown"):
-                self.complaints.append(json.dumps(said["params"])[:500])
-        assert "error" not in said, said
-        return said["result"]
+        self.requests.write(json.dumps(message).encode() + b"\0")
+        self.requests.flush()
+        response = self.next()
+        while response.get("id") != self.number:
+            if response.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown"):
+                self.complaints.append(json.dumps(response["params"])[:500])
+            response = self.next()
+        assert "error" not in response, response
+        return response["result"]
 
     def next(self) -> dict:
-        """What it says next; an answer, or an event."""
+        """The next message: a response, or an event."""
         text = bytearray()
         while not text.endswith(b"\0"):
-            assert select.select([self.tells], [], [], 60)[0], "the browser says nothing"
-            byte = self.tells.read(1)
+            assert select.select([self.responses], [], [], 60)[0], "the browser is silent"
+            byte = self.responses.read(1)
             assert byte, "the browser has ended"
             text += byte
         return json.loads(text[:-1])
@@ -59,10 +62,11 @@ class Browser:
         self.run("new Promise(r => document.readyState === 'complete' ? r() : "
                  "addEventListener('load', r))")
 
-    def run(self, line: str) -> Any:
-        done = self.call("Runtime.evaluate", expression=line, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in done, done
-        return done["result"].get("value")
+    def run(self, script: str) -> Any:
+        response = self.call("Runtime.evaluate", expression=script, awaitPromise=True,
+                             returnByValue=True)
+        assert "exceptionDetails" not in response, response
+        return response["result"].get("value")
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
@@ -71,23 +75,23 @@ class Browser:
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
     """Chromium, without a window, until the block ends."""
-    out, asks = os.pipe()
-    tells, back = os.pipe()
+    child_reads, we_write = os.pipe()
+    we_read, child_writes = os.pipe()
 
-    def place() -> None:  # it reads descriptor 3 and writes 4
-        spare = os.dup(back), os.dup(out)
-        os.dup2(spare[1], 3)
-        os.dup2(spare[0], 4)
+    def set_descriptors() -> None:  # Chromium reads descriptor 3 and writes 4
+        writes, reads = os.dup(child_writes), os.dup(child_reads)
+        os.dup2(reads, 3)
+        os.dup2(writes, 4)
 
-    running = subprocess.Popen(
+    process = subprocess.Popen(
         [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-         f"--user-data-dir={profile}", "--no-first-run"], preexec_fn=place, close_fds=False,
+         f"--user-data-dir={profile}", "--no-first-run"], preexec_fn=set_descriptors, close_fds=False,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.close(out)
-    os.close(back)
+    os.close(child_reads)
+    os.close(child_writes)
     try:
-        with open(asks, "wb") as to, open(tells, "rb", buffering=0) as of:
-            yield Browser(to, of)
+        with open(we_write, "wb") as requests, open(we_read, "rb", buffering=0) as responses:
+            yield Browser(requests, responses)
     finally:
-        running.terminate()
-        running.wait(20)
+        process.terminate()
+        process.wait(20)

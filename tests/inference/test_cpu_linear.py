@@ -26,15 +26,15 @@ def read(model: Llama, rows: int) -> torch.Tensor:
         return DecodeStep(model)(torch.arange(5, 5 + rows), cache, cache)
 
 
-@pytest.mark.parametrize("how", ["", "lora", "dora"])
+@pytest.mark.parametrize("adapter", ["", "lora", "dora"])
 @pytest.mark.parametrize("shape", ["llama32", "biases", "gemma2"])
 @pytest.mark.parametrize("amx", [False, True])
-def test_a_packed_model_computes_what_a_plain_one_does(shape, how, amx):
+def test_a_packed_model_computes_what_a_plain_one_does(shape, adapter, amx):
     """In float32 as well, and in bf16 as near to float32."""
-    peer, found = tiny.peer(shape).bfloat16().float(), {}
+    peer, logits = tiny.peer(shape).bfloat16().float(), {}
     for dtype in (torch.float32, torch.bfloat16):
         for packed in (False, True):
-            model = with_adapter(tiny.ours(peer, shape), how)
+            model = with_adapter(tiny.ours(peer, shape), adapter)
             for m in model.modules():  # an adapter stays in float32
                 if type(m) is not torch.nn.Linear:
                     for p in m.parameters(recurse=False):
@@ -42,26 +42,27 @@ def test_a_packed_model_computes_what_a_plain_one_does(shape, how, amx):
             model.model.compute_dtype = dtype
             if packed:
                 optimize_for_inference(model, amx=amx)
-                wanted = GemvLinear if amx and dtype == torch.bfloat16 else MkldnnPackedLinear
-                assert isinstance(model.lm_head, wanted) == supports_packed_weights(model)
-                kept = dtype if how == "lora" else torch.float32  # DoRA's lengths are float32
-                assert {m.lora_A.weight.dtype for m in lora.adapters(model).values()} <= {kept}
-            found[dtype, packed] = [read(model, rows) for rows in (1, 3, 20)]
-    for i, exact in enumerate(found[torch.float32, False]):
-        torch.testing.assert_close(found[torch.float32, True][i], exact, atol=2e-4, rtol=1e-4)
-        plainly, packed = ((found[torch.bfloat16, x][i] - exact).abs().mean() for x in (0, 1))
+                expected = GemvLinear if amx and dtype == torch.bfloat16 else MkldnnPackedLinear
+                assert isinstance(model.lm_head, expected) == supports_packed_weights(model)
+                factor_dtype = dtype if adapter == "lora" else torch.float32  # as DoRA's row norms
+                dtypes = {m.lora_A.weight.dtype for m in lora.adapters(model).values()}
+                assert dtypes <= {factor_dtype}
+            logits[dtype, packed] = [read(model, rows) for rows in (1, 3, 20)]
+    for i, exact in enumerate(logits[torch.float32, False]):
+        torch.testing.assert_close(logits[torch.float32, True][i], exact, atol=2e-4, rtol=1e-4)
+        plainly, packed = ((logits[torch.bfloat16, x][i] - exact).abs().mean() for x in (0, 1))
         assert 0 < packed < 1.3 * plainly
 
 
-@pytest.mark.parametrize("how", ["lora", "dora"])
-def test_an_adapter_that_is_cast_once_gives_the_same_bits(how):
-    model = with_adapter(tiny.ours(tiny.peer("llama32"), "llama32").bfloat16(), how)
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_an_adapter_that_is_cast_once_gives_the_same_bits(adapter):
+    model = with_adapter(tiny.ours(tiny.peer("llama32"), "llama32").bfloat16(), adapter)
     model.model.compute_dtype = torch.bfloat16
     plain = read(model, 3)
     assert {m.lora_B.weight.dtype for m in lora.adapters(model).values()} == {torch.float32}
     cast_adapters(model)
     assert {m.lora_B.weight.dtype for m in lora.adapters(model).values()} == {
-        torch.bfloat16 if how == "lora" else torch.float32}
+        torch.bfloat16 if adapter == "lora" else torch.float32}
     assert torch.equal(read(model, 3), plain)
 
 
@@ -71,9 +72,9 @@ def test_a_packed_model_that_keeps_its_head_gives_the_same_losses(shape):
     plain, packed = tiny.ours(peer, shape), tiny.ours(peer, shape)
     optimize_for_inference(packed, keep_head_weight=True)
     ids = torch.randint(0, tiny.V, (2, 24), generator=torch.Generator().manual_seed(0))
-    at = ids, torch.zeros_like(ids), torch.arange(24).expand(2, 24), ids.roll(-1, 1)
+    batch = ids, torch.zeros_like(ids), torch.arange(24).expand(2, 24), ids.roll(-1, 1)
     with torch.inference_mode():
-        torch.testing.assert_close(packed(*at), plain(*at), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed(*batch), plain(*batch), atol=1e-5, rtol=1e-5)
 
 
 def test_where_there_is_no_such_product_a_model_stays_as_it_is(monkeypatch):

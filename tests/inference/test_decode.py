@@ -72,8 +72,8 @@ def test_prompts_are_begun_by_length_and_none_waits_for_those_far_behind_it(leng
     assert sorted(order) == list(range(len(lengths)))
     assert all(i // ahead == at // ahead for at, i in enumerate(order))
     for first in range(0, len(order), ahead):
-        part = [lengths[i] for i in order[first : first + ahead]]
-        assert part == sorted(part, reverse=first // ahead % 2 == 1)
+        group_lengths = [lengths[i] for i in order[first : first + ahead]]
+        assert group_lengths == sorted(group_lengths, reverse=first // ahead % 2 == 1)
 
 
 @given(st.sets(st.integers(0, 7), min_size=1), st.integers(0, 3))

@@ -39,29 +39,30 @@ def test_pieces_joined_are_the_text_and_none_ends_in_half_a_character(tokenizer,
 @given(st.text("ab\n\u4e2d", max_size=12),
        st.lists(st.text("ab\n\u4e2d", min_size=1, max_size=3), max_size=1))
 @settings(max_examples=150, deadline=None)
-def test_pieces_end_before_a_stop_string_and_show_nothing_of_it(tokenizer, more, strings):
+def test_pieces_end_before_a_stop_string(tokenizer, more, strings):
     ids = tokenizer.encode("Inka")
     tokens = tokenizer.encode("Inka" + more)[len(ids):]
-    whole = tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
-    wanted = whole[: min((whole.index(x) for x in strings if x in whole), default=len(whole))]
-    assert "".join(stream_text(tokenizer, ids, tokens, strings)) == wanted
-    assert decode_answer(tokenizer, ids, tokens, strings) == wanted
+    text = tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)):]
+    expected = text[: min((text.index(x) for x in strings if x in text), default=len(text))]
+    assert "".join(stream_text(tokenizer, ids, tokens, strings)) == expected
+    assert decode_answer(tokenizer, ids, tokens, strings) == expected
 
 
 def test_a_stop_string_is_found_at_the_beginning_of_an_answer(tokenizer):
     """Its first space too, which SentencePiece drops from a text of its own."""
-    ids, said = tokenizer.encode("Inka zacu"), tokenizer.encode("Inka")
+    ids, prompt = tokenizer.encode("Inka zacu"), tokenizer.encode("Inka")
     stops = StoppingCriteria((), [" zacu"], partial(decode_tail, tokenizer))
-    ends = [stops.finish_reason(ids[len(said) : n], 99) for n in range(len(said) + 1, len(ids) + 1)]
+    ends = [stops.finish_reason(ids[len(prompt) : n], 99)
+            for n in range(len(prompt) + 1, len(ids) + 1)]
     assert ends[-1] == "stop" and not any(ends[:-1])
-    begun = tokenizer.encode("zacu")  # without one, where the tokenizer can say so
-    told = tokenizer.decode(said + begun)[len("Inka"):]
-    assert stops.finish_reason(begun, 99) == ("stop" if told == " zacu" else "")
+    without_space = tokenizer.encode("zacu")  # without one, where the tokenizer can say so
+    tail = tokenizer.decode(prompt + without_space)[len("Inka"):]
+    assert stops.finish_reason(without_space, 99) == ("stop" if tail == " zacu" else "")
 
 
 def test_a_character_of_four_bytes_is_shown_when_its_last_byte_comes(tokenizer):
     tokens = tokenizer.encode("a\U0001f600b")
-    found = list(stream_text(tokenizer, tokenizer.encode("Inka"), tokens))
-    assert "\U0001f600" in found and "".join(found).endswith("a\U0001f600b")
+    pieces = list(stream_text(tokenizer, tokenizer.encode("Inka"), tokens))
+    assert "\U0001f600" in pieces and "".join(pieces).endswith("a\U0001f600b")
     stopped = list(stream_text(tokenizer, tokenizer.encode("Inka"), tokens[:-2]))
-    assert "".join(stopped).endswith("\ufffd")  # the end came before the character was whole
+    assert "".join(stopped).endswith("\ufffd")  # the answer ended before the character was complete

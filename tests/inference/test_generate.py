@@ -15,9 +15,10 @@ from runtime.console import UserError
 
 
 def test_greedy_equals_transformers_for_prompts_of_many_lengths_at_once():
-    wanted = [greedily(p, 20) for p in PROMPTS]
-    assert answers(PROMPTS, SamplingParams(20, temperature=0)) == wanted
-    assert len({tuple(x) for x in wanted}) == len(wanted) and len(set(wanted[0])) > 3  # not dull
+    expected = [greedily(p, 20) for p in PROMPTS]
+    assert answers(PROMPTS, SamplingParams(20, temperature=0)) == expected
+    assert len({tuple(x) for x in expected}) == len(expected)  # the answers vary
+    assert len(set(expected[0])) > 3
 
 
 @pytest.mark.parametrize("shape", list(tiny.SHAPES))
@@ -25,8 +26,8 @@ def test_every_family_continues_as_transformers_does_beyond_its_window(shape):
     peer = tiny.peer(shape, seed=3)
     model = tiny.ours(peer, shape)
     prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (30, 3, 17)]
-    found = completions(model, prompts, SamplingParams(24, temperature=0))
-    for prompt, answer in zip(prompts, found, strict=True):
+    finished = completions(model, prompts, SamplingParams(24, temperature=0))
+    for prompt, answer in zip(prompts, finished, strict=True):
         out = peer.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False,
                             pad_token_id=0, eos_token_id=[],
                             attention_mask=torch.ones(1, len(prompt), dtype=torch.long))
@@ -36,13 +37,13 @@ def test_every_family_continues_as_transformers_does_beyond_its_window(shape):
 def test_rows_end_at_eos_as_in_transformers_and_the_others_go_on():
     greedy = [greedily(p, 20) for p in PROMPTS]
     eos = greedy[2][4]  # the longest prompt leaves first: the batch shrinks and its cache with it
-    wanted = [greedily(p, 20, eos) for p in PROMPTS]
-    assert len(wanted[2]) <= 5 < max(map(len, wanted))
-    assert answers(PROMPTS, SamplingParams(20, temperature=0), {eos}) == wanted
+    expected = [greedily(p, 20, eos) for p in PROMPTS]
+    assert len(expected[2]) <= 5 < max(map(len, expected))
+    assert answers(PROMPTS, SamplingParams(20, temperature=0), {eos}) == expected
 
 
 @pytest.mark.parametrize("last", range(len(PROMPTS)))
-def test_the_last_row_alive_is_right_whichever_it_is(last):
+def test_the_last_active_row_is_right_whichever_it_is(last):
     others = [p for i, p in enumerate(PROMPTS) if i != last]
     endings = {greedily(p, 1)[0] for p in others}  # every other row ends at once
     alone = answers([PROMPTS[last]], SamplingParams(24, temperature=0), endings)[0]
@@ -59,8 +60,8 @@ def test_a_sampled_answer_does_not_change_with_its_neighbours_or_their_order(at_
     ending = {alone[0][3]}  # one leaves early, from each place in turn
     alone = [answers([p], sampling, ending)[0] for p in PROMPTS]
     for i in range(len(PROMPTS)):
-        turned, wanted = PROMPTS[i:] + PROMPTS[:i], alone[i:] + alone[:i]
-        assert answers(turned, sampling, ending, rows=at_once) == wanted
+        turned, expected = PROMPTS[i:] + PROMPTS[:i], alone[i:] + alone[:i]
+        assert answers(turned, sampling, ending, rows=at_once) == expected
 
 
 def test_a_seed_gives_the_same_answer_again_and_another_seed_another():
@@ -71,18 +72,18 @@ def test_a_seed_gives_the_same_answer_again_and_another_seed_another():
 
 
 def test_copies_of_a_prompt_get_different_answers_and_the_first_is_the_one_it_gets_alone():
-    found = answers([PROMPTS[0]] * 3, SamplingParams(12, seed=1))
-    assert found[0] == answers([PROMPTS[0]], SamplingParams(12, seed=1))[0]
-    assert len({tuple(x) for x in found}) == 3
+    finished = answers([PROMPTS[0]] * 3, SamplingParams(12, seed=1))
+    assert finished[0] == answers([PROMPTS[0]], SamplingParams(12, seed=1))[0]
+    assert len({tuple(x) for x in finished}) == 3
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 40])
-def test_a_finished_row_gives_its_place_to_the_next_prompt_and_no_answer_changes(rows):
+def test_a_finished_row_gives_its_slot_to_the_next_prompt_and_no_answer_changes(rows):
     prompts = [tiny.tokens(1, 1 + (7 * i) % 19, seed=i)[0].remainder(V).tolist() for i in range(9)]
-    wanted = [greedily(p, 12) for p in prompts]
-    ending = wanted[0][3]
-    wanted = [greedily(p, 12, ending) for p in prompts]
-    assert len({len(x) for x in wanted}) > 1
+    expected = [greedily(p, 12) for p in prompts]
+    ending = expected[0][3]
+    expected = [greedily(p, 12, ending) for p in prompts]
+    assert len({len(x) for x in expected}) > 1
     widths = []
 
     class Counting(DecodeStep):
@@ -91,9 +92,9 @@ def test_a_finished_row_gives_its_place_to_the_next_prompt_and_no_answer_changes
             return super().__call__(ids, cache, storage)
 
     assert answers(prompts, SamplingParams(12, 0), {ending}, rows=rows,
-                   decode_step=Counting(ours())) == wanted
+                   decode_step=Counting(ours())) == expected
     assert max(widths) <= rows
-    waiting = sum(map(len, wanted)) - len(wanted)  # tokens that a step must make
+    waiting = sum(map(len, expected)) - len(expected)  # tokens that a step must make
     assert rows != 2 or len(widths) < 0.7 * waiting  # both places are used while prompts wait
 
 
@@ -103,15 +104,15 @@ def text_of(ids) -> str:
 
 
 def test_a_stop_string_ends_a_row_with_the_token_that_completes_it():
-    whole = [greedily(p, 20) for p in PROMPTS]
-    texts = [text_of(x) for x in whole]
+    unstopped = [greedily(p, 20) for p in PROMPTS]
+    texts = [text_of(x) for x in unstopped]
     strings = [texts[0][4:7], texts[2][9:11]]
     stops = StoppingCriteria((), strings, text_of)
-    found = list(completions(ours(), PROMPTS, SamplingParams(20, 0), stops))
-    assert {x.finish_reason for x in found} == {"stop", "length"}
-    for (ids, end), text in zip(found, texts, strict=True):
-        at = min((text.find(x) + len(x) for x in strings if x in text), default=20)
-        assert text_of(ids) == text[:at] and end == ("length" if at == 20 else "stop")
+    finished = list(completions(ours(), PROMPTS, SamplingParams(20, 0), stops))
+    assert {x.finish_reason for x in finished} == {"stop", "length"}
+    for (ids, reason), text in zip(finished, texts, strict=True):
+        n = min((text.find(x) + len(x) for x in strings if x in text), default=20)
+        assert text_of(ids) == text[:n] and reason == ("length" if n == 20 else "stop")
     assert stops.truncate(texts[0]) == texts[0][:4]
 
 
@@ -119,18 +120,19 @@ def test_each_prompt_may_be_given_a_seed():
     alone = [answers([p], SamplingParams(12), seeds=[i])[0] for i, p in enumerate(PROMPTS, 5)]
     assert answers(PROMPTS, SamplingParams(12), seeds=[5, 6, 7, 8]) == alone
     assert answers(PROMPTS[::-1], SamplingParams(12), seeds=[8, 7, 6, 5], rows=2) == alone[::-1]
-    own = per_prompt_seeds([PROMPTS[0]] * 3, 1)  # so a file is taken up again in its middle
+    seeds = per_prompt_seeds([PROMPTS[0]] * 3, 1)  # so a file can be continued in its middle
     copies = answers([PROMPTS[0]] * 3, SamplingParams(12, seed=1))
-    assert answers([PROMPTS[0]] * 2, SamplingParams(12), seeds=own[1:]) == copies[1:]
+    assert answers([PROMPTS[0]] * 2, SamplingParams(12), seeds=seeds[1:]) == copies[1:]
 
 
 def test_greedy_with_a_repetition_penalty_equals_transformers():
     for penalty in (1.4, 0.9):
-        wanted = [peer().generate(torch.tensor([p]), max_new_tokens=16, do_sample=False,
+        expected = [peer().generate(torch.tensor([p]), max_new_tokens=16, do_sample=False,
                                   pad_token_id=0, eos_token_id=[], repetition_penalty=penalty,
                                   attention_mask=torch.ones(1, len(p), dtype=torch.long))
                   [0, len(p):].tolist() for p in PROMPTS]
-        assert answers(PROMPTS, SamplingParams(16, 0, repetition_penalty=penalty), rows=3) == wanted
+        sampling = SamplingParams(16, 0, repetition_penalty=penalty)
+        assert answers(PROMPTS, sampling, rows=3) == expected
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-4])
@@ -139,19 +141,19 @@ def test_a_tiny_temperature_is_greedy(temperature):
     assert answers(PROMPTS, SamplingParams(12, temperature)) == greedy
 
 
-def test_a_prompt_too_long_loses_its_beginning_but_not_its_bos_and_that_is_said(capsys):
+def test_a_prompt_too_long_loses_its_beginning_but_not_its_bos_with_a_message(capsys):
     long = [BOS, *range(3, 63)]
-    found = answers([long], SamplingParams(20, temperature=0), bos=BOS)[0]
+    finished = answers([long], SamplingParams(20, temperature=0), bos=BOS)[0]
     assert "1 of 1 prompts: up to 17 of 61 tokens are left out" in capsys.readouterr().err
-    assert found == greedily([BOS, *long[-43:]], 20)
+    assert finished == greedily([BOS, *long[-43:]], 20)
     assert answers([long[1:]], SamplingParams(20, temperature=0))[0] == greedily(long[-44:], 20)
     assert answers([[]], SamplingParams(9, temperature=0), bos=BOS)[0] == greedily([BOS], 9)
 
 
 def test_the_context_may_be_filled_to_its_end():
     prompt = [BOS, *range(3, 46)]  # 44 + 20 = 64
-    wanted = [greedily(prompt, 20), greedily([BOS], 20)]
-    assert answers([prompt, [BOS]], SamplingParams(20, temperature=0)) == wanted
+    expected = [greedily(prompt, 20), greedily([BOS], 20)]
+    assert answers([prompt, [BOS]], SamplingParams(20, temperature=0)) == expected
 
 
 def test_what_cannot_be_generated_is_refused_in_one_line():

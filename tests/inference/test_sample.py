@@ -1,4 +1,4 @@
-"""sample.py as it is run: prompts, files that are taken up again, conversations, translations."""
+"""sample.py as it is run: prompts, files that a second run continues, chats, translations."""
 
 import io
 import json
@@ -57,30 +57,30 @@ def continuation(model: Llama, tokenizer: Tokenizer, ids: list[int],
 
 
 def continued(home: Path, prompt: str, sampling: SamplingParams, peer=tiny.peer) -> str:
-    """A prompt with its continuation, decoded at once."""
+    """A prompt with its continuation, decoded as a whole."""
     tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(peer())
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
     new = continuation(model, tokenizer, ids, sampling)
     return prompt + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)):]
 
 
-def test_one_prompt_streams_and_on_a_terminal_nothing_steers_it(home):
+def test_one_prompt_streams_and_on_a_terminal_no_control_character_acts(home):
     ours, theirs = pty.openpty()
-    at = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     flags = ["--model", home / "run", "--prompt", "\x1b[31mInka\x9b2J", "--max-new-tokens", "60",
              "--temperature", "2", "--dtype", "fp32"]
     with subprocess.Popen([sys.executable, ROOT / "sample.py", *flags], stdout=theirs,
-                          stderr=subprocess.PIPE, env=at) as running:
+                          stderr=subprocess.PIPE, env=env) as running:
         os.close(theirs)
-        said = b""
+        printed = b""
         try:
-            while more := os.read(ours, 4096):
-                said += more
+            while chunk := os.read(ours, 4096):
+                printed += chunk
         except OSError:  # the terminal's other end is closed
             pass
         assert running.wait() == 0, running.stderr.read()
     os.close(ours)
-    text = said.decode()
+    text = printed.decode()
     assert text.startswith("\\x1b[31mInka\\x9b2J") and len(text) > 30
     assert all(c.isprintable() or c in "\r\n\t" for c in text)
 
@@ -88,52 +88,53 @@ def test_one_prompt_streams_and_on_a_terminal_nothing_steers_it(home):
 def test_prompts_of_a_file_are_answered_in_order_as_alone(home):
     prompts = ["Inka", "", "Amazi y'umugezi", "Inka"]
     (home / "prompts.txt").write_bytes("\ufeffInka\r\n\r\nAmazi y'umugezi\r\nInka\r\n".encode())
-    done = command("sample.py", "--model", home / "run/model", "--file", "prompts.txt", "--json",
+    process = command("sample.py", "--model", home / "run/model", "--file", "prompts.txt", "--json",
                    "--seed", "4", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.9",
                    "--max-new-tokens", "20", "--dtype", "fp32", "--device", "cpu", cwd=home)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [x["prompt"] for x in found] == prompts
-    assert [x["prompt_number"] for x in found] == [1, 2, 3, 4]
+    assert process.returncode == 0, process.stderr
+    answers = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [x["prompt"] for x in answers] == prompts
+    assert [x["prompt_number"] for x in answers] == [1, 2, 3, 4]
     sampling = SamplingParams(20, 1.5, 50, 0.9, seed=4)
-    for x in found[:3]:
+    for x in answers[:3]:
         assert x["prompt"] + x["text"] == continued(home, x["prompt"], sampling)
         assert x["tokens"] == 20 if x["end"] == "length" else x["tokens"] <= 20
-    assert found[3]["text"] != found[0]["text"]  # a copy is another draw
+    assert answers[3]["text"] != answers[0]["text"]  # a copy is another draw
 
 
 def test_several_prompts_are_printed_one_after_another_and_each_as_alone(home, capsys):
     prompts = ["Inka", "Abana babiri", "Umugore"]
     sampled(home, prompt=prompts, temperature=1.2)
-    wanted = [continued(home, p, SamplingParams(12, 1.2, 0, 0.95)) for p in prompts]
+    expected = [continued(home, p, SamplingParams(12, 1.2, 0, 0.95)) for p in prompts]
     assert capsys.readouterr().out == "".join(
-        f"== {i} of 3\n{text}\n" for i, text in enumerate(wanted, 1))
+        f"== {i} of 3\n{text}\n" for i, text in enumerate(expected, 1))
     sampled(home, prompt=prompts[:1], temperature=1.2)
-    assert capsys.readouterr().out == wanted[0] + "\n"
+    assert capsys.readouterr().out == expected[0] + "\n"
 
 
-def test_in_eight_bits_it_says_what_the_rounded_model_does(home, capsys):
+def test_int8_answers_as_the_rounded_model_does(home, capsys):
     prompts = ["Inka", "Abana babiri", "Umugore"]
     sampled(home, prompt=prompts, temperature=0.0, quant="int8", rows=2, max_new_tokens=40)
-    wanted, plain = ([continued(home, p, SamplingParams(40, 0), peer) for p in prompts]
+    expected, plain = ([continued(home, p, SamplingParams(40, 0), peer) for p in prompts]
                      for peer in (lambda: tiny.rounded(tiny.peer()), tiny.peer))
     assert capsys.readouterr().out == "".join(
-        f"== {i} of 3\n{text}\n" for i, text in enumerate(wanted, 1))
-    assert wanted != plain
+        f"== {i} of 3\n{text}\n" for i, text in enumerate(expected, 1))
+    assert expected != plain
 
 
-def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
+def test_a_prompt_beyond_the_context_is_cut_with_a_message(home, capsys):
     prompt = "Inka zacu " * 40
     sampled(home, prompt=[prompt], max_new_tokens=100, temperature=0.0)
-    said = capsys.readouterr()
-    assert "tokens are left out at the start; the context of 128 holds 28" in said.err
+    captured = capsys.readouterr()
+    assert "tokens are left out at the start; the context of 128 holds 28" in captured.err
     tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
     read = [tokenizer.bos, *tokenizer.encode(prompt)[-27:]]
     new = continuation(model, tokenizer, read, SamplingParams(100, 0))
-    assert said.out == prompt + tokenizer.decode(read + new)[len(tokenizer.decode(read)):] + "\n"
+    continuation_text = tokenizer.decode(read + new)[len(tokenizer.decode(read)):]
+    assert captured.out == prompt + continuation_text + "\n"
 
 
-@pytest.mark.parametrize(("values", "words", "code"), [
+@pytest.mark.parametrize(("values", "message", "code"), [
     ({}, "give one of --prompt", 2), ({"prompt": ["a"], "file": "x"}, "give one of --prompt", 2),
     ({"file": "none.txt"}, "none.txt: cannot be read", 3),
     ({"file": "nil.txt"}, "nil.txt: empty", 3), ({"file": "latin.txt"}, "byte 2 is not UTF-8", 3),
@@ -157,21 +158,21 @@ def test_a_prompt_beyond_the_context_is_cut_and_that_is_said(home, capsys):
     ({"file": "odd.jsonl"}, "odd.jsonl, line 2: expected a JSON object with 'prompt' or", 3),
     ({"file": "odd.jsonl", "translate": "kin-eng"}, "line 2: expected a JSON object", 3),
     ({"prompt": ["a"], "max_new_tokens": 128}, "leaves no room", 2)])
-def test_what_cannot_be_continued_is_one_line(home, monkeypatch, values, words, code):
+def test_what_cannot_be_continued_is_one_line(home, monkeypatch, values, message, code):
     monkeypatch.chdir(home)
     (home / "nil.txt").write_text("")
     (home / "odd.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     (home / "latin.txt").write_bytes(b"ca\xe9\n")
     with pytest.raises(UserError) as e:
         sampled(home, **values)
-    assert words in str(e.value) and e.value.code == code and "\n" not in str(e.value)
+    assert message in str(e.value) and e.value.code == code and "\n" not in str(e.value)
 
 
-def test_a_model_without_eos_is_said_to_have_none_and_one_without_bos_needs_text(home, capsys):
+def test_a_model_without_eos_gets_a_message_and_one_without_bos_needs_text(home, capsys):
     neither = bytewise_folder(home / "neither", [])
     (neither / "generation_config.json").unlink()
-    words = json.loads((neither / "config.json").read_text())
-    (neither / "config.json").write_text(json.dumps({**words, "eos_token_id": None}))
+    config = json.loads((neither / "config.json").read_text())
+    (neither / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
     sampled(home, model=str(neither), prompt=["Inka"])
     assert "no EOS, so every answer continues to --max-new-tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="no BOS to start from"):
@@ -182,13 +183,13 @@ def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_file_of_prompts_killed_and_begun_again_holds_what_one_run_writes(home):
-    rows = [{"prompt": f"{x} {i}"} for i in range(8) for x in tiny.SENTENCES[:5]]
+def test_a_file_of_prompts_killed_and_continued_holds_what_one_run_writes(home):
+    rows = [{"prompt": f"{x} {i}"} for i in range(3) for x in tiny.SENTENCES[:5]]
     (home / "asked.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows * 2))
     values = {"file": str(home / "asked.jsonl"), "samples": 2, "max_new_tokens": 60, "rows": 4,
               "seed": 3}
     flags = [x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v))]
-    out, whole = home / "killed.jsonl", home / "whole.jsonl"
+    out, complete = home / "killed.jsonl", home / "complete.jsonl"
     run = [sys.executable, ROOT / "sample.py", "--model", home / "run", "--dtype", "fp32",
            "--device", "cpu", "--out", out, *flags]
     with subprocess.Popen(run, stderr=subprocess.DEVNULL) as running:
@@ -196,20 +197,20 @@ def test_a_file_of_prompts_killed_and_begun_again_holds_what_one_run_writes(home
             assert running.poll() is None
             time.sleep(0.01)
         running.send_signal(signal.SIGKILL)
-    done = out.read_bytes().count(b"\n")
-    assert 3 <= done < 160
+    n_done = out.read_bytes().count(b"\n")
+    assert 3 <= n_done < 60
     with open(out, "ab") as f:
         f.write(b'{"prompt": "half a li')
     sampled(home, **values, out=str(out))
-    sampled(home, **values, out=str(whole))
-    assert out.read_bytes() == whole.read_bytes()
-    found = lines_of(out)
-    assert [x["prompt"] for x in found] == [x["prompt"] for x in rows * 2 for _ in range(2)]
-    assert [x["prompt_number"] for x in found] == [i // 2 + 1 for i in range(160)]
-    same = [x["text"] for x in found if x["prompt"] == found[0]["prompt"]]
-    assert len(same) == len(set(same)) == 4  # copies, and samples of each, are all other draws
+    sampled(home, **values, out=str(complete))
+    assert out.read_bytes() == complete.read_bytes()
+    answers = lines_of(out)
+    assert [x["prompt"] for x in answers] == [x["prompt"] for x in rows * 2 for _ in range(2)]
+    assert [x["prompt_number"] for x in answers] == [i // 2 + 1 for i in range(60)]
+    same = [x["text"] for x in answers if x["prompt"] == answers[0]["prompt"]]
+    assert len(same) == len(set(same)) == 4  # copies, and samples of each, are all different
     sampled(home, **values, out=str(out))  # nothing is left to do
-    assert out.read_bytes() == whole.read_bytes()
+    assert out.read_bytes() == complete.read_bytes()
 
     shutil.copytree(home / "run", home / "moved")
     moved = {"model": str(home / "moved")}
@@ -239,7 +240,7 @@ def talker(tmp_path_factory) -> Path:
     return folder
 
 
-def said(folder: Path, messages: list[dict], new: int) -> str:
+def greedy_answer(folder: Path, messages: list[dict], new: int) -> str:
     """The greedy answer to a conversation."""
     tokenizer, model = Tokenizer.open(folder), tiny.ours(tiny.peer(seed=2))
     ids = Template.of(folder, tokenizer).encode(messages, generation=True)
@@ -254,15 +255,15 @@ def talk(monkeypatch, folder: Path, lines: list[str], **values) -> None:
     sampled(folder, model=str(folder), chat=True, temperature=0.0, **values)
 
 
-def test_a_conversation_goes_on_is_saved_and_is_forgotten(talker, monkeypatch, capsys, tmp_path):
+def test_a_conversation_continues_is_saved_and_is_reset(talker, monkeypatch, capsys, tmp_path):
     file = tmp_path / "talk.jsonl"
     talk(monkeypatch, talker, ["Muraho", "", "Amakuru?", f"/save {file}", "/save", "/sav x",
                                "/reset", "Muraho", "/quit", "never read"])
-    first = said(talker, [{"role": "user", "content": "Muraho"}], 12)
+    first = greedy_answer(talker, [{"role": "user", "content": "Muraho"}], 12)
     messages = [{"role": "user", "content": "Muraho"},
                 {"role": "assistant", "content": first.strip()},
                 {"role": "user", "content": "Amakuru?"}]
-    second = said(talker, messages, 12)
+    second = greedy_answer(talker, messages, 12)
     shown = capsys.readouterr()
     assert shown.out == f"{first}\n{second}\n{first}\n"
     messages.append({"role": "assistant", "content": second.strip()})
@@ -272,8 +273,8 @@ def test_a_conversation_goes_on_is_saved_and_is_forgotten(talker, monkeypatch, c
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_conversation_that_outgrows_the_context_forgets_its_first_exchange(talker, monkeypatch,
-                                                                           capsys):
+def test_a_conversation_that_outgrows_the_context_loses_its_first_exchange(talker, monkeypatch,
+                                                                          capsys):
     talk(monkeypatch, talker, ["Inka zacu zirya ubwatsi"] * 5, max_new_tokens=24)
     shown = capsys.readouterr()
     assert "outgrows the context; its first messages are left out" in shown.err
@@ -281,17 +282,18 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_first_exchange(tal
 
 
 def test_messages_of_a_file_are_answered_by_the_template(talker):
-    asked = [[{"role": "user", "content": "Muraho"}],
+    conversations = [[{"role": "user", "content": "Muraho"}],
              [{"role": "system", "content": "</s>"}, {"role": "user", "content": "Amakuru?"}]]
-    (talker / "asked.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in asked))
+    (talker / "asked.jsonl").write_text(
+        "".join(json.dumps({"messages": x}) + "\n" for x in conversations))
     sampled(talker, model=str(talker), file=str(talker / "asked.jsonl"), temperature=0.0,
             out=str(talker / "out.jsonl"))
-    found = lines_of(talker / "out.jsonl")
-    assert [x["text"] for x in found] == [said(talker, x, 12) for x in asked]
-    assert found[0]["prompt"] == "<s>[user] Muraho</s>[assistant] "
+    answers = lines_of(talker / "out.jsonl")
+    assert [x["text"] for x in answers] == [greedy_answer(talker, x, 12) for x in conversations]
+    assert answers[0]["prompt"] == "<s>[user] Muraho</s>[assistant] "
 
 
-def test_the_token_that_ends_a_turn_ends_an_answer_though_it_is_not_eos(tmp_path):
+def test_the_token_that_ends_a_turn_ends_an_answer_even_if_it_is_not_eos(tmp_path):
     folder = bytewise_folder(tmp_path, ["<s>", "</s>", "<end>"])
     text = TEMPLATE.replace("eos_token", "'<end>'")
     (folder / "chat_template.jinja").write_text(text)
@@ -302,7 +304,7 @@ def test_the_token_that_ends_a_turn_ends_an_answer_though_it_is_not_eos(tmp_path
     assert answerer.stopping_criteria(False, prompt_format).ids == {1}
 
 
-def test_a_base_without_a_template_is_asked_by_ours(home, monkeypatch, capsys):
+def test_a_base_model_without_a_template_is_prompted_by_ours(home, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Muraho\n")))
     sampled(home, chat=True, temperature=0.0)
     tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
@@ -312,21 +314,21 @@ def test_a_base_without_a_template_is_asked_by_ours(home, monkeypatch, capsys):
         + "\n"
 
 
-def test_a_translation_is_asked_as_alma_does_and_ends_with_its_line(home, capsys, monkeypatch):
+def test_a_translation_uses_the_prompt_of_alma_and_ends_with_its_line(home, capsys, monkeypatch):
     lines = ["Our cows eat grass.", "The water is {text} {good}.", ""]
     (home / "eng.txt").write_text("\n".join(lines) + "\n")
     sampled(home, file=str(home / "eng.txt"), translate="eng-kin", beams=3, max_new_tokens=40)
-    found = capsys.readouterr().out.split("\n")
+    translations = capsys.readouterr().out.split("\n")
     tokenizer, peer = Tokenizer.open(home / "run" / "model"), tiny.peer()
-    for line, text in zip(lines, found, strict=False):
+    for line, text in zip(lines, translations, strict=False):
         prompt = f"Translate this from English to Kinyarwanda:\nEnglish: {line}\nKinyarwanda:"
         ids = [tokenizer.bos, *tokenizer.encode(prompt)]
         new = peer.generate(torch.tensor([ids]), num_beams=3, do_sample=False, max_new_tokens=40,
                             eos_token_id=tokenizer.eos, pad_token_id=0)[0].tolist()
-        whole = tokenizer.decode(new)[len(tokenizer.decode(ids)):]
-        if "\n" not in whole:
-            assert text == (whole.strip() if line else "")  # a blank line is not asked about
-    assert len(found) == 4 and found[3] == ""  # a line each
+        text_of_peer = tokenizer.decode(new)[len(tokenizer.decode(ids)):]
+        if "\n" not in text_of_peer:
+            assert text == (text_of_peer.strip() if line else "")  # a blank line is not translated
+    assert len(translations) == 4 and translations[3] == ""  # a line each
 
     lines = "\ufeffInka\r\n \nAmazi\n".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="ascii"))
@@ -338,11 +340,11 @@ def test_a_translation_is_asked_as_alma_does_and_ends_with_its_line(home, capsys
     assert rows[0]["prompt"].endswith("\nKinyarwanda: Inka\nEnglish:")
 
 
-def test_a_translation_is_asked_by_the_prompt_that_training_left(talker, tmp_path):
-    taught = {"translate": [{"name": "x", "text": "Shyira mu {target}: {text}\n",
+def test_a_translation_uses_the_prompt_that_training_wrote(talker, tmp_path):
+    prompt_json = {"translate": [{"name": "x", "text": "Shyira mu {target}: {text}\n",
                              "languages": {"eng": "Cyongereza", "kin": "Kinyarwanda"}}]}
     tokenizer = Tokenizer.open(talker)
-    (talker / "prompt.json").write_text(json.dumps(taught))
+    (talker / "prompt.json").write_text(json.dumps(prompt_json))
     try:
         prompt_format = PromptFormat.load([talker], tokenizer, "kin-eng")
         assert prompt_format.render("Inka\n{source}") == "Shyira mu Cyongereza: Inka {source}\n"
@@ -350,8 +352,8 @@ def test_a_translation_is_asked_by_the_prompt_that_training_left(talker, tmp_pat
         assert prompt_format.encode("a") == [tokenizer.bos, *ids]
         spaced = prompt_format.encode(" a\u00a0 b\t\r\nc ")
         assert spaced == prompt_format.encode("a b c"), "as pairs are trained"
-        taught["translate"][0]["as_chat"] = True
-        (talker / "prompt.json").write_text(json.dumps(taught))
+        prompt_json["translate"][0]["as_chat"] = True
+        (talker / "prompt.json").write_text(json.dumps(prompt_json))
         prompt_format = PromptFormat.load([talker], tokenizer, "kin-eng")
         message = {"role": "user", "content": "Shyira mu Cyongereza: a\n"}
         ids = prompt_format.template.encode([message], generation=True)
@@ -397,14 +399,14 @@ def test_a_direction_that_is_unknown_is_one_line(home, direction, message):
     assert e.value.code == FLAGS
 
 
-def test_what_is_piped_in_and_is_not_utf8_is_one_line(home, monkeypatch):
+def test_stdin_that_is_not_utf8_is_one_line(home, monkeypatch):
     piped = io.TextIOWrapper(io.BytesIO("Mwaramutse \xe9\n".encode("latin-1")), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", piped)
     with pytest.raises(UserError, match="prompt 1: has bytes that are not UTF-8"):
         sampled(home, translate="kin-eng")
 
 
-def test_memory_that_ends_is_one_line(home, monkeypatch):
+def test_out_of_memory_is_one_line(home, monkeypatch):
     def grow(*_, **__):
         torch.empty(1 << 60)
 
@@ -417,8 +419,8 @@ def test_memory_that_ends_is_one_line(home, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_an_output_that_is_full_is_one_line(home):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", home / "run",
-                               "--device", "cpu", "--prompt", "Inka"], stdout=full,
-                              stderr=subprocess.PIPE, text=True)
-    assert done.returncode == STORAGE
-    assert done.stderr == "error: the output: refused by the system (No space left on device)\n"
+        process = subprocess.run(
+            [sys.executable, ROOT / "sample.py", "--model", home / "run", "--device", "cpu",
+             "--prompt", "Inka"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == STORAGE
+    assert process.stderr == "error: the output: refused by the system (No space left on device)\n"

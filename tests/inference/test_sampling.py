@@ -40,9 +40,9 @@ def chi_square(counts: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
     expected = p * counts.sum()
     few = expected < 5
     seen = torch.cat([counts[~few], counts[few].sum()[None]])
-    wanted = torch.cat([expected[~few], expected[few].sum()[None]])
-    used = wanted > 0
-    return float(((seen - wanted)[used] ** 2 / wanted[used]).sum()), int(used.sum()) - 1
+    expected = torch.cat([expected[~few], expected[few].sum()[None]])
+    used = expected > 0
+    return float(((seen - expected)[used] ** 2 / expected[used]).sum()), int(used.sum()) - 1
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), [
@@ -52,13 +52,13 @@ def test_sampled_tokens_come_as_often_as_the_filtered_softmax_says(temperature, 
                                                                    min_p):
     n = 4000
     sampling = SamplingParams(1, temperature, top_k, top_p, 3, min_p)
-    found = answers([PROMPTS[0]] * n, sampling, rows=64)
+    ours = answers([PROMPTS[0]] * n, sampling, rows=64)
     with torch.inference_mode():
         logits = peer()(torch.tensor([PROMPTS[0]])).logits[:, -1]
     p = torch.tensor(plain_filter(logits[0].tolist(), temperature, top_k, top_p)).double()
     p = torch.where(p < min_p * p.max(), 0, p)
     p /= p.sum()
-    counts = torch.bincount(torch.tensor(found).flatten(), minlength=V).double()
+    counts = torch.bincount(torch.tensor(ours).flatten(), minlength=V).double()
     assert counts[p == 0].sum() == 0
     statistic, freedom = chi_square(counts, p)
     assert statistic < freedom + 4.5 * math.sqrt(2 * freedom)  # p below 1e-4
@@ -85,40 +85,40 @@ def plain_filter(logits: list[float], temperature: float, top_k: int, top_p: flo
        st.floats(0.2, 4), st.integers(0, 40), st.floats(0.05, 0.999) | st.just(1.0))
 @settings(max_examples=150, deadline=None)
 def test_filters_equal_the_plain_formula(logits, temperature, top_k, top_p):
-    found = filter_logits(torch.tensor([logits]), temperature, top_k, top_p).softmax(-1)[0]
-    wanted = torch.tensor(plain_filter(logits, temperature, top_k, top_p))
-    if (found - wanted).abs().max() > 1e-5:
+    ours = filter_logits(torch.tensor([logits]), temperature, top_k, top_p).softmax(-1)[0]
+    expected = torch.tensor(plain_filter(logits, temperature, top_k, top_p))
+    if (ours - expected).abs().max() > 1e-5:
         # at the very edge of top-p float32 may keep a token more; of equals it may keep another
         held = torch.tensor(plain_filter(logits, temperature, top_k, 1.0)).sort(descending=True)
         at_edge = (held.values.cumsum(-1) - top_p).abs().min() < 1e-5
-        assert at_edge or torch.allclose(found.sort().values, wanted.sort().values, atol=1e-5)
+        assert at_edge or torch.allclose(ours.sort().values, expected.sort().values, atol=1e-5)
 
 
 def test_filters_equal_the_warpers_of_transformers():
     torch.manual_seed(1)
     logits = torch.randn(50, 300) * 3
     for temperature, top_k, top_p in [(0.7, 0, 0.9), (1.5, 50, 1.0), (1.0, 40, 0.5), (2.0, 1, 0.9)]:
-        wanted = transformers.TemperatureLogitsWarper(temperature)(None, logits)
-        wanted = transformers.TopKLogitsWarper(top_k)(None, wanted) if top_k else wanted
-        wanted = transformers.TopPLogitsWarper(top_p)(None, wanted) if top_p < 1 else wanted
-        found = filter_logits(logits, temperature, top_k, top_p)
-        assert torch.equal(found.isinf(), wanted.isinf())
-        torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
+        expected = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+        expected = transformers.TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+        expected = transformers.TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
+        ours = filter_logits(logits, temperature, top_k, top_p)
+        assert torch.equal(ours.isinf(), expected.isinf())
+        torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1))
 
 
 def test_min_p_and_the_repetition_penalty_equal_those_of_transformers():
     torch.manual_seed(2)
     logits = torch.randn(40, 300) * 3
     for temperature, min_p in [(0.7, 0.1), (1.5, 0.02), (1.0, 1.0)]:
-        wanted = transformers.TemperatureLogitsWarper(temperature)(None, logits)
-        wanted = transformers.MinPLogitsWarper(min_p)(None, wanted)
-        found = filter_logits(logits, temperature, min_p=min_p)
-        assert torch.equal(found.isinf(), wanted.isinf())
-        torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
+        expected = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+        expected = transformers.MinPLogitsWarper(min_p)(None, expected)
+        ours = filter_logits(logits, temperature, min_p=min_p)
+        assert torch.equal(ours.isinf(), expected.isinf())
+        torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1))
     seen = torch.randint(0, 300, (40, 50))
     for penalty in (1.3, 0.7):
-        wanted = transformers.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
-        assert torch.equal(apply_repetition_penalty(logits, penalty, seen.tolist()), wanted)
+        expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
+        assert torch.equal(apply_repetition_penalty(logits, penalty, seen.tolist()), expected)
 
 
 def test_draw_never_gives_a_token_of_no_probability_even_at_the_ends():
@@ -128,11 +128,11 @@ def test_draw_never_gives_a_token_of_no_probability_even_at_the_ends():
     assert sample_from_logits(logits, ends).tolist() == [1, 3]
 
 
-@pytest.mark.parametrize(("values", "words"), [
+@pytest.mark.parametrize(("values", "message"), [
     ({"temperature": -1.0}, "--temperature -1.0"), ({"temperature": math.nan}, "--temperature nan"),
     ({"top_p": 0.0}, "--top-p 0.0"), ({"top_p": 1.5}, "--top-p 1.5"), ({"top_k": -2}, "--top-k -2"),
     ({"max_new_tokens": 0}, "--max-new-tokens 0"), ({"min_p": 1.2}, "--min-p 1.2"),
     ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0")])
-def test_sampling_out_of_range_is_refused(values, words):
-    with pytest.raises(UserError, match=words):
+def test_sampling_out_of_range_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
         SamplingParams(**values)

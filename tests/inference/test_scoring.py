@@ -18,7 +18,7 @@ from runtime.console import UserError
 
 
 def peer_scores(peer, prompt, ids) -> tuple[float, bool]:
-    """log p and greediness of a continuation, by transformers' forward pass over the whole."""
+    """log p and greediness of a continuation, by transformers' forward pass over the whole text."""
     with torch.inference_mode():
         logp = peer(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
     logp = logp[len(prompt) - 1 : -1]
@@ -28,12 +28,12 @@ def peer_scores(peer, prompt, ids) -> tuple[float, bool]:
 
 def scored_as(peer, model, prompts, continuations) -> tuple[torch.Tensor, torch.Tensor]:
     """Our scores, which are transformers'."""
-    found, greedy = score(model, prompts, continuations)
-    wanted = [peer_scores(peer, p, c) for p, c in zip(prompts, continuations, strict=True)]
-    torch.testing.assert_close(found, torch.tensor([x for x, _ in wanted]).double(), rtol=1e-5,
+    scores, greedy = score(model, prompts, continuations)
+    expected = [peer_scores(peer, p, c) for p, c in zip(prompts, continuations, strict=True)]
+    torch.testing.assert_close(scores, torch.tensor([x for x, _ in expected]).double(), rtol=1e-5,
                                atol=1e-5)
-    assert greedy.tolist() == [x for _, x in wanted]
-    return found, greedy
+    assert greedy.tolist() == [x for _, x in expected]
+    return scores, greedy
 
 
 @contextmanager
@@ -65,20 +65,20 @@ def test_scores_equal_transformers_for_every_family(shape):
     [greedy_answer] = completions(model, prompts[:1], SamplingParams(3, 0))
     prompts.append(prompts[0])
     continuations.append(greedy_answer.ids)
-    found, greedy = scored_as(peer, model, prompts, continuations)
-    assert found.dtype == torch.float64 and greedy[-1]
+    scores, greedy = scored_as(peer, model, prompts, continuations)
+    assert scores.dtype == torch.float64 and greedy[-1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12),
        st.integers(1, 60), st.integers(9, 40))
 @settings(max_examples=25, deadline=None)
-def test_scores_do_not_depend_on_neighbours_batches_or_order(asked, budget, length):
-    prompts = [PROMPTS[i] for i, _ in asked]
-    continuations = [tiny.tokens(1, n, seed=n)[0].remainder(V).tolist() for _, n in asked]
+def test_scores_do_not_depend_on_neighbours_batches_or_order(suffixes, budget, length):
+    prompts = [PROMPTS[i] for i, _ in suffixes]
+    continuations = [tiny.tokens(1, n, seed=n)[0].remainder(V).tolist() for _, n in suffixes]
     alone = [score(ours(), [p], [c], length) for p, c in zip(prompts, continuations, strict=True)]
-    found, greedy = score(ours(), prompts, continuations, length,
+    scores, greedy = score(ours(), prompts, continuations, length,
                           limits=ScoringLimits(tokens=budget))
-    torch.testing.assert_close(found, torch.cat([x for x, _ in alone]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores, torch.cat([x for x, _ in alone]), rtol=1e-5, atol=1e-5)
     assert greedy.tolist() == [bool(x) for _, x in alone]
 
 
@@ -106,28 +106,28 @@ def test_what_some_prompts_begin_with_is_read_once_and_equals_transformers(shape
     model = tiny.ours(peer, shape)
     pages = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (20, 25)]
     alone = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (7, 30)]
-    asked = [[90 + i] * (1 + 3 * i) for i in range(3)]
-    prompts = [page + x for page in pages for x in asked] + [pages[0] + asked[2]] + alone
-    prompts.append(pages[1][:10] + asked[1])  # less than half of a page
+    suffixes = [[90 + i] * (1 + 3 * i) for i in range(3)]
+    prompts = [page + x for page in pages for x in suffixes] + [pages[0] + suffixes[2]] + alone
+    prompts.append(pages[1][:10] + suffixes[1])  # less than half of a page
     continuations = [tiny.tokens(1, 1 + i % 3, seed=70 + i)[0].tolist() for i in range(10)]
     with passes(model) as calls:
         scored_as(peer, model, prompts, continuations)
     if shape != "dynamic":
-        once = sum(map(len, pages)) + 2 * sum(map(len, asked)) + sum(map(len, alone)) + 10 + 4
+        once = sum(map(len, pages)) + 2 * sum(map(len, suffixes)) + sum(map(len, alone)) + 10 + 4
         assert sum(tokens_read(calls)) == once + sum(len(x) - 1 for x in continuations)
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3), st.integers(1, 4)), min_size=1,
                 max_size=14), st.sampled_from([7, 40, 1024]))
 @settings(max_examples=30, deadline=None)
-def test_scores_of_prompts_with_any_beginnings_are_those_of_each_alone(asked, budget):
+def test_scores_of_prompts_with_any_beginnings_are_those_of_each_alone(suffixes, budget):
     """Beginnings of two texts, cut anywhere, with something behind."""
     texts = [tiny.tokens(1, 40, seed=i)[0].remainder(V).tolist() for i in (1, 2)]
-    prompts = [texts[tail % 2][:n] + [7, 8, 9][:tail] for n, tail, _ in asked]
-    continuations = [[3, 4, 5, 6][:n] for *_, n in asked]
+    prompts = [texts[tail % 2][:n] + [7, 8, 9][:tail] for n, tail, _ in suffixes]
+    continuations = [[3, 4, 5, 6][:n] for *_, n in suffixes]
     alone = [score(ours(), [p], [c])[0] for p, c in zip(prompts, continuations, strict=True)]
-    found, _ = score(ours(), prompts, continuations, limits=ScoringLimits(tokens=budget))
-    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    scores, _ = score(ours(), prompts, continuations, limits=ScoringLimits(tokens=budget))
+    torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
 def test_copies_of_one_long_beginning_stay_few():
@@ -136,10 +136,10 @@ def test_copies_of_one_long_beginning_stay_few():
                       for i, n in enumerate((40, *[16] * 8), 2))
     prompts = [[*common, *page, x] for page in pages for x in (7, 8)]
     with passes(ours()) as calls:
-        found, _ = score(ours(), prompts, [[5]] * 16,
+        scores, _ = score(ours(), prompts, [[5]] * 16,
                          limits=ScoringLimits(tokens=64, prefix_copies=2))
     alone = [score(ours(), [x], [[5]])[0] for x in prompts]
-    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-5, atol=1e-5)
     sizes = [cache.k.shape[1] * cache.k.shape[2] for *_, cache in calls]  # rows times tokens
     assert len(sizes) > 1 + 4 and max(sizes) <= 2 * 64
 
@@ -159,19 +159,19 @@ def test_a_prompt_asked_often_is_read_once():
 def test_a_prompt_beyond_the_context_is_scored_behind_its_end_as_in_lm_eval():
     prompt = tiny.tokens(1, 90)[0].remainder(V).tolist()
     for ids in ([5], [5, 6, 7, 8], list(range(3, 63))):
-        whole = [*prompt, *ids][-(CONTEXT + 1):]
-        wanted, _ = peer_scores(peer(), whole[: -len(ids)], ids)
-        assert score(ours(), [prompt], [ids])[0].item() == pytest.approx(wanted, rel=1e-5)
+        ids_read = [*prompt, *ids][-(CONTEXT + 1):]
+        expected, _ = peer_scores(peer(), ids_read[: -len(ids)], ids)
+        assert score(ours(), [prompt], [ids])[0].item() == pytest.approx(expected, rel=1e-5)
     both, _ = score(ours(), [prompt, prompt], [[5], [5, 6, 7, 8]])
     assert both[1] == pytest.approx(float(score(ours(), [prompt], [[5, 6, 7, 8]])[0]), rel=1e-6)
 
 
-@pytest.mark.parametrize(("prompt", "ids", "words"), [
+@pytest.mark.parametrize(("prompt", "ids", "message"), [
     ([1, 2], [], "request 2: its continuation has no token"),
     ([], [5], "request 2: an empty prompt. Begin it with BOS"),
     ([1], [5] * 65, "request 2: a continuation of 65 tokens; the context holds 64")])
-def test_what_cannot_be_scored_is_refused_in_one_line(prompt, ids, words):
-    with pytest.raises(UserError, match=words):
+def test_what_cannot_be_scored_is_refused_in_one_line(prompt, ids, message):
+    with pytest.raises(UserError, match=message):
         score(ours(), [[1], prompt], [[2], ids])
 
 
