@@ -85,7 +85,8 @@ def browser(profile: Path) -> Iterator[Browser]:
 
     process = subprocess.Popen(
         [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-         f"--user-data-dir={profile}", "--no-first-run"], preexec_fn=set_descriptors, close_fds=False,
+         f"--user-data-dir={profile}", "--no-first-run"],
+        preexec_fn=set_descriptors, close_fds=False,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(child_reads)
     os.close(child_writes)
