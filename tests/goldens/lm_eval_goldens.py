@@ -1,10 +1,10 @@
 """Makes tests/goldens/lm_eval.json: what lm-evaluation-harness 0.4.13 computes on tiny models.
 
-    python tests/goldens.py            where lm_eval 0.4.13 is installed; about three minutes
+    python tests/goldens/lm_eval_goldens.py    needs lm_eval 0.4.13; takes about three minutes
 
-The models are random (tests/tiny.py), with two kinds of tokenizer; the rows are sentences of the
-demo's world, nobody's test set. The tasks are the shipped ones with their data replaced by local
-JSON, as the harness allows; answers are cut to NEW tokens so that this stays short.
+The models are random (tests/helpers/tiny.py), with two kinds of tokenizer. The rows are sentences
+that the demo's grammar makes, not those of a published test set. The tasks are the harness's own
+with their data replaced by local JSON; answers have at most NEW tokens.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ TASKS = {
     **{("afrimgsm", str(n), ""): f"afrimgsm/direct/prompt_{n}/afrimgsm_kin.yaml"
        for n in range(1, 6)},
     **{("afriqa", str(n), ""): f"afrobench/afriqa/prompt_{n}/afriqa_kin.yaml" for n in range(1, 6)},
-    **{(suite, str(n), f"{a}-{b}"): f"afrobench/{suite}/prompt_{n}/{way}/"
+    **{(suite, str(n), f"{a}-{b}"): f"afrobench/{suite}/prompt_{n}/{folder}/"
        f"{suite}_{a}_Latn-{b}_Latn.yaml"
        for suite in ("flores", "ntrex") for n in (1, 2, 3)
-       for a, b, way in (("kin", "eng", "african-english"), ("eng", "kin", "english-african"))},
+       for a, b, folder in (("kin", "eng", "african-english"), ("eng", "kin", "english-african"))},
     ("mafand", "1", "kin-eng"): "afrobench/mafand/prompt_1/african-english/mafand_kin-en.yaml",
     ("mafand", "1", "eng-kin"): "afrobench/mafand/prompt_1/english-african/mafand_en-kin.yaml",
     ("mafand", "3", "eng-kin"): "afrobench/mafand/prompt_3/english-african/mafand_en-kin.yaml",
@@ -67,7 +67,8 @@ SPLITS = {"belebele": ("test",), "ntrex": ("test",), "flores": ("devtest", "dev"
 
 
 def rows(suite: str, n: int = ROWS) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Made-up rows of a suite's test and of its examples, in the columns of the published set."""
+    """Artificial rows of a suite's test and of its few-shot examples, in the columns of the
+    published data."""
     world, draw = World(random.Random(f"goldens/{suite}")), random.Random(suite)
 
     def kin() -> str:
@@ -108,7 +109,7 @@ def rows(suite: str, n: int = ROWS) -> tuple[list[dict[str, Any]], list[dict[str
 
 
 def texts() -> list[str]:
-    """Documents for rolling bits per byte: short, odd, and longer than the context."""
+    """Documents for rolling bits per byte: short, with unusual spaces, longer than the context."""
     world = World(random.Random("goldens/texts"))
     return ["a", "  " + world.sentence()[0], "\t" + world.sentence()[1],
             "\u2600\ufe0f\u200b " + world.sentence()[0],
@@ -121,23 +122,27 @@ def model(folder: Path, kind: str) -> Path:
     import transformers
 
     peer = tiny.peer("llama3", seed=7, max_position_embeddings=CONTEXT)
-    with torch.no_grad():  # single bytes are seldom said: where they make no character,
-        peer.lm_head.weight[[0, *range(3, 259)]] *= 0.2  # libraries decode them differently
+    with torch.no_grad():  # single bytes become unlikely: libraries differ in how they decode
+        peer.lm_head.weight[[0, *range(3, 259)]] *= 0.2  # bytes that are no character
     peer.generation_config = transformers.GenerationConfig(bos_token_id=1, eos_token_id=2)
     peer.save_pretrained(folder)
-    (_bytewise if kind == "bytes" else _pieces)(folder)
-    begins = "{{ bos_token }}" * (kind == "bytes")  # else the harness adds BOS itself
+    bos = ""  # the harness adds BOS itself for a SentencePiece tokenizer
+    if kind == "bytes":
+        write_byte_level_tokenizer(folder)
+        bos = "{{ bos_token }}"
+    else:
+        write_sentencepiece_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(
-        begins + "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}\n"
+        bos + "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}\n"
         "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
     return folder
 
 
-def _pieces(folder: Path) -> None:
+def write_sentencepiece_tokenizer(folder: Path) -> None:
     """A SentencePiece tokenizer with LLaMA's flags, as transformers turns it into a tokenizer.json.
 
-    (From a tokenizer.model alone, transformers 5 reads a text that begins with a blank otherwise
-    than sentencepiece does; ours is as sentencepiece.)
+    (From a tokenizer.model alone, transformers 5 encodes a text with a leading space differently
+    from sentencepiece; our tokenizer agrees with sentencepiece.)
     """
     import sentencepiece
     import transformers
@@ -154,7 +159,7 @@ def _pieces(folder: Path) -> None:
     (folder / "tokenizer.model").unlink()
 
 
-def _bytewise(folder: Path) -> None:
+def write_byte_level_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer.json that begins a text with BOS."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -170,122 +175,168 @@ def _bytewise(folder: Path) -> None:
         processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B",
                                       special_tokens=[("<s>", 1)])])
     tok.save(str(folder / "tokenizer.json"))
-    words = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
-             "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
+              "eos_token": "</s>", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def digest(ids: list[int]) -> str:
-    """Ids, short enough to keep."""
+    """A hash of ids, which is short enough for the file of goldens."""
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 def name(key: tuple[str, str, str], shots: int) -> str:
+    """The name of a task in the file of goldens."""
     suite, prompt, part = key
-    return ".".join(filter(None, (suite, part, prompt))) + f"+{shots}" * (shots > 0)
+    task = ".".join(filter(None, (suite, part, prompt)))
+    return f"{task}+{shots}" if shots else task
+
+
+def write_tasks(home: Path) -> dict[str, tuple[str, str, str]]:
+    """Write the harness's tasks with our rows, and one of rolling likelihood, to HOME/tasks;
+    returns our keys by the names of the tasks."""
+    import lm_eval
+    import yaml
+
+    shipped = Path(lm_eval.__file__).parent / "tasks"
+    configs = home / "tasks"
+    configs.mkdir()
+    keys = {}
+    for key, path in TASKS.items():
+        suite = key[0]
+        files = {}
+        splits = SPLITS.get(suite, ("test", "validation"))
+        for split, data in zip(splits, rows(suite), strict=False):
+            files[split] = str(home / f"{suite}.{split}.jsonl")
+            Path(files[split]).write_text("".join(json.dumps(r) + "\n" for r in data))
+        task = "ours_" + name(key, 0).replace(".", "_").replace("-", "_")
+        config = {"include": str(shipped / path), "task": task, "tag": None,
+                  "dataset_path": "json", "dataset_name": None,
+                  "dataset_kwargs": {"data_files": files}}
+        if suite in ("afrimgsm", "afriqa", "flores", "ntrex", "mafand"):
+            stop = {"afrimgsm": ["Question:", "</s>", "<|im_end|>"],
+                    "flores": ["**", "</s>"]}.get(suite, ["\n"])
+            config["generation_kwargs"] = {"until": stop, "do_sample": False, "max_gen_toks": NEW}
+        (configs / f"{task}.yaml").write_text(yaml.dump(config))
+        keys[task] = key
+    rolling = home / "rolling.jsonl"
+    rolling.write_text("".join(json.dumps({"text": x}) + "\n" for x in texts()))
+    (configs / "ours_rolling.yaml").write_text(yaml.dump({
+        "task": "ours_rolling", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(rolling)}},
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}]}))
+    return keys
 
 
 def make() -> dict[str, Any]:
-    """All goldens; needs lm_eval."""
+    """Compute all goldens; needs lm_eval."""
     import lm_eval
-    import yaml
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     assert lm_eval.__version__ == VERSION, f"made with {VERSION}, this is {lm_eval.__version__}"
-    shipped = Path(lm_eval.__file__).parent / "tasks"
-    found: dict[str, Any] = {"lm_eval": VERSION, "texts": {}, "tasks": {},
-                             "chat": {}}
-    with tempfile.TemporaryDirectory() as tmp:
-        home = Path(tmp)
-        configs = home / "tasks"
-        configs.mkdir()
-        ours = {}
-        for key, path in TASKS.items():
-            at = {}
-            for split, data in zip(SPLITS.get(key[0], ("test", "validation")), rows(key[0]),
-                                   strict=False):
-                at[split] = str(home / f"{key[0]}.{split}.jsonl")
-                Path(at[split]).write_text("".join(json.dumps(r) + "\n" for r in data))
-            task = "ours_" + name(key, 0).replace(".", "_").replace("-", "_")
-            config = {"include": str(shipped / path), "task": task, "tag": None,
-                      "dataset_path": "json", "dataset_name": None,
-                      "dataset_kwargs": {"data_files": at}}
-            if key[0] in ("afrimgsm", "afriqa", "flores", "ntrex", "mafand"):
-                stop = {"afrimgsm": ["Question:", "</s>", "<|im_end|>"],
-                        "flores": ["**", "</s>"]}.get(key[0], ["\n"])
-                config["generation_kwargs"] = {"until": stop, "do_sample": False,
-                                               "max_gen_toks": NEW}
-            (configs / f"{task}.yaml").write_text(yaml.dump(config))
-            ours[task] = key
-        rolling = home / "rolling.jsonl"
-        rolling.write_text("".join(json.dumps({"text": x}) + "\n" for x in texts()))
-        (configs / "ours_rolling.yaml").write_text(yaml.dump({
-            "task": "ours_rolling", "dataset_path": "json", "test_split": "test",
-            "dataset_kwargs": {"data_files": {"test": str(rolling)}},
-            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-            "metric_list": [{"metric": "bits_per_byte"}]}))
-        manager = TaskManager(include_path=str(configs))
+    goldens: dict[str, Any] = {"lm_eval": VERSION, "texts": {}, "tasks": {}, "chat": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        keys = write_tasks(home)
+        manager = TaskManager(include_path=str(home / "tasks"))
 
         def run(lm: Any, tasks: list[str], shots: int, chat: bool = False) -> dict[str, Any]:
             return lm_eval.simple_evaluate(
                 model=lm, tasks=tasks, num_fewshot=shots or None, task_manager=manager,
                 bootstrap_iters=0, batch_size=1, apply_chat_template=chat,
-                fewshot_as_multiturn=chat)  # as its command line does, if told the first only
+                fewshot_as_multiturn=chat)  # the command line's default with a chat template
 
         for kind in KINDS:
-            folder = model(home / kind, kind)
-            settings = {"pretrained": str(folder), "dtype": "float32", "batch_size": 1,
-                        "device": "cpu"}
-            lm = HFLM(**settings)
-            for part, shots, keys in (("tasks", 0, list(TASKS)), ("tasks", SHOTS, WITH_SHOTS),
-                                      ("chat", 0, IN_CHAT), ("chat", SHOTS, IN_CHAT)):
-                shown = [key for key in keys if not shots or key in WITH_SHOTS]
-                chosen = [t for t, key in ours.items() if key in shown]
-                out = run(lm, chosen, shots, part == "chat")
-                for task in chosen:  # a text is another for each kind: so are their templates
-                    into = found[part] if part == "tasks" else found[part].setdefault(kind, {})
-                    _keep(into.setdefault(name(ours[task], shots), {}), kind, lm,
-                          out["samples"][task], out["results"][task])
-            for key, more in (("texts", {"add_bos_token": False}), ("texts_as_it_comes", {}),
-                              ("texts_bf16", {"dtype": "bfloat16"})):
-                out = run(HFLM(**(settings | more)), ["ours_rolling"], 0)
-                samples = sorted(out["samples"]["ours_rolling"], key=lambda s: s["doc_id"])
-                found.setdefault(key, {})[kind] = {
-                    "nats": [-s["filtered_resps"][0] for s in samples],
-                    "bits_per_byte": out["results"]["ours_rolling"]["bits_per_byte,none"]}
-            chosen = [t for t, key in ours.items() if key in IN_BF16]
-            out = run(HFLM(**(settings | {"dtype": "bfloat16"})), chosen, 0)
-            found.setdefault("bf16", {})[kind] = {name(ours[t], 0): [
-                [float(r[0][0]) for r in s["resps"]] for s in sorted(
-                    out["samples"][t], key=lambda s: s["doc_id"])] for t in chosen}
-    return found
+            settings = {"pretrained": str(model(home / kind, kind)), "dtype": "float32",
+                        "batch_size": 1, "device": "cpu"}
+            _add_tasks(goldens, kind, run, settings, keys)
+            _add_texts(goldens, kind, run, settings)
+            _add_bf16(goldens, kind, run, settings, keys)
+    return goldens
 
 
-def _keep(into: dict[str, Any], kind: str, lm: Any, samples: list[dict[str, Any]],
-          results: dict[str, Any]) -> None:
-    """One task's requests (their texts once for both tokenizers), ids, responses and metrics."""
-    first = {s["doc_id"]: s for s in reversed(samples)}  # a sample a filter: the first of each
-    samples = [first[i] for i in sorted(first)]
+def _add_tasks(goldens: dict[str, Any], kind: str, run: Any, settings: dict[str, Any],
+               keys: dict[str, tuple[str, str, str]]) -> None:
+    """Add the requests, answers and metrics of all tasks, without and with a chat template."""
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(**settings)
+    for section, shots, section_keys in (("tasks", 0, list(TASKS)), ("tasks", SHOTS, WITH_SHOTS),
+                                         ("chat", 0, IN_CHAT), ("chat", SHOTS, IN_CHAT)):
+        shown = [key for key in section_keys if not shots or key in WITH_SHOTS]
+        tasks = [task for task, key in keys.items() if key in shown]
+        results = run(lm, tasks, shots, section == "chat")
+        for task in tasks:
+            entries = goldens[section]
+            if section == "chat":  # the texts differ between the kinds, as the templates do
+                entries = entries.setdefault(kind, {})
+            _add_task(entries.setdefault(name(keys[task], shots), {}), kind, lm,
+                      results["samples"][task], results["results"][task])
+
+
+def _add_texts(goldens: dict[str, Any], kind: str, run: Any, settings: dict[str, Any]) -> None:
+    """Add rolling likelihoods: without BOS, with the harness's defaults, and those in bf16."""
+    from lm_eval.models.huggingface import HFLM
+
+    for section, changes in (("texts", {"add_bos_token": False}), ("texts_as_it_comes", {}),
+                             ("texts_bf16", {"dtype": "bfloat16"})):
+        results = run(HFLM(**(settings | changes)), ["ours_rolling"], 0)
+        samples = sorted(results["samples"]["ours_rolling"], key=lambda s: s["doc_id"])
+        goldens.setdefault(section, {})[kind] = {
+            "nats": [-s["filtered_resps"][0] for s in samples],
+            "bits_per_byte": results["results"]["ours_rolling"]["bits_per_byte,none"]}
+
+
+def _add_bf16(goldens: dict[str, Any], kind: str, run: Any, settings: dict[str, Any],
+              keys: dict[str, tuple[str, str, str]]) -> None:
+    """Add log-likelihoods of choices in bf16."""
+    from lm_eval.models.huggingface import HFLM
+
+    tasks = [task for task, key in keys.items() if key in IN_BF16]
+    results = run(HFLM(**(settings | {"dtype": "bfloat16"})), tasks, 0)
+    likelihoods = {}
+    for task in tasks:
+        samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
+        likelihoods[name(keys[task], 0)] = [[float(r[0][0]) for r in s["resps"]] for s in samples]
+    goldens.setdefault("bf16", {})[kind] = likelihoods
+
+
+def _arguments(sample: dict[str, Any]) -> list[list[Any]]:
+    """The arguments of each request of a sample, in order."""
+    arguments = sample["arguments"]
+    if not isinstance(arguments, dict):
+        return [list(x) for x in arguments]
+    names = sorted(arguments, key=lambda k: int(k.rsplit("_", 1)[1]))
+    return [list(arguments[k].values()) for k in names]
+
+
+def _encode_pair(lm: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of context and continuation, as the harness's `loglikelihood` encodes them."""
+    if context:
+        return lm._encode_pair(context, continuation)
+    return [lm.prefix_token_id], lm.tok_encode(continuation, add_special_tokens=False)
+
+
+def _add_task(entry: dict[str, Any], kind: str, lm: Any, samples: list[dict[str, Any]],
+              results: dict[str, Any]) -> None:
+    """Add a task's requests (their texts once for both tokenizers), ids, answers and metrics."""
+    first = {s["doc_id"]: s for s in reversed(samples)}  # there is a sample for each filter
     texts, ids, resps = [], [], []
-    for s in samples:
-        asked = [list(s["arguments"][k].values()) for k in sorted(
-            s["arguments"], key=lambda k: int(k.rsplit("_", 1)[1]))] if isinstance(
-                s["arguments"], dict) else [list(a) for a in s["arguments"]]
-        if isinstance(asked[0][1], str):  # a continuation to score
-            texts.append({"context": asked[0][0], "continuations": [a[1] for a in asked]})
-            pairs = [lm._encode_pair(*a) if a[0] else
-                     ([lm.prefix_token_id], lm.tok_encode(a[1], add_special_tokens=False))
-                     for a in asked]
+    for sample in (first[i] for i in sorted(first)):
+        requests = _arguments(sample)
+        if isinstance(requests[0][1], str):  # a continuation to score
+            texts.append({"context": requests[0][0], "continuations": [x[1] for x in requests]})
+            pairs = [_encode_pair(lm, *x) for x in requests]
             ids.append([digest([list(map(int, a)), list(map(int, b))]) for a, b in pairs])
-            resps.append([float(r[0][0]) for r in s["resps"]])
+            resps.append([float(r[0][0]) for r in sample["resps"]])
         else:
-            texts.append({"context": asked[0][0]})
-            ids.append(digest(list(map(int, lm.tok_encode(asked[0][0])))))
-            resps.append(s["resps"][0][0])
-    assert into.setdefault("texts", texts) == texts
-    into[kind] = {"ids": ids, "resps": resps, "metrics": {
-        k: v for k, v in results.items() if isinstance(v, float) and "stderr" not in k}}
+            texts.append({"context": requests[0][0]})
+            ids.append(digest(list(map(int, lm.tok_encode(requests[0][0])))))
+            resps.append(sample["resps"][0][0])
+    assert entry.setdefault("texts", texts) == texts
+    values = {k: v for k, v in results.items() if isinstance(v, float) and "stderr" not in k}
+    entry[kind] = {"ids": ids, "resps": resps, "metrics": values}
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def test_losses_and_gradients_of_packed_pairs_equal_trls_own_trainers(tmp_path, 
     loss = sum(x / k for x, k in zip(sums[:n], counts[:n], strict=True))
     loss.backward()
     assert loss.item() == pytest.approx(golden["loss"], rel=1e-5)
-    found = {names.get(name, name): goldens_trl.kept(p.grad, names.get(name, name))
+    found = {names.get(name, name): goldens_trl.gradient_values(p.grad, names.get(name, name))
              for name, p in ours.named_parameters() if p.requires_grad}
     assert found.keys() == golden["gradients"].keys()
     for name, numbers in found.items():
