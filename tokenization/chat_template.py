@@ -1,25 +1,25 @@
-"""Conversations as the model's own chat template writes them, and their ids.
+"""Chat templates: conversations as text and as ids with a loss mask.
 
-One idea: the template is a stranger's program, and a message is a stranger's text. The template
-runs in Jinja's sandbox, bounded in what it may write, and can only make a string. What becomes a
-control token is decided by the template alone: the same characters typed in a message stay text.
+A template is a program from a model folder, and a message is a text from anybody. The template runs
+in Jinja's sandbox, with limits on what it may write. Only the template can write control tokens: if
+a message contains the name of a control token, that name stays text.
 
-A conversation becomes ids and loss mask together (`Template.lay_out`, `documents`): it is laid out
-as parts of text, of which it is known whether they train, and then the parts become ids, those of
-many conversations at once. What is trained begins exactly where the template's own generation
-prompt ends, so that a model is asked as it was taught, and ends with the token that ends the turn.
-A template whose generation prompt is not the beginning of what it writes later is refused.
+`ChatTemplate.render_with_mask` and `encode_rendered` make ids and loss mask together. What is
+trained begins where the template's generation prompt ends, so that a model is prompted as it was
+trained, and ends with the token that ends the turn. A template is refused if the text after its
+generation prompt is not what it writes there for a whole conversation, or if it writes no control
+token behind an answer.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,270 +27,325 @@ import numpy as np
 
 from runtime.console import UserError
 from tokenization.document import Document
-from tokenization.tokenizer import Part, Tokenizer, read_words
+from tokenization.tokenizer import Segment, Tokenizer, read_json_object
 
-# for a base without a template: Llammas' tags, plain text, each answer ended by EOS (TartuNLP)
+# For a base model without a template: Llammas' tags as plain text, each answer ended by EOS.
 PLAIN = """\
 {{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}\
 {{ message['content'] | trim }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\
 {{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 
 ROLES = ("system", "user", "assistant", "tool")
-LONGEST = 1 << 26  # characters that a template may make of one conversation
+MAX_CHARS = 1 << 26  # that a template may write for one conversation
 GREETING = ({"role": "user", "content": "Amakuru?"}, {"role": "assistant", "content": "Ni meza."})
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+# Private-use characters. "\ue0003\ue001" stands for the third control token's name in the messages.
+MARK_BEGIN, MARK_END = "\ue000", "\ue001"
+
+Message = Mapping[str, str]
+
+
+class Loss(enum.Enum):
+    """Which ids of a segment are trained."""
+
+    NONE = 0
+    ALL = 1
+    FIRST = 2  # the first id, which ends an answer
 
 
 @dataclass(frozen=True)
-class Template:
-    """A chat template: where it is from, its Jinja source, and the control tokens it may name."""
+class ChatTemplate:
+    """A chat template: its origin (a file, or "plain"), its Jinja source, and the names of the
+    special tokens that it may use."""
 
-    where: Path
+    origin: Path
     source: str
-    tokens: Mapping[str, str]
+    special_tokens: Mapping[str, str]
     tokenizer: Tokenizer
 
     @classmethod
-    def of(cls, folder: Path, tokenizer: Tokenizer) -> Template | None:
-        """The template of a model's folder: chat_template.jinja, else tokenizer_config.json's."""
-        words = read_words(folder / "tokenizer_config.json")
-        known = {k: tokenizer.pieces[i] for k, i in (("bos_token", tokenizer.bos),
-                                                     ("eos_token", tokenizer.eos)) if i is not None}
-        tokens = {**known, **read_words(folder / "special_tokens_map.json"), **words}
+    def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """The template of a model's folder: chat_template.jinja, else the one in
+        tokenizer_config.json; None if there is none."""
+        config_file = folder / "tokenizer_config.json"
+        config = read_json_object(config_file)
+        tokens: dict[str, Any] = {
+            **_known_tokens(tokenizer), **read_json_object(folder / "special_tokens_map.json"),
+            **config}
         tokens = {k: x.get("content") if isinstance(x, dict) else x for k, x in tokens.items()}
-        tokens = {k: tokens[k] for k in NAMED if isinstance(tokens.get(k), str)}
+        tokens = {k: tokens[k] for k in SPECIAL_TOKENS if isinstance(tokens.get(k), str)}
         file = folder / "chat_template.jinja"
         if file.exists():
             try:
                 return cls(file, file.read_text(encoding="utf-8"), tokens, tokenizer)
             except (OSError, ValueError) as e:
                 raise UserError(f"{file}: cannot be read ({e}); fetch it again") from None
-        file, found = folder / "tokenizer_config.json", words.get("chat_template")
-        if isinstance(found, list):  # several, by name
-            named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
-            found = named.get("default")
-        if found is None:
+        source = config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            named = {x.get("name"): x.get("template") for x in source if isinstance(x, dict)}
+            source = named.get("default")
+        if source is None:
             return None
-        if not isinstance(found, str):
-            raise UserError(f"{file}: chat_template is no text; fetch it again")
-        return cls(file, found, tokens, tokenizer)
+        if not isinstance(source, str):
+            raise UserError(f"{config_file}: chat_template is not a text; fetch it again")
+        return cls(config_file, source, tokens, tokenizer)
 
     @classmethod
-    def plain(cls, tokenizer: Tokenizer) -> Template:
-        """Our own, for a base that has none: tags as plain text, no new control token."""
+    def plain(cls, tokenizer: Tokenizer) -> ChatTemplate:
+        """Our own template, for a base model without one: tags as plain text."""
         if tokenizer.eos is None:
             raise UserError("the tokenizer names no eos_token, so no answer would end; name one in "
                             "tokenizer_config.json")
         source = PLAIN if tokenizer.bos is not None else PLAIN.replace("{{ bos_token }}", "")
-        named = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-        tokens = {k: tokenizer.pieces[i] for k, i in named.items() if i is not None}
-        return cls(Path("plain"), source, tokens, tokenizer)
+        return cls(Path("plain"), source, _known_tokens(tokenizer), tokenizer)
 
-    def render(self, messages: Sequence[Mapping[str, str]], generation: bool = False) -> str:
-        """A conversation as the template writes it; `generation`: up to where an answer begins.
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """A conversation as the template writes it; with `add_generation_prompt` up to the place
+        where an answer begins.
 
-        UserError on messages that are none, and on whatever goes wrong in the template.
+        UserError for invalid messages, and for whatever fails in the template.
         """
         import jinja2
 
-        messages = [dict(x) for x in map(_checked, messages, count())]
+        checked = [dict(_check_message(message, i)) for i, message in enumerate(messages)]
         try:
             parts, length = [], 0
             for part in _compiled(self.source).generate(
-                    messages=messages, tools=None, documents=None,
-                    add_generation_prompt=generation, **self.tokens):
+                    messages=checked, tools=None, documents=None,
+                    add_generation_prompt=add_generation_prompt, **self.special_tokens):
                 parts.append(part)
-                if (length := length + len(part)) > LONGEST:
-                    raise UserError(f"{self.where}: writes without end")
+                length += len(part)
+                if length > MAX_CHARS:
+                    raise UserError(f"{self.origin}: writes without end")
             return "".join(parts)
         except jinja2.TemplateError as e:
-            raise UserError(f"{self.where}: {' '.join(str(e).split())[:200]}") from None
+            raise UserError(f"{self.origin}: {' '.join(str(e).split())[:200]}") from None
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError,
                 RecursionError, MemoryError) as e:
-            raise UserError(f"{self.where}: {type(e).__name__} in the template "
+            raise UserError(f"{self.origin}: {type(e).__name__} in the template "
                             f"({' '.join(str(e).split())[:160]})") from None
 
     @property
-    def end(self) -> int | None:
+    def end_of_turn(self) -> int | None:
         """The control token that ends a turn of the assistant; None if the template writes none."""
         text = self.render(GREETING)
-        said = max(0, text.rfind(GREETING[1]["content"]))
-        found = self.tokenizer.control_names.search(text, said)
-        return self.tokenizer.encode_parts([Part(found[0], True, True)])[0][0] if found else None
+        answer_start = max(0, text.rfind(GREETING[1]["content"]))
+        match = self.tokenizer.control_names.search(text, answer_start)
+        if match is None:
+            return None
+        return self.tokenizer.encode_segments([Segment(match[0], True, True)])[0][0]
 
-    def encode(self, messages: Sequence[Mapping[str, str]], generation: bool = False) -> list[int]:
-        """Ids of a conversation; no BOS is added, for the template writes it where it wants one.
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
+        """Ids of a conversation. No BOS is added: the template writes it where it wants one."""
+        hidden, names = self._hide_control_names(messages)
+        segments = self._split_marks(self.render(hidden, add_generation_prompt), names, True)
+        return [i for ids in self.tokenizer.encode_segments(segments) for i in ids]
 
-        A control token's name in a message is taken out before the template sees it, and put
-        back as text where the template has left its mark.
+    def render_with_mask(self, messages: Sequence[Message],
+                         loss_on: str = "assistant") -> RenderedDocument:
+        """A conversation as segments with their loss: trained are the assistant's messages and the
+        token that ends each, or everything if `loss_on` is "all".
+
+        UserError for a conversation that does not end with the assistant, for an empty answer, and
+        for a template that cannot be trained on (see the head of this file).
         """
-        hidden, taken = self._hide(messages)
-        parts = self._parts(self.render(hidden, generation), taken, True)
-        return [i for ids in self.tokenizer.encode_parts(parts) for i in ids]
-
-    def lay_out(self, messages: Sequence[Mapping[str, str]], loss_on: str = "assistant") -> Layout:
-        """A conversation's parts and which train: the assistant's words and what ends them.
-
-        `loss_on` "all" trains every token. UserError on a conversation that does not end with the
-        assistant, and on a template whose generation prompt is not a beginning of its text, or
-        that ends an answer with no control token.
-        """
-        said = [x for x in messages if x.get("role") == "assistant"]
-        if not said or messages[-1] is not said[-1]:
-            raise UserError("the conversation does not end with the assistant, so its last turn "
-                            "has no answer to train on; add one, or take the turn out")
-        if any(not str(x.get("content", "")).strip() for x in said):
-            raise UserError("a turn of the assistant is empty; fill it, or take it out")
-        hidden, taken = self._hide(messages)
+        self._check_answers(messages)
+        hidden, names = self._hide_control_names(messages)
         text = self.render(hidden)
-        laid = Layout(sum(len(x["content"].encode()) for x in messages), whole=loss_on == "all")
-        at, names = 0, self.tokenizer.control_names
+        rendered = RenderedDocument(sum(len(x["content"].encode()) for x in messages),
+                                    train_all=loss_on == "all")
+        position = 0
         for i, message in enumerate(hidden):
             if message["role"] != "assistant":
                 continue
-            begin = len(prompt := self.render(hidden[:i], generation=True))
-            words = message["content"].strip()
-            if not text.startswith(prompt) or words not in text[begin:]:
-                raise UserError(
-                    f"{self.where}: what it writes for turn {i + 1} of a conversation does not go "
-                    "on from its own generation prompt, so a model would be asked otherwise than "
-                    "it was taught; give another with --template")
-            closing = names.search(text, begin)
-            if closing is None or not text[begin : closing.start()].rstrip().endswith(words):
-                raise UserError(f"{self.where}: writes no control token behind an answer, so that "
-                                "a model would not learn to end one; put {{ eos_token }} there, or "
-                                "give another with --template")
-            laid.add(self._parts(text[at:begin], taken, not laid.parts), CLOSING)
-            laid.add(self._parts(text[begin : (at := closing.start())], taken, False), TRAINED)
-        laid.add(self._parts(text[at:], taken, False), CLOSING)
-        return laid
+            begin, end = self._answer_span(text, hidden, i)
+            before = self._split_marks(text[position:begin], names, not rendered.segments)
+            rendered.add(before, Loss.FIRST)
+            rendered.add(self._split_marks(text[begin:end], names, False), Loss.ALL)
+            position = end
+        rendered.add(self._split_marks(text[position:], names, False), Loss.FIRST)
+        return rendered
 
-    def _hide(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[dict], list[str]]:
-        """Messages with marks where control tokens were typed, and what the marks stand for."""
-        may, both = self._typed
-        taken: list[str] = []
+    def _check_answers(self, messages: Sequence[Message]) -> None:
+        answers = [x for x in messages if x.get("role") == "assistant"]
+        if not answers or messages[-1] is not answers[-1]:
+            raise UserError("the conversation does not end with the assistant, so its last turn "
+                            "has no answer to train on; add one, or remove the turn")
+        if any(not str(x.get("content", "")).strip() for x in answers):
+            raise UserError("a turn of the assistant is empty; fill it, or remove it")
 
-        def mark(m: re.Match[str]) -> str:
-            taken.append(m.group())
-            return f"\ue000{len(taken) - 1}\ue001"
+    def _answer_span(self, text: str, messages: Sequence[Message], i: int) -> tuple[int, int]:
+        """Where the answer in message i begins and ends in the rendered conversation."""
+        prompt = self.render(messages[:i], add_generation_prompt=True)
+        begin = len(prompt)
+        answer = messages[i]["content"].strip()
+        if not text.startswith(prompt) or answer not in text[begin:]:
+            raise UserError(
+                f"{self.origin}: what it writes for turn {i + 1} of a conversation does not "
+                "continue its own generation prompt, so a model would be prompted in another way "
+                "than it was trained; give another template with --template")
+        closing = self.tokenizer.control_names.search(text, begin)
+        if closing is None or not text[begin : closing.start()].rstrip().endswith(answer):
+            raise UserError(f"{self.origin}: writes no control token behind an answer, so a model "
+                            "would not learn to end one; put {{ eos_token }} there, or give "
+                            "another template with --template")
+        return begin, closing.start()
 
-        def hide(x: Any) -> Any:
-            if isinstance(x, str):
-                return both.sub(mark, x) if may.search(x) else x
-            if isinstance(x, Mapping):
-                return {k: hide(v) for k, v in x.items()}
-            return list(map(hide, x)) if isinstance(x, list | tuple) else x
+    def _hide_control_names(self, messages: Sequence[Message]) -> tuple[list[dict], list[str]]:
+        """Messages in which a mark stands for each name of a control token, and these names."""
+        quick, exact = self._hidden_patterns
+        names: list[str] = []
 
-        return [{**hide(x), "role": x["role"]} for x in map(_checked, messages, count())], taken
+        def mark(match: re.Match[str]) -> str:
+            names.append(match.group())
+            return f"{MARK_BEGIN}{len(names) - 1}{MARK_END}"
+
+        def hide(value: Any) -> Any:
+            if isinstance(value, str):
+                return exact.sub(mark, value) if quick.search(value) else value
+            if isinstance(value, Mapping):
+                return {k: hide(v) for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                return [hide(x) for x in value]
+            return value
+
+        hidden = []
+        for i, message in enumerate(messages):
+            _check_message(message, i)
+            hidden.append({**hide(message), "role": message["role"]})
+        return hidden, names
 
     @functools.cached_property
-    def _typed(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        """What a message holds that must be hidden, a control token's name or a mark of ours: its
-        first characters, by which most texts are seen to have none, and all of it."""
+    def _hidden_patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """What must be hidden in a message: names of control tokens, and our own mark characters.
+        The first pattern matches their first characters only, and quickly; the second all of them.
+        """
         names = self.tokenizer.control_names.pattern
-        marks = {"\ue000", "\ue001"}
-        first = {x[0] for i in self.tokenizer.control if (x := self.tokenizer.pieces[i])} | marks
+        first = {MARK_BEGIN, MARK_END}
+        for i in self.tokenizer.control:
+            if self.tokenizer.pieces[i]:
+                first.add(self.tokenizer.pieces[i][0])
         return (re.compile("|".join(map(re.escape, sorted(first)))),
-                re.compile(f"{names}|[\ue000\ue001]"))
+                re.compile(f"{names}|[{MARK_BEGIN}{MARK_END}]"))
 
-    def _parts(self, text: str, taken: Sequence[str], first: bool) -> list[Part]:
-        """A part of what was rendered, with what was taken out put back; `first`: nothing stands
-        before it."""
-        found: list[Part] = []
-        for i, part in enumerate(re.split("\ue000(\\d+)\ue001", text)):
-            begins = first and not found  # text, number of what was taken, text, ...
-            if i % 2 and int(part) < len(taken):
-                found.append(Part(taken[int(part)], False, begins))
-            elif i % 2 or re.search("[\ue000\ue001]", part):
-                raise UserError(f"{self.where}: takes a message's text apart where it holds a "
-                                "control token's name; leave that name out of the message")
+    def _split_marks(self, text: str, names: Sequence[str], first: bool) -> list[Segment]:
+        """Rendered text as segments, with the hidden names put back as text. `first`: nothing
+        stands before the text."""
+        segments: list[Segment] = []
+        # text, number of a name, text, number of a name, ...
+        for i, part in enumerate(re.split(f"{MARK_BEGIN}(\\d+){MARK_END}", text)):
+            at_start = first and not segments
+            is_number = i % 2 == 1
+            if is_number and int(part) < len(names):
+                segments.append(Segment(names[int(part)], False, at_start))
+            elif is_number or re.search(f"[{MARK_BEGIN}{MARK_END}]", part):
+                raise UserError(f"{self.origin}: divides the text of a message where it contains "
+                                "the name of a control token; remove that name from the message")
             elif part:
-                found.append(Part(part, True, begins))
-        return found
-
-
-NOT, TRAINED, CLOSING = range(3)  # what of a part trains: nothing, all, its first id
+                segments.append(Segment(part, True, at_start))
+        return segments
 
 
 @dataclass
-class Layout:
-    """A document before its texts are ids: parts, and which train; `begin` and `end` are ids that
-    stand around them, `whole`: all of it trains."""
+class RenderedDocument:
+    """A document before it is encoded: segments and their losses; ids `begin` (not trained) and
+    `end` (trained) around them; `train_all`: every id is trained."""
 
     n_bytes: int
-    parts: list[Part] = field(default_factory=list)
-    trains: list[int] = field(default_factory=list)  # of each part
-    begin: Sequence[int] = ()  # not trained
-    end: Sequence[int] = ()  # trained
-    whole: bool = False
+    segments: list[Segment] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)  # of each segment
+    begin: Sequence[int] = ()
+    end: Sequence[int] = ()
+    train_all: bool = False
 
-    def add(self, parts: Sequence[Part], trains: int) -> None:
-        """More parts. CLOSING: the first id ends an answer, if anything stands before it."""
-        later = TRAINED if trains == TRAINED else NOT
-        self.trains += [later if i or not self.parts else trains for i in range(len(parts))]
-        self.parts += parts
+    def add(self, segments: Sequence[Segment], loss: Loss) -> None:
+        """Append segments. Loss.FIRST trains the first id of the first segment, unless nothing
+        stands before it."""
+        for i, segment in enumerate(segments):
+            segment_loss = loss
+            if loss is Loss.FIRST and (i > 0 or not self.segments):
+                segment_loss = Loss.NONE
+            self.losses.append(segment_loss)
+            self.segments.append(segment)
 
 
-def documents(tokenizer: Tokenizer, layouts: Sequence[Layout]) -> list[Document]:
-    """Layouts as documents, ids and mask together, in arrays: small to keep and to send."""
-    found, encoded = [], iter(tokenizer.encode_parts([x for laid in layouts for x in laid.parts]))
-    for laid in layouts:
-        ids, mask = [*laid.begin], [False] * len(laid.begin)
-        for trains in laid.trains:
-            ids += (new := next(encoded))
-            mask += [trains != NOT] * len(new[:1]) + [trains == TRAINED] * len(new[1:])
-        mask += [True] * len(laid.end)
-        found.append(Document(np.array([*ids, *laid.end], np.uint32),
-                              None if laid.whole else np.array(mask, bool), laid.n_bytes))
-    return found
+def encode_rendered(tokenizer: Tokenizer,
+                    rendered: Sequence[RenderedDocument]) -> list[Document]:
+    """Encode rendered documents, all segments in one batch. Ids and masks are arrays, which are
+    small in memory and quick to send to another process."""
+    segments = [segment for document in rendered for segment in document.segments]
+    encoded = iter(tokenizer.encode_segments(segments))
+    documents = []
+    for document in rendered:
+        ids = [*document.begin]
+        mask = [False] * len(ids)
+        for loss in document.losses:
+            segment_ids = next(encoded)
+            segment_mask = [loss is Loss.ALL] * len(segment_ids)
+            if loss is Loss.FIRST and segment_mask:
+                segment_mask[0] = True
+            ids += segment_ids
+            mask += segment_mask
+        ids += document.end
+        mask += [True] * len(document.end)
+        documents.append(Document(
+            np.array(ids, np.uint32), None if document.train_all else np.array(mask, bool),
+            document.n_bytes))
+    return documents
+
+
+def _known_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The names of BOS and EOS, each if the tokenizer has one."""
+    ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    return {name: tokenizer.pieces[i] for name, i in ids.items() if i is not None}
 
 
 @functools.cache
 def _compiled(source: str) -> Any:
-    """The template, ready to run, in an environment as transformers makes it."""
+    """The compiled template, in an environment like that of transformers."""
     import jinja2
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """The tag around what an assistant says; as transformers, it writes what is inside."""
+        """The tag around an assistant's message; its content is written, as in transformers."""
 
         tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(inside, lineno=line)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
 
-    class World(ImmutableSandboxedEnvironment):
-        """`*` and `**` make nothing that no memory could hold."""
+    class Environment(ImmutableSandboxedEnvironment):
+        """A sandbox in which `*` and `**` cannot make a value that fills the memory."""
 
         intercepted_binops = frozenset(("*", "**"))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
-            if sizes[0] * sizes[1] > LONGEST or (operator == "**" and max(sizes) > 64):
+            if sizes[0] * sizes[1] > MAX_CHARS or (operator == "**" and max(sizes) > 64):
                 raise jinja2.TemplateError(f"{operator} that makes too much")
             return super().call_binop(context, operator, left, right)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None,
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
                separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)
 
-    world = World(trim_blocks=True, lstrip_blocks=True,
-                  extensions=[Generation, "jinja2.ext.loopcontrols"])
-    world.filters["tojson"] = tojson
-    world.globals["raise_exception"] = raise_exception
-    world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return world.from_string(source)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True,
+                              extensions=[Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment.from_string(source)
 
 
-def _checked(message: Any, i: int) -> Mapping[str, str]:
-    """A message {"role", "content"}; UserError on anything else."""
+def _check_message(message: Any, i: int) -> Message:
+    """Message i, {"role", "content"}; UserError for anything else."""
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) \
             or message.get("role") not in ROLES:
         raise UserError(f"message {i + 1}: {str(message)[:80]!r}; expected a role "

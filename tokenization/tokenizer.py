@@ -1,13 +1,16 @@
-"""One face for both kinds of tokenizer file: SentencePiece's `tokenizer.model` and
+"""One interface for both kinds of tokenizer file: SentencePiece's `tokenizer.model` and
 `tokenizer.json`.
 
-There is one way to encode. BOS and EOS are added here, in `document`, exactly once: BOS where the
-tokenizer's own files say that a text begins with it (tokenizer.json's post-processor, or, beside a
-`.model`, add_bos_token), for many name a BOS and never write it. Text stays text: `</s>` typed by a
-user is four characters, not an end.
+BOS and EOS are added in `document` only, each once: BOS if the tokenizer's own files say that a
+text begins with it (the post-processor of tokenizer.json, or add_bos_token beside a `.model`),
+because many tokenizers name a BOS and never write it. Text stays text: `</s>` typed by a user is
+four characters, not an end of sequence.
 
-`byte_lengths` says how many bytes of text each id stands for, which is what makes bits per byte
-possible where a document is cut between tokens.
+`byte_lengths` holds the bytes of text of each id. With it bits per byte can be computed for a
+document that is cut between tokens.
+
+Refused: models other than BPE, tokenizers that cannot spell every byte, files that are damaged or
+too large.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,25 +32,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.console import UserError
+from runtime.tokenizer_threads import FORBIDDEN_BY_USER, disable_library_threads
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
          "chat_template.jinja")
-WORDS = FILES[2:4]  # where BOS and EOS are named
-MOST = 1 << 22  # ids: a single wrong one must not become a table of gigabytes
-LARGEST = 64 << 20  # bytes of a tokenizer file: the largest known are 35 MB
-PROBES = ("", "a", " ", "é", "Amazi y'umugezi, n’inka 🦒\n\n 1. ")  # every tokenizer can these
-# parts of a long line to learn from, cut at blanks: 2**18 characters have up to 2**20 bytes
-PART = re.compile(r"(?s)(.{1,262144}(?= |\Z)|.{262144}) ?")
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
-# whether a person forbade the library threads, before this program says what it wants itself
-ALONE = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "0", "no", "off")
-BEGIN, END = (("<s>", "<|begin_of_text|>"),
-              ("</s>", "<|end_of_text|>", "<|endoftext|>"))  # where no file says
+CONFIG_FILES = FILES[2:4]  # BOS and EOS are named in them
+MAX_VOCABULARY = 1 << 22  # a single wrong id must not become a table of gigabytes
+MAX_FILE_BYTES = 64 << 20  # the largest known tokenizer files have 35 MB
+PROBES = ("", "a", " ", "é", "Amazi y'umugezi, n’inka 🦒\n\n 1. ")  # encoded when a file is opened
+# A long line is cut at spaces before a tokenizer is learned from it: 2**18 characters have up to
+# 2**20 bytes.
+LINE_PART = re.compile(r"(?s)(.{1,262144}(?= |\Z)|.{262144}) ?")
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a single byte
+BOS_NAMES = ("<s>", "<|begin_of_text|>")  # where no file names it
+EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
 
-class Part(NamedTuple):
-    """A part of a text: `control`: control tokens in it are read as such; `first`: nothing stands
-    before it, else it gets no space of its own."""
+class Segment(NamedTuple):
+    """A segment of a text. `control`: names of control tokens in it become control tokens;
+    `first`: nothing stands before it (else it gets no space of its own)."""
 
     text: str
     control: bool
@@ -56,52 +60,57 @@ class Part(NamedTuple):
 class Tokenizer:
     """Text to ids and back; open one with `Tokenizer.open(folder or file)`.
 
-    `vocab_size` ids; `bos`, `eos` ids or None; `byte_lengths` (vocab_size,) int32, 0 for control
-    tokens; `fingerprint`, a sha256 of all that decides what text becomes; `all_cores`: whether
-    threads on all of them encode a batch, which is for who sets it, not for one of several workers.
+    `vocab_size`: number of ids. `bos`, `eos`: ids, or None. `control`: the ids of control tokens.
+    `byte_lengths`: (vocab_size,) int32, 0 for control tokens. `dummy_prefix`: 1 if the tokenizer
+    puts a space before a text, else 0. `fingerprint`: a sha256 of everything that decides how text
+    is encoded. `n_threads`: threads that encode a batch.
     """
 
-    all_cores = False
-
     @classmethod
-    def open(cls, path: Path | str) -> Tokenizer:
-        """From a model's folder, or from a tokenizer.json or .model file itself; UserError if it
-        cannot be used."""
+    def open(cls, path: Path | str, parallel: bool = False) -> Tokenizer:
+        """Open a model's folder, or a tokenizer.json or .model file; UserError if it cannot be
+        used. `parallel`: encode batches on all cores, unless TOKENIZERS_PARALLELISM forbids it."""
         path = Path(path)
-        file = path if path.is_file() else next(
-            (path / n for n in FILES[:2] if (path / n).exists()), None)
+        file = path
+        if not path.is_file():
+            file = next((path / n for n in FILES[:2] if (path / n).exists()), None)
         if file is None:
             raise UserError(
                 f"{path}: no tokenizer.json or tokenizer.model here; give a model's folder")
-        if file.stat().st_size > LARGEST:
-            raise UserError(
-                f"{file}: {file.stat().st_size >> 20} MB, no tokenizer is above {LARGEST >> 20} MB")
-        return (_Json if file.suffix == ".json" else _SentencePiece)(file)
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"{file}: {file.stat().st_size >> 20} MB, expected at most "
+                            f"{MAX_FILE_BYTES >> 20} MB for a tokenizer")
+        n_threads = 1
+        if parallel and not FORBIDDEN_BY_USER:
+            n_threads = os.cpu_count() or 1
+        if file.suffix == ".json":
+            return _JsonTokenizer(file, n_threads)
+        return _SentencePieceTokenizer(file, n_threads)
 
     def __init__(self, file: Path, pieces: list[str], control: set[int], content: bytes,
-                 bytewise: bool, begins: bool | str):
+                 byte_lengths: np.ndarray, lost_bytes: set[str], begins_with: bool | str,
+                 n_threads: int):
         folder, self.file = file.parent, file
         self.files = [folder / n for n in FILES if (folder / n).exists()] or [file]
         self.pieces, self.control, self.vocab_size = pieces, control, len(pieces)
+        self.n_threads = n_threads
         names = {pieces[i]: i for i in sorted(control)}
-        self.bos, self.eos = (_special(folder, key, known, names) for key, known in
-                              (("bos_token", BEGIN), ("eos_token", END)))
-        if isinstance(begins, str):  # the file itself puts this one before a text
-            self.bos = names.get(begins)
-        elif not begins:
+        self.bos = _special_id(folder, "bos_token", BOS_NAMES, names)
+        self.eos = _special_id(folder, "eos_token", EOS_NAMES, names)
+        if isinstance(begins_with, str):  # the post-processor puts this token before a text
+            self.bos = names.get(begins_with)
+        elif not begins_with:
             self.bos = None
         self.fingerprint = hashlib.sha256(
             content + json.dumps([self.bos, self.eos]).encode()).hexdigest()
-        if lost := _byte_pieces(bytewise) - set(pieces):
-            raise UserError(f"{file}: no piece for {len(lost)} of the 256 bytes, so it would lose "
-                            "what it cannot spell; take a tokenizer with byte fallback")
-        sizes = [0 if i in control else _bytes_of(p, bytewise) for i, p in enumerate(pieces)]
-        self.byte_lengths = np.array(sizes, np.int32)
-        self.dummy_prefix = (
-            int(self.byte_lengths[self.encode("a")].sum()) - 1)  # SentencePiece's space before all
+        if lost_bytes:
+            raise UserError(f"{file}: no piece for {len(lost_bytes)} of the 256 bytes, so some "
+                            "texts could not be spelled; use a tokenizer with byte fallback")
+        self.byte_lengths = byte_lengths
+        self.dummy_prefix = int(byte_lengths[self.encode("a")].sum()) - 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the file by itself."""
+        """Another process opens the file itself, and encodes with one thread."""
         return Tokenizer.open, (self.file,)
 
     def encode(self, text: str) -> list[int]:
@@ -110,65 +119,78 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, each without BOS or EOS."""
-        raise AssertionError("a kind of file says how")
+        raise AssertionError("implemented by each kind of tokenizer")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control tokens are left out."""
-        raise AssertionError("a kind of file says how")
+        raise AssertionError("implemented by each kind of tokenizer")
 
-    def encode_parts(self, parts: Sequence[Part]) -> list[list[int]]:
-        """Ids of parts of texts, all at once."""
-        found: list[list[int]] = [[]] * len(parts)
-        left = range(len(parts))
-        for mark, before in (*self._marks, ("", [])):  # what stands before a part must not merge
-            behind = [not parts[i].first and self.dummy_prefix > 0 for i in left]
-            ids = self._wholes([(mark * x + parts[i].text, parts[i].control)
-                                for i, x in zip(left, behind, strict=True)])
+    def _encode_mixed(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of whole texts, each with whether names of control tokens in it are control tokens.
+        """
+        raise AssertionError("implemented by each kind of tokenizer")
+
+    def encode_segments(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Ids of segments of texts, all at once.
+
+        A tokenizer with a dummy prefix would put a space before each segment. A segment that is
+        not the first is therefore encoded behind a mark, whose ids are removed. If the mark has
+        merged with the segment, another mark is tried, and at last none.
+        """
+        encoded: list[list[int]] = [[] for _ in segments]
+        remaining = list(range(len(segments)))
+        for mark, mark_ids in (*self._marks, ("", [])):
+            behind_mark = [not segments[i].first and self.dummy_prefix > 0 for i in remaining]
+            texts = []
+            for i, marked in zip(remaining, behind_mark, strict=True):
+                text = mark + segments[i].text if marked else segments[i].text
+                texts.append((text, segments[i].control))
             merged = []
-            for i, x, whole in zip(left, behind, ids, strict=True):
-                n = len(before) * x
-                found[i] = whole[n:]
-                if whole[:n] != before[:n]:
+            for i, marked, ids in zip(remaining, behind_mark, self._encode_mixed(texts),
+                                      strict=True):
+                if not marked:
+                    encoded[i] = ids
+                elif ids[: len(mark_ids)] == mark_ids:
+                    encoded[i] = ids[len(mark_ids):]
+                else:
                     merged.append(i)
-            if not (left := merged):
+            remaining = merged
+            if not remaining:
                 break
-        return found
+        return encoded
 
     @functools.cached_property
     def _marks(self) -> list[tuple[str, list[int]]]:
-        """What is put before a part that gets no space of its own, and its ids."""
-        return [(x, self.encode(x)) for x in "\x01\n"]
-
-    def _wholes(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        """Ids of whole texts, each with whether its control tokens are read as such."""
-        raise AssertionError("a kind of file says how")
+        """What is put before a segment that gets no space of its own, and its ids."""
+        return [(mark, self.encode(mark)) for mark in ("\x01", "\n")]
 
     @functools.cached_property
     def control_names(self) -> re.Pattern[str]:
-        """Matches a control token's name, the longest that fits."""
+        """Matches the name of a control token, the longest that fits."""
         names = sorted(filter(None, (self.pieces[i] for i in self.control)), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def document(self, text: str) -> list[int]:
-        """BOS, the text's ids, EOS; each exactly once, left out where the tokenizer has none."""
-        begin, end = self.ends
+        """BOS, the ids of a text, EOS; each exactly once, left out if the tokenizer has none."""
+        begin, end = self.begin_end_ids
         return [*begin, *self.encode(text), *end]
 
     @property
-    def ends(self) -> tuple[list[int], list[int]]:
-        """What stands before a document and behind it: BOS and EOS, each if there is one."""
-        return [self.bos] * (self.bos is not None), [self.eos] * (self.eos is not None)
+    def begin_end_ids(self) -> tuple[list[int], list[int]]:
+        """The ids before and behind a document: BOS and EOS, each if there is one."""
+        return ([] if self.bos is None else [self.bos]), ([] if self.eos is None else [self.eos])
 
     def piece(self, i: int) -> str:
-        """An id as a person reads it: its piece, with a space for the mark that stands for one."""
+        """The piece of an id, with a space or line break for the mark that stands for one."""
         return self.pieces[i].replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
 
     def count_bytes(self, ids: Sequence[int]) -> int:
-        """UTF-8 bytes of the text that a document's ids stand for."""
+        """UTF-8 bytes of the text of a document's ids."""
         ids = np.asarray(ids, dtype=np.int64)
-        inside = ids[~np.isin(ids, list(self.control))]
-        return max(
-            0, int(self.byte_lengths[inside].sum()) - (self.dummy_prefix if len(inside) else 0))
+        text_ids = ids[~np.isin(ids, list(self.control))]
+        if not len(text_ids):
+            return 0
+        return max(0, int(self.byte_lengths[text_ids].sum()) - self.dummy_prefix)
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files into a folder."""
@@ -178,10 +200,10 @@ class Tokenizer:
                 shutil.copyfile(file, Path(folder) / file.name)
 
 
-class _SentencePiece(Tokenizer):
+class _SentencePieceTokenizer(Tokenizer):
     """A `tokenizer.model`."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, n_threads: int):
         import sentencepiece
 
         with _guarded(f"{file}: not a SentencePiece model", quiet=True):
@@ -190,198 +212,241 @@ class _SentencePiece(Tokenizer):
             pieces = self.sp.id_to_piece(list(range(n)))
             self.sp.decode(self.sp.encode(list(PROBES)))
         control = {i for i in range(n) if self.sp.is_control(i)}
-        added = _added_beside(file.parent, n)
+        added = _added_control_tokens(file.parent, n)
         pieces += [added.get(i, "") for i in range(n, max(added, default=n - 1) + 1)]
-        words = read_words(file.parent / WORDS[0])
-        self.legacy = words.get("legacy") is True  # as transformers: a space after a control token
-        super().__init__(file, pieces, control | set(added),
-                         file.read_bytes() + (json.dumps(added).encode() if added else b""),
-                         bytewise=False, begins=words.get("add_bos_token") is not False)
+        control |= set(added)
+        config = read_json_object(file.parent / CONFIG_FILES[0])
+        # as transformers: a space after a control token
+        self.legacy = config.get("legacy") is True
+        content = file.read_bytes()
+        if added:
+            content += json.dumps(added).encode()
+        super().__init__(
+            file, pieces, control, content, _byte_lengths(pieces, control, bytewise=False),
+            {f"<0x{i:02X}>" for i in range(256)} - set(pieces),
+            begins_with=config.get("add_bos_token") is not False, n_threads=n_threads)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.sp.encode(list(texts), num_threads=-1 if self.all_cores else 1)
+        return self.sp.encode(list(texts), num_threads=self.n_threads)
 
-    def _wholes(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+    def _encode_mixed(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         if not any(control for _, control in texts):
             return self.encode_batch([text for text, _ in texts])
-        names, parts = {self.pieces[i]: i for i in self.control}, []
-        laid: list[list[int | None]] = []  # of each text: its control tokens, None for a part
+        control_ids = {self.pieces[i]: i for i in self.control}
+        segments: list[Segment] = []
+        rows: list[list[int | None]] = []  # of each text: control tokens, None for a segment
         for text, control in texts:
-            row, at = [], 0
-            ends = [*(self.control_names.finditer(text) if control else ()), None]
-            for m in ends:
-                if part := text[at : m.start() if m else None]:
-                    parts.append(Part(part, False, self.legacy or not row))
+            row: list[int | None] = []
+            position = 0
+            matches = list(self.control_names.finditer(text)) if control else []
+            for match in [*matches, None]:
+                between = text[position : match.start() if match else None]
+                if between:
+                    segments.append(Segment(between, False, self.legacy or not row))
                     row.append(None)
-                if m:
-                    row.append(names[m.group()])
-                    at = m.end()
-            laid.append(row)
-        ids = iter(self.encode_parts(parts))
-        return [[i for x in row for i in (next(ids) if x is None else (x,))] for row in laid]
+                if match:
+                    row.append(control_ids[match.group()])
+                    position = match.end()
+            rows.append(row)
+        segment_ids = iter(self.encode_segments(segments))
+        encoded = []
+        for row in rows:
+            ids: list[int] = []
+            for control_id in row:
+                ids += next(segment_ids) if control_id is None else [control_id]
+            encoded.append(ids)
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.sp.decode(
             [i for i in map(int, ids) if i < self.sp.vocab_size() and i not in self.control])
 
 
-class _Json(Tokenizer):
+class _JsonTokenizer(Tokenizer):
     """A `tokenizer.json`."""
 
-    def __init__(self, file: Path):
-        with _guarded(f"{file}: not a tokenizer.json that can be used", quiet=True), _uncollected():
+    def __init__(self, file: Path, n_threads: int):
+        with _guarded(f"{file}: not a tokenizer.json that can be used", quiet=True), \
+                _without_garbage_collection():
             content = file.read_bytes()
             raw = json.loads(content)
             kind = raw["model"].get("type", "BPE")
             if kind != "BPE":
-                raise UserError(f"{file}: its model is {kind!r}, expected BPE, as of all the "
-                                "families that are known here; give a model with such a tokenizer")
+                raise UserError(f"{file}: its model is {kind!r}, expected BPE; use a model with "
+                                "such a tokenizer")
             added = {a["id"]: a for a in raw["added_tokens"]}
             n = max([*raw["model"]["vocab"].values(), *added]) + 1
-            if n > MOST:
-                raise ValueError(f"id {n - 1}, no tokenizer has above {MOST:,}")
-            self.tok = _rust(content)
-            if odd := [x for i, x in added.items() if self.tok.token_to_id(x["content"]) != i]:
-                raise ValueError(f"id {odd[0]['id']} of {odd[0]['content']!r} is another's, or far")
-            for text in (*PROBES, *(a["content"] for a in list(added.values())[:9])):
-                for as_text in (False, True):  # a control token's name in a text stays text
-                    self.tok.encode_special_tokens = as_text
+            if n > MAX_VOCABULARY:
+                raise ValueError(f"id {n - 1}, expected ids below {MAX_VOCABULARY:,}")
+            self.tok = _load_rust(content, control=True)
+            for i, token in added.items():
+                if self.tok.token_to_id(token["content"]) != i:
+                    raise ValueError(f"id {i} of {token['content']!r} is another token's, or too "
+                                     "large")
+            probes = [*PROBES, *(a["content"] for a in list(added.values())[:9])]
+            for as_text in (False, True):  # from here on a control token's name in a text is text
+                self.tok.encode_special_tokens = as_text
+                for text in probes:
                     self.tok.decode(self.tok.encode(text, add_special_tokens=False).ids)
         pieces = [self.tok.id_to_token(i) or "" for i in range(n)]
         control = {i for i, a in added.items() if a["special"]}
-        begins = _first_token(raw.get("post_processor")) or False
+        begins_with = _first_token(raw.get("post_processor")) or False
         raw.update(padding=None, truncation=None, post_processor=None)
         bytewise = "ByteLevel" in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
-        super().__init__(file, pieces, control,
-                         json.dumps(raw, sort_keys=True, ensure_ascii=False).encode(), bytewise,
-                         begins)
-        for i, a in added.items():
-            if i not in control:
-                self.byte_lengths[i] = len(a["content"].encode())
+        byte_lengths = _byte_lengths(pieces, control, bytewise)
+        for i, token in added.items():
+            if i not in control:  # spelled as it is
+                byte_lengths[i] = len(token["content"].encode())
+        super().__init__(
+            file, pieces, control, json.dumps(raw, sort_keys=True, ensure_ascii=False).encode(),
+            byte_lengths, _byte_alphabet(bytewise) - set(pieces), begins_with, n_threads)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process is told what was found in the file, and need not look through it."""
-        found = {k: v for k, v in vars(self).items() if k not in ("tok", "all_cores")}
-        return _again, (self.file, found)
+        """Another process gets what was read from the file, and does not check the file again."""
+        state = {k: v for k, v in vars(self).items() if k not in ("tok", "_control_tok")}
+        return _reopen, (self.file, {**state, "n_threads": 1})
+
+    @functools.cached_property
+    def _control_tok(self) -> Any:
+        """A second tokenizer, to which the name of a control token is that token."""
+        with _guarded(f"{self.file}: cannot be opened again"):
+            return _load_rust(self.file.read_bytes(), control=True)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        together = self.all_cores and not ALONE
-        os.environ["TOKENIZERS_PARALLELISM"] = str(together).lower()  # read at each call
-        with _guarded(f"{self.file}: the tokenizer fails on a text"):
-            batch = self.tok.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [e.ids for e in batch]
+        texts = list(texts)
+        n = min(self.n_threads, len(texts))
+        if n < 2:
+            return self._encode(self.tok, texts)
+        encoded: list[list[int]] = [[] for _ in texts]
+        with ThreadPoolExecutor(n) as pool:
+            parts = pool.map(lambda i: self._encode(self.tok, texts[i::n]), range(n))
+            for i, ids in enumerate(parts):
+                encoded[i::n] = ids
+        return encoded
 
-    def _wholes(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        found: list[list[int]] = [[]] * len(texts)
-        try:
-            for control in {x for _, x in texts}:
-                self.tok.encode_special_tokens = not control
-                at = [i for i, (_, x) in enumerate(texts) if x == control]
-                for i, ids in zip(at, self.encode_batch([texts[i][0] for i in at]), strict=True):
-                    found[i] = ids
-        finally:
-            self.tok.encode_special_tokens = True
-        return found
+    def _encode(self, tok: Any, texts: list[str]) -> list[list[int]]:
+        with _guarded(f"{self.file}: the tokenizer fails on a text"):
+            batch = tok.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def _encode_mixed(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        encoded: list[list[int]] = [[] for _ in texts]
+        for control in (False, True):
+            numbers = [i for i, (_, x) in enumerate(texts) if x == control]
+            if not numbers:
+                continue
+            chosen = [texts[i][0] for i in numbers]
+            ids = self._encode(self._control_tok, chosen) if control else self.encode_batch(chosen)
+            for i, x in zip(numbers, ids, strict=True):
+                encoded[i] = x
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tok.decode(
             [int(i) for i in ids if int(i) not in self.control], skip_special_tokens=False)
 
 
-def _rust(content: bytes) -> Any:
-    """The tokenizers library's own object, which pads and cuts nothing and reads text as text."""
+def _load_rust(content: bytes, control: bool) -> Any:
+    """The object of the tokenizers library, which neither pads nor truncates. `control`: the name
+    of a control token in a text is that token."""
     import tokenizers
 
+    disable_library_threads()
     tok = tokenizers.Tokenizer.from_buffer(content)
     tok.no_padding()
     tok.no_truncation()
-    tok.encode_special_tokens = True
+    tok.encode_special_tokens = not control
     return tok
 
 
-def _again(file: Path, found: dict[str, Any]) -> _Json:
-    """A tokenizer.json that another process has opened: what it found, and the file."""
-    tokenizer = _Json.__new__(_Json)
-    vars(tokenizer).update(found)
+def _reopen(file: Path, state: dict[str, Any]) -> _JsonTokenizer:
+    """Open a tokenizer.json that another process has read and checked."""
+    tokenizer = _JsonTokenizer.__new__(_JsonTokenizer)
+    vars(tokenizer).update(state)
     with _guarded(f"{file}: cannot be opened again"):
-        tokenizer.tok = _rust(file.read_bytes())
+        tokenizer.tok = _load_rust(file.read_bytes(), control=False)
     return tokenizer
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the search for garbage, which half a million merges and none of it garbage would set
-    off again and again."""
-    was = gc.isenabled()
+def _without_garbage_collection() -> Iterator[None]:
+    """Half a million merges, none of them garbage, would start the collector again and again."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
 @contextmanager
-def _guarded(what: str, quiet: bool = False) -> Iterator[None]:
-    """UserError for whatever goes wrong in a library's own code, a panic in Rust too, which is no
-    Exception; `quiet`: what that code writes to the terminal is not shown."""
-    kept = os.dup(2) if quiet else None
+def _guarded(message: str, quiet: bool = False) -> Iterator[None]:
+    """UserError for whatever fails in a library's own code, also for a panic in Rust, which is not
+    an Exception. `quiet`: hide what that code writes to the terminal."""
+    stderr = os.dup(2) if quiet else None
     try:
         if quiet:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), 2)
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 2)
         yield
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt | SystemExit | MemoryError | UserError):
             raise
-        raise UserError(f"{what} ({' '.join(str(e).split())[:80]})") from None
+        raise UserError(f"{message} ({' '.join(str(e).split())[:80]})") from None
     finally:
-        if kept is not None:
-            os.dup2(kept, 2)
-            os.close(kept)
+        if stderr is not None:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
-def _special(folder: Path, key: str, known: Sequence[str], names: dict[str, int]) -> int | None:
-    """The id of bos_token or eos_token: as the folder's own files say (null: there is none), else
-    by its usual names."""
-    told = [(folder / x, words) for x in WORDS if key in (words := read_words(folder / x))]
-    for file, words in told:
-        token = words[key].get("content") if isinstance(words[key], dict) else words[key]
+def _special_id(folder: Path, key: str, usual_names: Sequence[str],
+                names: dict[str, int]) -> int | None:
+    """The id of bos_token or eos_token: as the folder's files say (null: there is none), else by
+    its usual names. `names`: the ids of control tokens by name."""
+    configs = {folder / x: read_json_object(folder / x) for x in CONFIG_FILES}
+    configs = {file: config for file, config in configs.items() if key in config}
+    for file, config in configs.items():
+        token = config[key].get("content") if isinstance(config[key], dict) else config[key]
         if token is not None:
             if not isinstance(token, str) or token not in names:
-                raise UserError(f"{file}: {key} {token!r} is no control token of the tokenizer")
+                raise UserError(
+                    f"{file}: {key} {token!r} is not a control token of the tokenizer")
             return names[token]
-    return None if told else next((names[x] for x in known if x in names), None)
+    if configs:
+        return None
+    return next((names[x] for x in usual_names if x in names), None)
 
 
-def read_words(file: Path) -> dict[str, Any]:
-    """A JSON file's object, empty where there is no file; UserError if it holds anything else."""
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is no file; UserError if it holds anything else."""
     try:
-        words = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:80]}); fetch it again"
                         ) from None
-    if not isinstance(words, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{file}: not a JSON object; fetch it again")
-    return words
+    return value
 
 
-def _added_beside(folder: Path, n: int) -> dict[int, str]:
+def _added_control_tokens(folder: Path, n: int) -> dict[int, str]:
     """Control tokens that tokenizer_config.json adds after the `n` pieces of a `.model`, by id.
 
-    UserError on any that is not one: ordinary words that sentencepiece does not know.
+    UserError for an added token that is not a control token: sentencepiece does not know it.
     """
-    file, added = folder / WORDS[0], {}
-    found = read_words(file).get("added_tokens_decoder") or {}
+    file, added = folder / CONFIG_FILES[0], {}
+    decoder = read_json_object(file).get("added_tokens_decoder") or {}
     try:
-        for i, x in ((int(k), x) for k, x in found.items()):
+        for key, token in decoder.items():
+            i = int(key)
             if i >= n:
-                if not x.get("special") or i > MOST:
-                    raise ValueError(f"{x.get('content')!r}, id {i}, is no control token")
-                added[i] = str(x["content"])
+                if not token.get("special") or i > MAX_VOCABULARY:
+                    raise ValueError(f"{token.get('content')!r}, id {i}, is not a control token")
+                added[i] = str(token["content"])
     except (AttributeError, TypeError, ValueError, KeyError) as e:
         raise UserError(
-            f"{file}: added_tokens_decoder cannot be used beside a tokenizer.model ({e}); save the "
+            f"{file}: added_tokens_decoder cannot be used with a tokenizer.model ({e}); save the "
             "tokenizer with transformers, which writes tokenizer.json") from None
     return added
 
@@ -392,20 +457,30 @@ def _first_token(processor: Any) -> str | None:
         return None
     if processor.get("type") == "Sequence":
         return next(filter(None, map(_first_token, processor.get("processors", []))), None)
-    single = processor.get("single") or [{}]
-    first = single[0].get("SpecialToken") if processor.get("type") == "TemplateProcessing" else None
+    if processor.get("type") != "TemplateProcessing":
+        return None
+    first = (processor.get("single") or [{}])[0].get("SpecialToken")
     return first and first.get("id")
 
 
-def _bytes_of(piece: str, bytewise: bool) -> int:
-    """Bytes of text that a piece stands for: a character each, a named byte, or its spelling."""
-    if bytewise:
-        return len(piece)
-    return 1 if BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode())
+def _byte_lengths(pieces: Sequence[str], control: set[int], bytewise: bool) -> np.ndarray:
+    """Bytes of text of each id, (vocab_size,) int32, 0 for control tokens. `bytewise`: a character
+    of a piece stands for a byte."""
+    sizes = np.zeros(len(pieces), np.int32)
+    for i, piece in enumerate(pieces):
+        if i in control:
+            continue
+        if bytewise:
+            sizes[i] = len(piece)
+        elif BYTE_PIECE.fullmatch(piece):
+            sizes[i] = 1
+        else:
+            sizes[i] = len(piece.replace("▁", " ").encode())
+    return sizes
 
 
-def _byte_pieces(bytewise: bool) -> set[str]:
-    """The 256 pieces that stand for single bytes, so that every text can be spelled."""
+def _byte_alphabet(bytewise: bool) -> set[str]:
+    """The 256 pieces of single bytes, with which every text can be spelled."""
     if not bytewise:
         return {f"<0x{i:02X}>" for i in range(256)}
     from tokenizers.pre_tokenizers import ByteLevel
@@ -416,35 +491,36 @@ def _byte_pieces(bytewise: bool) -> set[str]:
 def learn(texts: Iterable[str], size: int, folder: Path) -> Tokenizer:
     """Learn a SentencePiece BPE of `size` pieces (Kudo & Richardson 2018) into a folder.
 
-    As LLaMA's: bytes for what is rare, no normalising, digits one by one, a space before each text.
+    As LLaMA's: byte fallback, no normalisation, digits split, a space before each text.
     """
     import sentencepiece
 
-    out, faults = io.BytesIO(), []
+    model, errors = io.BytesIO(), []
 
     def lines() -> Iterator[str]:
         try:
             for text in texts:
-                yield from PART.findall(text)
-        except BaseException as e:  # the library tells it in words of its own
-            faults.append(e)
+                yield from LINE_PART.findall(text)
+        except BaseException as e:  # the library raises another error in its place
+            errors.append(e)
             raise
 
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(), model_writer=out, vocab_size=size, model_type="bpe",
+            sentence_iterator=lines(), model_writer=model, vocab_size=size, model_type="bpe",
             byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
             split_digits=True, allow_whitespace_only_pieces=True, character_coverage=0.9999,
             max_sentence_length=1 << 20, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
     except RuntimeError as e:
-        why = " ".join(str(e).split())[-120:]
-        raise next(iter(faults), UserError(
-            f"--size {size}: cannot be learned from these texts ({why})")) from None
+        if errors:
+            raise errors[0] from None
+        reason = " ".join(str(e).split())[-120:]
+        raise UserError(f"--size {size}: cannot be learned from these texts ({reason})") from None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(out.getvalue())
-    words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-             "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": False,
-             "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+              "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "legacy": False,
+              "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return Tokenizer.open(folder)
