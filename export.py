@@ -130,7 +130,7 @@ from reports.model_card import WRITTEN, identity, merges  # noqa: E402
 from reports.model_card import text as card_text  # noqa: E402
 from runtime.dtypes import FLAG_DTYPES, SAFETENSORS_FLOATS  # noqa: E402
 from runtime.strict_json import read_json  # noqa: E402
-from tokenization.chat_template import GREETING, Template  # noqa: E402
+from tokenization.chat_template import GREETING, ChatTemplate  # noqa: E402
 from tokenization.tokenizer import FILES, Tokenizer  # noqa: E402
 
 TEXT = "Umwana ajya ku ishuri. The child goes to school."
@@ -312,7 +312,8 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
         else f"BOS: {begins[0]} in a document, expected one, at its beginning")
 
     stops, where = configured_stop_ids(folder)
-    template = Template.of(folder, tokenizer) or Template.of(base, tokenizer)
+    template = (ChatTemplate.from_folder(folder, tokenizer)
+                or ChatTemplate.from_folder(base, tokenizer))
     yield chat_finding(template, stops, shape.vocab_size) if template else (
         True, "chat template: none, so this model continues text and does not converse")
     eos = tokenizer.eos
@@ -337,11 +338,11 @@ def findings(folder: Path) -> Iterator[tuple[bool, str]]:
         yield False, f"continuation: {e}"
 
 
-def chat_finding(template: Template, stops: list[Any], vocab: int) -> tuple[bool, str]:
+def chat_finding(template: ChatTemplate, stops: list[Any], vocab: int) -> tuple[bool, str]:
     """Whether a conversation has one BOS, at its beginning, and its last turn ends with a stop id.
     """
     try:
-        ids, end = template.encode(GREETING), template.end
+        ids, end = template.encode(GREETING), template.end_of_turn
     except UserError as e:
         return False, f"chat template: {e}"
     tokenizer = template.tokenizer

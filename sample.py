@@ -303,7 +303,7 @@ class Answerer:
 
         stop_ids = self.stop_ids
         if in_chat or prompt_format.translation.as_chat:
-            stop_ids = stop_ids | ({prompt_format.template.end} - {None})
+            stop_ids = stop_ids | ({prompt_format.template.end_of_turn} - {None})
         if not stop_ids:
             console.say("the model has no EOS, so every answer continues to --max-new-tokens")
         strings = list(self.settings.stop)

@@ -70,7 +70,7 @@ def draw(size: str, folder: str) -> dict:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from preparation.bin_writer import BinWriter
-    from tokenization.chat_template import Template, documents
+    from tokenization.chat_template import ChatTemplate, encode_rendered
     from tokenization.tokenizer import Tokenizer
 
     name, most, _, T = SIZES[size]
@@ -87,11 +87,11 @@ def draw(size: str, folder: str) -> dict:
              "unk_token": "<unk>"}
     Path(folder, "tokenizer_config.json").write_text(json.dumps(words))
 
-    template, kept, long = Template.plain(tokenizer), [], 0
+    template, kept, long = ChatTemplate.plain(tokenizer), [], 0
     writer = BinWriter(Path(folder, "bin"), "none", V, "chat")
     for x in json.loads(TEXT.read_text(encoding="utf-8"))[:most]:
         asked = "\n\n".join(filter(None, [x["instruction"], x["input"]]))
-        [document] = documents(tokenizer, [template.lay_out([
+        [document] = encode_rendered(tokenizer, [template.render_with_mask([
             {"role": "user", "content": asked}, {"role": "assistant", "content": x["output"]}])])
         if len(document.ids) > T:
             long += 1

@@ -25,12 +25,12 @@ from inference.sampling import SamplingParams, StoppingCriteria
 from inference.scoring import score
 from runtime.console import FLAGS, UserError, say
 from runtime.dtypes import FLAG_NAMES
-from tokenization.tokenizer import Part
+from tokenization.tokenizer import Segment
 
 if TYPE_CHECKING:
     from evaluation.suites import Item
     from model import Llama
-    from tokenization.chat_template import Template
+    from tokenization.chat_template import ChatTemplate
     from tokenization.tokenizer import Tokenizer
 
 Progress = Callable[[int], object]  # gets the number of requests, or of tokens, just finished
@@ -87,7 +87,7 @@ def encode_context(tokenizer: Tokenizer, text: str) -> list[int]:
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     if not isinstance(text, ChatText):
         return bos + tokenizer.encode(text)
-    [ids] = tokenizer.encode_parts([Part(text, control=True, first=True)])
+    [ids] = tokenizer.encode_segments([Segment(text, control=True, first=True)])
     return ids if ids[:1] == bos else bos + ids
 
 
@@ -115,7 +115,7 @@ class EvalModel:
     max_length: int = 0  # tokens of context; 0: all that the model has
     quant: str = "none"
     lm_eval_compat: bool = False
-    chat_template: Template | None = None  # with one, suites are asked as conversations
+    chat_template: ChatTemplate | None = None  # with one, suites are asked as conversations
     stop_ids: frozenset[int] = frozenset()  # ids that end an answer, in addition to EOS
     # what each log p, and a sum of them, is rounded to; None: compute dtype with lm_eval_compat
     logprob_dtype: torch.dtype | None = None
@@ -158,7 +158,7 @@ class EvalModel:
         for item in items:
             messages = [{"role": "assistant" if i % 2 else "user", "content": text}
                         for i, text in enumerate(item.turns)]
-            texts.append(ChatText(self.chat_template.render(messages, generation=True)))
+            texts.append(ChatText(self.chat_template.render(messages, add_generation_prompt=True)))
         return texts
 
     def delimiter(self, delimiter: str) -> str:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from inference.sampling import SamplingParams, StoppingCriteria
 from languages.language import ALMA, language_of
 from runtime.console import UserError
-from tokenization.chat_template import Template
+from tokenization.chat_template import ChatTemplate
 from tokenization.tokenizer import Tokenizer
 
 TRUNCATED_NOTICE = "the conversation outgrows the context; its first messages are left out"
@@ -121,23 +121,23 @@ class PromptFormat:
         return {**formats, "text": text}
 
     @cached_property
-    def own_template(self) -> Template | None:
+    def own_template(self) -> ChatTemplate | None:
         """The model's chat template, or for an adapter its base's."""
         for folder in self.folders:
-            template = Template.of(folder, self.tokenizer)
+            template = ChatTemplate.from_folder(folder, self.tokenizer)
             if template:
                 return template
         return None
 
     @cached_property
-    def template(self) -> Template:
+    def template(self) -> ChatTemplate:
         """The model's own template, else our plain one."""
-        return self.own_template or Template.plain(self.tokenizer)
+        return self.own_template or ChatTemplate.plain(self.tokenizer)
 
     def render(self, prompt: PromptOrMessages) -> str:
         """The text that the model reads: a prompt, or a conversation as its template writes it."""
         if not isinstance(prompt, str):
-            return self.template.render(prompt, generation=True)
+            return self.template.render(prompt, add_generation_prompt=True)
         if self.direction:
             return self.translation.fill(prompt, self.direction)
         return prompt
@@ -147,7 +147,7 @@ class PromptFormat:
         if isinstance(prompt, str) and self.direction and self.translation.as_chat:
             prompt = [{"role": "user", "content": self.render(prompt)}]
         if not isinstance(prompt, str):
-            return self.template.encode(prompt, generation=True)
+            return self.template.encode(prompt, add_generation_prompt=True)
         start = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         return start + self.tokenizer.encode(self.render(prompt))
 

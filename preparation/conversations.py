@@ -30,7 +30,7 @@ from preparation.ledger import Ledger
 from preparation.readers import ROW_FORMATS, Row, list_files, read_rows
 from preparation.workers import Workers
 from runtime.console import UserError, say
-from tokenization.chat_template import Template, documents
+from tokenization.chat_template import ChatTemplate, encode_rendered
 from tokenization.tokenizer import Tokenizer
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -77,7 +77,7 @@ def read_conversations(paths: Iterable[Path]) -> Iterator[Row]:
 class ConversationEncoder:
     """Rows to examples: one document per conversation."""
 
-    template: Template
+    template: ChatTemplate
     loss_on: str = "assistant"
     normalise: Normaliser | None = None
 
@@ -91,9 +91,9 @@ class ConversationEncoder:
                     message["content"], counts = self.normalise(message["content"])
                     changes.update(counts)
             with with_location(row):
-                rendered.append(self.template.lay_out(messages, self.loss_on))
+                rendered.append(self.template.render_with_mask(messages, self.loss_on))
             examples.append(Example([], example_key(messages), changes=changes))
-        encoded = documents(self.template.tokenizer, rendered)
+        encoded = encode_rendered(self.template.tokenizer, rendered)
         for example, document in zip(examples, encoded, strict=True):
             example.documents = [document]
         return examples

@@ -27,7 +27,7 @@ from preparation.readers import Row
 from preparation.text import describe_sources
 from preparation.workers import Workers
 from runtime.console import FLAGS, UserError
-from tokenization.chat_template import Template
+from tokenization.chat_template import ChatTemplate
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 
@@ -99,22 +99,22 @@ def require_utf8(row: Row, text: str) -> str:
     return text
 
 
-def open_template(name: str, folder: Path, tokenizer: Tokenizer) -> Template:
+def open_template(name: str, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template that --template names: "model" (the model's own, or ours if it has none),
     "plain" (ours), or a .jinja file."""
     template = None
     if name == "model" and folder.is_dir():
-        template = Template.of(folder, tokenizer)
+        template = ChatTemplate.from_folder(folder, tokenizer)
     if template is not None:
         return template
     if name in ("model", "plain"):
-        return Template.plain(tokenizer)
+        return ChatTemplate.plain(tokenizer)
     try:
         source = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--template {name}: cannot be read ({e}); expected model, plain, or a "
                         ".jinja file", FLAGS) from None
-    return dataclasses.replace(Template.plain(tokenizer), where=Path(name), source=source)
+    return dataclasses.replace(ChatTemplate.plain(tokenizer), origin=Path(name), source=source)
 
 
 def write_examples(rows: Iterable[Row], encoder: Encoder, out: Path | str, tokenizer: Tokenizer,

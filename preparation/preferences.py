@@ -29,7 +29,7 @@ from preparation.readers import ROW_FORMATS, Row, list_files, read_rows
 from preparation.translation import render_answer
 from preparation.workers import Workers
 from runtime.console import UserError, say
-from tokenization.chat_template import Template, documents
+from tokenization.chat_template import ChatTemplate, RenderedDocument, encode_rendered
 from tokenization.tokenizer import Tokenizer
 
 Question = str | list[Message]  # a text, or the messages of a conversation
@@ -63,7 +63,7 @@ class PreferenceEncoder:
     """
 
     tokenizer: Tokenizer
-    template: Template
+    template: ChatTemplate
     as_chat: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> list[Example]:
@@ -80,7 +80,7 @@ class PreferenceEncoder:
                 break
             examples.append(Example([], example_key([str(question), *answers])))
         # a fault may leave one rendered answer behind those of whole pairs
-        encoded = iter(documents(self.tokenizer, rendered))
+        encoded = iter(encode_rendered(self.tokenizer, rendered))
         for row, example in zip(rows, examples, strict=False):
             example.documents = [next(encoded), next(encoded)]
             if have_equal_ids(example.documents):
@@ -90,10 +90,11 @@ class PreferenceEncoder:
             raise fault
         return examples
 
-    def _render(self, question: Question, answer: str) -> Any:
+    def _render(self, question: Question, answer: str) -> RenderedDocument:
         if isinstance(question, str):
             return render_answer(self.tokenizer, question, answer)
-        return self.template.lay_out([*question, {"role": "assistant", "content": answer}])
+        messages = [*question, {"role": "assistant", "content": answer}]
+        return self.template.render_with_mask(messages)
 
     def _parse(self, row: Row) -> tuple[Question, str, str]:
         """The question of a row, and its two answers."""

@@ -51,8 +51,7 @@ def prepare_text(specs: Sequence[str], tokenizer_path: Path | str, out: Path | s
     undecodable. Memory: the largest document, 8 bytes for each document that is kept, and 16 for
     its digest unless duplicates are kept.
     """
-    tokenizer = Tokenizer.open(tokenizer_path)
-    tokenizer.all_cores = True  # in this process; a worker encodes on one core
+    tokenizer = Tokenizer.open(tokenizer_path, parallel=True)  # a worker gets one with one thread
     workers = workers or Workers()
     sources = list_files(specs)
     ledger = Ledger()

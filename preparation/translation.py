@@ -31,8 +31,8 @@ from preparation.ledger import Ledger
 from preparation.readers import ROW_FORMATS, Row, list_files, read_aligned_rows, read_rows
 from preparation.workers import Workers
 from runtime.console import FLAGS, UserError, say
-from tokenization.chat_template import NOT, TRAINED, Layout, Template, documents
-from tokenization.tokenizer import Part, Tokenizer
+from tokenization.chat_template import ChatTemplate, Loss, RenderedDocument, encode_rendered
+from tokenization.tokenizer import Segment, Tokenizer
 
 MAX_SHOT_CANDIDATES = 64  # earlier pairs from which the solved examples are drawn
 SWAP_CHECK_ROWS = 1000  # of each file
@@ -127,7 +127,7 @@ def parse_directions(words: Sequence[str], pair: tuple[str, str]) -> dict[str, f
     return {name: weight / largest for name, weight in weights.items()}
 
 
-def render_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> Layout:
+def render_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> RenderedDocument:
     """BOS, a prompt, the answer, EOS; only the answer and EOS are trained.
 
     The answer is encoded by itself, so that the prompt has the same ids as at inference.
@@ -135,10 +135,11 @@ def render_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> Layout:
     if tokenizer.eos is None:
         raise UserError("the tokenizer names no eos_token, so no answer would end; name one in "
                         "tokenizer_config.json")
-    rendered = Layout(len(prompt.encode()) + len(answer.encode()), begin=tokenizer.ends[0],
-                      end=[tokenizer.eos])
-    rendered.add([Part(prompt, False, True)], NOT)
-    rendered.add([Part(answer, False, False)], TRAINED)
+    begin, _ = tokenizer.begin_end_ids
+    rendered = RenderedDocument(len(prompt.encode()) + len(answer.encode()), begin=begin,
+                                end=[tokenizer.eos])
+    rendered.add([Segment(prompt, False, True)], Loss.NONE)
+    rendered.add([Segment(answer, False, False)], Loss.ALL)
     return rendered
 
 
@@ -158,7 +159,7 @@ class TranslationEncoder:
     max_ratio: float = 3.0
     shots: int = 0
     as_text: bool = False
-    template: Template | None = None  # as a conversation
+    template: ChatTemplate | None = None  # as a conversation
     seed: int = 1
 
     def __call__(self, rows: Sequence[Row]) -> list[Example]:
@@ -176,7 +177,7 @@ class TranslationEncoder:
             examples.append(Example([], key, fault, directions, changes))
             if self.shots and not fault:
                 earlier = [*earlier[-(MAX_SHOT_CANDIDATES - 1):], sides]
-        encoded = iter(documents(self.tokenizer, rendered))
+        encoded = iter(encode_rendered(self.tokenizer, rendered))
         for example in examples:
             example.documents = [next(encoded) for _ in example.directions]
         return examples
@@ -211,7 +212,7 @@ class TranslationEncoder:
                      if share >= 1 or rng.random() < share)
 
     def _render(self, sides: Mapping[str, str], direction: str,
-                earlier: Sequence[Mapping[str, str]], rng: random.Random) -> Layout:
+                earlier: Sequence[Mapping[str, str]], rng: random.Random) -> RenderedDocument:
         source, target = direction.split("-")
         if self.as_text:
             return self._render_text(sides, source, target)
@@ -224,17 +225,17 @@ class TranslationEncoder:
             prompt.fill(x[source], direction) + x[target] + "\n\n" for x in shots)
         question += prompt.fill(sides[source], direction)
         if self.template:
-            return self.template.lay_out([{"role": "user", "content": question.rstrip()},
+            return self.template.render_with_mask([{"role": "user", "content": question.rstrip()},
                                           {"role": "assistant", "content": sides[target]}])
         return render_answer(self.tokenizer, question, sides[target])
 
-    def _render_text(self, sides: Mapping[str, str], source: str, target: str) -> Layout:
+    def _render_text(self, sides: Mapping[str, str], source: str, target: str) -> RenderedDocument:
         """Both sides as plain text, all of it trained."""
         names = self.prompts[0][0].languages
         text = f"{names[source]}: {sides[source]}\n{names[target]}: {sides[target]}"
-        begin, end = self.tokenizer.ends
-        rendered = Layout(len(text.encode()), begin=begin, end=end, whole=True)
-        rendered.add([Part(text, False, True)], TRAINED)
+        begin, end = self.tokenizer.begin_end_ids
+        rendered = RenderedDocument(len(text.encode()), begin=begin, end=end, train_all=True)
+        rendered.add([Segment(text, False, True)], Loss.ALL)
         return rendered
 
 

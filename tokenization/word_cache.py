@@ -81,7 +81,7 @@ class Words:
         self.known: dict[str, int] = {}  # a word behind a space: its place in the table
         self.ids = np.zeros(0, np.uint32)  # of the table's entries, end to end
         self.starts = self.sizes = np.zeros(0, np.int64)  # of each entry in them
-        self._add(self.tokenizer.ends)
+        self._add(self.tokenizer.begin_end_ids)
 
     def _learn(self, words: list[str]) -> np.ndarray:
         """Words' places in the table, (U,), where those new to it are put."""

@@ -53,7 +53,7 @@ from runtime.console import FLAGS, UserError
 from runtime.distributed import Ranks
 from runtime.dtypes import FLAG_NAMES
 from runtime.paths import code_sha256, git_commit
-from tokenization.chat_template import Template
+from tokenization.chat_template import ChatTemplate
 from tokenization.tokenizer import Tokenizer
 from training import datasets as sources
 from training import memory_estimate as memory
@@ -399,7 +399,7 @@ class Run:
             (result / "prompt.json").write_text(text + "\n", encoding="utf-8")
         if "chat" in prompt:
             (result / "chat_template.jinja").write_text(prompt["chat"], encoding="utf-8")
-            if (end := Template.of(result, self.tokenizer).end) is not None:
+            if (end := ChatTemplate.from_folder(result, self.tokenizer).end_of_turn) is not None:
                 add_stop_id(result, end)
 
     def finish(self) -> None:

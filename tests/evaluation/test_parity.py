@@ -143,7 +143,7 @@ def test_ids_likelihoods_answers_and_metrics_are_those_of_the_harness(key, shots
                                             key in goldens.WITH_SHOTS], ids=lambda x: str(x))
 def test_conversations_are_those_of_the_harness_with_apply_chat_template(key, shots, kind, data,
                                                                         readers, homes):
-    template = chat.Template.of(homes[kind], readers[kind][1])
+    template = chat.ChatTemplate.from_folder(homes[kind], readers[kind][1])
     compare(key, shots, kind, data, readers, template)
 
 

@@ -19,7 +19,7 @@ import transformers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from helpers import tiny
-from tokenization.chat_template import Template
+from tokenization.chat_template import ChatTemplate
 from tokenization.tokenizer import Tokenizer
 
 TEMPLATES = {
@@ -305,4 +305,4 @@ def pair(folder: Path, source: str):
     peer.chat_template = source
     tok = Tokenizer.open(folder)
     (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
-    return Template.of(folder, tok), peer
+    return ChatTemplate.from_folder(folder, tok), peer

@@ -26,7 +26,7 @@ from model import Llama
 from runtime import flags
 from runtime.console import FLAGS, STORAGE, UserError
 from runtime.paths import ROOT
-from tokenization.chat_template import Template
+from tokenization.chat_template import ChatTemplate
 from tokenization.tokenizer import Tokenizer
 
 
@@ -243,7 +243,7 @@ def talker(tmp_path_factory) -> Path:
 def greedy_answer(folder: Path, messages: list[dict], new: int) -> str:
     """The greedy answer to a conversation."""
     tokenizer, model = Tokenizer.open(folder), tiny.ours(tiny.peer(seed=2))
-    ids = Template.of(folder, tokenizer).encode(messages, generation=True)
+    ids = ChatTemplate.from_folder(folder, tokenizer).encode(messages, add_generation_prompt=True)
     answer = continuation(model, tokenizer, ids, SamplingParams(new, 0))
     return tokenizer.decode(ids + answer)[len(tokenizer.decode(ids)):]
 
@@ -308,7 +308,8 @@ def test_a_base_model_without_a_template_is_prompted_by_ours(home, monkeypatch, 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Muraho\n")))
     sampled(home, chat=True, temperature=0.0)
     tokenizer, model = Tokenizer.open(home / "run" / "model"), tiny.ours(tiny.peer())
-    ids = Template.plain(tokenizer).encode([{"role": "user", "content": "Muraho"}], generation=True)
+    ids = ChatTemplate.plain(tokenizer).encode([{"role": "user", "content": "Muraho"}],
+                                               add_generation_prompt=True)
     answer = continuation(model, tokenizer, ids, SamplingParams(12, 0))
     assert capsys.readouterr().out == tokenizer.decode(ids + answer)[len(tokenizer.decode(ids)):] \
         + "\n"
@@ -356,7 +357,7 @@ def test_a_translation_uses_the_prompt_that_training_wrote(talker, tmp_path):
         (talker / "prompt.json").write_text(json.dumps(prompt_json))
         prompt_format = PromptFormat.load([talker], tokenizer, "kin-eng")
         message = {"role": "user", "content": "Shyira mu Cyongereza: a\n"}
-        ids = prompt_format.template.encode([message], generation=True)
+        ids = prompt_format.template.encode([message], add_generation_prompt=True)
         assert prompt_format.encode("a") == ids
         for broken in ("{", "[]", '{"translate": []}', '{"translate": [{"text": "no place"}]}'):
             (talker / "prompt.json").write_text(broken)

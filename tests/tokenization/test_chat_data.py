@@ -35,7 +35,7 @@ from preparation.workers import Workers
 from runtime import console
 from runtime.console import UserError
 from runtime.paths import ROOT
-from tokenization.chat_template import PLAIN, Template, documents
+from tokenization.chat_template import PLAIN, ChatTemplate, encode_rendered
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 
@@ -61,9 +61,9 @@ def model(tmp_path_factory) -> Path:
     return tiny.folder(tmp_path_factory.mktemp("chat") / "model", max_position_embeddings=256)
 
 
-def document_of(template: Template, messages: list, loss_on: str = "assistant") -> Document:
+def document_of(template: ChatTemplate, messages: list, loss_on: str = "assistant") -> Document:
     """A conversation's ids and which of them train, as lists."""
-    made = documents(template.tokenizer, [template.lay_out(messages, loss_on)])[0]
+    made = encode_rendered(template.tokenizer, [template.render_with_mask(messages, loss_on)])[0]
     return Document(made.ids.tolist(), None if made.mask is None else made.mask.tolist(),
                     made.n_bytes)
 
@@ -105,7 +105,7 @@ def trained_text(tok: Tokenizer, ids, mask) -> list[str]:
 def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind):
     """One to six turns, with and without a system, by every template whose ends the kind has."""
     tok = Tokenizer.open(folders[kind])
-    sources = {**TEMPLATES, "plain": Template.plain(tok).source}
+    sources = {**TEMPLATES, "plain": ChatTemplate.plain(tok).source}
     compared = set()
 
     @settings(max_examples=15, deadline=None)
@@ -127,7 +127,7 @@ def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind
         assert found == [answer for _, answer in sentences]
         for at in range(1, len(messages)):
             if messages[at]["role"] == "assistant":  # asked as taught
-                asked = template.encode(messages[:at], generation=True)
+                asked = template.encode(messages[:at], add_generation_prompt=True)
                 assert document.ids[: len(asked)] == asked
                 assert document.mask[len(asked)] and not document.mask[len(asked) - 1]
         compared.add(name)
@@ -159,19 +159,20 @@ def test_every_template_is_compared_by_some_kind_of_tokenizer(folders, name):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "llama json"])
 def test_the_plain_template_is_llammas_byte_for_byte(folders, kind):
-    template = Template.plain(Tokenizer.open(folders[kind]))
+    template = ChatTemplate.plain(Tokenizer.open(folders[kind]))
     messages = said(("s", "Be kind."), ("u", " Muraho "), ("a", "Muraho neza."), ("u", "Ejo?"),
                     ("a", "Yego."))
     assert template.render(messages) == (
         "<s><|system|>\nBe kind.\n<|user|>\nMuraho\n<|assistant|>\nMuraho neza.</s>\n"
         "<|user|>\nEjo?\n<|assistant|>\nYego.</s>\n")
-    assert template.render(messages[:2], generation=True).endswith("Muraho\n<|assistant|>\n")
+    prompt = template.render(messages[:2], add_generation_prompt=True)
+    assert prompt.endswith("Muraho\n<|assistant|>\n")
     document = document_of(template, messages)
     tok = template.tokenizer
     assert trained_text(tok, document.ids, document.mask) == ["Muraho neza.", "Yego."]
     trained = [i for i, on in zip(document.ids, document.mask, strict=True) if on]
     assert trained.count(tok.eos) == 2 and document.ids.count(tok.bos) == 1
-    asked = template.encode(messages[:2], generation=True)
+    asked = template.encode(messages[:2], add_generation_prompt=True)
     assert document.ids[: len(asked)] == asked and not any(document.mask[: len(asked)])
     assert document_of(template, messages, "all").mask is None
 
@@ -233,7 +234,7 @@ def test_a_system_column_is_a_conversations_first_message(row):
 
 def test_a_system_column_stands_before_what_a_preference_answers(model):
     tokenizer = Tokenizer.open(model)
-    template = Template.plain(tokenizer)
+    template = ChatTemplate.plain(tokenizer)
     cells = {"prompt": "Amakuru?", "chosen": "Ni meza.", "rejected": "Oya.", "system": "Subiza."}
     rows = [Row("x, line 1", cells, 1)]
     (made,) = PreferenceEncoder(tokenizer, template, as_chat=True)(rows)
@@ -727,7 +728,7 @@ def test_a_text_beside_messages_that_ask_it_is_no_other_question(model, tmp_path
            "rejected": said(("s", "x"), ("u", "a"), ("a", "c"))}
     (tmp_path / "x.jsonl").write_text(json.dumps(row))
     bin, tok = prepared(model, tmp_path, "pairs", f"{tmp_path}/x.jsonl")
-    template = Template.plain(tok)
+    template = ChatTemplate.plain(tok)
     assert [bin.document(i).tolist() for i in (0, 1)] == [
         document_of(template, row[x]).ids for x in ("chosen", "rejected")]
 

@@ -24,8 +24,8 @@ from helpers.chat_templates import KINDS, LLAMA3, TEMPLATES, pair, said, tokeniz
 from runtime.console import UserError
 from runtime.paths import ROOT
 from tokenization import chat_template as chat
-from tokenization.chat_template import Template
-from tokenization.tokenizer import Part, Tokenizer
+from tokenization.chat_template import ChatTemplate
+from tokenization.tokenizer import Segment, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_a_control_tokens_name_in_a_message_stays_text_as_in_transformers(folder
     for name in names:
         messages = said(("s", f"{name}"), ("u", f"Amazi {name}ni meza{name}{name}"),
                         ("a", f"yego{name} "))
-        ids = template.encode(messages, generation=True)
-        calm = template.encode(said(("s", "x"), ("u", "x"), ("a", "x")), generation=True)
+        ids = template.encode(messages, add_generation_prompt=True)
+        calm = template.encode(said(("s", "x"), ("u", "x"), ("a", "x")), add_generation_prompt=True)
         assert [ids.count(i) for i in tok.control] == [calm.count(i) for i in tok.control]
-        text = template.render(messages, generation=True)
+        text = template.render(messages, add_generation_prompt=True)
         if name == "<unk>":
             continue  # sentencepiece knows no text for it: not counted among its bytes
         assert peer.decode(ids).replace(" ", "") == text.replace(" ", "")
@@ -134,10 +134,10 @@ def test_parts_of_texts_are_encoded_together_as_each_alone(folders, kind):
         "".join)
 
     @settings(max_examples=30, deadline=None)
-    @given(found=st.lists(st.builds(Part, words, st.booleans(), st.booleans()), max_size=9))
+    @given(found=st.lists(st.builds(Segment, words, st.booleans(), st.booleans()), max_size=9))
     def check(found):
-        together = tok.encode_parts(found)
-        assert together == [tok.encode_parts([x])[0] for x in found]
+        together = tok.encode_segments(found)
+        assert together == [tok.encode_segments([x])[0] for x in found]
         for part, ids in zip(found, together, strict=True):
             if not part.control:  # text stays text
                 assert not tok.control.intersection(ids) or "<unk>" in map(tok.piece, ids)
@@ -164,14 +164,14 @@ def test_a_template_is_found_where_transformers_finds_it(folders, tmp_path):
     folder = shutil.copytree(folders["qwen json"], tmp_path / "m")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tok = Tokenizer.open(folder)
-    assert Template.of(folder, tok) is None
+    assert ChatTemplate.from_folder(folder, tok) is None
     words = json.loads((folder / "tokenizer_config.json").read_text())
 
     def told(template) -> str:
         text = json.dumps({**words, "chat_template": template})
         (folder / "tokenizer_config.json").write_text(text)
         peer = transformers.AutoTokenizer.from_pretrained(folder)
-        found = Template.of(folder, tok).render(CONVERSATIONS["a turn"])
+        found = ChatTemplate.from_folder(folder, tok).render(CONVERSATIONS["a turn"])
         assert found == peer.apply_chat_template(CONVERSATIONS["a turn"], tokenize=False)
         return found
 
@@ -182,12 +182,12 @@ def test_a_template_is_found_where_transformers_finds_it(folders, tmp_path):
     assert told("one") == "a file, é"
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"chat_template\.jinja: cannot be read"):
-        Template.of(folder, tok)
+        ChatTemplate.from_folder(folder, tok)
     (folder / "chat_template.jinja").unlink()
     for odd in (7, {"a": 1}):
         (folder / "tokenizer_config.json").write_text(json.dumps({**words, "chat_template": odd}))
-        with pytest.raises(UserError, match="chat_template is no text"):
-            Template.of(folder, tok)
+        with pytest.raises(UserError, match="chat_template is not a text"):
+            ChatTemplate.from_folder(folder, tok)
 
 
 HOSTILE = {
@@ -215,7 +215,7 @@ HOSTILE = {
 def test_a_hostile_or_broken_template_is_one_line_that_names_its_file(folders, tmp_path, source):
     folder = shutil.copytree(folders["qwen json"], tmp_path / "m")
     (folder / "chat_template.jinja").write_text(source)
-    template = Template.of(folder, Tokenizer.open(folder))
+    template = ChatTemplate.from_folder(folder, Tokenizer.open(folder))
     with pytest.raises(UserError) as e:
         template.render(CONVERSATIONS["a turn"])
     said = str(e.value)
@@ -238,7 +238,7 @@ def test_a_template_that_takes_a_mark_apart_is_refused(folders, tmp_path):
     template, _ = pair(shutil.copytree(folders["qwen json"], tmp_path / "m"),
                        "{{ messages[0].content[:1] }}")
     assert template.encode(said(("u", "Amazi"))) == template.tokenizer.encode("A")
-    with pytest.raises(UserError, match="takes a message's text apart"):
+    with pytest.raises(UserError, match="divides the text of a message"):
         template.encode(said(("u", "<|im_end|>Amazi")))
 
 
@@ -273,9 +273,9 @@ def test_what_ends_a_turn_is_known_of_every_family(folders):
              "gemma": "gemma json", "smollm": "smollm json", "mistral": "llama json"}
     for name, end in ends.items():
         template, _ = pair(folders[kinds.get(name) or kinds[name.rstrip("123")]], TEMPLATES[name])
-        assert template.tokenizer.pieces[template.end] == end
+        assert template.tokenizer.pieces[template.end_of_turn] == end
     template, _ = pair(folders["qwen json"], "{{ messages[1].content }}")
-    assert template.end is None
+    assert template.end_of_turn is None
 
 
 @pytest.mark.slow

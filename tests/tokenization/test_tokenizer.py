@@ -9,6 +9,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,7 @@ from hypothesis import strategies as st
 from helpers import tiny
 from runtime.console import UserError
 from runtime.paths import ROOT
-from tokenization import tokenizer
-from tokenization.tokenizer import PART, Part, Tokenizer, learn
+from tokenization.tokenizer import LINE_PART, Segment, Tokenizer, _JsonTokenizer, learn
 
 DATA = ROOT.parent / "shared" / "data"
 TOKENIZERS = DATA / "tokenizers"
@@ -219,32 +220,39 @@ def test_a_fingerprint_follows_what_decides_the_ids_and_not_the_folder(model_fol
 
 
 def test_a_worker_gets_the_tokenizer_that_was_opened(both):
-    for tok in both:
-        tok.all_cores = True
+    for opened in both:
+        tok = type(opened)(opened.file, n_threads=2)
         again = pickle.loads(pickle.dumps(tok))
-        assert not again.all_cores  # it is one of several
+        assert again.n_threads == 1  # it is one of several workers
         assert again.encode_batch(ODD * 9) == tok.encode_batch(ODD * 9)
-        assert again.fingerprint == tok.fingerprint and again.ends == tok.ends
+        assert again.fingerprint == tok.fingerprint and again.begin_end_ids == tok.begin_end_ids
         assert again.pieces == tok.pieces and again.control == tok.control
         assert (again.byte_lengths == tok.byte_lengths).all()
         assert again.dummy_prefix == tok.dummy_prefix
         for control in (False, True):
-            parts = [Part(x, control, first) for x in ODD for first in (True, False)]
-            assert again.encode_parts(parts) == tok.encode_parts(parts)
-        tok.all_cores = False
-        assert tok.encode_batch(ODD * 9) == again.encode_batch(ODD * 9)
+            parts = [Segment(x, control, first) for x in ODD for first in (True, False)]
+            assert again.encode_segments(parts) == tok.encode_segments(parts)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_threads_are_those_of_one_that_works_alone_and_nobody_forbids(json_folder, monkeypatch,
-                                                                      alone):
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "")  # and as it was, afterwards
-    monkeypatch.setattr(tokenizer, "ALONE", alone)
-    tok = Tokenizer.open(json_folder)
-    for all_cores in (False, True, False):
-        tok.all_cores = all_cores
-        tok.encode_batch(ODD)
-        assert os.environ["TOKENIZERS_PARALLELISM"] == str(all_cores and not alone).lower()
+@pytest.mark.parametrize("value", ["false", "0", "", "true"])
+def test_batches_are_encoded_on_all_cores_unless_the_user_forbids_it(json_folder, value):
+    code = ("import os, sys\n"
+            "from tokenization.tokenizer import Tokenizer\n"
+            "for parallel in (False, True):\n"
+            "    tok = Tokenizer.open(sys.argv[1], parallel)\n"
+            "    tok.encode_batch(['a', 'b', 'c'])\n"
+            "    print(tok.n_threads, os.environ['TOKENIZERS_PARALLELISM'])\n")
+    done = subprocess.run([sys.executable, "-c", code, str(json_folder)], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "TOKENIZERS_PARALLELISM": value})
+    n_threads = 1 if value in ("false", "0") else os.cpu_count()
+    assert done.stdout == f"1 false\n{n_threads} false\n", done.stderr
+
+
+def test_threads_give_the_ids_of_one_thread_in_order(json_folder):
+    texts = [f"{x} {i}" for i in range(7) for x in ODD]
+    for n in (2, 3, 5):
+        tok = _JsonTokenizer(json_folder / "tokenizer.json", n_threads=n)
+        assert tok.encode_batch(texts) == [tok.encode(x) for x in texts]
 
 
 def test_opening_leaves_the_search_for_garbage_as_it_was(json_folder, tmp_path):
@@ -329,7 +337,7 @@ def test_a_damaged_tokenizer_is_used_or_refused_and_nothing_else(kind, json_fold
                 ids = tok.document(text)
                 tok.decode(ids)
                 tok.count_bytes(ids)
-                tok.encode_parts([Part(text, control=True, first=False)])
+                tok.encode_segments([Segment(text, control=True, first=False)])
             seen[True] += 1
         except UserError as e:
             assert "\n" not in str(e) and str(tmp_path) in str(e)
@@ -421,7 +429,7 @@ def test_a_tokenizer_that_would_lose_what_it_cannot_spell_is_refused(json_folder
 def test_what_sentencepiece_cannot_add_is_refused(model_folder, tmp_path, added):
     shutil.copyfile(model_folder / "tokenizer.model", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    with pytest.raises(UserError, match="added_tokens_decoder cannot be used beside a tokenizer"):
+    with pytest.raises(UserError, match="added_tokens_decoder cannot be used with a tokenizer"):
         Tokenizer.open(tmp_path)
 
 
@@ -436,7 +444,7 @@ def test_no_bos_where_a_file_says_null(json_folder, tmp_path):
 def test_a_huge_file_is_refused_unread(tmp_path, name):
     with open(tmp_path / name, "wb") as f:
         f.truncate(3 << 30)
-    with pytest.raises(UserError, match="3072 MB, no tokenizer is above 64 MB"):
+    with pytest.raises(UserError, match="3072 MB, expected at most 64 MB"):
         Tokenizer.open(tmp_path)
 
 
@@ -478,7 +486,7 @@ def test_a_line_of_megabytes_is_learned_from_as_short_ones_are(tmp_path):
     assert learn([long], 400, tmp_path / "a").fingerprint == learn(
         texts, 400, tmp_path / "b").fingerprint
     for unbroken in ("é" * 600_000, "é" * 300_000 + " a", "a  b "):
-        parts = PART.findall(unbroken)
+        parts = LINE_PART.findall(unbroken)
         assert max(len(x.encode()) for x in parts) <= 1 << 20
         assert "".join(parts).replace(" ", "") == unbroken.replace(" ", "")
 

@@ -36,7 +36,7 @@ from runtime import flags as config
 from runtime.console import UserError
 from runtime.distributed import Ranks
 from runtime.paths import ROOT
-from tokenization.chat_template import Template, documents
+from tokenization.chat_template import ChatTemplate, encode_rendered
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training import datasets as sources
@@ -224,7 +224,7 @@ def test_packed_conversations_give_the_gradient_of_padded_ones_as_transformers_t
         tmp_path):
     """Theirs are the ids, the mask (of the template's generation tags), the padding, the loss."""
     folder = tiny.folder(tmp_path / "model", "llama3")
-    template = Template.plain(Tokenizer.open(folder))
+    template = ChatTemplate.plain(Tokenizer.open(folder))
     words = "{{ message['content'] | trim }}{% if message['role'] == 'assistant' %}{{ eos_token }}"
     assert words in template.source
     marked = template.source.replace(words, (
@@ -235,7 +235,7 @@ def test_packed_conversations_give_the_gradient_of_padded_ones_as_transformers_t
     for turns in range(1, 7):
         messages = [{"role": role, "content": f"{tiny.SENTENCES[(turns + i) % 10]} {i}"}
                     for i in range(turns) for role in ("user", "assistant")]
-        [document] = documents(template.tokenizer, [template.lay_out(messages)])
+        [document] = encode_rendered(template.tokenizer, [template.render_with_mask(messages)])
         writer.add(document)
         theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
             messages, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True)
@@ -534,10 +534,10 @@ def test_answers_in_conversations_become_preferences_that_dpo_trains(place, tmp_
     command(said, prepares, "pairs", f"{tmp_path}/preferences.jsonl", "--tokenizer",
             f"{tmp_path}/sft/model", "--out", f"{tmp_path}/pairs", "--max-tokens", "250")
     bin, tok = Bin(tmp_path / "pairs"), Tokenizer.open(tmp_path / "sft/model")
-    template = Template.of(tmp_path / "sft/model", tok)
+    template = ChatTemplate.from_folder(tmp_path / "sft/model", tok)
     for i, row in enumerate(made):
         for j in (2 * i, 2 * i + 1):
-            ids = template.encode(row["prompt"], generation=True)
+            ids = template.encode(row["prompt"], add_generation_prompt=True)
             assert bin.document(j)[: len(ids)].tolist() == ids
             assert not bin.trained(j)[: len(ids)].any() and bin.trained(j)[len(ids)]
     command(said, trains, "--mode", "dpo", "--model", f"{tmp_path}/sft/model", "--data",
@@ -585,7 +585,7 @@ def test_an_adapter_trained_further_is_its_own_reference(tmp_path):
     for m in lora.adapters(model).values():
         torch.nn.init.normal_(m.lora_B.weight, std=0.3)
     stream, cut = whole(bin), []
-    part = type("Part", (), {"reshard": lambda self: cut.append(self)})()
+    part = type("Segment", (), {"reshard": lambda self: cut.append(self)})()
     alone = dataclasses.replace(ALONE, shards=[part])
     preference.keep_reference(model, [stream], tmp_path / "ref", "m", 2, alone)
     assert cut == [part]  # fsdp's: what a pass gathers is freed by the next
