@@ -174,9 +174,9 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         """The same batch on a device."""
-        from runtime.transfer import sent
+        from runtime.transfer import to_device_async
 
-        return Batch(*(x if x is None else sent(x, device) for x in vars(self).values()))
+        return Batch(*(x if x is None else to_device_async(x, device) for x in vars(self).values()))
 
 
 class Stream:

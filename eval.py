@@ -195,7 +195,7 @@ def open_model(s: Settings) -> EvalModel:
     ranks = Ranks.start(s.device)
     dtype = ranks.compute_dtype(s.dtype)
     model, tokenizer = load_model(s.model, ranks.device, dtype, quant=s.quant)
-    model.eval().model.compute_dtype = dtype
+    model.eval()
     optimize_for_inference(model, keep_head_weight=True)
     context = model.config.max_position_embeddings
     if not 0 <= s.max_length <= context:

@@ -124,7 +124,7 @@ from checkpoints.safetensors_header import (  # noqa: E402
 from data import sha256  # noqa: E402
 from inference.generate import completions  # noqa: E402
 from inference.sampling import SamplingParams, StoppingCriteria  # noqa: E402
-from layers.cross_entropy import capped  # noqa: E402
+from layers.cross_entropy import softcap  # noqa: E402
 from model import Llama  # noqa: E402
 from reports.model_card import WRITTEN, identity, merges  # noqa: E402
 from reports.model_card import text as card_text  # noqa: E402
@@ -252,7 +252,7 @@ def logits(folder: Path) -> Tensor:
     assert tokenizer is not None
     ids = torch.tensor([tokenizer.document(TEXT)[: model.config.max_position_embeddings]])  # (1,T)
     h = model.eval().model(ids, torch.zeros_like(ids), torch.arange(ids.shape[1])[None])
-    return capped(h @ model.head.T, model.config.logit_cap)[0]
+    return softcap(h @ model.head.T, model.config.logit_cap)[0]
 
 
 def check(s: Check) -> None:

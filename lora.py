@@ -60,7 +60,7 @@ class _Adapted(torch.autograd.Function):
                 shape: Any, *kept: Tensor) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         y = F.linear(x, _made(shape, kept, x.dtype), bias)
-        down = F.linear(x, A.to(x.dtype)).mul_(scale).flatten(0, -2)  # (N,R)
+        down = F.linear(x, A.to(x.dtype)).mul(scale).flatten(0, -2)  # (N,R)
         add(y.view(-1, y.shape[-1]), down, B.to(x.dtype).T)
         ctx.save_for_backward(x, A, B, down, *kept)
         ctx.scale, ctx.shape = scale, shape

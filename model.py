@@ -19,25 +19,18 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import nullcontext
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from layers import nf4
-from layers.attention import Layout, attend, compiled, kernel
+from layers.attention import Layout, attend, kernel
 from layers.config import ModelConfig
-from layers.cross_entropy import capped, token_nll
-from layers.functional import Embedding, Light, Linear, RMSNorm, gated, rotate, turns
-from runtime.console import FLAGS, UserError
+from layers.cross_entropy import LinearCrossEntropy, softcap
+from layers.functional import Embedding, Linear, RMSNorm, apply_rotary_emb, rope_cos_sin, swiglu
+from layers.recompute import Recompute, with_recompute
 
 
 class KVCache:
@@ -111,7 +104,7 @@ class Attention(nn.Module):
         if self.normed == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+            q, k = apply_rotary_emb(q, *turn), apply_rotary_emb(k, *turn)
         v = self.v_proj(x).view(B, T, -1, self.D)  # (B,T,K,D)
         if cache is not None:
             k, v = cache.update(layer, k, v, pos)
@@ -130,7 +123,7 @@ class MLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
 class Block(nn.Module):
@@ -140,7 +133,7 @@ class Block(nn.Module):
     where there is none after attention.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, recompute: Recompute = "none"):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
@@ -151,73 +144,47 @@ class Block(nn.Module):
         self.names = names[config.norms]  # before and after attention, before and after the MLP
         for name in filter(None, self.names):
             self.add_module(name, RMSNorm(config.hidden_size, config))
-        self.fast: Any = None  # the same compiled, for the many steps of one shape
+        self.recompute = recompute
 
     def norm(self, which: int, x: Tensor) -> Tensor:
         return getattr(self, self.names[which])(x) if self.names[which] else x
 
-    def forward(self, x: Tensor, *more: Any) -> Tensor:
-        """x (B,T,C) and what layers share -> (B,T,C)."""
-        return (self.fast if self.fast and self.training else self.computed)(x, *more)
+    def forward(self, x: Tensor, *shared: Any) -> Tensor:
+        """x (B,T,C) and what all layers share -> (B,T,C)."""
+        return with_recompute(self._forward, self.recompute, x, *shared)
 
-    def lightly(self, x: Tensor, *more: Any) -> Tensor:
-        """`computed`, for a compiler that is to keep little for the backward pass."""
-        if not torch.is_grad_enabled():
-            return self.computed(x, *more)
-        return checkpoint(self.computed, x, *more, use_reentrant=False, context_fn=partial(
-            create_selective_checkpoint_contexts, products))
-
-    def computed(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, pos: Tensor,
+    def _forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, pos: Tensor,
                  cache: KVCache | None = None, layer: int = 0) -> Tensor:
         seen = self.self_attn(self.norm(0, x), turn, layout, pos, cache, layer)
         x = x + self.norm(1, seen)
         return x + self.norm(3, self.mlp(self.norm(2, x)))  # (B,T,C)
 
 
-def noise(x: Tensor, doc: Tensor, alpha: float) -> Tensor:
-    """Uniform noise within alpha / sqrt(n C) for a document of n tokens in the row, (B,T,C).
+def neftune_noise(x: Tensor, doc: Tensor, alpha: float) -> Tensor:
+    """Uniform noise within alpha / sqrt(n C) for each document of n tokens in a row: (B,T,C).
 
-    NEFTune (Jain et al. 2024, algorithm 1), whose rows hold one example each.
+    NEFTune (Jain et al. 2024, algorithm 1), whose rows hold one example each. x (B,T,C), doc (B,T).
     """
-    at, one = doc + 1, torch.ones_like(doc)  # (B,T); 0 is the row's tail
-    n = F.pad(torch.zeros_like(doc), (0, 1)).scatter_add_(1, at, one).gather(1, at)  # (B,T)
-    most = alpha / (n * x.shape[-1]).sqrt()[..., None]  # (B,T,1)
-    return (torch.empty_like(x).uniform_(-1, 1) * most).to(x.dtype)
-
-
-def products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """What a compiled block may keep of its operations: the products and attention."""
-    kept = ("aten.mm.", "aten.addmm", "aten._scaled_mm.", "attn", "attention")
-    return CheckpointPolicy.MUST_SAVE if any(x in str(op) for x in kept) \
-        else CheckpointPolicy.PREFER_RECOMPUTE
+    index = doc + 1  # (B,T); 0 is the unused tail of a row
+    counts = F.pad(torch.zeros_like(doc), (0, 1)).scatter_add_(1, index, torch.ones_like(doc))
+    n = counts.gather(1, index)  # (B,T): tokens of each token's document
+    bound = alpha / (n * x.shape[-1]).sqrt()[..., None]  # (B,T,1)
+    return (torch.empty_like(x).uniform_(-1, 1) * bound).to(x.dtype)
 
 
 class Decoder(nn.Module):
     """Embeddings, L blocks and the last norm: tokens, doc, pos (B,T) -> (B,T,C)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, recompute: Recompute,
+                 neftune_alpha: float):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, recompute)
+                                    for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
-        self.compute_dtype = torch.float32  # of products and of what flows between them
-        self.recompute = self.light = False  # blocks, or their norms and gates, for the gradient
-        self.compiled = False  # whether blocks and loss are, where they train
-        self.neftune = 0.0  # noise on the embeddings while training
-
-    def compile_blocks(self, device: torch.device, **how: Any) -> None:
-        """torch.compile what training computes of each block, and the loss, for that device; `how`
-        as torch.compile takes it. Evaluations, whose shapes vary, stay as they are."""
-        if self.light and not compiled(device):
-            raise UserError("--recompute-light: not with --compile on a CPU, where attention is no "
-                            "part of a compiled block; leave one of them out", FLAGS)
-        # one of each: a pass with a gradient or without, into the first layer or a later one, each
-        # window, documents of none, one and any number; beyond a limit of 8 blocks would run plain
-        torch._dynamo.config.recompile_limit = 32
-        for block in self.layers:
-            block.fast = torch.compile(block.lightly if self.light else block.computed, **how)
-        self.light, self.compiled = False, True  # blocks do it themselves from here on
+        self.compute_dtype = compute_dtype
+        self.neftune_alpha = neftune_alpha
 
     def shared(self, doc: Tensor, pos: Tensor, extent: int | None,
                exact: bool = True) -> tuple[dict, Any, Any]:
@@ -227,15 +194,16 @@ class Decoder(nn.Module):
         fused = kernel(doc.device, self.compute_dtype, c.head_dim)
         layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fused, exact)
                    for window in set(c.windows) or {0}}
-        turn = turns(c.rope, c.head_dim, doc, pos)
-        return layouts, turn, turns(c.local_rope, c.head_dim, doc, pos) if c.local_rope else turn
+        turn = rope_cos_sin(c.rope, c.head_dim, doc, pos)
+        local = rope_cos_sin(c.local_rope, c.head_dim, doc, pos) if c.local_rope else turn
+        return layouts, turn, local
 
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor,
                 cache: KVCache | None = None) -> Tensor:
         c = self.config
         x = self.embed_tokens(tokens).to(self.compute_dtype)  # (B,T,C)
-        if self.training and self.neftune:
-            x = x + noise(x, doc, self.neftune)
+        if self.training and self.neftune_alpha:
+            x = x + neftune_noise(x, doc, self.neftune_alpha)
         if c.scale_embeddings:  # rounded to the dtype of products, as the published models were
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)
         key_len = None if cache is None else cache.begin_pass(tokens.shape[1])
@@ -243,12 +211,8 @@ class Decoder(nn.Module):
         windows = c.windows or (0,) * len(self.layers)
         for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
             here = None if i in c.no_rope else local if window else turn
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, here, layouts[window], pos, use_reentrant=False)
-                continue
-            with Light() if self.light and torch.is_grad_enabled() else nullcontext():
-                # without a cache all layers get one number: one that varies recompiles
-                x = block(x, here, layouts[window], pos, cache, 0 if cache is None else i)
+            # without a cache all layers get one number: one that varies recompiles
+            x = block(x, here, layouts[window], pos, cache, 0 if cache is None else i)
         if cache is not None:
             cache.end_pass(doc, pos)
         return self.norm(x)
@@ -258,13 +222,16 @@ class Llama(nn.Module):
     """A causal language model of the LLaMA family; `state_dict()` has the names and shapes of HF's
     file."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32,
+                 recompute: Recompute = "none", neftune_alpha: float = 0.0):
+        """`compute_dtype` is that of matrix products and of what flows between them; `recompute`:
+        see layers/recompute.py; `neftune_alpha`: noise on the embeddings in training, 0: none."""
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Decoder(config, compute_dtype, recompute, neftune_alpha)
         self.lm_head = None if config.tie_word_embeddings else \
             Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.smoothing = 0.0  # of targets while training
+        self.loss = LinearCrossEntropy(config.logit_cap)
 
     def set_lm_head(self, head: nn.Module) -> None:
         """Replace the output layer; a model with tied embeddings then has one of its own."""
@@ -285,18 +252,16 @@ class Llama(nn.Module):
         return self.model.compute_dtype
 
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor, targets: Tensor | None = None,
-                cache: KVCache | None = None, each: bool = False) -> Tensor:
-        """NLL of each target, (B,T) float32, 0 where IGNORE; without targets each row's next
-        logits, (B,V) float32.
+                cache: KVCache | None = None,
+                reduction: Literal["none", "sum"] = "none") -> Tensor:
+        """With targets their NLL, 0 where ignored: (B,T) float32, or () for `reduction="sum"`.
 
-        tokens, doc, pos, targets (B,T). The next logits are those of a row's last token with doc >=
-        0. `each`: of NLLs that will not be just summed, which saves the head's gradient a product.
+        Without targets the logits of the token that follows each row's last token with doc >= 0:
+        (B,V) float32. tokens, doc, pos, targets (B,T).
         """
         h = self.model(tokens, doc, pos, cache)  # (B,T,C)
         if targets is not None:
-            smoothing = self.smoothing if self.training else 0.0
-            return token_nll(h, self.head, targets, self.config.logit_cap, smoothing,
-                             self.model.compiled and self.training, each)
+            return self.loss(h, self.head, targets, reduction)
         last = ((doc >= 0) * torch.arange(1, doc.shape[1] + 1, device=doc.device)).argmax(1)  # (B,)
         h = h[torch.arange(len(h), device=h.device), last]  # (B,C)
         return self.logits(h)
@@ -309,7 +274,7 @@ class Llama(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """Logits of what follows hidden states (...,C): (...,V) float32."""
         y = F.linear(h, self.head.to(h.dtype)) if self.lm_head is None else self.lm_head(h)
-        return capped(y.float(), self.config.logit_cap)
+        return softcap(y.float(), self.config.logit_cap)
 
     def flops_per_token(self, T: int, gradient: bool = True) -> float:
         """Products to train one token in documents of T: 2 a weight for y, 2 for dx, 2 for dW where

@@ -277,7 +277,7 @@ class Answerer:
         ranks = Ranks.start(s.device)
         dtype = ranks.compute_dtype(s.dtype)
         model, tokenizer = load_model(s.model, ranks.device, dtype, quant=s.quant)
-        model.eval().model.compute_dtype = dtype
+        model.eval()
         if s.compile:
             decode_step = compiled_decode_step(model)
         else:

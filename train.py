@@ -40,7 +40,7 @@ from checkpoints.resume_point import claim_run_folder, lock_run_folder
 from data import Batch
 from model import Llama
 from runtime.distributed import Ranks
-from runtime.transfer import ahead, sent
+from runtime.transfer import ahead, to_device_async
 from training import optimizer as optim
 from training import plan
 from training.monitor import NotFinite, Watch, explained
@@ -62,7 +62,7 @@ def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
     scale = scale or optim.LossScale()
     counts = np.sum([np.atleast_1d(objective.count(b)) for b in batches], axis=0)  # (k,)
     counts = [max(1, x) for x in ranks.totals(*counts.tolist())]  # no terms: no gradient
-    count = sent(torch.tensor(counts), ranks.device)
+    count = to_device_async(torch.tensor(counts), ranks.device)
     minimised = len(counts) - len(objective.reported)
     parts = []
     for i, batch in enumerate(ahead(batches, ranks.device)):

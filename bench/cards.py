@@ -3,8 +3,8 @@
     python -m bench.cards [--seq-len 2048] [--rows 1]
 
 Nothing is measured here. Each figure is the prediction of `--plan` for a step of the real code over
-the published config.json's sizes, with --recompute and products in bf16, by a GPU's flash kernel; a
-tenth of a card and half a GB are set aside for what its allocator cannot use and for its context.
+the published config.json's sizes, with --recompute full, products in bf16 and a GPU's flash kernel;
+a tenth of a card and half a GB are left for its allocator's gaps and its context.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> f
     from training.settings import Settings
 
     config = ModelConfig(**shape)
-    s = dataclasses.replace(Settings(), recompute=True, seq_len=seq_len, rows=rows, **way)
+    s = dataclasses.replace(Settings(), recompute="full", seq_len=seq_len, rows=rows, **way)
     return memory.need(config, s, torch.bfloat16, path="offsets").total / 2**30
 
 

@@ -116,7 +116,7 @@ def ours(case: Case, folder: str, ends: list[int], quant: str = "none") -> Any:
 
     dtype = getattr(torch, case.dtype)
     model, _ = load_model(folder, dtype=dtype, tokenizer=False, quant=quant)
-    model.eval().model.compute_dtype = dtype
+    model.eval()
     optimize_for_inference(model)
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:

@@ -54,11 +54,11 @@ class Case(NamedTuple):
 CASES = {
     "full": Case("1B", "full", 8192, 8192, "", ("compiled", "liger")),
     "packed": Case("1B", "full", 8192, 1024),
-    "light": Case("1B", "full", 8192, 8192, "--recompute-light"),
+    "light": Case("1B", "full", 8192, 8192, "--recompute selective"),
     "fp8": Case("1B", "full", 8192, 8192, "--dtype fp8"),
     "lora": Case("8B", "lora", 4096, 4096, "", ("compiled",)),
-    "lora-recompute": Case("8B", "lora", 4096, 4096, "--recompute", ("compiled", "liger")),
-    "qlora": Case("8B", "qlora", 4096, 4096, "--recompute", ("compiled",))}
+    "lora-recompute": Case("8B", "lora", 4096, 4096, "--recompute full", ("compiled", "liger")),
+    "qlora": Case("8B", "qlora", 4096, 4096, "--recompute full", ("compiled",))}
 USUAL = ["full", "packed", "lora-recompute", "qlora"]  # without --cases
 APART = 2e-3  # of the first loss, at most: bf16, and NF4 that is rounded alike on both sides
 ANSWERS = {  # prompts of least to most ids, rows, new ids; the peer's caches
@@ -133,8 +133,9 @@ def predict(name: str) -> dict[str, float]:
     return {"total": found.total / 2**30}
 
 
-def drawn(case: Case) -> Any:
-    """Our model of a case with random weights, on the device: those that all sides start from."""
+def drawn(case: Case, **options: Any) -> Any:
+    """Our model of a case with random weights, on the device: those that all sides start from.
+    `options` as `Llama` takes them."""
     import torch
 
     from layers.config import ModelConfig
@@ -142,7 +143,7 @@ def drawn(case: Case) -> Any:
 
     with torch.device(DEVICE):
         torch.set_default_dtype(torch.float32 if case.tune == "full" else torch.bfloat16)
-        model = Llama(ModelConfig.from_hf(words(case)))
+        model = Llama(ModelConfig.from_hf(words(case)), **options)
         torch.set_default_dtype(torch.float32)
     model.initialise(0, std(SHAPES[case.shape][0]))
     return model
@@ -159,14 +160,14 @@ def ours(name: str, steps: int) -> dict[str, Any]:
     from layers import fp8, nf4
     from runtime.distributed import Ranks
     from training import optimizer as optim
+    from training.compile_model import compile_model
     from training.objective import NLL
 
     case = CASES[name]
-    s, gpu, model = settings(case), Ranks.start(DEVICE), drawn(case)
-    model.model.compute_dtype = torch.bfloat16
-    model.model.recompute, model.model.light = s.recompute, s.recompute_light
+    s, gpu = settings(case), Ranks.start(DEVICE)
+    model = drawn(case, compute_dtype=torch.bfloat16, recompute=s.recompute)
     if s.dtype == "fp8":
-        fp8.use(model)
+        fp8.convert_to_fp8(model)
     if s.tune == "qlora":
         for path, m in list(model.named_modules()):
             if nf4.fits(path, m):
@@ -175,7 +176,7 @@ def ours(name: str, steps: int) -> dict[str, Any]:
         lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, s.lora_targets)
     same_start(model)
     model.train()
-    model.model.compile_blocks(gpu.device)
+    compile_model(model)
     optimizer = optim.adamw(model, 1e-4, (0.9, 0.95), 0.1)
     ids, at = ids_of(case), torch.arange(case.T)[None]
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
@@ -215,7 +216,7 @@ def peer(name: str, how: str, steps: int) -> dict[str, Any]:
                     m.weight.data.cpu(), requires_grad=False, quant_type="nf4",
                     compress_statistics=True)
                 model.model.set_submodule(path, small.to(DEVICE))
-    if s.recompute:
+    if s.recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if case.tune != "full":
@@ -301,10 +302,10 @@ def answers(name: str, cache: str) -> dict[str, Any]:
     else:
         run = by_ours
         with torch.device("meta"):
-            model = Llama(ModelConfig.from_hf(words(case)))
+            model = Llama(ModelConfig.from_hf(words(case)), compute_dtype=torch.bfloat16)
         model.load_state_dict(theirs.state_dict(), assign=True)
         del theirs
-        model.eval().model.compute_dtype = torch.bfloat16
+        model.eval()
         decode_step = None if cache == "ours" else compiled_decode_step(model)
     run(new if cache == "static" else 4)  # compiled for this length
     seconds = []

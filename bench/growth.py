@@ -70,9 +70,9 @@ def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V,
         "hidden_size": C, "intermediate_size": C * 11 // 4, "num_hidden_layers": L,
         "num_attention_heads": C // 64, "num_key_value_heads": C // 64, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": T, "hidden_act": "silu", "tie_word_embeddings": False}))
+        "max_position_embeddings": T, "hidden_act": "silu", "tie_word_embeddings": False}),
+        compute_dtype=torch.bfloat16)
     model.initialise(0)
-    model.model.compute_dtype = torch.bfloat16
     if R:
         model.to(torch.bfloat16)
         lora.attach(model, R, 2.0 * R, 0.0, ["all-linear"])

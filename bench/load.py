@@ -51,7 +51,6 @@ def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
     before, begun = peak_gb(), time.perf_counter()
     if side == "ours":
         model, _ = load_model(folder, dtype=kept, tokenizer=False)
-        model.model.compute_dtype = kept
     else:
         model = LlamaForCausalLM.from_pretrained(folder, dtype=kept)
     loaded = time.perf_counter()

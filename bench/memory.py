@@ -41,14 +41,15 @@ from bench.train_step import (
 HERE = "bench.memory"
 CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {  # words of Settings, and peers
     "full": ("all weights", {"tune": "full"}, ["transformers"]),
-    "full-recompute": ("all weights, recompute", {"tune": "full", "recompute": True},
+    "full-recompute": ("all weights, recompute", {"tune": "full", "recompute": "full"},
                        ["transformers"]),
-    "full-light": ("all weights, recompute-light", {"tune": "full", "recompute_light": True}, []),
+    "full-selective": ("all weights, selective recompute",
+                       {"tune": "full", "recompute": "selective"}, []),
     "bf16": ("all weights, adamw-bf16", {"tune": "full", "optimizer": "adamw-bf16"}, []),
     "lora": ("LoRA", {"tune": "lora"}, ["peft", "peft + bf16 adapter", "litgpt"]),
-    "lora-recompute": ("LoRA, recompute", {"tune": "lora", "recompute": True}, ["peft"]),
+    "lora-recompute": ("LoRA, recompute", {"tune": "lora", "recompute": "full"}, ["peft"]),
     "qlora": ("QLoRA", {"tune": "qlora"}, ["peft"]),
-    "qlora-recompute": ("QLoRA, recompute", {"tune": "qlora", "recompute": True}, ["peft"])}
+    "qlora-recompute": ("QLoRA, recompute", {"tune": "qlora", "recompute": "full"}, ["peft"])}
 
 
 def draws(name: str, folder: str) -> int:
@@ -112,9 +113,8 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
         narrow = s.optimizer == "adamw-bf16" or s.tune != "full"
         model, _ = load_model(Path(folder, name), tokenizer=False,
                               dtype=torch.bfloat16 if narrow else torch.float32,
-                              quant="nf4" if s.tune == "qlora" else "none")
-        model.model.recompute, model.model.light = s.recompute, s.recompute_light
-        model.model.compute_dtype = torch.bfloat16
+                              quant="nf4" if s.tune == "qlora" else "none",
+                              compute_dtype=torch.bfloat16, recompute=s.recompute)
         if s.tune != "full":
             lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
         same_start(model)
@@ -132,7 +132,7 @@ def peer(side: str, case: str, name: str, folder: str) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     words = CASES[case][1]
-    narrow, recompute = words["tune"] != "full", words.get("recompute", False)
+    narrow, recompute = words["tune"] != "full", "recompute" in words
     quantised = words["tune"] == "qlora"
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

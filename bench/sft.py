@@ -123,8 +123,7 @@ def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
 
     imports, cpu = peak_gb(), Ranks.start("cpu")
     model, _ = load_model(folder, dtype=torch.bfloat16 if case == "lora" else torch.float32,
-                            tokenizer=False)
-    model.model.compute_dtype = torch.bfloat16
+                          tokenizer=False, compute_dtype=torch.bfloat16)
     if case == "lora":
         lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
     model.train()

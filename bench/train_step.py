@@ -98,18 +98,19 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     from checkpoints.huggingface import load_model
     from runtime.distributed import Ranks
     from training import optimizer as optim
+    from training.compile_model import compile_model
 
     adapted = case in ("lora", "large")
     cpu = Ranks.start("cpu")
     model, _ = load_model(folder, dtype=torch.bfloat16 if adapted else torch.float32,
-                            tokenizer=False)
-    model.model.compute_dtype = torch.float32 if case == "fp32" else torch.bfloat16
+                          tokenizer=False,
+                          compute_dtype=torch.float32 if case == "fp32" else torch.bfloat16)
     if adapted:
         lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
     same_start(model)
     model.train()
     if "compile" in options:
-        model.model.compile_blocks(cpu.device)
+        compile_model(model)
     return our_step(model, name, optim.adamw(model, LR, BETAS, DECAY), cpu), model, float
 
 

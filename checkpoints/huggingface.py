@@ -49,6 +49,7 @@ from layers import int8, nf4
 from layers.config import ModelConfig
 from layers.int8 import Int8Linear
 from layers.nf4 import NF4Linear
+from layers.recompute import Recompute
 from model import Llama
 from runtime.console import UserError
 from runtime.distributed import whole
@@ -58,28 +59,36 @@ from tokenization.tokenizer import Tokenizer
 
 
 def load_model(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None = torch.float32,
-               tokenizer: bool = True, quant: str = "none",
-               double: bool = False) -> tuple[Llama, Tokenizer | None]:
+               tokenizer: bool = True, quant: str = "none", double: bool = False,
+               compute_dtype: torch.dtype | None = None, recompute: Recompute = "none",
+               neftune_alpha: float = 0.0) -> tuple[Llama, Tokenizer | None]:
     """Load a model from a folder or the hub in `dtype` (None: that of the files), and its
     tokenizer if `tokenizer` is true.
 
     An adapter is attached to its base, which is frozen. `quant` "nf4" keeps the matrices of the
     layers in NF4, and with `double` their scales in 8 bits. "int8" keeps these matrices and that of
-    the head in 8 bits; an adapter is merged first. UserError names the file and the fault.
+    the head in 8 bits; an adapter is merged first. `compute_dtype` (None: `dtype`, or float32),
+    `recompute` and `neftune_alpha` are those of `Llama`. UserError names the file and the fault.
     """
     folder = resolve_model_dir(name)
     base = base_model_dir(folder)
     is_adapter = folder != base
     merge_first = quant == "int8" and is_adapter  # quantize the sum of the files' own numbers
+    options = {"compute_dtype": compute_dtype or dtype or torch.float32, "recompute": recompute,
+               "neftune_alpha": neftune_alpha}
     model = _read_model(base, torch.device(device), None if merge_first else dtype,
-                        "none" if merge_first else quant, double)
+                        "none" if merge_first else quant, double, options)
     if is_adapter:
         check_adapter_base(folder, base)
         load_adapter(model, folder)
         for k, x in adapter_state(model).items():
             check_finite(x, f"{folder / ADAPTER_WEIGHTS}: {k}")
     if quant == "int8":
-        int8.use(model)
+        # an adapter is merged in float32 before anything is rounded: one product in place of three
+        for name, m in lora.adapters(model).items():
+            model.set_submodule(name, Int8Linear(m.merged().detach(), m.base_layer.bias))
+        model.whole = {}
+        int8.convert_to_int8(model)
     if not tokenizer:
         return model, None
     return model, _load_tokenizer(folder, base, model.config.vocab_size)
@@ -100,16 +109,17 @@ def _load_tokenizer(folder: Path, base: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None, quant: str = "none",
-                double: bool = False) -> Llama:
-    """Load the model of a folder; every tensor of its files is used exactly once."""
+def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None, quant: str,
+                double: bool, options: dict[str, Any]) -> Llama:
+    """Load the model of a folder; every tensor of its files is used exactly once. `options` are
+    those of `Llama`."""
     config = read_config(folder)
     infos = {k: info for k, info in tensor_infos(folder).items()
              if not k.endswith("rotary_emb.inv_freq")}
     _check_layer_count(folder, config, infos)
     try:
         with torch.device("meta"):  # shapes only, no initial weights
-            model = Llama(config)
+            model = Llama(config, **options)
     except RuntimeError:
         raise UserError(f"{folder / CONFIG_FILE}: its sizes are too large for any memory; correct "
                         "them, or download the model again") from None

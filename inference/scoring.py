@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from inference.decode import batches_within, pad_right
-from layers.cross_entropy import at_once
+from layers.cross_entropy import chunk_sizes
 from model import KVCache, Llama
 from runtime.console import UserError
 
@@ -294,7 +294,7 @@ class _Scorer:
         index = torch.tensor([i for _, ids, i in self.pending for _ in ids], device=device)
         self.pending = []
         config = self.model.config
-        n_logits, *_ = at_once(device.type, config.vocab_size, config.hidden_size)
+        n_logits = chunk_sizes(device.type, config.vocab_size, config.hidden_size).logits
         for states, targets, owner in zip(*(x.split(n_logits) for x in (h, ids, index)),
                                           strict=True):
             logp = self.model.logits(states).log_softmax(-1)  # (T,V)

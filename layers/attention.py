@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.transfer import host, sent
+from runtime.transfer import host, to_device_async
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -122,7 +122,7 @@ class Layout:
             # a power of two, filled up with empty documents: the same graph for many batches
             ends = starts.new_full((1 << len(starts).bit_length(),), B * T)
             ends[: len(starts)] = starts
-            return cls(offsets=sent(ends.int(), doc.device), window=window)
+            return cls(offsets=to_device_async(ends.int(), doc.device), window=window)
         seen = causal_mask(T, window, doc.device)
         return cls(mask=((doc[:, :, None] == doc[:, None, :]) & seen)[:, None])
 

@@ -1,231 +1,289 @@
-"""What a run minimises and what it reports: the NLL of each token, and bits per byte.
+"""Linear cross-entropy: the negative log-likelihood (NLL) of targets from hidden states.
 
-The one idea: logits for all B x T tokens at once are the largest tensor of a training step (2048 x
-128256 in float32 is 1 GB) and nobody needs them. Both passes go chunk by chunk, and a chunk's
-logits live only until its log-sum-exp, or its gradient, is taken: what stands at once is bounded,
-however many tokens there are.
+The logits of all B x T tokens would be the largest tensor of a training step (2048 x 128256 in
+float32 is 1 GB). They are therefore computed chunk by chunk, in the forward and in the backward
+pass: a chunk's logits are freed as soon as its NLL and its gradient are known. `ChunkSizes` bounds
+the memory, however many tokens there are.
+
+`summed_nll` gives one sum, `token_nll` the NLL of each token. The gradient of a sum needs no second
+pass over the logits, so a loss that is a plain sum should take the first.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data import IGNORE
-from runtime.transfer import host, sent
+from runtime.transfer import host, to_device_async
 
-CHUNK, GROUP = 256, 1024  # of `at_once`: the first on a CPU, the least of the second
-LOGITS = {"cpu": 1 << 26, "cuda": 1 << 27}  # whose gradients stand at once; on a GPU they too
-CACHED = 1 << 18  # numbers in float32 that a CPU's thread goes over again and again in its cache
-ROWS = 4096  # of the head's gradient that are added to at once
-Sizes = tuple[int, int, int]
+IGNORE_INDEX = -100  # torch's own default for targets that are not trained
 
 
-def at_once(device: str, V: int, C: int) -> Sizes:
-    """How many tokens' logits stand at once on a `cpu` or a `cuda`; how many tokens' gradients of
-    logits before they are added to the head's gradient (V,C), which costs as much as a product;
-    and of how many tokens logits stand in float32.
+@dataclass(frozen=True)
+class ChunkSizes:
+    """How many tokens (or rows) are in memory at once.
 
-    On a CPU what was fastest at V = 32,000 on two threads: 131 MB of gradients in bf16, where the
-    head trains; the last grows with the threads, for each has rows of its own, up to a chunk. A GPU
-    that is to be busy needs more: so many logits, and gradients no larger than what they are added
-    to.
+    logits: tokens whose logits exist in the compute dtype. gradients: tokens whose logit gradients
+    are collected before one product adds them to the gradient of the output embedding. float32:
+    tokens whose logits exist in float32. head_rows: rows of the output embedding's gradient that
+    one addition covers.
     """
-    some = 1 << (LOGITS[device] // V).bit_length() - 1
+
+    logits: int
+    gradients: int
+    float32: int
+    head_rows: int = 4096
+
+
+def chunk_sizes(device: str, V: int, C: int, numel: int | None = None,
+                cached_numel: int = 1 << 18) -> ChunkSizes:
+    """The fastest measured chunk sizes for a `cpu` or `cuda` device and an output embedding (V,C).
+
+    On a CPU (measured at V = 32,000 with two threads): chunks of 256 tokens, and 131 MB of bf16
+    logit gradients where the output embedding is trained. Each thread works on so few float32
+    numbers (`cached_numel`) that they stay in its cache. A GPU needs larger chunks to be busy;
+    its logit gradients are no larger than the gradient that they are added to.
+    `numel` is the number of logits in a chunk (GPU) or in a group of gradients (CPU).
+    """
     if device == "cpu":
-        near = torch.get_num_threads() * max(1, CACHED // V)
-        return CHUNK, max(GROUP, some), min(CHUNK, near)
-    return some, max(GROUP, some, 2 * C), some
+        tokens = _power_of_two_below((numel or 1 << 26) // V)
+        float32 = torch.get_num_threads() * max(1, cached_numel // V)
+        return ChunkSizes(256, max(1024, tokens), min(256, float32))
+    tokens = _power_of_two_below((numel or 1 << 27) // V)
+    return ChunkSizes(tokens, max(1024, tokens, 2 * C), tokens)
 
 
-class _TokenNLL(torch.autograd.Function):
-    """NLL of each token from hidden states and head weights, (N,C), (V,C), (N,) -> (N,) float32.
+def _power_of_two_below(n: int) -> int:
+    """The largest power of two that is not above n; 1 for n = 0."""
+    return 1 << max(n.bit_length() - 1, 0)
 
-    d nll_t / d logits_t is softmax_t - onehot_t, whatever is later done with nll_t, so the forward
-    pass computes it while the chunk's logits are at hand: h's gradient is then a scaling by
-    whatever comes from above. W's gradient mixes the tokens; it too is only a scaling when all
-    tokens have the same factor, which is the case for a sum. Otherwise (preference losses: `each`
-    its own) the backward pass goes over the chunks again.
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Logits bounded by cap * tanh(x / cap), in float32; unchanged where cap is 0 (Gemma 2)."""
+    if not cap:
+        return logits
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def chunk_nll_(logits: Tensor, targets: Tensor, cap: float, needs_gradient: bool) -> Tensor:
+    """NLL of each target (n,) float32; logits (n,V) are overwritten by their gradient if needed.
+
+    d nll / d logits is softmax - onehot, so the gradient costs no second pass over the logits.
     """
-
-    @staticmethod
-    def forward(ctx, h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
-                sizes: Sizes, compiled: bool, each: bool) -> Tensor:
-        need_h, need_W = ctx.needs_input_grad[:2]
-        cast = W.to(h.dtype)  # (V,C)
-        nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
-        dh = torch.empty_like(h) if need_h else None
-        ctx.dW, ctx.how = None, (cap, smoothing, sizes, compiled and (need_h or need_W))
-        if need_W and not each:
-            ctx.dW = _head_gradient(h, cast, targets, *ctx.how, nll, dh)
-        else:
-            held = h.new_empty(min(sizes[0], len(h)), len(W))  # for the logits of each chunk
-            for at in range(0, len(h), sizes[0]):
-                part = slice(at, at + sizes[0])
-                d = held[: len(h[part])]  # (n,V)
-                nll[part] = _logit_gradient(d, h[part], cast, targets[part], *ctx.how, need_h)
-                if need_h:
-                    torch.mm(d, cast, out=dh[part])
-        ctx.save_for_backward(h, W, targets, dh)
-        return nll
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        h, W, targets, dh = ctx.saved_tensors
-        if dh is not None:
-            dh = (dh * g[:, None]).to(dh.dtype)  # g is not rounded: 1/1431 would lose 0.1 %
-        dW, ctx.dW = ctx.dW, None
-        if ctx.needs_input_grad[1]:
-            if dW is not None and g.stride(0) == 0:  # the gradient of a sum: one number, expanded
-                dW = dW.mul_(g[:1].sum())  # no token at all: 0
-            else:
-                dW = _head_gradient(h, W.to(h.dtype), targets, *ctx.how, factor=g)
-            dW = dW.to(W.dtype)
-        return dh, dW, *[None] * 6
-
-
-def capped(logits: Tensor, cap: float) -> Tensor:
-    """Logits bounded by cap * tanh(x / cap), in float32; as they are where cap is 0."""
-    return cap * torch.tanh(logits.float() / cap) if cap else logits
-
-
-def _logit_gradient(d: Tensor, h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
-                    sizes: Sizes, compiled: bool, wanted: bool = True) -> Tensor:
-    """(n,C), (V,C), (n,) -> NLL (n,) float32; into d (n,V) go the logits or, if `wanted`, their
-    gradient, in h's dtype."""
-    torch.mm(h, W.T, out=d)
-    if compiled:
-        return fast()(d, targets, cap, smoothing, wanted)
-    parts = zip(d.split(sizes[2]), targets.split(sizes[2]), strict=True)
-    return torch.cat([_in_place(*part, cap, smoothing, wanted) for part in parts])
-
-
-def _in_place(logits: Tensor, targets: Tensor, cap: float, smoothing: float,
-              wanted: bool) -> Tensor:
-    """NLL of each target, (n,) float32; if `wanted` logits (n,V) become their gradient.
-
-    With `smoothing` e a target is 1 - e of itself and e of all tokens alike (Szegedy et al. 2016,
-    section 7), so the NLL is (1 - e) nll + e times the mean NLL of all V tokens.
-    """
-    x = capped(logits, cap)  # (n,V)
+    x = softcap(logits, cap)  # (n,V)
     logp = torch.log_softmax(x, -1, dtype=torch.float32)  # (n,V)
-    nll = -logp.gather(-1, targets[:, None]).squeeze(-1)
-    if smoothing:
-        nll = (1 - smoothing) * nll - smoothing * logp.mean(-1)
-    if not wanted:
+    nll = -logp.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
+    if not needs_gradient:
         return nll
     d = logp.exp_()
-    if smoothing:
-        d -= smoothing / d.shape[-1]
-    if torch.compiler.is_compiling():  # in the one pass over them that there is
-        d = d - (torch.arange(d.shape[-1], device=d.device) == targets[:, None]) * (1 - smoothing)
+    if torch.compiler.is_compiling():  # one fused pass; an indexed write would be a second
+        d = d - (torch.arange(d.shape[-1], device=d.device) == targets[:, None]) * 1.0
     else:
-        d[torch.arange(len(d), device=d.device), targets] -= 1 - smoothing
+        d[torch.arange(len(d), device=d.device), targets] -= 1.0
     if cap:
         d *= 1 - (x / cap).square_()  # tanh' = 1 - tanh^2
     logits.copy_(d)
     return nll
 
 
-@cache
-def fast() -> Any:
-    """`_in_place`, compiled: logits are read twice and their gradient is written once."""
-    return torch.compile(_in_place)
+@dataclass(frozen=True)
+class _Options:
+    """What both autograd functions need in addition to their tensors."""
+
+    cap: float
+    sizes: ChunkSizes
+    compiled: Callable[..., Tensor] | None  # chunk_nll_, compiled
 
 
-def _head_gradient(h: Tensor, W: Tensor, targets: Tensor, cap: float, smoothing: float,
-                   sizes: Sizes, compiled: bool, nll: Tensor | None = None,
-                   dh: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-    """Sum over tokens of factor x (their logits' gradient) h^T, (V,C) float32; fills nll (N,) and
-    dh (N,C) if given."""
-    dW, (some, many, _) = None, sizes
-    held = h.new_empty(min(many, len(h)), len(W))  # new memory of this size costs as much as a pass
-    for begin in range(0, len(h), many):
-        group = slice(begin, min(begin + many, len(h)))
-        d = held[: group.stop - begin]  # (n,V)
-        for at in range(begin, group.stop, some):
-            part = slice(at, min(at + some, group.stop))
-            found = _logit_gradient(d[at - begin : part.stop - begin], h[part], W, targets[part],
-                                    cap, smoothing, sizes, compiled)
+def _chunk(logits: Tensor, h: Tensor, W: Tensor, targets: Tensor, options: _Options,
+           needs_gradient: bool = True) -> Tensor:
+    """NLL (n,) of h (n,C) with W (V,C); `logits` (n,V) is the memory for logits and gradient."""
+    torch.mm(h, W.T, out=logits)
+    if options.compiled is not None and needs_gradient:
+        return options.compiled(logits, targets, options.cap, True)
+    n = options.sizes.float32
+    return torch.cat([chunk_nll_(part, target, options.cap, needs_gradient)
+                      for part, target in zip(logits.split(n), targets.split(n), strict=True)])
+
+
+def _nll_and_dh(h: Tensor, W: Tensor, targets: Tensor, options: _Options,
+                needs_dh: bool) -> tuple[Tensor, Tensor | None]:
+    """NLL (n,) float32 of h (n,C), and dh (n,C) if needed; W (V,C) has h's dtype."""
+    nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
+    dh = torch.empty_like(h) if needs_dh else None
+    n = options.sizes.logits
+    memory = h.new_empty(min(n, len(h)), len(W))
+    for start in range(0, len(h), n):
+        chunk = slice(start, start + n)
+        logits = memory[: len(h[chunk])]
+        nll[chunk] = _chunk(logits, h[chunk], W, targets[chunk], options, needs_dh)
+        if dh is not None:
+            torch.mm(logits, W, out=dh[chunk])
+    return nll, dh
+
+
+def _dW(h: Tensor, W: Tensor, targets: Tensor, options: _Options, nll: Tensor | None = None,
+        dh: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
+    """Sum over tokens of factor x (gradient of its logits) h^T: (V,C) float32.
+
+    Fills nll (n,) and dh (n,C) where they are given: the logits are at hand.
+    """
+    dW, sizes = None, options.sizes
+    memory = h.new_empty(min(sizes.gradients, len(h)), len(W))  # allocated once: it costs a pass
+    for start in range(0, len(h), sizes.gradients):
+        group = slice(start, min(start + sizes.gradients, len(h)))
+        d = memory[: group.stop - start]  # (n,V)
+        for begin in range(start, group.stop, sizes.logits):
+            chunk = slice(begin, min(begin + sizes.logits, group.stop))
+            chunk_nll = _chunk(d[begin - start : chunk.stop - start], h[chunk], W, targets[chunk],
+                               options)
             if nll is not None:
-                nll[part] = found
+                nll[chunk] = chunk_nll
         if dh is not None:
             torch.mm(d, W, out=dh[group])
-        if factor is not None:
-            d *= factor[group, None]
-        part_W = d.T @ h[group]
+        if factors is not None:
+            d *= factors[group, None]
+        group_dW = d.T @ h[group]  # (V,C)
         if dW is None:
-            dW = part_W.float()
+            dW = group_dW.float()
             continue
-        for into, more in zip(dW.split(ROWS), part_W.split(ROWS), strict=True):
-            into += more  # cast first, so not all at once
+        for rows, addend in zip(dW.split(sizes.head_rows), group_dW.split(sizes.head_rows),
+                                strict=True):
+            rows += addend  # the addend is cast to float32 first, so not all rows at once
     return torch.zeros_like(W, dtype=torch.float32) if dW is None else dW
 
 
-def token_nll(h: Tensor, head: Tensor, targets: Tensor, cap: float = 0.0, smoothing: float = 0.0,
-              compiled: bool = False, each: bool = False) -> Tensor:
-    """Negative log-likelihood of each target in nats: (B,T,C), (V,C), (B,T) -> (B,T) float32.
+class SummedNLL(torch.autograd.Function):
+    """Sum of the NLL of n targets: h (n,C), W (V,C), targets (n,) -> () float32.
 
-    0 where the target is IGNORE; such tokens cost nothing. Holds so much of (B,T,V) as `at_once`
-    says. `cap` bounds the logits (see `capped`), `smoothing` spreads the targets (see `_in_place`),
-    `compiled`: see `fast`; `each`: what is made of them is no plain sum (see `_TokenNLL`).
+    Both gradients are computed in the forward pass, while a chunk's logits exist. The backward
+    pass only multiplies them by the gradient of the sum, which is one number.
+
+    The NLLs are added in their places among `size` tokens, so that the sum has the same rounding
+    as a sum over all tokens; `trained` (n,) are those places, None: all of them.
     """
-    how = cap, smoothing, at_once(h.device.type, *head.shape), compiled, each
-    if not torch.is_grad_enabled():  # a Function is told of a leaf that it needs a gradient
-        h, head = h.detach(), head.detach()
-    kept = host(targets).flatten() != IGNORE
-    h, flat = h.flatten(0, 1), targets.flatten()
-    if kept.all():
-        return _TokenNLL.apply(h, head, flat, *how).view(targets.shape)
-    at = sent(kept.nonzero().squeeze(-1), h.device)  # (n,)
-    nll = _TokenNLL.apply(h[at], head, flat[at], *how)
-    return _Scatter.apply(nll, at, len(flat)).view(targets.shape)
-
-
-class _Scatter(torch.autograd.Function):
-    """y (N,) with y[at] = x (n,), 0 elsewhere; a gradient that is one number expanded stays one."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, at: Tensor, N: int) -> Tensor:
-        ctx.save_for_backward(at)
-        return x.new_zeros(N).index_put_((at,), x)
+    def forward(ctx: Any, h: Tensor, W: Tensor, targets: Tensor, trained: Tensor | None,
+                size: int, options: _Options) -> Tensor:
+        needs_h, needs_W = ctx.needs_input_grad[:2]
+        cast = W.to(h.dtype)  # (V,C)
+        ctx.dW, ctx.options = None, options
+        if needs_W:
+            nll = torch.empty(len(h), dtype=torch.float32, device=h.device)
+            dh = torch.empty_like(h) if needs_h else None
+            ctx.dW = _dW(h, cast, targets, options, nll, dh)
+        else:
+            nll, dh = _nll_and_dh(h, cast, targets, options, needs_h)
+        ctx.save_for_backward(h, W, targets, dh)
+        return scatter(nll, trained, size).sum()
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
-        (at,) = ctx.saved_tensors
-        return g[:1].expand(len(at)) if g.stride(0) == 0 else g[at], None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        h, W, targets, dh = ctx.saved_tensors
+        if dh is not None:
+            # a tensor of two dimensions is not rounded to bf16 first: 1/1431 would lose 0.1 %
+            dh = (dh * g.view(1, 1)).to(dh.dtype)
+        dW, ctx.dW = ctx.dW, None  # overwritten here, so it serves one backward pass
+        if ctx.needs_input_grad[1]:
+            if dW is None:
+                dW = _dW(h, W.to(h.dtype), targets, ctx.options, factors=g.expand(len(h)))
+            else:
+                dW.mul_(g)
+            dW = dW.to(W.dtype)
+        return dh, dW, None, None, None, None
 
 
-def document_logp(nll: Tensor, doc: Tensor, N: int) -> Tensor:
-    """Log-probability of each document of each row: NLLs (B,T), doc (B,T) -> (B,N) nats."""
-    at = torch.where(doc >= 0, doc, N)
-    return -nll.new_zeros(len(nll), N + 1).scatter_add(1, at, nll)[:, :N]
+class TokenNLL(torch.autograd.Function):
+    """NLL of each target: h (n,C), W (V,C), targets (n,) -> (n,) float32.
 
-
-def dpo(logp: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Losses and margins of pairs, (P,) each, from log-probabilities (P,2) of chosen and rejected.
-
-    -log sigmoid of beta times how much more than the reference the model prefers the chosen one
-    (Rafailov et al. 2023, equation 7).
+    dh of each token is computed in the forward pass and multiplied by that token's gradient in the
+    backward pass. dW mixes tokens, so the backward pass computes the logits again for it.
     """
-    more = logp - reference  # (P,2)
-    margin = beta * (more[:, 0] - more[:, 1])
-    return -torch.nn.functional.logsigmoid(margin), margin
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, W: Tensor, targets: Tensor, options: _Options) -> Tensor:
+        nll, dh = _nll_and_dh(h, W.to(h.dtype), targets, options, ctx.needs_input_grad[0])
+        ctx.options = options
+        ctx.save_for_backward(h, W, targets, dh)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        h, W, targets, dh = ctx.saved_tensors
+        dW = None
+        if dh is not None:
+            dh = (dh * g[:, None]).to(dh.dtype)
+        if ctx.needs_input_grad[1]:
+            dW = _dW(h, W.to(h.dtype), targets, ctx.options, factors=g).to(W.dtype)
+        return dh, dW, None, None
 
 
-def cpo(logp: Tensor, tokens: Tensor, beta: float, arpo: bool = False) -> tuple[Tensor, Tensor]:
-    """The same without a reference (Xu et al. 2024, equation 5; its NLL of the chosen is added by
-    whoever sums up). logp and tokens, the trained tokens of each, (P,2).
+def scatter(nll: Tensor, trained: Tensor | None, size: int) -> Tensor:
+    """NLLs (n,) in their places `trained` (n,) among `size` tokens, 0 elsewhere: (size,)."""
+    if trained is None:
+        return nll
+    return nll.new_zeros(size).index_put((trained,), nll)
 
-    `arpo`: the rejected one counts less where it is nearly as likely as the chosen, token for token
-    (X-ALMA); its factor min(1, 0.9 exp(0.4 |difference of means|) - 1) is taken as a constant.
+
+def _select(h: Tensor, W: Tensor, targets: Tensor, trained: Tensor | None,
+            ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Hidden states and targets of the trained tokens, and their places; None where all are."""
+    if not torch.is_grad_enabled():  # an autograd function is told of a leaf that needs a gradient
+        h, W = h.detach(), W.detach()
+    h, flat = h.flatten(0, 1), targets.flatten()  # (B T,C), (B T,)
+    if trained is None:
+        trained = (host(targets).flatten().cpu() != ignore_index).nonzero().squeeze(-1)  # (n,)
+    if len(trained) == len(flat):
+        return h, W, flat, None
+    trained = to_device_async(trained, h.device)
+    return h[trained], W, flat[trained], trained
+
+
+class LinearCrossEntropy(nn.Module):
+    """NLL of targets (B,T) from hidden states (B,T,C) and an output embedding (V,C), in chunks.
+
+    Targets equal to `ignore_index` are not computed; their NLL is 0. `softcap` bounds the logits.
     """
-    factor = torch.ones_like(logp[:, 1])
-    if arpo:
-        mean = (logp / tokens.clamp(min=1)).detach()
-        factor = (0.9 * torch.exp(0.4 * (mean[:, 0] - mean[:, 1]).abs()) - 1).clamp(max=1)
-    margin = beta * (logp[:, 0] - factor * logp[:, 1])
-    return -torch.nn.functional.logsigmoid(margin), margin
+
+    def __init__(self, softcap: float = 0.0, ignore_index: int = IGNORE_INDEX,
+                 sizes: ChunkSizes | None = None):
+        super().__init__()
+        self.softcap, self.ignore_index, self.sizes = softcap, ignore_index, sizes
+        self.compiled_chunk: Callable[..., Tensor] | None = None
+
+    def compile(self, **options: Any) -> None:
+        """Compile the pass over a chunk's logits: it reads them twice and writes the gradient once.
+
+        The loops stay as they are, because the number of trained tokens changes with every batch.
+        """
+        self.compiled_chunk = torch.compile(chunk_nll_, **options)
+
+    def forward(self, h: Tensor, W: Tensor, targets: Tensor,
+                reduction: Literal["none", "sum"] = "none",
+                trained: Tensor | None = None) -> Tensor:
+        """`sum`: () float32; `none`: (B,T) float32. `trained` (n,): the places of the targets that
+        are not `ignore_index`, where the caller knows them; otherwise a GPU is waited for."""
+        sizes = self.sizes or chunk_sizes(h.device.type, *W.shape)
+        options = _Options(self.softcap, sizes, self.compiled_chunk)
+        h, W, flat, trained = _select(h, W, targets, trained, self.ignore_index)
+        if reduction == "sum":
+            return SummedNLL.apply(h, W, flat, trained, targets.numel(), options)
+        nll = TokenNLL.apply(h, W, flat, options)  # (n,)
+        return scatter(nll, trained, targets.numel()).view(targets.shape)
+
+
+def token_nll(h: Tensor, W: Tensor, targets: Tensor, softcap: float = 0.0,
+              sizes: ChunkSizes | None = None) -> Tensor:
+    """NLL of each target in nats, 0 where it is ignored: (B,T,C), (V,C), (B,T) -> (B,T) float32."""
+    return LinearCrossEntropy(softcap, sizes=sizes)(h, W, targets)
+
+
+def summed_nll(h: Tensor, W: Tensor, targets: Tensor, softcap: float = 0.0,
+               sizes: ChunkSizes | None = None) -> Tensor:
+    """Sum of the targets' NLL in nats: (B,T,C), (V,C), (B,T) -> () float32."""
+    return LinearCrossEntropy(softcap, sizes=sizes)(h, W, targets, "sum")

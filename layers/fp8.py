@@ -1,13 +1,12 @@
-"""Products in eight bits (--dtype fp8): of the blocks' linear layers, where all weights train, on a
-GPU that multiplies them (Ada, Hopper and later).
+"""Training with products in eight bits (`--dtype fp8`): the blocks' linear layers, with
+`--tune full`, on a GPU that multiplies fp8 (Ada, Hopper and later).
 
-Of eight bits e4m3 has more digits and e5m2 a wider range: inputs and weights are rounded to the
-first, gradients to the second (Micikevicius et al. 2022, "FP8 formats for deep learning"), each
-tensor divided by a scale that puts its largest number at the format's largest, found anew for each
-product and never read by the host. Sums are float32. All else is as with bf16: what trains is kept
-in float32, what flows between products in bf16; so checkpoints, the optimizer and the saved model
-are the same. Where no gradient is asked for, at evaluations, products are in bf16, as they will be
-for whoever takes the model.
+e4m3 has more digits, e5m2 a wider range: inputs and weights are rounded to the first, gradients to
+the second (Micikevicius et al. 2022, "FP8 formats for deep learning"). Each tensor has one scale,
+which puts its largest number at the format's largest; it is computed for each product and never
+read by the host. Sums are float32. Everything else is as in bf16: trained weights are float32,
+activations bf16, so checkpoints, the optimizer and the saved model are the same. Without a gradient
+(evaluation) products are in bf16, as they will be for the users of the model.
 """
 
 from __future__ import annotations
@@ -20,80 +19,96 @@ from torch import Tensor, nn
 from layers.functional import Linear
 from runtime.console import FLAGS, UserError
 
-FINE, WIDE = torch.float8_e4m3fn, torch.float8_e5m2
-EVEN = 16  # the kernels want multiples of it, of all three sizes of a product
-LEAST = 1e-30  # of a tensor's largest number, or nothing but zeros would be divided by 0
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+MULTIPLE = 16  # the kernels take only multiples of it, in all three sizes of a product
+SMALLEST = 1e-30  # lower bound of a tensor's largest number, so that zeros are not divided by 0
+
+Fp8 = tuple[Tensor, Tensor]  # numbers in eight bits, and their scale () float32
 
 
-def narrow(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x in eight bits, and the scale () float32 that gives it back; a number that is not finite
-    makes all of them NaN."""
-    scale = x.abs().amax().float().clamp(min=LEAST) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale  # divided in bf16 it would be rounded twice
+def to_fp8(x: Tensor, dtype: torch.dtype) -> Fp8:
+    """x in eight bits and its scale; one number that is not finite makes all of them NaN."""
+    scale = x.abs().amax().float().clamp(min=SMALLEST) / torch.finfo(dtype).max
+    return (x.float() / scale).to(dtype), scale  # a division in bf16 would round twice
 
 
-def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype,
-            fast: bool = False) -> Tensor:
-    """a b^T of numbers in eight bits and their scales: (n,k), (m,k) -> (n,m) in a dtype; `fast`
-    adds up in fewer bits, which is enough forward."""
+def scaled_mm(a: Fp8, b: Fp8, dtype: torch.dtype, fast_accumulation: bool = False) -> Tensor:
+    """a b^T: (n,k), (m,k) -> (n,m) in `dtype`. Fast accumulation is exact enough for the forward
+    pass."""
     return torch._scaled_mm(a[0], b[0].T, scale_a=a[1], scale_b=b[1], out_dtype=dtype,
-                            use_fast_accum=fast)
+                            use_fast_accum=fast_accumulation)
 
 
-def turned(x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The transposed matrix, row by row in memory, as the kernels want both factors."""
+def transposed(x: Fp8) -> Fp8:
+    """The transposed matrix in row-major order, which the kernels expect of both factors."""
     return x[0].T.contiguous(), x[1]
 
 
-class _Product(torch.autograd.Function):
-    """x W^T + b and its two gradients; x and W are rounded again for them, not kept in eight bits,
-    for x is kept for its other readers anyway."""
+class _Fp8Product(torch.autograd.Function):
+    """x W^T + b and its gradients. x and W are rounded again for the backward pass, because x is
+    kept in bf16 for other readers anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, W)
-        ctx.bias = None if bias is None else bias.dtype
-        # ranks that share W gather it in x's dtype: so does one alone
-        y = product(narrow(x.flatten(0, -2), FINE), narrow(W.to(x.dtype), FINE), x.dtype, fast=True)
-        return (y if bias is None else y + bias.to(x.dtype)).view(*x.shape[:-1], -1)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # FSDP gathers W in x's dtype; the cast makes one rank compute the same
+        y = scaled_mm(to_fp8(x.flatten(0, -2), E4M3), to_fp8(W.to(x.dtype), E4M3), x.dtype,
+                      fast_accumulation=True)  # (N,out)
+        if bias is not None:
+            y = y + bias.to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W = ctx.saved_tensors
-        flat = g.flatten(0, -2).contiguous()  # (N,out): the product takes no other order
-        rounded, dx, dW = narrow(flat, WIDE), None, None
-        if ctx.needs_input_grad[0]:
-            dx = product(rounded, turned(narrow(W.to(x.dtype), FINE)), x.dtype).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            dW = product(turned(rounded), turned(narrow(x.flatten(0, -2), FINE)), W.dtype)
-        return dx, dW, flat.sum(0).to(ctx.bias) if ctx.needs_input_grad[2] else None
+        need_x, need_W, need_bias = ctx.needs_input_grad
+        flat = g.flatten(0, -2).contiguous()  # (N,out): the kernel takes no other order
+        rounded, dx, dW = to_fp8(flat, E5M2), None, None
+        if need_x:
+            W8 = to_fp8(W.to(x.dtype), E4M3)
+            dx = scaled_mm(rounded, transposed(W8), x.dtype).view(x.shape)
+        if need_W:
+            x8 = to_fp8(x.flatten(0, -2), E4M3)
+            dW = scaled_mm(transposed(rounded), transposed(x8), W.dtype)
+        return dx, dW, flat.sum(0).to(ctx.bias_dtype) if need_bias else None
 
 
-class Linear8(Linear):
-    """A linear layer whose products are in eight bits while it trains."""
+class Fp8Linear(Linear):
+    """A linear layer whose products are in eight bits where there is a gradient."""
+
+    @classmethod
+    def from_linear(cls, linear: Linear) -> Fp8Linear:
+        """The same parameters in a layer of this class."""
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None,
+                    device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)
-        return _Product.apply(x, self.weight, self.bias)
+        return _Fp8Product.apply(x, self.weight, self.bias)
 
 
-def use(model: nn.Module) -> None:
-    """Let the blocks' linear layers multiply in eight bits; the head's logits stay as they are."""
-    for m in model.model.layers.modules():
+def convert_to_fp8(model: nn.Module) -> None:
+    """Replace the blocks' linear layers by Fp8Linear; the output embedding keeps its dtype."""
+    for name, m in list(model.model.layers.named_modules()):
         if type(m) is Linear:
-            m.__class__ = Linear8
+            model.model.layers.set_submodule(name, Fp8Linear.from_linear(m))
 
 
 def check(model: nn.Module, device: torch.device, T: int) -> None:
-    """UserError (FLAGS) where this model's products, in rows of T, cannot be in eight bits."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    """UserError (FLAGS) where this model, in rows of T tokens, cannot be trained in fp8."""
+    supported = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     sizes = {n for m in model.model.layers.modules() if isinstance(m, nn.Linear)
              for n in m.weight.shape}
-    why = "needs a GPU that multiplies eight bits (Ada, Hopper or later)" if not able \
-        else "is for all weights (--tune full)" if not all(
-            p.requires_grad for p in model.parameters()) \
-        else f"needs matrices and --seq-len in multiples of {EVEN}" if any(
-            n % EVEN for n in (T, *sizes)) else ""
-    if why:
-        raise UserError(f"--dtype fp8: {why}; take bf16", FLAGS)
+    if not supported:
+        reason = "needs a GPU that multiplies eight bits (Ada, Hopper or later)"
+    elif not all(p.requires_grad for p in model.parameters()):
+        reason = "is for all weights (--tune full)"
+    elif any(n % MULTIPLE for n in (T, *sizes)):
+        reason = f"needs matrices and --seq-len in multiples of {MULTIPLE}"
+    else:
+        return
+    raise UserError(f"--dtype fp8: {reason}; take bf16", FLAGS)

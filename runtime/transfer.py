@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-def sent(x: Tensor, device: Any) -> Tensor:
+def to_device_async(x: Tensor, device: Any) -> Tensor:
     """x on a device; from the host to a GPU the copy is only begun, and `host` still gives x."""
     device = torch.device(device)
     if x.device.type != "cpu" or device.type != "cuda":

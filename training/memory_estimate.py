@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,12 @@ from checkpoints.peft_adapter import load_adapter
 from layers import fp8, nf4
 from layers.attention import kernel
 from layers.config import ModelConfig
-from layers.cross_entropy import Sizes, _TokenNLL, at_once, cpo, document_logp, dpo
+from layers.cross_entropy import ChunkSizes, LinearCrossEntropy, chunk_sizes
 from model import Layout, Llama
 from runtime.console import FLAGS, UserError
 from runtime.distributed import BUCKET, GiB, Ranks, meets_often, stays_whole, way
 from training import optimizer as optim
+from training.preference import cpo, document_logp, dpo
 from training.settings import Settings
 
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits")
@@ -68,7 +69,7 @@ def shaped(config: ModelConfig, s: Settings, dtype: torch.dtype,
     """The model that settings `s` (train.Settings) would train, without its numbers; products are
     in `dtype`. An adapter that is trained further is of its own folder's shape."""
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(config, dtype, s.recompute, s.neftune)
         kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
         model.to(kept if s.tune == "full" and not s.train_layers else dtype)
         if s.tune == "qlora":
@@ -83,10 +84,8 @@ def shaped(config: ModelConfig, s: Settings, dtype: torch.dtype,
                         s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
-    model.model.recompute, model.model.light = s.recompute, s.recompute_light
-    model.model.compute_dtype, model.model.neftune = dtype, s.neftune
     if s.dtype == "fp8":
-        fp8.use(model)
+        fp8.convert_to_fp8(model)
     return model.train()
 
 
@@ -197,8 +196,8 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
     how = way(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
     whole = bool(lora.trained_whole(model))
     beside = s.mode == "dpo" and s.tune != "full" and not adapter and not (how == "fsdp" and whole)
-    some, many, near = at_once("cpu" if path == "blocks" else "cuda", *model.head.shape)
-    sizes = some, many, max(near, NEAR)
+    sizes = chunk_sizes("cpu" if path == "blocks" else "cuda", *model.head.shape)
+    sizes = replace(sizes, float32=max(sizes.float32, NEAR))
     B, T = s.rows, s.seq_len
     doc = (torch.arange(T, device=device) > T // 2).long().expand(B, T)  # (B,T)
     pos = torch.arange(T, device=device).expand(B, T)
@@ -282,9 +281,9 @@ def check(config: ModelConfig, s: Settings, dtype: torch.dtype, ranks: Ranks, pa
         among = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
         raise UserError(
             f"--rows {B} x --seq-len {T}, --tune {s.tune}: a step needs {found.total / GiB:.1f} GB"
-            f"{among} ({found}), {ranks.device} has {room:.1f}; take fewer --rows, --recompute, "
-            "--tune qlora, --optimizer adamw8bit or adamw-bf16, or try all the same with "
-            "--ignore-memory", FLAGS)
+            f"{among} ({found}), {ranks.device} has {room:.1f}; take fewer --rows, "
+            "--recompute full, --tune qlora, --optimizer adamw8bit or adamw-bf16, or try all the "
+            "same with --ignore-memory", FLAGS)
 
 
 def on(ranks: Ranks, config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int,
@@ -310,7 +309,7 @@ def _place(model: nn.Module, device: torch.device) -> None:
                        for k, x in whole.items()}
 
 
-def _step(model: Llama, s: Settings, held: _Held, doc: Tensor, pos: Tensor, sizes: Sizes,
+def _step(model: Llama, s: Settings, held: _Held, doc: Tensor, pos: Tensor, sizes: ChunkSizes,
           cut: Cut | None, last: bool, meet: bool, beside: bool) -> None:
     """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`, in
     messages that hold them a second time until they stand in for them.
@@ -335,26 +334,28 @@ def _step(model: Llama, s: Settings, held: _Held, doc: Tensor, pos: Tensor, size
 
     each = s.mode in ("dpo", "cpo")
 
-    def nll() -> Tensor:
-        h = model.model(doc, doc, pos).flatten(0, 1)  # (B T,C)
+    loss_function = LinearCrossEntropy(model.config.logit_cap, sizes=sizes)
+    trained = doc.flatten()  # all tokens: only the number is read
+
+    def nll(reduction: Literal["none", "sum"]) -> Tensor:
+        h = model.model(doc, doc, pos)  # (B,T,C)
         held.what = "logits"
-        found = _TokenNLL.apply(h, model.head, doc.flatten(), model.config.logit_cap, 0.0,
-                                sizes, False, each)
+        found = loss_function(h, model.head, doc, reduction, trained)
         held.what = "activations"
-        return found.view(doc.shape)  # (B,T)
+        return found
 
     hooks = [p.register_post_accumulate_grad_hook(arrived) for p in moving]
     if each:
         before = None
         if beside:
             with torch.no_grad(), lora.disabled(model):
-                before = nll()
-        logp = document_logp(nll(), doc, 2)  # (B,2)
+                before = nll("none")
+        logp = document_logp(nll("none"), doc, 2)  # (B,2)
         losses, _ = cpo(logp, logp.detach(), s.beta, s.arpo) if s.mode == "cpo" else \
             dpo(logp, logp.detach() if before is None else document_logp(before, doc, 2), s.beta)
         loss = losses.sum() - (s.nll_weight * logp[:, 0].sum() if s.mode == "cpo" else 0)
     else:
-        loss = nll().sum()
+        loss = nll("sum")
     loss.backward()
     for hook in hooks:
         hook.remove()

@@ -138,8 +138,8 @@ def explained(cost: str, step: Callable[[], int], out: Path) -> Iterator[None]:
         if out_of_memory(e):
             raise UserError(
                 f"step {step()}, rank {rank}: out of memory with {cost} ({why[:120]}); "
-                "lower --rows (the result stays the same), or take --recompute, --tune lora or "
-                "qlora, --shard fsdp over more ranks, a shorter --seq-len; what is saved stands",
+                "lower --rows (the result stays the same), or take --recompute full, --tune lora "
+                "or qlora, --shard fsdp over more ranks, a shorter --seq-len; what is saved stands",
                 FLAGS) from None
         if "RANK" in os.environ and any(x in why.lower() for x in LOST):
             raise UserError(
@@ -233,6 +233,6 @@ def most_rows(total: int, fits: Callable[[int], bool]) -> int:
             break
         found = rows
     if not found:
-        raise UserError("--rows auto: not even one row fits into memory; take --recompute, --tune "
-                        "lora or qlora, or a shorter --seq-len", FLAGS)
+        raise UserError("--rows auto: not even one row fits into memory; take --recompute full, "
+                        "--tune lora or qlora, or a shorter --seq-len", FLAGS)
     return found

@@ -35,7 +35,7 @@ def trained_tokens(batch: Batch) -> int:
 
 
 NLL = Objective(
-    lambda model, b: model(b.tokens, b.doc, b.pos, b.targets).sum(), trained_tokens)
+    lambda model, b: model(b.tokens, b.doc, b.pos, b.targets, reduction="sum"), trained_tokens)
 
 
 def objective_of(settings: Settings) -> Objective:

@@ -144,11 +144,16 @@ def usable(gb: float) -> float:
 
 
 def flops(model: Llama, s: Settings) -> float:
-    """Products for a token of a run, those that --recompute and a reference (DPO) repeat
+    """Products for a token of a run, those that --recompute full and a reference (DPO) repeat
     included."""
     forward = model.flops_per_token(s.seq_len, gradient=False)
     blocks = forward - 2 * model.head.numel()
-    return model.flops_per_token(s.seq_len) + blocks * s.recompute + forward * (s.mode == "dpo")
+    flops = model.flops_per_token(s.seq_len)
+    if s.recompute == "full":
+        flops += blocks
+    if s.mode == "dpo":
+        flops += forward
+    return flops
 
 
 def needed(run: Run) -> tuple[float, float, float]:
@@ -157,7 +162,7 @@ def needed(run: Run) -> tuple[float, float, float]:
     attention.
 
     DPO's reference is counted where a step computes it; a row's unused tail is not, nor what
-    --recompute makes again. Attention is counted as if no window cut it.
+    --recompute full makes again. Attention is counted as if no window cut it.
     """
     model = run.model
     reference = run.s.mode == "dpo" and run.loader.sources[0].reference is None

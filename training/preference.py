@@ -21,14 +21,46 @@ from torch import Tensor
 
 import lora
 from data import IGNORE, Batch, Whole
-from layers.cross_entropy import cpo, document_logp, dpo
 from model import Llama
 from runtime.console import say
 from runtime.distributed import Ranks
-from runtime.transfer import host, sent
+from runtime.transfer import host, to_device_async
 from training.settings import Settings
 
 REPORTED = ("margin", "accuracy", "chosen_logp", "rejected_logp")  # means over pairs
+
+
+def document_logp(nll: Tensor, doc: Tensor, N: int) -> Tensor:
+    """Log-probability of each document of each row: NLLs (B,T), doc (B,T) -> (B,N) nats."""
+    index = torch.where(doc >= 0, doc, N)
+    return -nll.new_zeros(len(nll), N + 1).scatter_add(1, index, nll)[:, :N]
+
+
+def dpo(logp: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Losses and margins of pairs, (P,) each, from log-probabilities (P,2) of chosen and rejected.
+
+    -log sigmoid(beta ((logp - reference) of the chosen - that of the rejected)) (Rafailov et al.
+    2023, equation 7).
+    """
+    ratios = logp - reference  # (P,2)
+    margin = beta * (ratios[:, 0] - ratios[:, 1])
+    return -torch.nn.functional.logsigmoid(margin), margin
+
+
+def cpo(logp: Tensor, tokens: Tensor, beta: float, arpo: bool = False) -> tuple[Tensor, Tensor]:
+    """Losses and margins of pairs without a reference (Xu et al. 2024, equation 5), (P,) each.
+
+    logp and tokens, the number of trained tokens of each document, are (P,2). The NLL of the chosen
+    document is not part of it: the caller adds it. `arpo` (X-ALMA) weighs the rejected document by
+    min(1, 0.9 exp(0.4 |difference of mean log-probabilities|) - 1), a constant to the gradient:
+    less where it is nearly as likely, token for token, as the chosen one.
+    """
+    factor = torch.ones_like(logp[:, 1])
+    if arpo:
+        mean = (logp / tokens.clamp(min=1)).detach()
+        factor = (0.9 * torch.exp(0.4 * (mean[:, 0] - mean[:, 1]).abs()) - 1).clamp(max=1)
+    margin = beta * (logp[:, 0] - factor * logp[:, 1])
+    return -torch.nn.functional.logsigmoid(margin), margin
 
 
 def total(model: Llama, b: Batch, s: Settings) -> Tensor:
@@ -45,12 +77,12 @@ def total(model: Llama, b: Batch, s: Settings) -> Tensor:
         return -document_logp(x, b.doc, N).view(-1, 2)[there]  # (P,2)
 
     there = document_logp((doc >= 0).float(), doc, N).view(-1, 2)[:, 0] < 0  # (B*N/2,)
-    there = sent(there.nonzero().squeeze(-1), b.doc.device)  # (P,)
+    there = to_device_async(there.nonzero().squeeze(-1), b.doc.device)  # (P,)
     before = b.reference
     if s.mode == "dpo" and before is None:
         with torch.no_grad(), lora.disabled(model):
             before = model(b.tokens, b.doc, b.pos, b.targets)  # (B,T)
-    logp = -by_pair(model(b.tokens, b.doc, b.pos, b.targets, each=True))  # (P,2)
+    logp = -by_pair(model(b.tokens, b.doc, b.pos, b.targets))  # (P,2)
     if s.mode == "dpo":
         losses, margin = dpo(logp, -by_pair(before), s.beta)
         sums = [losses.sum()]

@@ -61,6 +61,7 @@ from training import monitor as watch
 from training import optimizer as optim
 from training import preference
 from training import validation as looks
+from training.compile_model import compile_model, uncompiled
 from training.early_stopping import Guards, evaluations, finite
 from training.objective import Objective
 from training.settings import (
@@ -130,8 +131,9 @@ class Run:
         # of several ranks, each reads the files as they are and keeps its share
         at = ranks.device if ranks.world == 1 or s.tune == "qlora" else torch.device("cpu")
         kept = kept if ranks.world == 1 or s.tune != "full" else None
-        model, tokenizer = load_model(folder, at, kept, quant="nf4" if s.tune == "qlora"
-                                        else "none", double=s.double_quant)
+        model, tokenizer = load_model(
+            folder, at, kept, quant="nf4" if s.tune == "qlora" else "none", double=s.double_quant,
+            compute_dtype=dtype, recompute=s.recompute, neftune_alpha=s.neftune)
         if s.tune == "full" and lora.adapters(model):
             raise UserError(
                 f"--model {s.model}: an adapter; go on training it with --tune lora", FLAGS)
@@ -146,12 +148,9 @@ class Run:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         if model.lm_head is None and model.head.requires_grad:
             log.say("the head is tied to the embeddings: one tensor, trained and saved once")
-        model.model.recompute, model.model.light = s.recompute, s.recompute_light
-        model.model.compute_dtype = dtype
         if s.dtype == "fp8":
             fp8.check(model, ranks.device, s.seq_len)
-            fp8.use(model)
-        model.model.neftune, model.smoothing = s.neftune, s.label_smoothing
+            fp8.convert_to_fp8(model)
         context, vocab = model.config.max_position_embeddings, model.config.vocab_size
         if s.seq_len > context:
             raise UserError(f"--seq-len {s.seq_len}: the model's context is {context}", FLAGS)
@@ -172,7 +171,7 @@ class Run:
             s = dataclasses.replace(s, rows=watch.rows_that_fit(s, model, objective, ranks, load))
             log.say(f"--rows auto: {s.rows}")
         if s.compile:  # for these rows
-            model.model.compile_blocks(ranks.device)
+            compile_model(model)
         micro = s.rows * each
         per_step = s.tokens_per_step or micro
         if per_step % micro:
@@ -199,8 +198,9 @@ class Run:
         saver = AsyncCheckpointer(out / "checkpoints", s.keep, ranks)
         # what trains as it is and is cut cannot be changed for its frozen values in a forward pass
         if s.mode == "dpo" and not s.plan and (not fresh or (ranks.how == "fsdp" and whole)):
-            preference.keep_reference(model, loader.streams, out / "reference", str(folder), s.rows,
-                                      ranks)
+            with uncompiled():
+                preference.keep_reference(model, loader.streams, out / "reference", str(folder),
+                                          s.rows, ranks)
         return cls(s, out, ranks, model, folder, tokenizer, loader, held, guards, optimizer,
                    scale, saver, steps, per_step // micro)
 
@@ -238,15 +238,16 @@ class Run:
     def look(self) -> dict[str, Any]:
         """An evaluation: bits per byte, suites, samples; whether a guard ends the run with it. What
         metrics.jsonl keeps; of several ranks, what the first found."""
-        found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
-        if self.guards.suites:
-            self.model.eval()
-            ends = stop_ids(self.folder, self.tokenizer)
-            found["suites"] = finite(self.guards.measure(self.model, self.tokenizer, self.ranks,
-                                                         ends))
-            self.model.train()
-        found = json.loads(self.ranks.gather(json.dumps(found))[0])
-        block = looks.samples(self.model, self.held, self.tokenizer, self.s.prompts)
+        with uncompiled():
+            found = {"bits_per_byte": finite(looks.bits(self.model, self.held, self.tokenizer))}
+            if self.guards.suites:
+                self.model.eval()
+                ends = stop_ids(self.folder, self.tokenizer)
+                found["suites"] = finite(self.guards.measure(self.model, self.tokenizer,
+                                                             self.ranks, ends))
+                self.model.train()
+            found = json.loads(self.ranks.gather(json.dumps(found))[0])
+            block = looks.samples(self.model, self.held, self.tokenizer, self.s.prompts)
         if self.ranks.rank == 0:
             looks.add(self.out / "samples.txt", self.step, block)
         self.keep_best(found["bits_per_byte"])

@@ -32,12 +32,26 @@ def removed(name: str, idle: Any) -> Callable[[Any], dict[str, Any]]:
     return read
 
 
+def recompute_mode(value: Any) -> dict[str, Any]:
+    """For `Settings.RENAMED`: recompute was a flag."""
+    if isinstance(value, bool):
+        value = "full" if value else "none"
+    return {"recompute": value}
+
+
+def recompute_light_mode(value: Any) -> dict[str, Any]:
+    """For `Settings.RENAMED`: recompute_light was a flag of its own, after recompute."""
+    return {"recompute": "selective"} if value else {}
+
+
 @dataclass
 class Settings:
     """Train a LLaMA on token bins, with all weights or LoRA."""
 
     HINTS: ClassVar[dict[str, str]] = other_trainers.HINTS
-    RENAMED: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {"ema": removed("ema", 0.0)}
+    RENAMED: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {
+        "ema": removed("ema", 0.0), "label_smoothing": removed("label_smoothing", 0.0),
+        "recompute": recompute_mode, "recompute_light": recompute_light_mode}
 
     mode: Literal["cpt", "sft", "mt", "dpo", "cpo"] = "cpt"
     """What is trained: cpt, continued pretraining on text; sft, answers in conversations; mt,
@@ -118,18 +132,16 @@ class Settings:
     """The largest norm of a step's gradient."""
     neftune: float = bounded(0.0, at_least=0)
     """cpt, sft, mt: noise on the embeddings, so strong (NEFTune; its authors take 5 to 15)."""
-    label_smoothing: float = bounded(0.0, at_least=0, below=1)
-    """cpt, sft, mt: this share of each target is spread over all tokens; in training alone."""
 
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
     """dtype of products (fp8: of blocks', with --tune full). What trains is kept in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     """torch.compile each block as training computes it, and the loss; evaluations are not."""
-    recompute: bool = False
-    """Activation checkpointing: less memory for about a third more products, half beside LoRA."""
-    recompute_light: bool = False
-    """Of activations, only norms' and gates' are made again, and no product (selective)."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """Activation checkpointing. full: a block is computed again in the backward pass, the least
+    memory for a third more products (half more with LoRA). selective: only what lies between the
+    products is computed again."""
     shard: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """With several ranks: ddp, each holds the model; fsdp, each holds a part. auto: ddp where a GPU
     holds it twice."""
@@ -184,7 +196,7 @@ CAN_CHANGE_ON_RESUME = {
     "out", "resume", "plan", "plan_for", "plan_share", "plan_price", "rows", "rank_timeout",
     "eval_every", "save_every", "keep", "track", "ignore_memory", "stop_if"}
 WARN_ON_RESUME = {
-    "device", "compile", "recompute", "recompute_light", "shard", "eval_tokens", "prompts",
+    "device", "compile", "recompute", "shard", "eval_tokens", "prompts",
     "suites", "suite_data", "suite_items"}
 
 # These bounds came later than the settings: a run that began outside of them can still be resumed.
@@ -265,10 +277,8 @@ def without_effect(s: Settings) -> Iterable[tuple[tuple[str, ...], str]]:
         yield ("train_layers",), f"with --tune {s.tune}"
     if s.tune != "qlora":
         yield ("double_quant",), f"with --tune {s.tune}"
-    if s.recompute:
-        yield ("recompute_light",), "with --recompute"
     if preferences:
-        yield ("neftune", "label_smoothing"), f"with --mode {s.mode}"
+        yield ("neftune",), f"with --mode {s.mode}"
     if s.tune == "full" and not s.resume:
         yield LORA, "with --tune full"
     if not preferences and not s.resume:

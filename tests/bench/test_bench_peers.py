@@ -115,10 +115,10 @@ def test_a_side_of_a_gpus_case_that_fails_is_a_fault_and_the_others_stand(monkey
 
 @pytest.mark.parametrize("name, flags", [
     ("full", ["--tune", "full", "--seq-len", "8192"]),
-    ("light", ["--tune", "full", "--seq-len", "8192", "--recompute-light"]),
+    ("light", ["--tune", "full", "--seq-len", "8192", "--recompute", "selective"]),
     ("fp8", ["--tune", "full", "--seq-len", "8192", "--dtype", "fp8"]),
-    ("lora-recompute", ["--tune", "lora", "--seq-len", "4096", "--recompute"]),
-    ("qlora", ["--tune", "qlora", "--seq-len", "4096", "--recompute", "--double-quant"])])
+    ("lora-recompute", ["--tune", "lora", "--seq-len", "4096", "--recompute", "full"]),
+    ("qlora", ["--tune", "qlora", "--seq-len", "4096", "--recompute", "full", "--double-quant"])])
 def test_what_is_predicted_for_a_gpu_is_what_plan_says_of_these_flags(monkeypatch, name, flags):
     for shape in ("1B", "8B"):
         monkeypatch.setitem(gpu.SHAPES, shape, gpu.SHAPES["tiny"])

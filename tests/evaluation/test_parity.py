@@ -193,7 +193,7 @@ def test_lm_eval_compat_scores_bos_as_the_harness_does_by_default(kind, dtype, k
 def test_lm_eval_compat_rounds_log_p_to_the_compute_dtype(kind, data, tmp_path):
     """As the harness's formula does with the same logits, exactly; and beside its own in bf16."""
     model, tokenizer = load_model(str(goldens.model(tmp_path, kind)), dtype=torch.bfloat16)
-    model.eval().model.compute_dtype = torch.bfloat16
+    model.eval()
     rounded = EvalModel(model, tokenizer, goldens.CONTEXT, lm_eval_compat=True)
     assert rounded.logprob_dtype == torch.bfloat16
     for key in goldens.IN_BF16:

@@ -18,7 +18,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from layers.cross_entropy import capped
+from layers.cross_entropy import softcap
+from layers.recompute import Recompute
 from model import Llama, ModelConfig
 
 V = 320  # ids: 3 control tokens, 256 bytes, 61 pieces
@@ -127,9 +128,13 @@ def rounded(peer: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     return peer
 
 
-def ours(peer: transformers.PreTrainedModel, shape: str = "llama2", **changes: Any) -> Llama:
-    """Our model with the same weights; its config is read from the published words."""
-    model = Llama(ModelConfig.from_hf(config(shape, **changes)))
+def ours(peer: transformers.PreTrainedModel, shape: str = "llama2",
+         compute_dtype: torch.dtype = torch.float32, recompute: Recompute = "none",
+         neftune_alpha: float = 0.0, **changes: Any) -> Llama:
+    """Our model with the same weights; its config is read from the published keys, with `changes`.
+    """
+    model = Llama(ModelConfig.from_hf(config(shape, **changes)), compute_dtype, recompute,
+                  neftune_alpha)
     state = peer.state_dict()
     if model.lm_head is None:
         del state["lm_head.weight"]
@@ -181,7 +186,7 @@ def logits(model: Llama, ids: Tensor, doc: Tensor | None = None,
     """Our logits at every token, (B,T) -> (B,T,V); by default a row is one document."""
     doc = torch.zeros_like(ids) if doc is None else doc
     pos = torch.arange(ids.shape[1]).expand_as(ids) if pos is None else pos
-    return capped(model.model(ids, doc, pos) @ model.head.T, model.config.logit_cap)
+    return softcap(model.model(ids, doc, pos) @ model.head.T, model.config.logit_cap)
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -34,12 +34,11 @@ def test_a_packed_model_computes_what_a_plain_one_does(shape, adapter, amx):
     peer, logits = tiny.peer(shape).bfloat16().float(), {}
     for dtype in (torch.float32, torch.bfloat16):
         for packed in (False, True):
-            model = with_adapter(tiny.ours(peer, shape), adapter)
+            model = with_adapter(tiny.ours(peer, shape, dtype), adapter)
             for m in model.modules():  # an adapter stays in float32
                 if type(m) is not torch.nn.Linear:
                     for p in m.parameters(recurse=False):
                         p.data = p.data.to(dtype)
-            model.model.compute_dtype = dtype
             if packed:
                 optimize_for_inference(model, amx=amx)
                 expected = GemvLinear if amx and dtype == torch.bfloat16 else MkldnnPackedLinear
@@ -56,8 +55,8 @@ def test_a_packed_model_computes_what_a_plain_one_does(shape, adapter, amx):
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_an_adapter_that_is_cast_once_gives_the_same_bits(adapter):
-    model = with_adapter(tiny.ours(tiny.peer("llama32"), "llama32").bfloat16(), adapter)
-    model.model.compute_dtype = torch.bfloat16
+    model = tiny.ours(tiny.peer("llama32"), "llama32", torch.bfloat16).bfloat16()
+    model = with_adapter(model, adapter)
     plain = read(model, 3)
     assert {m.lora_B.weight.dtype for m in lora.adapters(model).values()} == {torch.float32}
     cast_adapters(model)
@@ -79,7 +78,6 @@ def test_a_packed_model_that_keeps_its_head_gives_the_same_losses(shape):
 
 def test_where_there_is_no_such_product_a_model_stays_as_it_is(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    model = tiny.ours(tiny.peer("llama3"), "llama3").bfloat16()
-    model.model.compute_dtype = torch.bfloat16
+    model = tiny.ours(tiny.peer("llama3"), "llama3", torch.bfloat16).bfloat16()
     optimize_for_inference(model)
     assert not any(isinstance(m, MkldnnPackedLinear) for m in model.modules())

@@ -9,6 +9,7 @@ import lora
 from helpers import tiny
 from layers import attention
 from layers.attention import Layout, attend
+from training.compile_model import compile_model
 
 
 def laid(lengths, rows=1):
@@ -261,7 +262,7 @@ def test_flex_attention_is_part_of_a_compiled_block_which_is_not_compiled_anew(m
     torch._dynamo.reset()
     model, same = (tiny.ours(tiny.peer("llama3"), "llama3").requires_grad_(False).train()
                    for _ in range(2))
-    model.model.compile_blocks(torch.device("cpu"), fullgraph=True, backend="eager")
+    compile_model(model, fullgraph=True, backend="eager")
     graphs, seen = torch._dynamo.utils.counters["stats"], set()
     for seed, lengths in enumerate(([30, 70, 50], [150], [149, 1], [1, 20, 29, 100])):
         ids, (doc, pos) = tiny.tokens(1, 150, seed), laid(lengths)
@@ -287,7 +288,7 @@ def test_no_block_is_left_uncompiled_because_there_are_too_many_kinds_of_passes(
     torch._dynamo.reset()
     model = tiny.ours(tiny.peer("gemma3"), "gemma3").train()
     lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
-    model.model.compile_blocks(torch.device("cpu"), fullgraph=True, backend="eager")
+    compile_model(model, fullgraph=True, backend="eager")
     graphs, made = torch._dynamo.utils.counters["stats"], []
     for lengths in ([30, 10], [40], [20, 1, 9, 10], [5] * 8, [25, 15], [40], [2] * 20):
         ids, (doc, pos) = tiny.tokens(1, 40), laid(lengths)

@@ -29,17 +29,16 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x.float() / scale).to(dtype).float() * scale
 
 
-def layer(bias: bool, out: int = 48, width: int = 32, **where) -> fp8.Linear8:
+def layer(bias: bool, out: int = 48, width: int = 32, **where) -> fp8.Fp8Linear:
     """A layer in float32 with drawn weights."""
     made = Linear(width, out, bias=bias, **where)
     made.weight.data = tiny.drawn(out, width, seed=1).to(made.weight.device)
     if bias:
         made.bias.data = tiny.drawn(out, seed=2).to(made.bias.device)
-    made.__class__ = fp8.Linear8
-    return made
+    return fp8.Fp8Linear.from_linear(made)
 
 
-def both(made: fp8.Linear8, dtype: torch.dtype):
+def both(made: fp8.Fp8Linear, dtype: torch.dtype):
     """(ours, by formula) of y, dx, dW and, if there is one, db."""
     at = made.weight.device
     x = tiny.drawn(2, 16, 32, seed=3).to(at, dtype).requires_grad_()
@@ -47,8 +46,8 @@ def both(made: fp8.Linear8, dtype: torch.dtype):
     y = made(x)
     y.backward(g)
     W, flat = made.weight.detach().to(dtype), x.detach().flatten(0, 1)
-    g8, x8 = rounded(g.flatten(0, 1), fp8.WIDE), rounded(flat, fp8.FINE)
-    W8 = rounded(W, fp8.FINE)
+    g8, x8 = rounded(g.flatten(0, 1), fp8.E5M2), rounded(flat, fp8.E4M3)
+    W8 = rounded(W, fp8.E4M3)
     bias = 0 if made.bias is None else made.bias.detach().to(dtype).float()
     mine = [y, x.grad, made.weight.grad]
     formula = [(x8 @ W8.T + bias).view(2, 16, 48), (g8 @ W8).view(x.shape), g8.T @ x8]
@@ -87,8 +86,8 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_seen():
 def test_the_blocks_linear_layers_alone_and_only_while_they_train():
     model = tiny.ours(tiny.peer("llama3"), "llama3")
     same, names = copy.deepcopy(model), [n for n, _ in model.named_parameters()]
-    fp8.use(model)
-    eight = [n for n, m in model.named_modules() if isinstance(m, fp8.Linear8)]
+    fp8.convert_to_fp8(model)
+    eight = [n for n, m in model.named_modules() if isinstance(m, fp8.Fp8Linear)]
     assert len(eight) == 7 * 2 and all(".layers." in n for n in eight)
     assert [n for n, _ in model.named_parameters()] == names
     ids = tiny.tokens(2, 16)
@@ -100,11 +99,10 @@ def test_the_blocks_linear_layers_alone_and_only_while_they_train():
 def test_a_run_in_eight_bits_ends_near_the_loss_of_one_in_bf16():
     ends, begins = [], []
     for narrow in (False, True):
-        model = tiny.ours(tiny.peer("llama3", **WIDE), "llama3", **WIDE).train()
+        model = tiny.ours(tiny.peer("llama3", **WIDE), "llama3", torch.bfloat16, **WIDE).train()
         model.initialise(0)
-        model.model.compute_dtype = torch.bfloat16
         if narrow:
-            fp8.use(model)
+            fp8.convert_to_fp8(model)
         optimizer = optim.adamw(model, 5e-3, (0.9, 0.95), 0.1)
         ids = tiny.tokens(2, 17, seed=5) % 40 + 3
         doc, pos = torch.zeros(2, 16, dtype=torch.long), torch.arange(16).expand(2, 16)

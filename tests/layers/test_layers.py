@@ -37,7 +37,7 @@ def near(pairs, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_norm_has_the_gradient_of_its_formula(dtype):
     x, weight = tiny.drawn(2, 5, 48).to(dtype), tiny.drawn(48)
-    near(both(lambda x, w: layers._Norm.apply(x, w, 1e-5),
+    near(both(lambda x, w: layers._RMSNorm.apply(x, w, 1e-5),
               lambda x, w: F.rms_norm(x.float(), w.shape, w, 1e-5).to(x.dtype), x, weight), dtype)
 
 
@@ -50,14 +50,15 @@ def test_a_turn_has_the_gradient_of_its_formula(dtype):
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
-    near(both(lambda x: layers.rotate(x, cos, sin), plain, tiny.drawn(2, 5, 3, 8).to(dtype)), dtype)
+    x = tiny.drawn(2, 5, 3, 8).to(dtype)
+    near(both(lambda x: layers.apply_rotary_emb(x, cos, sin), plain, x), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
 def test_a_gate_has_the_gradient_of_its_formula(name, dtype):
     act = layers.ACTIVATIONS[name][0]
-    near(both(lambda a, b: layers.gated(a, b, name), lambda a, b: act(a) * b,
+    near(both(lambda a, b: layers.swiglu(a, b, name), lambda a, b: act(a) * b,
               tiny.drawn(2, 5, 16).to(dtype), tiny.drawn(2, 5, 16, seed=1).to(dtype)), dtype)
 
 
@@ -66,7 +67,7 @@ def test_a_product_in_another_dtype_has_the_gradient_of_a_cast(biased):
     x, W, b = tiny.drawn(2, 5, 16).bfloat16(), tiny.drawn(8, 16), tiny.drawn(8)
 
     def ours(x, W, b):
-        return layers._Product.apply(x, W, b if biased else None) + 0 * b.sum().bfloat16()
+        return layers._CastLinear.apply(x, W, b if biased else None) + 0 * b.sum().bfloat16()
 
     def plain(x, W, b):
         return F.linear(x, W.bfloat16(), b.bfloat16() if biased else None) \
@@ -106,8 +107,8 @@ def test_a_block_keeps_less_for_its_backward_pass_than_autograd_would():
 
     x = tiny.drawn(2, 64, 256).bfloat16().requires_grad_()
     w = tiny.drawn(256).requires_grad_()
-    few, _ = kept(lambda x, w: layers._Norm.apply(x, w, 1e-5), x, w)
+    few, _ = kept(lambda x, w: layers._RMSNorm.apply(x, w, 1e-5), x, w)
     many, _ = kept(lambda x, w: F.rms_norm(x.float(), w.shape, w, 1e-5).to(x.dtype), x, w)
     assert few < many / 50
     gate = tiny.drawn(2, 64, 256).bfloat16().requires_grad_()
-    assert kept(lambda a, b: layers.gated(a, b, "silu"), gate, x)[0] == 0
+    assert kept(lambda a, b: layers.swiglu(a, b, "silu"), gate, x)[0] == 0

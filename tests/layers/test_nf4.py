@@ -113,14 +113,13 @@ def dequantised(folder, dtype=torch.float32, double=False):
 def test_qlora_computes_what_lora_does_on_the_dequantised_model(folder, dtype, kind, double):
     """The same loss and gradients: the matrices are equal, and so are the products with them."""
     quantised, _ = load_model(folder, dtype=dtype, quant="nf4", double=double)
-    plain, _ = load_model(folder, dtype=torch.float32)
+    plain, _ = load_model(folder, dtype=torch.float32, compute_dtype=dtype)
     for name, m in list(plain.named_modules()):
         if nf4.fits(name, m):
             m.weight.data = NF4Linear(m.weight.data, None, double).dense(torch.float32)
     plain.to(dtype)
     found = []
     for model in (quantised, plain):
-        model.model.compute_dtype = dtype
         torch.manual_seed(0)
         lora.attach(model, 4, 8.0, kind.get("dropout", 0.0), ["all-linear"],
                     kind.get("rslora", False), kind.get("dora", False), whole=["embed_tokens"])

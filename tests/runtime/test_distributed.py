@@ -47,9 +47,9 @@ TUNES = {
     "DoRA with embeddings and norms": {"tune": "lora", "dora": True, "lora_rank": 4,
                                        "train_embeddings": True, "train_norms": True},
     "QLoRA": {"tune": "qlora", "lora_rank": 4},
-    "recomputed": {"recompute": True},
-    "norms and gates made again": {"recompute_light": True, "tune": "lora", "lora_rank": 4},
-    "smoothed": {"model": "untied", "label_smoothing": 0.1, "best": "kin", "eval_every": 5},
+    "recomputed": {"recompute": "full"},
+    "selective": {"recompute": "selective", "tune": "lora", "lora_rank": 4},
+    "best": {"model": "untied", "best": "kin", "eval_every": 5},
 }
 
 

@@ -65,7 +65,7 @@ class Waits(TorchDispatchMode):
             weakref.finalize(storage, self.there.discard, storage._cdata)
         return x
 
-    def sent(self, x: torch.Tensor, device: object) -> torch.Tensor:
+    def to_device_async(self, x: torch.Tensor, device: object) -> torch.Tensor:
         y = self.keep(x.clone())
         y.host = x
         return y
@@ -114,7 +114,7 @@ def counted(monkeypatch, model, objective, batches) -> tuple[list[str], float]:
     """What a step, as it is on a GPU, asks of the device; and its loss."""
     waits = Waits()
     for module in (ahead, attention, loss, preference, train):
-        monkeypatch.setattr(module, "sent", waits.sent)
+        monkeypatch.setattr(module, "to_device_async", waits.to_device_async)
     monkeypatch.setattr(attention, "ONE_BY_ONE", ())
     for x in (*model.parameters(), *model.buffers()):
         waits.keep(x.data)
@@ -226,8 +226,7 @@ def test_batches_that_come_ahead_arrive_whole_and_nobody_waits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("mode", ["cpt", "dpo"])
 def test_a_gpu_is_waited_for_once_a_step(mode):
-    model = tiny.ours(tiny.peer("llama3"), "llama3").train().cuda()
-    model.model.compute_dtype = torch.bfloat16
+    model = tiny.ours(tiny.peer("llama3"), "llama3", torch.bfloat16).train().cuda()
     gpu, objective = Ranks.start("cuda"), objective_of(Settings(mode=mode))
     optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
     step = lambda: train.train_step(  # noqa: E731

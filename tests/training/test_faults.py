@@ -400,7 +400,7 @@ def test_what_may_change_the_numbers_is_said_whether_a_flag_changed_it_or_a_hand
     text = kept.read_text()
     assert not CAN_CHANGE_ON_RESUME & WARN_ON_RESUME and "eval_tokens = 60\n" in text
     for was, now in (("eval_tokens = 60\n", "eval_tokens = 50\n"), ("keep = 2", "keep = 3"),
-                     ("recompute = false", "recompute = true")):
+                     ('recompute = "none"', 'recompute = "full"')):
         text = text.replace(was, now)
     kept.write_text(text)
     may = "; from here on the numbers may differ from the run as it began"
@@ -408,7 +408,7 @@ def test_what_may_change_the_numbers_is_said_whether_a_flag_changed_it_or_a_hand
         make_settings(workspace, "warned", resume=True), codes={143}, during=send_signal_at(10)
     )
     assert f"--resume: eval-tokens was 60, now 50{may}\n" in said and said.count(may) == 2
-    assert f"--resume: recompute was False, now True{may}\n" in said
+    assert f"--resume: recompute was 'none', now 'full'{may}\n" in said
     out = str(workspace / "warned")
     said = said_by(workspace, "warned", "--resume", "--out", out, "--eval-tokens", "40", code=0)
     assert f"--resume: eval-tokens was 50, now 40{may}\n" in said and said.count(may) == 1

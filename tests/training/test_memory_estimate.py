@@ -35,11 +35,11 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
         "max_position_embeddings": 512}
 BIG = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16,
        "max_position_embeddings": 512}
-WAYS = {"all weights": {}, "recomputed": {"recompute": True}, "bf16": {"optimizer": "adamw-bf16"},
+WAYS = {"all weights": {}, "recomputed": {"recompute": "full"}, "bf16": {"optimizer": "adamw-bf16"},
         "8 bits": {"optimizer": "adamw8bit"}, "LoRA": {"tune": "lora"},
-        "LoRA, recomputed": {"tune": "lora", "recompute": True},
-        "all weights, light": {"recompute_light": True},
-        "QLoRA, light": {"tune": "qlora", "recompute_light": True},
+        "LoRA, recomputed": {"tune": "lora", "recompute": "full"},
+        "all weights, selective": {"recompute": "selective"},
+        "QLoRA, selective": {"tune": "qlora", "recompute": "selective"},
         "eight bits": {"dtype": "fp8"},
         "QLoRA": {"tune": "qlora", "double_quant": True},
         "DoRA and embeddings": {"tune": "lora", "dora": True, "train_embeddings": True,
@@ -47,7 +47,7 @@ WAYS = {"all weights": {}, "recomputed": {"recompute": True}, "bf16": {"optimize
         "one layer": {"train_layers": ["1"]}, "NEFTune": {"neftune": 5.0},
         "DPO": {"mode": "dpo"}, "CPO": {"mode": "cpo"},
         "DPO, LoRA": {"mode": "dpo", "tune": "lora"},
-        "DPO, LoRA, recomputed": {"mode": "dpo", "tune": "lora", "recompute": True,
+        "DPO, LoRA, recomputed": {"mode": "dpo", "tune": "lora", "recompute": "full",
                                   "train_embeddings": True},
         "CPO, LoRA": {"mode": "cpo", "tune": "lora"}}
 
@@ -58,7 +58,7 @@ def settings(**words) -> Settings:
 
 def really(shape: str, s: Settings, dtype: torch.dtype, passes: int) -> int:
     """The most bytes that tensors hold in the second step of a real model, from its weights on."""
-    model = tiny.ours(tiny.peer(shape, **WIDE), shape, **WIDE)
+    model = tiny.ours(tiny.peer(shape, **WIDE), shape, dtype, s.recompute, s.neftune, **WIDE)
     ids = torch.randint(3, tiny.V, (s.rows, s.seq_len))
     doc = (torch.arange(s.seq_len) > s.seq_len // 2).long().expand_as(ids)
     batch = Batch(ids, ids, doc, torch.arange(s.seq_len).expand_as(ids))
@@ -80,10 +80,8 @@ def really(shape: str, s: Settings, dtype: torch.dtype, passes: int) -> int:
             lora.attach(model, 8, 32.0, s.lora_dropout, ["all-linear"], False, s.dora, [], whole)
         if s.train_layers:
             lora.train_layers(model, [1], whole)
-        model.model.recompute, model.model.light = s.recompute, s.recompute_light
-        model.model.compute_dtype, model.model.neftune = dtype, s.neftune
         if s.dtype == "fp8":
-            fp8.use(model)
+            fp8.convert_to_fp8(model)
         m = None  # a layer that was replaced must go
         optimizer = optim.adamw(model.train(), 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
         for step in range(2):
@@ -132,7 +130,7 @@ def test_parts_are_exact_where_shapes_alone_decide():
     words = dict(WIDE, vocab_size=tiny.V)
     config = ModelConfig.from_hf(tiny.config("llama3", **words))
     n = sum(p.numel() for p in tiny.peer("llama3", **words).parameters())
-    full = memory.need(config, settings(recompute=True), torch.float32)
+    full = memory.need(config, settings(recompute="full"), torch.float32)
     assert (full.weights, full.optimizer) == (4 * n, 8 * n) and full.total > 12 * n
     narrow = memory.need(config, settings(optimizer="adamw-bf16"), torch.bfloat16)
     assert (narrow.weights, narrow.optimizer) == (2 * n, 4 * n)
@@ -167,7 +165,7 @@ def test_a_model_of_eight_billion_is_planned_without_its_weights():
         "llama3", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=8192))
-    s = Settings(rows=1, seq_len=1024, tune="qlora", recompute=True)
+    s = Settings(rows=1, seq_len=1024, tune="qlora", recompute="full")
     before = Ranks.start("cpu").memory_gb()
     found = memory.need(config, s, torch.bfloat16)
     matrices, rest = 6_979_321_856, 2 * 128256 * 4096 + 65 * 4096
@@ -217,7 +215,7 @@ def test_of_qlora_a_rank_cuts_what_trains_whole_alone(embeddings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["full", "full-recompute", "full-light", "bf16", "lora",
+@pytest.mark.parametrize("case", ["full", "full-recompute", "full-selective", "bf16", "lora",
                                   "lora-recompute", "qlora", "qlora-recompute"])
 def test_the_prediction_is_within_a_tenth_of_what_the_system_counts(tmp_path_factory, case):
     """110M parameters in processes of their own, in which glibc gives blocks above 1 MB back at
@@ -254,7 +252,7 @@ def of_a_rank(s: Settings, dtype: torch.dtype, passes: int, file: Path):
     """What a rank does: some steps of a model that is shared, and what its allocator says."""
 
     def act() -> None:
-        model = tiny.ours(tiny.peer("llama32", **BIG), "llama32", **BIG)
+        model = tiny.ours(tiny.peer("llama32", **BIG), "llama32", dtype, s.recompute, **BIG)
         ranks = Ranks.start("cpu")
         ids = torch.randint(3, tiny.V, (s.rows, s.seq_len))
         doc = (torch.arange(s.seq_len) >= s.seq_len // 2).long().expand_as(ids)
@@ -265,8 +263,6 @@ def of_a_rank(s: Settings, dtype: torch.dtype, passes: int, file: Path):
             model = copy.deepcopy(model).to(kept if s.tune == "full" else dtype)
             if s.tune == "lora":
                 lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
-            model.model.recompute, model.model.light = s.recompute, s.recompute_light
-            model.model.compute_dtype = dtype
             ranks.share(model.train(), s.shard, dtype, kept)
             optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
             for _ in range(STEPS):
@@ -285,8 +281,8 @@ STEPS = 12  # on a busy machine one in which gloo was late is seen often
 @pytest.mark.parametrize("shard, words, passes, dtype", [
     x if x in (("ddp", {}, 1, NARROW), ("fsdp", {}, 2, NARROW))
     else pytest.param(*x, marks=pytest.mark.slow)
-    for x in itertools.product(("ddp", "fsdp"), ({}, {"recompute": True}, {"tune": "lora"},
-                               {"optimizer": "adamw-bf16"}, {"recompute_light": True}),
+    for x in itertools.product(("ddp", "fsdp"), ({}, {"recompute": "full"}, {"tune": "lora"},
+                               {"optimizer": "adamw-bf16"}, {"recompute": "selective"}),
                                (1, 2), (NARROW, torch.float32))],
     ids=str)
 def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, words, passes, dtype):

@@ -33,16 +33,15 @@ def settings(folder, **words):
                              "lora_rank": 8, "plan_for": "h100", **words})
 
 
-@pytest.mark.parametrize("words", [{}, {"recompute": True}, {"tune": "lora"},
-                                   {"tune": "lora", "recompute": True},
-                                   {"tune": "lora", "recompute_light": True}], ids=str)
+@pytest.mark.parametrize("words", [{}, {"recompute": "full"}, {"tune": "lora"},
+                                   {"tune": "lora", "recompute": "full"},
+                                   {"tune": "lora", "recompute": "selective"}], ids=str)
 def test_the_work_foretold_is_what_a_real_step_multiplies(folder, words):
     s = settings(folder, **words)
-    model = tiny.ours(tiny.peer("llama32", **WIDE), "llama32", **WIDE).train()
+    model = tiny.ours(tiny.peer("llama32", **WIDE), "llama32", torch.bfloat16, s.recompute,
+                      **WIDE).train()
     if s.tune == "lora":
         lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
-    model.model.recompute, model.model.light = s.recompute, s.recompute_light
-    model.model.compute_dtype = torch.bfloat16
     ids = tiny.tokens(s.rows, s.seq_len)
     doc, pos = torch.zeros_like(ids), torch.arange(s.seq_len).expand_as(ids)
     with FlopCounterMode(display=False) as counted:

@@ -264,19 +264,18 @@ def test_packed_conversations_give_the_gradient_of_padded_ones_as_transformers_t
 
 
 def test_neftune_is_uniform_noise_by_a_documents_own_length_and_only_in_training():
-    from model import noise
+    from model import neftune_noise
 
     doc = torch.tensor([[0] * 4 + [1] * 12 + [-1] * 4])
     x = torch.zeros(1, 20, 4096)
-    found = noise(x, doc, 5.0)
+    found = neftune_noise(x, doc, 5.0)
     for at, n in ((slice(0, 4), 4), (slice(4, 16), 12)):
         most = 5.0 / (n * 4096) ** 0.5
         assert 0.999 * most < found[0, at].abs().max() <= most
         assert found[0, at].std() == pytest.approx(most / 3**0.5, rel=0.02)
-    model = tiny.ours(tiny.peer())
     ids = tiny.tokens(2, 16)
-    plain = tiny.logits(model, ids)
-    model.model.neftune = 5.0
+    plain = tiny.logits(tiny.ours(tiny.peer()), ids)
+    model = tiny.ours(tiny.peer(), neftune_alpha=5.0)
     assert torch.equal(tiny.logits(model, ids), plain)
     assert not torch.equal(tiny.logits(model.train(), ids), plain)
 

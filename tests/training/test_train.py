@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -36,8 +37,15 @@ from tokenization.tokenizer import Tokenizer
 from training import monitor as watch
 from training import optimizer as optim
 from training import plan
+from training.compile_model import compile_model
 from training.objective import NLL, Objective
-from training.settings import CAN_CHANGE_ON_RESUME, Settings, check_settings, read_settings
+from training.settings import (
+    CAN_CHANGE_ON_RESUME,
+    Settings,
+    check_settings,
+    read_settings,
+    upgrade_settings,
+)
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -45,7 +53,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 TUNES = {
     "full": ["--tune", "full"], "lora": ["--tune", "lora", "--lora-dropout", "0.1"],
     "bf16": ["--optimizer", "adamw-bf16", "--dtype", "bf16"],
-    "smoothed": ["--label-smoothing", "0.1", "--best", "kin"],
+    "best": ["--best", "kin"],
     "qlora": ["--tune", "qlora", "--double-quant", "--lora-dropout", "0.1", "--optimizer",
               "adamw8bit", "--lora-rank", "32"],
     "all of LoRA": ["--tune", "lora", "--lora-dropout", "0.1", "--rslora", "--dora", "--lora-plus",
@@ -153,12 +161,9 @@ def test_the_model_saved_is_the_one_that_was_evaluated_and_best(workspace):
 
 @pytest.mark.parametrize("flags, said", [
     (["--best", "fra"], "--best fra: no held-out text of that name; there are kin, eng"),
-    (["--label-smoothing", "-0.1"], "--label-smoothing -0.1: must be"),
+    (["--recompute", "light"], "recompute"),
     (["--tune", "lora", "--optimizer", "adamw-bf16"], "works only where all weights are trained"),
     (["--mode", "dpo", "--neftune", "5"], "--neftune: has no effect with --mode dpo"),
-    (["--mode", "cpo", "--label-smoothing", "0.1"],
-     "--label-smoothing: has no effect with --mode cpo"),
-    (["--recompute", "--recompute-light"], "--recompute-light: has no effect with --recompute"),
     (["--lora-rank", "64"], "--lora-rank: has no effect with --tune full"),
     (["--lora-plus", "16"], "--lora-plus: has no effect with --tune full"),
     (["--beta", "0.3"], "--beta: has no effect with --mode cpt"),
@@ -445,8 +450,7 @@ def test_a_step_that_is_not_finite_moves_nothing():
 
 
 def test_an_fp16_scale_gives_way_at_overflow_until_it_cannot_and_then_it_is_a_failure():
-    model = tiny.ours(tiny.peer())
-    model.model.compute_dtype = torch.float16
+    model = tiny.ours(tiny.peer(), compute_dtype=torch.float16)
     optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
     steep = Objective(  # a finite loss whose gradients are beyond fp16 at any scale
         sums=lambda m, b: NLL.sums(m, b) * 1e9, count=NLL.count)
@@ -460,27 +464,28 @@ def test_an_fp16_scale_gives_way_at_overflow_until_it_cannot_and_then_it_is_a_fa
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("change", [{"compile": True}, {"recompute": True}])
-def test_compile_and_recompute_change_nothing_but_the_cost(change):
-    def gradients(**flags):
-        model = tiny.ours(tiny.peer("llama31"), "llama31").train()
-        model.model.recompute = flags.get("recompute", False)
-        if flags.get("compile"):
-            model.model.compile_blocks(torch.device("cpu"))
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_compile_and_recompute_change_nothing_but_the_cost(recompute, compiled):
+    def gradients(recompute="none", compiled=False):
+        model = tiny.ours(tiny.peer("llama31"), "llama31", recompute=recompute).train()
+        if compiled:
+            torch._dynamo.reset()
+            compile_model(model)
         for seed in (1, 2):  # another layout of documents: must not be another graph's mistake
             NLL.sums(model, packed(seed, 2)).backward()
         return {n: p.grad for n, p in model.named_parameters()}
 
-    plain, changed = gradients(), gradients(**change)
+    plain, changed = gradients(), gradients(recompute, compiled)
     for name in plain:
         torch.testing.assert_close(plain[name], changed[name], atol=1e-4, rtol=1e-4)
 
 
-def small(tune: str, dtype: torch.dtype) -> Llama:
-    """One layer that trains with all weights or an adapter that is not zero, as a run has it."""
+def small(tune: str, dtype: torch.dtype, compute: torch.dtype | None = None) -> Llama:
+    """One layer that trains with all weights or an adapter that is not zero, as a run has it; its
+    products in `compute`, or in `dtype` as frozen weights."""
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    model = tiny.ours(tiny.peer("llama31", **shape), "llama31", **shape).train()
-    model.model.compute_dtype = dtype
+    model = tiny.ours(tiny.peer("llama31", **shape), "llama31", compute or dtype, **shape).train()
     if tune == "full":
         return model
     for name, m in list(model.to(dtype).named_modules()) if tune == "qlora" else ():
@@ -500,9 +505,8 @@ def test_compiled_steps_are_as_exact_as_plain_ones(tune, dtype):
     """Losses and gradients beside those of products in float32, at the weights of three steps."""
     torch._dynamo.reset()
     graphs, made = torch._dynamo.utils.counters["stats"], []
-    models = exact, _, fast = tuple(small(tune, dtype) for _ in range(3))
-    exact.model.compute_dtype = torch.float32
-    fast.model.compile_blocks(torch.device("cpu"))
+    models = _, _, fast = small(tune, dtype, torch.float32), small(tune, dtype), small(tune, dtype)
+    compile_model(fast)
     optimizer, batch = optim.adamw(fast, 1e-2, (0.9, 0.95), 0.1), packed(1, 2)
     for _ in range(3):
         found = []
@@ -530,15 +534,14 @@ def test_compiled_on_a_gpu_it_is_one_graph_that_finds_the_same(tune):
     graphs = torch._dynamo.utils.counters["stats"]
     found = []
     for compiled in (False, True):
-        model = tiny.ours(tiny.peer("llama31"), "llama31").train().cuda()
-        model.model.compute_dtype = torch.bfloat16
+        model = tiny.ours(tiny.peer("llama31"), "llama31", torch.bfloat16).train().cuda()
         if tune == "lora":
             torch.manual_seed(0)
             lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
             for m in lora.adapters(model).values():
                 torch.nn.init.normal_(m.lora_B.weight, std=0.1)
         if compiled:
-            model.model.compile_blocks(torch.device("cuda"))
+            compile_model(model)
         before = graphs["unique_graphs"]
         for seed in (1, 2, 3):  # the third has other numbers of documents and of trained tokens
             NLL.sums(model, packed(seed, 2).to("cuda")).backward()
@@ -810,9 +813,20 @@ def test_old_settings_that_name_a_removed_one_are_read_where_it_had_no_effect(tm
     out = tmp_path / "run"
     out.mkdir()
     text = config.to_toml(Settings(out=str(out), lr=3e-4))
-    (out / "settings.toml").write_text(text + "ema = 0.0\n")
+    (out / "settings.toml").write_text(text + "ema = 0.0\nlabel_smoothing = 0.0\n")
     settings, _ = read_settings(["--resume", "--out", str(out)])
     assert settings.lr == 3e-4
-    (out / "settings.toml").write_text(text + "ema = 0.999\n")
-    with pytest.raises(UserError, match=r"ema = 0\.999: this setting was removed; commit 53f4a60"):
-        read_settings(["--resume", "--out", str(out)])
+    for line in ("ema = 0.999", "label_smoothing = 0.1"):
+        (out / "settings.toml").write_text(f"{text}{line}\n")
+        message = f"{line}: this setting was removed; commit 53f4a60"
+        with pytest.raises(UserError, match=re.escape(message)):
+            read_settings(["--resume", "--out", str(out)])
+
+
+@pytest.mark.parametrize("old, new", [
+    ({"recompute": True, "recompute_light": False}, "full"),
+    ({"recompute": False, "recompute_light": True}, "selective"),
+    ({"recompute": False, "recompute_light": False, "label_smoothing": 0.0}, "none"),
+    ({"recompute": "selective"}, "selective")])
+def test_settings_of_older_runs_are_read_by_todays_names(old, new):
+    assert upgrade_settings(old) == {"recompute": new}
