@@ -1,7 +1,7 @@
 """Agreement in minimal pairs: the concord of a noun's class against another's.
 
-    python -m kinyarwanda.agreement > suites/agreement.jsonl
-    python -m kinyarwanda.agreement --attest FILE[:FIELD] ...
+    python -m languages.kinyarwanda.agreement > languages/kinyarwanda/suites/agreement.jsonl
+    python -m languages.kinyarwanda.agreement --attest FILE[:FIELD] ...
 
     Ibitabo ubu biri mu nzu.     the books are now in the house: class 8, bi-
     Ibitabo ubu ziri mu nzu.     the same with the concord of class 10, which is wrong
@@ -150,7 +150,7 @@ def distance(target: Target) -> int:
 
 
 def pair(target: Target, noun: Form, other: Form, choices: list[str], label: int) -> dict[str, Any]:
-    """One minimal pair as a row of suites/agreement.jsonl."""
+    """One minimal pair as a row of the suite's agreement.jsonl."""
     words = [target.frame, noun.word, target.between]
     before = " ".join(filter(None, words))
     return {"before": before[0].upper() + before[1:], "choices": choices, "label": label,
@@ -224,7 +224,7 @@ def main() -> None:
               f"attested, median count {sorted(found.values())[len(found) // 2]}; {together} of "
               f"{adjacent} neighbours attested side by side")
     elif sys.argv[1:]:
-        raise UserError("python -m kinyarwanda.agreement [--attest FILE[:FIELD] ...]", FLAGS)
+        raise UserError("python -m languages.kinyarwanda.agreement [--attest FILE[:FIELD] ...]", FLAGS)
     else:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
