@@ -224,7 +224,8 @@ def main() -> None:
               f"attested, median count {sorted(found.values())[len(found) // 2]}; {together} of "
               f"{adjacent} neighbours attested side by side")
     elif sys.argv[1:]:
-        raise UserError("python -m languages.kinyarwanda.agreement [--attest FILE[:FIELD] ...]", FLAGS)
+        raise UserError("expected python -m languages.kinyarwanda.agreement "
+                        "[--attest FILE[:FIELD] ...]", FLAGS)
     else:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
