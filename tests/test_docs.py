@@ -19,8 +19,15 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
+import sacrebleu
 
+import eval
+import export
+import prepare
+import sample
+import train
 from helpers import fork, tiny
 from runtime.paths import ROOT
 
@@ -30,10 +37,11 @@ INPUTS = ("--model", "--tokenizer", "--tokenizers", "--run", "--results", "--bas
 TRAIN_FLAGS = ["--seq-len", "256", "--rows", "1", "--tokens-per-step", "512", "--steps", "2",
                "--eval-every", "1000", "--eval-tokens", "200", "--device", "cpu", "--dtype", "fp32"]
 FLAGS = {
-    "sample.py": ["--max-new-tokens", "8", "--device", "cpu", "--dtype", "fp32"],
-    "eval.py": ["--limit", "4", "--device", "cpu", "--dtype", "fp32"],
-    "export.py check": ["--device", "cpu"],
+    "sample.py": ["--max-new-tokens", "16", "--device", "cpu", "--dtype", "fp32"],
+    "eval.py": ["--limit", "2", "--device", "cpu", "--dtype", "fp32"],
 }
+# A forked command need not import these and their modules.
+IMPORTED = (train, sample, eval, prepare, export, matplotlib.figure, sacrebleu)
 TYPED = "Muraho\n/quit\n"  # into a conversation
 
 
@@ -85,8 +93,8 @@ def commands_of(block: Block) -> list[list[str]]:
 class Workspace:
     """A folder in which the commands of a page run."""
 
-    def __init__(self, folder: Path, templates: Path):
-        self.folder, self.templates = folder, templates
+    def __init__(self, folder: Path, templates: Path, block: str = ""):
+        self.folder, self.templates, self.block = folder, templates, block
         shutil.copytree(templates / "files", folder, dirs_exist_ok=True)
         (folder / "recipes").symlink_to(ROOT / "recipes")
         self.model = templates / "model"
@@ -118,8 +126,8 @@ class Workspace:
         for i, word in enumerate(args):
             if word == "MODEL":
                 args[i] = str(self.model)
-            elif i and args[i - 1] in INPUTS and not (self.folder / word).exists():
-                args[i] = self.stand_in(command, args[i - 1], word)
+            elif i and args[i - 1] in INPUTS and not self.is_made(args[i - 1], word):
+                args[i] = self.stand_in(args[i - 1], word)
         if command != "train.py":
             return args + FLAGS.get(command, [])
         if "--resume" in args:
@@ -133,12 +141,19 @@ class Workspace:
                 settings |= tomllib.loads((self.folder / word).read_text(encoding="utf-8"))
         if "--model" not in args and not (self.folder / settings.get("model", ".")).exists():
             args += ["--model", str(self.model)]
+        if "--plan-for" in args:
+            return args
         args += TRAIN_FLAGS
         if "--lora-rank" in args or "lora_rank" in settings:
             args += ["--lora-rank", "8"]
         return args
 
-    def stand_in(self, command: str, flag: str, word: str) -> str:
+    def is_made(self, flag: str, word: str) -> bool:
+        """Whether an earlier command of the block made what a flag names."""
+        path = self.folder / word
+        return (path / "run.json").exists() if flag == "--run" else path.exists()
+
+    def stand_in(self, flag: str, word: str) -> str:
         """The small model, run or evaluation that stands for one that an earlier page makes."""
         if not word.startswith("out/"):
             return str(self.model)
@@ -146,7 +161,7 @@ class Workspace:
             source = self.templates / "lora"
         elif flag in ("--results", "--baseline"):
             source = self.templates / "results.json"
-        elif command == "export.py merge":
+        elif f"export.py merge --model {word}" in self.block:
             source = self.templates / "lora/model"
         else:
             source = self.model
@@ -197,7 +212,7 @@ def write_files(folder: Path) -> None:
 
     pairs = list(zip(numbered(kin, 12), numbered(eng, 12), strict=True))
     for language, sentences in (("kin", kin), ("eng", eng)):
-        write(f"{language}.txt", numbered(sentences, 20 if language == "kin" else 10))
+        write(f"{language}.txt", numbered(sentences, 12))
         write(f"val_{language}.txt", [f"{sentence} Ejo." for sentence in sentences])
         write_jsonl(f"{language}/a.jsonl", [{"text": x} for x in numbered(sentences, 15)])
     write_jsonl("rwwiki.jsonl", [{"text": x} for x in numbered(kin, 10)])
@@ -205,6 +220,9 @@ def write_files(folder: Path) -> None:
     chats = [{"messages": [{"role": "user", "content": e}, {"role": "assistant", "content": k}]}
              for k, e in pairs]
     write_jsonl("chats.jsonl", chats)
+    write_jsonl("eng.jsonl", [{"prompt": e} for _, e in pairs])
+    write_jsonl("asked.jsonl", [{"messages": chat["messages"][:1]} for chat in chats[:3]])
+    write("votes.tsv", ["prompt\tbest\tworst", "1\t1\t2", "2\t3\t1", "3\t2\t4"])
     write_jsonl("preferences.jsonl", [{"prompt": e, "chosen": k, "rejected": k + " oya"}
                                       for k, e in pairs])
     for language in ("eng", "kin"):
@@ -260,7 +278,7 @@ def run_block(block: Block, workspace: Workspace) -> None:
     pytest.param(block, id=f"{block.page}-{block.line}") for page in PAGES
     for block in blocks_of(page) if not block.reason and page != "docs/data.md"])
 def test_a_block_of_commands_runs(block, templates, bins, tmp_path):
-    workspace = Workspace(tmp_path, templates)
+    workspace = Workspace(tmp_path, templates, block.text)
     workspace.add_bins(bins)
     run_block(block, workspace)
 

@@ -54,10 +54,28 @@ def test_ci_runs_exactly_the_test_command_of_the_readme():
     assert "grep -m1 '^pip install -r requirements-dev.txt && ' README.md" in ci
 
 
-def test_files_named_in_the_map_exist_and_all_programs_are_named():
+def test_the_map_names_every_file_and_folder_of_the_root():
     tree = (ROOT / "README.md").read_text().split("## The code")[1].split("```")[1]
-    named = {line.split()[0] for line in tree.strip().splitlines()}
-    assert named == {p.name for p in ROOT.glob("*.py")} | {"kinyarwanda/", "bench/", "suites/"}
+    named = re.findall(r"(?:^|(?<=/ ))[a-z]+(?:\.py|/)(?= |$)", tree, re.M)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
+                             check=True).stdout.splitlines()
+    folders = {f"{file.split('/')[0]}/" for file in tracked if "/" in file} - {".ci/"}
+    assert sorted(named) == sorted({p.name for p in ROOT.glob("*.py")} | folders)
+
+
+def test_every_file_that_the_map_names_is_in_its_package():
+    tree = (ROOT / "README.md").read_text().split("## The code")[1].split("```")[1]
+    for package, files in re.findall(r"^([a-z]+)/ +(.*)$", tree, re.M):
+        for file in re.findall(r"\w+\.py", files):
+            assert (ROOT / package / file).exists() or (ROOT / file).exists(), f"{package}/{file}"
+
+
+def test_the_readme_is_short_and_its_reading_list_too():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 200
+    files = ["train.py", "model.py", "data.py", "layers/cross_entropy.py", "lora.py"]
+    assert all(f"`{file}`" in "\n".join(lines) for file in files)
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in files) < 2000
 
 
 def python(*args: str) -> subprocess.CompletedProcess:
