@@ -272,10 +272,11 @@ class Answerer:
         from inference.cpu_linear import optimize_for_inference
         from inference.decode import DecodeStep, compiled_decode_step
         from inference.prompt_format import PromptFormat
-        from runtime.distributed import Ranks
+        from runtime.device import compute_dtype
+        from runtime.distributed import Distributed
 
-        ranks = Ranks.start(s.device)
-        dtype = ranks.compute_dtype(s.dtype)
+        ranks = Distributed.start(s.device)
+        dtype = compute_dtype(ranks.device, s.dtype)
         model, tokenizer = load_model(s.model, ranks.device, dtype, quant=s.quant)
         model.eval()
         if s.compile:

@@ -39,7 +39,8 @@ import torch
 from checkpoints.resume_point import claim_run_folder, lock_run_folder
 from data import Batch
 from model import Llama
-from runtime.distributed import Ranks
+from runtime.device import peak_flops, peak_memory_gb
+from runtime.distributed import Distributed, local_gradients
 from runtime.transfer import ahead, to_device_async
 from training import optimizer as optim
 from training import plan
@@ -49,7 +50,7 @@ from training.run import Run
 
 
 def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
-               optimizer: torch.optim.Optimizer, ranks: Ranks, clip: float,
+               optimizer: torch.optim.Optimizer, ranks: Distributed, clip: float,
                scale: optim.LossScale | None = None,
                reported: dict[str, float] | None = None) -> tuple[float, float]:
     """One optimizer step over this rank's micro-batches -> (loss, gradient norm).
@@ -61,17 +62,17 @@ def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
     """
     scale = scale or optim.LossScale()
     counts = np.sum([np.atleast_1d(objective.count(b)) for b in batches], axis=0)  # (k,)
-    counts = [max(1, x) for x in ranks.totals(*counts.tolist())]  # no terms: no gradient
+    counts = [max(1, x) for x in ranks.all_reduce_sum(*counts.tolist())]  # no terms: no gradient
     count = to_device_async(torch.tensor(counts), ranks.device)
     minimised = len(counts) - len(objective.reported)
     parts = []
     for i, batch in enumerate(ahead(batches, ranks.device)):
-        ranks.meet(last=i == len(batches) - 1)
-        part = objective.sums(model, batch).reshape(-1) / count  # (k,)
+        ranks.set_gradient_sync(last=i == len(batches) - 1)
+        part = ranks.forward(objective.sums, model, batch).reshape(-1) / count  # (k,)
         (part[:minimised].sum() * scale.value).backward()
         parts.append(part.detach())
-    gradients, squares = ranks.gradients([p for p in model.parameters() if p.requires_grad])
-    found, norm = ranks.read(sum(parts), squares)
+    gradients = local_gradients(model.parameters())
+    found, norm = ranks.reduce_loss_and_norm(sum(parts), gradients)
     loss, norm = sum(found[:minimised]), norm / scale.value
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
@@ -97,7 +98,7 @@ def loop(run: Run) -> int:
     metrics = log.Metrics(run.out / "metrics.jsonl", run.step, s.track)
     eval_every = s.eval_every or max(1, run.steps // 10)
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
-    peak, needed = ranks.peak_flops(), plan.needed(run)
+    peak, needed = peak_flops(ranks.device), plan.needed(run)
     watch = Watch(run.out, run.loader, ranks, run.step, run.past)
     stop, looks = 0, run.held or run.guards.suites or s.prompts
     run.model.train()
@@ -111,7 +112,7 @@ def loop(run: Run) -> int:
                                      s.min_lr_ratio)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
-            served, rows = run.loader.served.copy(), s.rows * ranks.world * run.micro_batches
+            served, rows = run.loader.served.copy(), s.rows * ranks.world_size * run.micro_batches
             batches = [run.loader.next() for _ in range(run.micro_batches)]
             reported: dict[str, float] = {}
             try:
@@ -129,7 +130,7 @@ def loop(run: Run) -> int:
                                     f"{narrow}, or look at the documents in {watch.path}",
                                     NON_FINITE) from None
 
-            counts = ranks.totals(
+            counts = ranks.all_reduce_sum(
                 *np.sum([(trained_tokens(b), *plan.inside(b)) for b in batches], axis=0).tolist())
             run.step, run.tokens = run.step + 1, run.tokens + int(counts[0])
             seconds = time.perf_counter() - begun
@@ -138,15 +139,15 @@ def loop(run: Run) -> int:
             metrics.write(
                 step=run.step, tokens=run.tokens, loss=loss, lr=lr, grad_norm=norm, **reported,
                 skipped=run.skipped, tokens_per_second=round(speed, 1),
-                mfu=peak and float(np.dot(counts, needed)) / (seconds * peak * ranks.world),
-                memory_gb=round(ranks.memory_gb(), 3),
+                mfu=peak and float(np.dot(counts, needed)) / (seconds * peak * ranks.world_size),
+                memory_gb=round(peak_memory_gb(ranks.device), 3),
                 share={name: n / sum(served.values()) for name, n in served.items()})
             note = f"loss {loss if loss is not None else float('nan'):.4f}  {speed:,.0f} tokens/s"
             move(1, note)
             if run.step % max(1, run.steps // 20) == 0:
                 log.say(f"step {run.step}/{run.steps}  {note}  lr {lr:.2e}")
 
-            stop, save, busy = ranks.highest(asked.stop, asked.save, run.saver.busy)
+            stop, save, busy = ranks.all_reduce_max(asked.stop, asked.save, run.saver.busy)
             last = run.step == run.steps
             if looks and (run.step % eval_every == 0 or last):
                 metrics.write(step=run.step, **run.look())
@@ -198,7 +199,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
                     f"python train.py --resume --out {out}")
         else:
             run.finish()
-        run.ranks.leave()
+        run.ranks.close()
         return stop
 
 
@@ -206,7 +207,7 @@ def main(s: Settings, origins: dict[str, str]) -> int:
     """One run; or the demo, which is two: a tiny base on English, then that base on Kinyarwanda."""
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # each machine counts its own restarts
         own = torchrun_restarts()
-        highest = Ranks.start(s.device, s.rank_timeout).highest(own)[0]
+        highest = Distributed.start(s.device, s.rank_timeout).all_reduce_max(own)[0]
         if highest != own:
             s, origins = read_settings(sys.argv[1:], highest)
     if s.model == "demo" and not s.plan_for:

@@ -158,13 +158,13 @@ def ours(name: str, steps: int) -> dict[str, Any]:
     from bench.train_step import same_start
     from data import Batch
     from layers import fp8, nf4
-    from runtime.distributed import Ranks
+    from runtime.distributed import Distributed
     from training import optimizer as optim
     from training.compile_model import compile_model
     from training.objective import NLL
 
     case = CASES[name]
-    s, gpu = settings(case), Ranks.start(DEVICE)
+    s, gpu = settings(case), Distributed.start(DEVICE)
     model = drawn(case, compute_dtype=torch.bfloat16, recompute=s.recompute)
     if s.dtype == "fp8":
         fp8.convert_to_fp8(model)

@@ -61,11 +61,11 @@ def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict
     from data import Batch
     from layers.config import ModelConfig
     from model import Llama
-    from runtime.distributed import Ranks
+    from runtime.distributed import Distributed
     from training import optimizer as optim
     from training.objective import NLL
 
-    ranks = Ranks.start("cpu")
+    ranks = Distributed.start("cpu")
     model = Llama(ModelConfig.from_hf({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V,
         "hidden_size": C, "intermediate_size": C * 11 // 4, "num_hidden_layers": L,
@@ -77,8 +77,8 @@ def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict
         model.to(torch.bfloat16)
         lora.attach(model, R, 2.0 * R, 0.0, ["all-linear"])
     model.train()
-    if ranks.world > 1:
-        ranks.share(model, "fsdp", torch.bfloat16)
+    if ranks.world_size > 1:
+        ranks.wrap_model(model, "fsdp", torch.bfloat16)
     optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
     ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
     at = torch.arange(T).expand(B, T)
@@ -120,7 +120,7 @@ def job(s: Settings) -> str:
             "GB of model and optimizer", "GB above them", "its exponent"]
     note = ("Four layers, width 256, 8,192 ids, bf16 products; LoRA (r 16) for sequence, rows, "
             "packed and rank, else all weights; one document a row, `packed`: documents of 512 "
-            "tokens. Ranks: width 1,024, a row and a thread each, on this machine's cores. "
+            "tokens. Distributed: width 1,024, a row and a thread each, on this machine's cores. "
             "Seconds: the shorter of two steps of one process. An exponent of 1 is linear.")
     parts = [note, table(head, rows), *pictures, limits.words(limits.measured(s.size))]
     return "\n\n".join(parts)

@@ -103,10 +103,10 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
 
     import lora
     from checkpoints.huggingface import load_model
-    from runtime.distributed import Ranks
+    from runtime.distributed import Distributed
     from training import optimizer as optim
 
-    cpu = Ranks.start("cpu")
+    cpu = Distributed.start("cpu")
 
     def take(name: str) -> float:
         s = settings(case, name)

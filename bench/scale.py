@@ -44,13 +44,13 @@ def ours(how: str, folder: str) -> Callable[[Any], float]:
     import train
     from checkpoints.huggingface import load_model
     from data import IGNORE, Batch
-    from runtime.distributed import Ranks
+    from runtime.distributed import Distributed
     from training import optimizer as optim
     from training.objective import NLL
 
-    ranks = Ranks.start("cpu")
+    ranks = Distributed.start("cpu")
     model, _ = load_model(folder, dtype=torch.float32, tokenizer=False)
-    ranks.share(model.train(), how, torch.float32)
+    ranks.wrap_model(model.train(), how, torch.float32)
     optimizer = optim.adamw(model, LR, BETAS, DECAY)
 
     def step(tokens: Any) -> float:
@@ -79,9 +79,9 @@ def accelerate(how: str, folder: str) -> Callable[[Any], float]:
     from torch.distributed.tensor import DTensor
     from transformers import LlamaForCausalLM
 
-    from runtime.distributed import keep_freed
+    from runtime.device import keep_freed_memory
 
-    keep_freed()  # as our ranks do
+    keep_freed_memory()  # as our ranks do
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[views])
     if how == "fsdp":
@@ -177,7 +177,7 @@ def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[s
         def turn() -> float:  # as train.py's loop goes
             begun = time.perf_counter()
             step(rows)
-            if not step.ranks.highest(saver.busy)[0]:
+            if not step.ranks.all_reduce_max(saver.busy)[0]:
                 saver.poll()
             return time.perf_counter() - begun
 

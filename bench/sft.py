@@ -7,8 +7,8 @@ and as a list, so tokenizers and templates are no part of it. A step holds about
 tokens everywhere: our rows, TRL's packed rows, or so many padded conversations as fill these rows.
 
 Every process has the allocator's settings that train.py takes for itself on a CPU
-(ranks.keep_freed), which spare the peers too the zeroing of pages. TRL's loss never holds all
-logits either (1.16; its `chunked_nll` is now a name of the default).
+(runtime.device.keep_freed_memory), which spare the peers too the zeroing of pages. TRL's loss
+never holds all logits either (1.16; its `chunked_nll` is now a name of the default).
 
 What is counted: a *trained* token is a target that has a loss, counted in the batches as each side
 makes them, behind its own shift; a *real* token is one of a conversation, all of them lie in the
@@ -117,11 +117,11 @@ def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
     import train
     from checkpoints.huggingface import load_model
     from data import Batch, Bin, Source, Whole
-    from runtime.distributed import Ranks
+    from runtime.distributed import Distributed
     from training import optimizer as optim
     from training.objective import NLL, trained_tokens
 
-    imports, cpu = peak_gb(), Ranks.start("cpu")
+    imports, cpu = peak_gb(), Distributed.start("cpu")
     model, _ = load_model(folder, dtype=torch.bfloat16 if case == "lora" else torch.float32,
                           tokenizer=False, compute_dtype=torch.bfloat16)
     if case == "lora":
@@ -148,9 +148,9 @@ def theirs(side: str, case: str, folder: str, B: int, T: int, padded: int) -> di
     from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from runtime.distributed import keep_freed
+    from runtime.device import keep_freed_memory
 
-    keep_freed()  # as Ranks.start does for ours
+    keep_freed_memory()  # as Distributed.start does for ours
     imports = peak_gb()
     found: dict[str, Any] = {"loss": 0.0, "trained": 0, "slots": 0, "steps": 0}
 

@@ -4,13 +4,13 @@
 
 The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
 tokens, dtype, start of LoRA, fused AdamW and clipping, and the allocator's settings that train.py
-takes for itself (ranks.keep_freed). Peers are measured as they come and compiled. All sides of a
-case are there at once, which takes 17 GB, and step in turn: a step is compared with one of the same
-seconds, not of minutes later. Losses of the first and of a later step must agree, or not the same
-was measured: that is an error. A peer that keeps its adapter in bf16, as litgpt does, rounds each
-update to eight bits, so it takes steps of its own: its later loss may be further away, by less than
-what an adapter that stood still would be. litgpt is left out where it is not installed, and is not
-compiled: by torch 2.13 on a CPU its loss is NaN then.
+takes for itself (runtime.device.keep_freed_memory). Peers are measured as they come and compiled.
+All sides of a case are there at once, which takes 17 GB, and step in turn: a step is compared with
+one of the same seconds, not of minutes later. Losses of the first and of a later step must agree,
+or not the same was measured: that is an error. A peer that keeps its adapter in bf16, as litgpt
+does, rounds each update to eight bits, so it takes steps of its own: its later loss may be further
+away, by less than what an adapter that stood still would be. litgpt is left out where it is not
+installed, and is not compiled: by torch 2.13 on a CPU its loss is NaN then.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
 
     import lora
     from checkpoints.huggingface import load_model
-    from runtime.distributed import Ranks
+    from runtime.distributed import Distributed
     from training import optimizer as optim
     from training.compile_model import compile_model
 
     adapted = case in ("lora", "large")
-    cpu = Ranks.start("cpu")
+    cpu = Distributed.start("cpu")
     model, _ = load_model(folder, dtype=torch.bfloat16 if adapted else torch.float32,
                           tokenizer=False,
                           compute_dtype=torch.float32 if case == "fp32" else torch.bfloat16)
@@ -134,9 +134,9 @@ def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
     import torch
     from transformers import LlamaForCausalLM
 
-    from runtime.distributed import keep_freed
+    from runtime.device import keep_freed_memory
 
-    keep_freed()  # as Ranks.start does for ours
+    keep_freed_memory()  # as Distributed.start does for ours
     adapted = case in ("lora", "large")
     model: Any = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16 if adapted else torch.float32)
@@ -200,9 +200,9 @@ def litgpt(name: str, folder: str) -> Any:
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from safetensors.torch import load_file
 
-    from runtime.distributed import keep_freed
+    from runtime.device import keep_freed_memory
 
-    keep_freed()
+    keep_freed_memory()
     C, M, L, H, K, V, _, T = MODELS[name]
     config = Config(
         name=name, block_size=T, vocab_size=V, padded_vocab_size=V, n_layer=L, n_head=H,

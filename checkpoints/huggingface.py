@@ -52,7 +52,7 @@ from layers.nf4 import NF4Linear
 from layers.recompute import Recompute
 from model import Llama
 from runtime.console import UserError
-from runtime.distributed import whole
+from runtime.distributed import full_tensor
 from runtime.dtypes import SAFETENSORS_FLOATS
 from runtime.strict_json import read_json
 from tokenization.tokenizer import Tokenizer
@@ -255,7 +255,7 @@ def save_model(model: Llama, folder: Path | str, source: Path | str,
     if not write:
         for names in shards.values():
             for name in names:
-                whole(state[name])  # every rank takes part in gathering it
+                full_tensor(state[name])  # every rank takes part in gathering it
         return
     with replace_folder(Path(folder), (*MODEL_FILES, "README.md")) as out:
         config_dtype = dtype
@@ -264,7 +264,7 @@ def save_model(model: Llama, folder: Path | str, source: Path | str,
         write_config(out, source, model.config, config_dtype)
         copy_model_files(source, out)
         for file, names in shards.items():
-            tensors = {k: whole(state[k]).to("cpu", dtypes[k]).contiguous() for k in names}
+            tensors = {k: full_tensor(state[k]).to("cpu", dtypes[k]).contiguous() for k in names}
             for name, x in tensors.items():
                 check_finite(x, name)  # a narrower dtype overflows silently
             save_file(tensors, out / file, metadata={"format": "pt"})

@@ -30,7 +30,7 @@ from lora import EMBEDDINGS, Base, LoRALinear, adapters, attach, layer_of, train
 from model import Llama
 from runtime import hub
 from runtime.console import UserError
-from runtime.distributed import whole
+from runtime.distributed import full_tensor
 
 PEFT_PREFIX = "base_model.model."  # PEFT puts this before the names of the model that it wraps
 SUPPORTED_VALUES = {  # values in adapter_config.json that are supported, besides empty ones
@@ -221,5 +221,5 @@ def save_adapter(model: Llama, folder: Path | str, base: str | Path, source: Pat
         text = json.dumps(config, indent=2) + "\n"
         (out / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
         copy_model_files(resolve_model_dir(source), out)
-        state = {k: whole(x).cpu().contiguous() for k, x in adapter_state(model).items()}
+        state = {k: full_tensor(x).cpu().contiguous() for k, x in adapter_state(model).items()}
         save_file(state, out / ADAPTER_WEIGHTS, metadata=metadata)

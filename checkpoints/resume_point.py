@@ -34,7 +34,7 @@ from checkpoints.atomic_write import fsync
 from data import sha256
 from runtime import distributed
 from runtime.console import FLAGS, STORAGE, UserError, say
-from runtime.distributed import Ranks
+from runtime.distributed import Distributed
 from runtime.dtypes import SAFETENSORS_NAMES
 
 FORMAT = 2  # format 1 had one file for each state dict, with whole tensors under their names
@@ -56,15 +56,17 @@ class AsyncCheckpointer:
     `busy`, and `finish` where it must wait. All ranks call these three methods at the same step.
     """
 
-    def __init__(self, root: Path, keep: int, ranks: Ranks | None = None, keep_later: bool = True):
+    def __init__(
+        self, root: Path, keep: int, ranks: Distributed | None = None, keep_later: bool = True
+    ):
         """`keep` checkpoints stay under `root`. `keep_later`: checkpoints of later steps, which a
         resumed run left behind, stay too."""
         if keep < 2:
             raise UserError(f"--keep {keep}: must be at least 2, because the last checkpoint may "
                             "be incomplete", FLAGS)
         self.root, self.keep, self.keep_later = root, keep, keep_later
-        self.ranks = ranks or Ranks(0, 1, torch.device("cpu"))
-        self.owner = int(self.ranks.gather(str(os.getpid()))[0])  # all ranks use rank 0's name
+        self.ranks = ranks or Distributed(0, 1, torch.device("cpu"))
+        self.owner = int(self.ranks.all_gather_text(str(os.getpid()))[0])  # rank 0's process
         self.pool = ThreadPoolExecutor(1, "checkpointer")
         self.pending: Future | None = None  # this rank's part of the stage that is under way
         self.publishing = False  # the second stage: all files are written, rank 0 renames
@@ -111,7 +113,7 @@ class AsyncCheckpointer:
             files = self.pending.result() or {}
         except OSError as e:  # tell the other ranks, which wait for this one
             fault = str(e) or repr(e)
-        reports = [json.loads(x) for x in self.ranks.gather(json.dumps([files, fault]))]
+        reports = [json.loads(x) for x in self.ranks.all_gather_text(json.dumps([files, fault]))]
         self.pending = None
         fault = self._first_fault([fault for _, fault in reports])
         if fault:
@@ -141,11 +143,11 @@ class AsyncCheckpointer:
         """What this rank writes: copies in host memory, named NAME@FIRST_ROW."""
         copies = {}
         for i, (name, x) in enumerate(tensors.items()):
-            first, rows = distributed.rows(x.detach())
-            if distributed.is_cut(x):
+            first, rows = distributed.local_shard(x.detach())
+            if distributed.is_dtensor(x):
                 write = rows.numel() > 0
             else:
-                write = i % self.ranks.world == self.ranks.rank
+                write = i % self.ranks.world_size == self.ranks.rank
             if write:
                 copies[f"{name}@{first}"] = rows.to("cpu", copy=True).contiguous()
         return copies
@@ -197,7 +199,7 @@ class AsyncCheckpointer:
         """The fault of the first rank that has one, with its number if there are several."""
         for rank, fault in enumerate(faults):
             if fault:
-                return f"rank {rank}: {fault}" if self.ranks.world > 1 else fault
+                return f"rank {rank}: {fault}" if self.ranks.world_size > 1 else fault
         return ""
 
     def _on_failure(self, fault: str) -> None:
@@ -342,13 +344,13 @@ class CheckpointReader:
 
     def read_like(self, part: str, name: str, like: Tensor) -> Tensor:
         """A tensor, sharded among the ranks as `like` is."""
-        if not distributed.is_cut(like):
+        if not distributed.is_dtensor(like):
             return self.read_rows(part, name)
-        first, local = distributed.rows(like)
+        first, local = distributed.local_shard(like)
         x = self.read_rows(part, name, first, len(local))
         if x.dim() == 0:  # AdamW's count of steps
             return x
-        return distributed.as_cut(x.to(local), like)
+        return distributed.to_dtensor(x.to(local), like)
 
 
 def read_checkpoint(folder: Path) -> tuple[StateDicts, dict[str, Any]]:

@@ -20,7 +20,7 @@ from inference.cpu_linear import cast_adapters
 from layers import nf4
 from model import KVCache, Llama
 from runtime.console import FLAGS, UserError
-from runtime.distributed import is_cut
+from runtime.distributed import is_dtensor
 
 LOOKAHEAD = 4  # groups of this many times `rows` prompts are sorted by length
 PREFILL_TOKENS = 4096  # tokens read in one pass: their activations are in memory together
@@ -245,7 +245,7 @@ def supports_cuda_graphs(model: Llama, device: torch.device) -> bool:
     """
     ropes = (model.config.rope, model.config.local_rope)
     dynamic = any(rope and rope.kind == "dynamic" for rope in ropes)
-    sharded = any(map(is_cut, model.parameters()))
+    sharded = any(map(is_dtensor, model.parameters()))
     return device.type == "cuda" and not (dynamic or nf4.found(model) or sharded)
 
 

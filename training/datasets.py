@@ -30,7 +30,7 @@ from tokenization.tokenizer import Tokenizer
 from training.settings import Settings
 
 if TYPE_CHECKING:  # torch would come with it, into each process that prepares text
-    from runtime.distributed import Ranks
+    from runtime.distributed import Distributed
 
 MIXED = ("text", "chat", "mt")  # kinds that are trained by their NLL
 
@@ -38,7 +38,7 @@ Held = dict[str, list[np.ndarray] | list[Document]]  # texts, or documents with 
 
 
 def open_data(s: Settings, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int, out: Path,
-              ranks: Ranks) -> tuple[list[Source], Held]:
+              ranks: Distributed) -> tuple[list[Source], Held]:
     """The sources to train on, and held-out documents by name; `kind` is what files become."""
     if not s.data:
         raise UserError("--data: name at least one bin or file of text", FLAGS)
@@ -96,7 +96,7 @@ def open_data(s: Settings, kind: str, folder: Path, tokenizer: Tokenizer, vocab:
 
 
 def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokenizer, out: Path,
-             ranks: Ranks, held_as: str) -> Bin:
+             ranks: Distributed, held_as: str) -> Bin:
     """A prepared bin, or files prepared once under OUT/bins by prepare.py; held-out text, which has
     a name, is left as it is."""
     if (Path(spec) / "meta.json").exists():

@@ -24,7 +24,7 @@ from evaluation.eval_model import EvalModel, Truncation, warn_truncated
 from evaluation.suites import Item, Prompt, Suite, load_suite
 from model import Llama
 from runtime.console import FLAGS, UserError
-from runtime.distributed import Ranks
+from runtime.distributed import Distributed
 from tokenization.tokenizer import Tokenizer
 from training.settings import Settings
 
@@ -125,7 +125,7 @@ class Guards:
                                 f"{there}", FLAGS)
             self.guards[i] = Guard(guard.text, main[0], guard.above, guard.limit, guard.percent)
 
-    def measure(self, model: Llama, tokenizer: Tokenizer, ranks: Ranks,
+    def measure(self, model: Llama, tokenizer: Tokenizer, ranks: Distributed,
                 ends: Collection[int] = ()) -> dict[str, float]:
         """The suites' figures, by name: one prompt, greedy, answers of half a context at most that
         end at EOS, or one of `ends`."""
@@ -175,24 +175,24 @@ class Guards:
             self.look(step, looks[step])
 
 
-def _shared(ask: Callable[..., list[Any]], items: Sequence[Item], ranks: Ranks) -> list[Any]:
+def _shared(ask: Callable[..., list[Any]], items: Sequence[Item], ranks: Distributed) -> list[Any]:
     """What `ask` finds of items, of which each rank asks its share; of a model that is cut among
     ranks (fsdp) all ask all, for they compute together."""
-    if ranks.world == 1 or ranks.shards:
+    if ranks.world_size == 1 or ranks.fsdp_modules:
         return ask(items)
-    mine, cut = items[ranks.rank :: ranks.world], []
+    mine, cut = items[ranks.rank :: ranks.world_size], []
     try:
         part = ask(mine, on_truncation=cut.append) if mine else []
     except UserError:
         part = None
-    said = [json.loads(x) for x in ranks.gather(json.dumps([part, cut], default=str))]
+    said = [json.loads(x) for x in ranks.all_gather_text(json.dumps([part, cut], default=str))]
     if any(part is None for part, _ in said):
         return ask(items)  # all meet the fault, and name its place among all items
     if cut := [x for _, told in said for x in told]:
         warn_truncated(Truncation(sum(x[0] for x in cut), sum(x[1] for x in cut), cut[0][2]))
     found: list[Any] = [None] * len(items)
     for rank, (part, _) in enumerate(said):
-        found[rank :: ranks.world] = part
+        found[rank :: ranks.world_size] = part
     return found
 
 

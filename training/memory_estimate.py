@@ -34,7 +34,13 @@ from layers.config import ModelConfig
 from layers.cross_entropy import ChunkSizes, LinearCrossEntropy, chunk_sizes
 from model import Layout, Llama
 from runtime.console import FLAGS, UserError
-from runtime.distributed import BUCKET, GiB, Ranks, meets_often, stays_whole, way
+from runtime.device import GiB, memory_limit_gb
+from runtime.distributed import (
+    Distributed,
+    choose_strategy,
+    is_replicated,
+    needs_sync_every_microbatch,
+)
 from training import optimizer as optim
 from training.preference import cpo, document_logp, dpo
 from training.settings import Settings
@@ -146,7 +152,7 @@ class Cut:
         self.parts: dict[nn.Parameter, Tensor] = {}
         self.groups: dict[int, list[nn.Parameter]] = {}  # by layer; -1: embeddings and head
         for name, p in model.named_parameters():
-            if stays_whole(name, p):
+            if is_replicated(name, p):
                 continue
             self.parts[p] = p.new_empty(-(-len(p) // world), *p.shape[1:])
             layer = lora.layer_of(name)
@@ -193,7 +199,7 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model, device = shaped(config, s, dtype, adapter), torch.device("cpu")
-    how = way(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
+    how = choose_strategy(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
     whole = bool(lora.trained_whole(model))
     beside = s.mode == "dpo" and s.tune != "full" and not adapter and not (how == "fsdp" and whole)
     sizes = chunk_sizes("cpu" if path == "blocks" else "cuda", *model.head.shape)
@@ -210,13 +216,17 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
         _place(model, device)
         for x in lora.trained_whole(model).values():
             held.see(x, "weights")
-        cut = Cut(model, world, dtype, held, path == "blocks", meets_often(model, gb)) \
-            if how == "fsdp" else None
+        cut = None
+        if how == "fsdp":
+            often = needs_sync_every_microbatch(model, gb)
+            cut = Cut(model, world, dtype, held, path == "blocks", often)
         held.what = "optimizer"
         parts = cut.parts if cut else {}
         moving = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         kept = [torch.empty(optim.bytes_held(name, parts.get(p, p), s.optimizer),
                             dtype=torch.uint8) for name, p in moving]
+        held.what = "gradients"
+        buckets = [torch.empty_like(p) for _, p in moving if world > 1 and p not in parts]  # DDP's
         held.what = "activations"
         for x in (*(x for pair in turning for x in pair),
                   *(x for each in layouts.values() for x in each.tensors)):
@@ -227,7 +237,7 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
             _step(model, s, held, doc, pos, sizes, cut, last, last and world > 1, beside)
         for p in model.parameters():
             p.grad = None
-        del kept
+        del kept, buckets
     return Need(**{part: held.most[part] for part in PARTS})
 
 
@@ -256,7 +266,7 @@ def numbers(config: ModelConfig) -> int:
         return sum(p.numel() for p in Llama(config).parameters())
 
 
-def willing(config: ModelConfig, s: Settings, ranks: Ranks) -> None:
+def willing(config: ModelConfig, s: Settings, ranks: Distributed) -> None:
     """UserError (FLAGS) if nobody asked for the CPU that is to train a large model."""
     if s.device == "auto" and ranks.device.type == "cpu" and (n := numbers(config)) > SMALL:
         raise UserError(f"--device auto: no GPU that this torch can use, and {n / 1e9:.1f}B "
@@ -264,7 +274,7 @@ def willing(config: ModelConfig, s: Settings, ranks: Ranks) -> None:
                         "install a CUDA build of torch", FLAGS)
 
 
-def check(config: ModelConfig, s: Settings, dtype: torch.dtype, ranks: Ranks, passes: int,
+def check(config: ModelConfig, s: Settings, dtype: torch.dtype, ranks: Distributed, passes: int,
           adapter: Path | None = None) -> None:
     """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory; before a weight is
     read. A bound that is never too low lets most models pass at once. Rows that are to be found
@@ -273,12 +283,12 @@ def check(config: ModelConfig, s: Settings, dtype: torch.dtype, ranks: Ranks, pa
         return
     B, T, L = s.rows, s.seq_len, config.num_hidden_layers
     wide = config.hidden_size + config.intermediate_size
-    room = ranks.memory_limit_gb()
+    room = memory_limit_gb(ranks.device)
     if 32 * numbers(config) + 64 * B * T * L * wide + 8192 * config.vocab_size < room * GiB:
         return
     found = on(ranks, config, s, dtype, passes, adapter)
     if found.total > room * GiB:
-        among = f" on each of {ranks.world} ranks" if ranks.world > 1 else ""
+        among = f" on each of {ranks.world_size} ranks" if ranks.world_size > 1 else ""
         raise UserError(
             f"--rows {B} x --seq-len {T}, --tune {s.tune}: a step needs {found.total / GiB:.1f} GB"
             f"{among} ({found}), {ranks.device} has {room:.1f}; take fewer --rows, "
@@ -286,12 +296,12 @@ def check(config: ModelConfig, s: Settings, dtype: torch.dtype, ranks: Ranks, pa
             "same with --ignore-memory", FLAGS)
 
 
-def on(ranks: Ranks, config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int,
+def on(ranks: Distributed, config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int,
        adapter: Path | None = None) -> Need:
     """The need of one of these ranks."""
     gpu = ranks.device.type == "cuda"
     return need(config, s, dtype, passes, adapter, path_of(ranks.device, dtype, config.head_dim),
-                ranks.world, ranks.memory_limit_gb() if gpu else math.inf)
+                ranks.world_size, memory_limit_gb(ranks.device) if gpu else math.inf)
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
@@ -311,26 +321,21 @@ def _place(model: nn.Module, device: torch.device) -> None:
 
 def _step(model: Llama, s: Settings, held: _Held, doc: Tensor, pos: Tensor, sizes: ChunkSizes,
           cut: Cut | None, last: bool, meet: bool, beside: bool) -> None:
-    """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`, in
-    messages that hold them a second time until they stand in for them.
+    """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`: DDP
+    copies them into its buckets.
 
     Every token is trained; in preference pairs a row is one pair. `beside`: DPO's reference is the
     model with its adapter off, in the same step.
     """
     moving = [p for p in model.parameters() if p.requires_grad]
-    whole, size = len(moving), 0
 
     def arrived(p: nn.Parameter) -> None:
-        nonlocal whole, size
-        whole -= 1
         if cut and p in cut.parts:
             cut.arrived(p, last)
             return
         held.see(p.grad, "gradients", True)
-        size += p.grad.nbytes
-        if meet and (size >= BUCKET or not whole):
-            torch.empty(size, dtype=torch.uint8)
-            size = 0
+        if meet:
+            p.grad = None
 
     each = s.mode in ("dpo", "cpo")
 

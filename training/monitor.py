@@ -23,9 +23,9 @@ import torch
 from data import Batch, Loader, Stream, Whole
 from model import Llama
 from runtime import console as log
-from runtime import distributed as shares
 from runtime.console import BAD_INPUT, FLAGS, REFUSALS, STORAGE, UserError
-from runtime.distributed import Ranks
+from runtime.device import GiB, is_out_of_memory, memory_limit_gb, peak_memory_gb
+from runtime.distributed import Distributed, is_dtensor, local_shard
 from training import optimizer as optim
 from training.objective import Objective
 from training.settings import Settings
@@ -58,7 +58,7 @@ class Past:
 class Watch:
     """Looks at every step's outcome; all ranks see the same and do the same."""
 
-    def __init__(self, out: Path, loader: Loader, ranks: Ranks, step: int, past: Past):
+    def __init__(self, out: Path, loader: Loader, ranks: Distributed, step: int, past: Past):
         self.loader, self.ranks, self.past = loader, ranks, past
         self.path, self.step = out / "odd_steps.jsonl", step
         # only a run that was odd has the file
@@ -67,10 +67,10 @@ class Watch:
     def bad(self, step: int, fault: NotFinite, served: Sequence[int], rows: int) -> bool:
         """A step that was skipped, its `rows` rows those after `served`; whether it is the third in
         a row."""
-        said = self.ranks.gather(" ".join(map(str, fault.batches)))
+        said = self.ranks.all_gather_text(" ".join(map(str, fault.batches)))
         each = self.loader.rows  # a rank's rows in a micro-batch
-        mine = [(int(batch) * self.ranks.world + rank) * each + i for rank, x in enumerate(said)
-                for batch in x.split() for i in range(each)]
+        mine = [(int(batch) * self.ranks.world_size + rank) * each + i
+                for rank, x in enumerate(said) for batch in x.split() for i in range(each)]
         self._write(step, "not finite", str(fault), served, sorted(mine) or range(rows))
         log.say(f"step {step}: {fault}")
         self.past.failures += not fault.narrow
@@ -135,7 +135,7 @@ def explained(cost: str, step: Callable[[], int], out: Path) -> Iterator[None]:
                         STORAGE) from None
     except (MemoryError, RuntimeError) as e:
         why = " ".join(str(e).split())
-        if out_of_memory(e):
+        if is_out_of_memory(e):
             raise UserError(
                 f"step {step()}, rank {rank}: out of memory with {cost} ({why[:120]}); "
                 "lower --rows (the result stays the same), or take --recompute full, --tune lora "
@@ -155,29 +155,28 @@ def memory_ends(hint: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
         raise UserError(f"out of memory ({' '.join(str(e).split())[:120]}); {hint}",
                         FLAGS) from None
 
 
-def out_of_memory(e: BaseException) -> bool:
-    """Whether an error says that there is no memory left, on a GPU or for the CPU's allocator."""
-    return isinstance(e, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(e, RuntimeError) and "can't allocate memory" in str(e))
-
-
 class Memory:
     """Tries micro-batches of more and more rows, and whether the optimizer would still fit."""
 
-    def __init__(self, model: Llama, objective: Objective, ranks: Ranks, kind: str):
+    def __init__(self, model: Llama, objective: Objective, ranks: Distributed, kind: str,
+                 limit_gb: float | None = None,
+                 measure: Callable[[torch.device], float] = peak_memory_gb):
         self.model, self.objective, self.ranks = model, objective, ranks
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.trained = list(named.values())
-        moments = sum(optim.bytes_held(n, shares.rows(p)[1], kind) for n, p in named.items())
-        message = max((sum(p.nbytes for p in b.parameters) for b in ranks.buckets), default=0)
-        self.limit = 0.92 * ranks.memory_limit_gb() - (moments + message) / shares.GiB
-        self.seen = [(0, ranks.memory_gb())]  # rows, and the most memory held
+        reserved = sum(optim.bytes_held(n, local_shard(p)[1], kind) for n, p in named.items())
+        if ranks.ddp is not None and ranks.device.type == "cpu":  # DDP's buckets, not yet touched
+            reserved += sum(p.nbytes for p in self.trained if not is_dtensor(p))
+        limit_gb = limit_gb or memory_limit_gb(ranks.device)
+        self.limit = 0.92 * limit_gb - reserved / GiB
+        self.measure = measure
+        self.seen = [(0, measure(ranks.device))]  # rows, and the most memory held
 
     def fits(self, rows: int, passes: int, draw: Callable[[], Batch]) -> bool:
         """Whether forward and backward passes over so many rows fit, on every rank: one, or two,
@@ -191,31 +190,29 @@ class Memory:
         expected = last + (last - before) / max(1, m - n) * (rows - m)
         fault = int(expected > self.limit)
         try:
-            if not self.ranks.highest(fault)[0]:
+            if not self.ranks.all_reduce_max(fault)[0]:
                 for last in (False, True)[-passes:]:
-                    self.ranks.meet(last and bool(self.ranks.shards))
+                    self.ranks.set_gradient_sync(last and bool(self.ranks.fsdp_modules))
                     batch = draw().to(self.ranks.device)
                     self.objective.sums(self.model, batch).sum().backward()
-                if self.ranks.shards:
-                    self.ranks.gradients(self.trained)
-                self.seen.append((rows, self.ranks.memory_gb()))
+                self.seen.append((rows, self.measure(self.ranks.device)))
                 fault = int(self.seen[-1][1] > self.limit)
         except (MemoryError, RuntimeError) as e:
-            if not out_of_memory(e):
+            if not is_out_of_memory(e):
                 raise
             fault = 1
         for p in self.trained:
             p.grad = None
-        return not self.ranks.highest(fault)[0]
+        return not self.ranks.all_reduce_max(fault)[0]
 
 
-def rows_that_fit(s: Settings, model: Llama, objective: Objective, ranks: Ranks,
+def rows_that_fit(s: Settings, model: Llama, objective: Objective, ranks: Distributed,
                   load: Callable[[int], Loader]) -> int:
     """What --rows auto is for settings `s`, of a step whose tokens they divide; 1 where one row on
     every rank does not."""
     if not s.tokens_per_step:
         raise UserError("--rows auto: give --tokens-per-step too, which it divides", FLAGS)
-    total, left = divmod(s.tokens_per_step, s.seq_len * ranks.world)
+    total, left = divmod(s.tokens_per_step, s.seq_len * ranks.world_size)
     tries = Memory(model, objective, ranks, s.optimizer)
     found = 1 if left else most_rows(
         total, lambda n: tries.fits(n, min(2, total // n), load(n).next))

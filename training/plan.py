@@ -28,7 +28,13 @@ from layers import attention, nf4
 from model import Llama
 from runtime import console as log
 from runtime.console import FLAGS, STORAGE, UserError
-from runtime.distributed import PEAKS, GiB
+from runtime.device import (
+    PEAK_FLOPS,
+    GiB,
+    memory_limit_gb,
+    peak_memory_gb,
+    synchronize,
+)
 from training import memory_estimate as memory
 from training import monitor as watch
 from training import optimizer as optim
@@ -36,7 +42,7 @@ from training.objective import Objective
 from training.run import Run
 from training.settings import Settings
 
-CARDS = {  # as --plan-for has them: the name in PEAKS, and GB as sold
+CARDS = {  # as --plan-for has them: the name in PEAK_FLOPS, and GB as sold
     "t4": ("T4", 16), "l4": ("L4", 24), "a10g": ("A10G", 24), "4090": ("4090", 24),
     "a100-40": ("A100", 40), "a100": ("A100", 80), "h100": ("H100", 80), "h200": ("H200", 141)}
 
@@ -85,8 +91,8 @@ def _show(run: Run, origins: dict[str, str], objective: Objective) -> None:
     batch = run.loader.next()
     begun = time.perf_counter()
     objective.sums(run.model, batch.to(run.ranks.device)).sum().backward()
-    run.ranks.wait()
-    held = run.ranks.memory_gb()
+    synchronize(run.ranks.device)
+    held = peak_memory_gb(run.ranks.device)
     whole = "GPU's tensors" if run.ranks.device.type == "cuda" else "whole process"
     minutes = (time.perf_counter() - begun) * run.micro_batches * run.steps / 60
     moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
@@ -115,7 +121,7 @@ def _show(run: Run, origins: dict[str, str], objective: Objective) -> None:
         f"data         {shares}\n"
         f"steps        {run.steps} of {run.tokens_per_step:,} tokens\n"
         f"memory       {said.total / GiB:.2f} GB of tensors predicted at the most ({said}), of "
-        f"{run.ranks.memory_limit_gb():.1f} GB here\n"
+        f"{memory_limit_gb(run.ranks.device):.1f} GB here\n"
         f"             {held + moments:.2f} GB measured on one micro-batch, of the {whole}, with "
         f"{moments:.2f} for the optimizer\n"
         f"time         {minutes:.1f} minutes of steps, from that micro-batch (the first is "
@@ -217,13 +223,13 @@ def foretell(s: Settings) -> None:
     model = memory.shaped(config, s, dtype, adapter)
     numbers = sum(p.numel() for p in model.parameters()) + sum(m.numel for m in nf4.found(model))
     moving = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    speed = PEAKS[name] * s.plan_share * world / flops(model, s)  # tokens a second
+    speed = PEAK_FLOPS[name] * s.plan_share * world / flops(model, s)  # tokens a second
     hours = tokens * s.steps / speed / 3600
     cost = f"{hours * world * s.plan_price:,.2f} at {s.plan_price:g} an hour and GPU" \
         if s.plan_price else "unknown; give what a GPU costs an hour by --plan-price"
     print(
         f"parameters   {numbers:,}, trained {moving:,}\n"
-        f"GPUs         {world} x {name}, {gb} GB, {PEAKS[name] / 1e12:.0f} TFLOP/s of "
+        f"GPUs         {world} x {name}, {gb} GB, {PEAK_FLOPS[name] / 1e12:.0f} TFLOP/s of "
         f"{str(dtype)[6:]} products on its data sheet\n"
         f"memory       {said.total / GiB:.2f} GB predicted at the most ({said}); "
         f"{'fits' if fits else 'does not fit'}: {usable(gb):.1f} GB are counted on\n"

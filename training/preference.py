@@ -23,7 +23,7 @@ import lora
 from data import IGNORE, Batch, Whole
 from model import Llama
 from runtime.console import say
-from runtime.distributed import Ranks
+from runtime.distributed import Distributed
 from runtime.transfer import host, to_device_async
 from training.settings import Settings
 
@@ -102,7 +102,7 @@ def count(b: Batch, s: Settings) -> list[int]:
 
 
 def keep_reference(model: Llama, streams: Sequence[Whole], folder: Path, name: str, rows: int,
-                   ranks: Ranks) -> None:
+                   ranks: Distributed) -> None:
     """Compute what the model, as it is now, makes of every row, and keep it for the loader.
 
     `name` says which model it is; each rank does its part, `rows` at a time.
@@ -120,7 +120,7 @@ def keep_reference(model: Llama, streams: Sequence[Whole], folder: Path, name: s
                 np.memmap(aside, "<f4", "w+", shape=shape).flush()
             ranks.barrier()
             kept = np.memmap(aside, "<f4", "r+", shape=shape)
-            for first in range(0, stream.rows, rows * ranks.world):  # as many turns on each rank
+            for first in range(0, stream.rows, rows * ranks.world_size):  # alike on all ranks
                 mine = [min(first + ranks.rank * rows + i, stream.rows - 1) for i in range(rows)]
                 b = Batch.of([stream.row(i) for i in mine]).to(ranks.device)
                 with torch.no_grad():
@@ -133,5 +133,5 @@ def keep_reference(model: Llama, streams: Sequence[Whole], folder: Path, name: s
                 aside.rename(file)
             ranks.barrier()
         stream.source.reference = np.memmap(file, "<f4", "r", shape=shape)
-    for m in ranks.shards:
+    for m in ranks.fsdp_modules:
         m.reshard()  # what a pass leaves whole is freed by the next: nobody may hold it

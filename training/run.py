@@ -46,11 +46,11 @@ from layers import fp8, nf4
 from model import Llama
 from reports import training_report as report
 from runtime import console as log
-from runtime import distributed as shares
+from runtime import distributed, hub
 from runtime import flags as config
-from runtime import hub
 from runtime.console import FLAGS, UserError
-from runtime.distributed import Ranks
+from runtime.device import compute_dtype
+from runtime.distributed import Distributed
 from runtime.dtypes import FLAG_NAMES
 from runtime.paths import code_sha256, git_commit
 from tokenization.chat_template import ChatTemplate
@@ -80,7 +80,7 @@ class Run:
 
     s: Settings
     out: Path
-    ranks: Ranks
+    ranks: Distributed
     model: Llama
     folder: Path  # the model's files: its tokenizer, and how to lay out the result
     tokenizer: Tokenizer
@@ -102,21 +102,23 @@ class Run:
     def start(cls, s: Settings, kind: str, objective: Objective) -> Run:
         """Load, wrap, open and check everything; `kind` is that of the bins, `objective` what is
         minimised. UserError on what is wrong."""
-        out, ranks = Path(s.out), Ranks.start(s.device, s.rank_timeout)
+        out, ranks = Path(s.out), Distributed.start(s.device, s.rank_timeout)
         for folder in (out, out / "bins") if ranks.rank == 0 else ():
             remove_leftovers(folder)
-        ranks.agree({f"--{f.name.replace('_', '-')}": str(getattr(s, f.name))
+        ranks.assert_same_on_all_ranks({f"--{f.name.replace('_', '-')}": str(getattr(s, f.name))
                      for f in dataclasses.fields(s) if f.name != "out"}  # links, by machine
                     | {"code": code_sha256(), "torch": torch.__version__})
-        if ranks.world > 1:  # several machines must see one folder
+        if ranks.world_size > 1:  # several machines must see one folder
             if ranks.rank == 0:
                 (out / ".ranks").write_text(str(time.time_ns()), encoding="utf-8")
             ranks.barrier()
             mark = out / ".ranks"
-            ranks.agree({"folder at --out": mark.read_text("utf-8") if mark.exists() else "none"})
+            ranks.assert_same_on_all_ranks(
+                {"folder at --out": mark.read_text("utf-8") if mark.exists() else "none"}
+            )
         torch.manual_seed(s.seed)
         torch.use_deterministic_algorithms(s.deterministic)
-        dtype = ranks.compute_dtype(s.dtype)
+        dtype = compute_dtype(ranks.device, s.dtype)
         guards = Guards.start(s)
         folder = resolve_model_dir(s.model)
         base = base_model_dir(folder)
@@ -129,8 +131,8 @@ class Run:
         trained = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
         kept = dtype if s.tune != "full" else None if s.train_layers else trained
         # of several ranks, each reads the files as they are and keeps its share
-        at = ranks.device if ranks.world == 1 or s.tune == "qlora" else torch.device("cpu")
-        kept = kept if ranks.world == 1 or s.tune != "full" else None
+        at = ranks.device if ranks.world_size == 1 or s.tune == "qlora" else torch.device("cpu")
+        kept = kept if ranks.world_size == 1 or s.tune != "full" else None
         model, tokenizer = load_model(
             folder, at, kept, quant="nf4" if s.tune == "qlora" else "none", double=s.double_quant,
             compute_dtype=dtype, recompute=s.recompute, neftune_alpha=s.neftune)
@@ -159,14 +161,14 @@ class Run:
         if s.best and s.best not in held:
             raise UserError(f"--best {s.best}: no held-out text of that name; there are "
                             f"{', '.join(held) or 'none'}", FLAGS)
-        ranks.agree({f"sha256 of {x.name}": x.sha for x in mixed}
+        ranks.assert_same_on_all_ranks({f"sha256 of {x.name}": x.sha for x in mixed}
                     | {"model": f"{model.config}", "tokenizer": tokenizer.fingerprint})
-        ranks.share(model, s.shard, dtype, trained)
+        ranks.wrap_model(model, s.shard, dtype, trained)
 
         def load(rows: int) -> Loader:
-            return Loader(mixed, s.seq_len, rows, s.seed, ranks.rank, ranks.world)
+            return Loader(mixed, s.seq_len, rows, s.seed, ranks.rank, ranks.world_size)
 
-        each = s.seq_len * ranks.world  # tokens of a row on every rank
+        each = s.seq_len * ranks.world_size  # tokens of a row on every rank
         if s.rows == "auto":
             s = dataclasses.replace(s, rows=watch.rows_that_fit(s, model, objective, ranks, load))
             log.say(f"--rows auto: {s.rows}")
@@ -178,7 +180,7 @@ class Run:
             would = [n for n in range(1, per_step // each + 1) if per_step % (n * each) == 0][-8:]
             raise UserError(
                 f"--tokens-per-step {per_step}: no multiple of {micro} (rows {s.rows} x seq-len "
-                f"{s.seq_len} x ranks {ranks.world}); " + (
+                f"{s.seq_len} x ranks {ranks.world_size}); " + (
                     f"--rows {' or '.join(map(str, would))} would do" if would else
                     f"multiples of {each} can be divided among the ranks"), FLAGS)
         # a run that goes on elsewhere must not choose anew
@@ -189,7 +191,7 @@ class Run:
         loader = load(s.rows)
         first = s.epochs * loader.streams[0].tokens / loader.shares[0]  # tokens of all sources
         steps = s.steps or max(1, round(first / per_step))
-        if ranks.how == "fsdp" and s.optimizer == "adamw8bit":
+        if ranks.strategy == "fsdp" and s.optimizer == "adamw8bit":
             raise UserError("--optimizer adamw8bit: not with --shard fsdp; take adamw or "
                             "adamw-bf16, whose state is cut among the ranks, or --shard ddp", FLAGS)
         optimizer = optim.adamw(model, s.lr, (s.beta1, s.beta2), s.weight_decay,
@@ -197,7 +199,7 @@ class Run:
         scale = optim.LossScale(65536.0 if dtype == torch.float16 else 1.0)
         saver = AsyncCheckpointer(out / "checkpoints", s.keep, ranks)
         # what trains as it is and is cut cannot be changed for its frozen values in a forward pass
-        if s.mode == "dpo" and not s.plan and (not fresh or (ranks.how == "fsdp" and whole)):
+        if s.mode == "dpo" and not s.plan and (not fresh or (ranks.strategy == "fsdp" and whole)):
             with uncompiled():
                 preference.keep_reference(model, loader.streams, out / "reference", str(folder),
                                           s.rows, ranks)
@@ -206,7 +208,7 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.s.rows * self.s.seq_len * self.ranks.world * self.micro_batches
+        return self.s.rows * self.s.seq_len * self.ranks.world_size * self.micro_batches
 
     @property
     def save_every(self) -> int:
@@ -246,12 +248,12 @@ class Run:
                 found["suites"] = finite(self.guards.measure(self.model, self.tokenizer,
                                                              self.ranks, ends))
                 self.model.train()
-            found = json.loads(self.ranks.gather(json.dumps(found))[0])
+            found = json.loads(self.ranks.all_gather_text(json.dumps(found))[0])
             block = looks.samples(self.model, self.held, self.tokenizer, self.s.prompts)
         if self.ranks.rank == 0:
             looks.add(self.out / "samples.txt", self.step, block)
         self.keep_best(found["bits_per_byte"])
-        for m in self.ranks.shards:
+        for m in self.ranks.fsdp_modules:
             m.reshard()  # an evaluation leaves the root module unsharded
         self.guards.look(self.step, {**found.get("suites", {}), **found["bits_per_byte"]})
         said = [f"{name} {x}" if x is None else f"{name} {x:.4f}"
@@ -296,7 +298,7 @@ class Run:
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
                  "settings": dataclasses.asdict(self.s),
                  "served": self.loader.served, "data": self.data, "model": self.mark,
-                 "ranks": self.ranks.world, "scale": dataclasses.astuple(self.scale),
+                 "ranks": self.ranks.world_size, "scale": dataclasses.astuple(self.scale),
                  "losses": list(self.past.losses), "failures": self.past.failures}
         self.saver.save(self.step, parts, state)
 
@@ -307,7 +309,7 @@ class Run:
         if self.ranks.rank == 0:
             newest = find_newest(root)
             remove_leftovers(root)
-        newest = self.ranks.gather(str(newest or ""))[0]
+        newest = self.ranks.all_gather_text(str(newest or ""))[0]
         return Path(newest) if newest else None
 
     def resume(self) -> None:
@@ -368,7 +370,7 @@ class Run:
             "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
             "commit": git_commit(), "started": time.strftime("%F %T"),
             "python": platform.python_version(), "torch": torch.__version__,
-            "device": str(self.ranks), "ranks": self.ranks.world,
+            "device": str(self.ranks), "ranks": self.ranks.world_size,
             "dtype": self.products, "model": str(self.folder),
             "model_commit": commit,
             "tokenizer": self.tokenizer.fingerprint, "steps": self.steps,
@@ -426,7 +428,7 @@ class Run:
             save_adapter(self.model, self.out / "model", str(base), self.folder)
         else:
             for x in adapter_state(self.model).values():
-                shares.whole(x)
+                distributed.full_tensor(x)
         if not writes:
             return
         self.write_prompt()

@@ -37,7 +37,7 @@ from checkpoints.resume_point import (
 )
 from helpers import fork as fork_tools
 from runtime.console import FLAGS, STORAGE, UserError
-from runtime.distributed import Ranks
+from runtime.distributed import Distributed
 from runtime.paths import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -566,7 +566,7 @@ def test_a_rank_killed_at_any_touch_of_the_disk_loses_no_earlier_checkpoint(tmp_
         save(root, 1), save(root, 2)
 
         def two(root=root, at=at) -> int:
-            ranks = Ranks.start("cpu", 20)
+            ranks = Distributed.start("cpu", 20)
             saver = AsyncCheckpointer(root, 2, ranks)
             if ranks.rank == rank:
                 fuse(root, at, "before")

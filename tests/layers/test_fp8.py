@@ -15,11 +15,11 @@ from helpers import tiny
 from layers import fp8
 from layers.functional import Linear
 from runtime.console import UserError
-from runtime.distributed import Ranks
+from runtime.distributed import Distributed
 from training import optimizer as optim
 from training.objective import NLL
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 
 

@@ -3,6 +3,7 @@ processes that talk by gloo."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -30,10 +31,9 @@ from helpers.train_runs import (
 )
 from preparation.bin_writer import BinWriter
 from runtime import console as log
-from runtime.distributed import Ranks
+from runtime.distributed import Distributed, local_shard, needs_sync_every_microbatch
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
-from training import run as life
 from training.objective import NLL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -113,8 +113,8 @@ def test_every_mode_is_the_same_on_one_rank_and_on_two(workspace, answers, mode,
     one, *others = ("none", "ddp", "fsdp")
     for how in (one, *others):
         run_ranks(
-                  make_settings(workspace, f"{mode}-{tune}-{how}", shard=how, **changes),
-                  1 if how == one else 2,
+            make_settings(workspace, f"{mode}-{tune}-{how}", shard=how, **changes),
+            1 if how == one else 2,
         )
     for how in others:
         assert_same_run(workspace / f"{mode}-{tune}-{one}", workspace / f"{mode}-{tune}-{how}")
@@ -122,16 +122,16 @@ def test_every_mode_is_the_same_on_one_rank_and_on_two(workspace, answers, mode,
 
 @pytest.mark.parametrize("tune", ["full", pytest.param("LoRA with embeddings",
                                                        marks=pytest.mark.slow)])
-def test_gradients_that_meet_after_every_micro_batch_are_the_same(workspace, tune, monkeypatch):
+def test_gradients_that_are_reduced_after_every_micro_batch_are_the_same(workspace, tune):
     """As they do by fsdp where whole ones would be too much to keep."""
     run_ranks(make_settings(workspace, f"seldom-{tune}", **WHAT[tune]))
-    monkeypatch.setattr(life.shares, "meets_often", lambda *_: True)
 
     def often(run: train.Run) -> None:
-        assert run.ranks.often and run.micro_batches == 3
+        assert run.ranks.fsdp_modules and run.micro_batches == 3
+        run.ranks.sync_every_microbatch = True
 
     run_ranks(
-              make_settings(workspace, f"often-{tune}", shard="fsdp", **WHAT[tune]), 2, during=often
+        make_settings(workspace, f"often-{tune}", shard="fsdp", **WHAT[tune]), 2, during=often
     )
     assert_same_run(workspace / f"seldom-{tune}", workspace / f"often-{tune}")
 
@@ -139,8 +139,8 @@ def test_gradients_that_meet_after_every_micro_batch_are_the_same(workspace, tun
 def test_gradients_meet_often_where_often_would_fill_a_tenth_of_a_gpu(workspace):
     model = tiny.ours(tiny.peer("biases"), "biases")
     cut = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
-    assert not life.shares.meets_often(model, 40.1 * cut / 2**30)
-    assert life.shares.meets_often(model, 39.9 * cut / 2**30)
+    assert not needs_sync_every_microbatch(model, 40.1 * cut / 2**30)
+    assert needs_sync_every_microbatch(model, 39.9 * cut / 2**30)
 
 
 def noting(workspace: Path, name: str) -> Callable[[train.Run], None]:
@@ -177,10 +177,10 @@ def test_bf16_weights_are_rounded_alike_by_one_rank_and_by_two(workspace, how):
     run_ranks(make_settings(workspace, f"narrow-{how}", shard=how, **changes), world=2)
     cut = f"narrow-{how}-cut"
     run_ranks(
-              make_settings(workspace, cut, shard=how, **changes),
-              world=2,
-              codes={143},
-              during=send_signal_at(7),
+        make_settings(workspace, cut, shard=how, **changes),
+        world=2,
+        codes={143},
+        during=send_signal_at(7),
     )
     run_ranks(make_settings(workspace, cut, resume=True, shard="none"))
     one = load_result(workspace / "narrow")
@@ -229,10 +229,10 @@ def test_two_ranks_cut_and_resumed_equal_two_that_were_not_bit_for_bit(workspace
                "train_embeddings": True, "best": "kin", "eval_every": 5}
     run_ranks(make_settings(workspace, f"uncut-{how}", **changes), world=2)
     run_ranks(
-              make_settings(workspace, f"cut-{how}", **changes),
-              world=2,
-              codes={143},
-              during=send_signal_at(7),
+        make_settings(workspace, f"cut-{how}", **changes),
+        world=2,
+        codes={143},
+        during=send_signal_at(7),
     )
     run_ranks(make_settings(workspace, f"cut-{how}", resume=True), world=2)
     assert read_losses(workspace / f"cut-{how}") == read_losses(workspace / f"uncut-{how}")
@@ -289,7 +289,7 @@ def unmoved(step: int, poison: Callable[[train.Run], None]) -> Callable[[train.R
 
     def during(run: train.Run) -> None:
         poison(run)
-        held = [life.shares.rows(p.detach())[1].clone() for p in run.model.parameters()]
+        held = [local_shard(p.detach())[1].clone() for p in run.model.parameters()]
         if run.step == step - 1:
             run.as_they_were = held
         elif run.step == step:
@@ -352,41 +352,46 @@ def test_compiled_blocks_are_the_same_on_two_ranks(workspace):
         assert all(b[k] == pytest.approx(a[k], rel=1e-5) for k in a)
 
 
-def test_gradients_are_those_of_torchs_own_data_parallel(workspace):
-    """Bucket by bucket, with a parameter that only one rank uses: our sum is DDP's mean by two."""
-    from torch.nn.parallel import DistributedDataParallel
+def test_gradients_are_sums_over_ranks_and_micro_batches(workspace):
+    """With parameters that only one rank uses, or none in the last micro-batch, and a loss that
+    calls the model twice. Names of parameters stay those of the model."""
 
-    def both() -> int:
-        ranks = Ranks.start("cpu", 30)
-        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(ranks.rank))
-        grads = []
-        for ours in (True, False):
-            torch.manual_seed(0)
-            model = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(5))
-            model.forward = lambda x, m=model: m[4](m[2](m[1](m[0](x)))) + (
-                m[3](x) if ranks.rank else 0)
-            if ours:
-                life.shares.BUCKET = 300  # bytes: a bucket for each weight and bias
-                ranks.share(model, "ddp", torch.float32)
-                assert len(ranks.buckets) > 4
-                for last in (False, True):
-                    ranks.meet(last)
-                    model(x).square().sum().backward()
-                grads.append([p.grad for p in model.parameters()])
-                assert len(ranks.gradients(model.parameters())[0]) == 10
-                grads[-1] = [p.grad for p in model.parameters()]
-            else:
-                theirs = DistributedDataParallel(model, find_unused_parameters=True)
-                for _ in range(2):
-                    theirs(x).square().sum().backward()
-                grads.append([2 * p.grad for p in model.parameters()])
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b)
+    def loss(model: torch.nn.Module, x: torch.Tensor, extra: int | None) -> torch.Tensor:
+        h = sum(model[2](model[1](model[0](scale * x))) for scale in (1, 2))
+        if extra is not None:
+            h = h + model[extra](x)
+        return h.square().sum()
+
+    def micro_batches(rank: int) -> list[tuple[torch.Tensor, int | None]]:
+        x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(rank))
+        return [(x[0], 4), (x[1], 3 if rank else None)]
+
+    def rank() -> int:
+        ranks = Distributed.start("cpu", 30)
+        model = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(6))
+        single = copy.deepcopy(model)
+        names = [name for name, _ in model.named_parameters()]
+        ranks.wrap_model(model, "ddp", torch.float32)
+        assert [name for name, _ in model.named_parameters()] == names
+        for step in range(3):
+            for i, (x, extra) in enumerate(micro_batches(ranks.rank)):
+                ranks.set_gradient_sync(last=i == 1)
+                ranks.forward(loss, model, x, extra).backward()
+            for other in range(2):
+                for x, extra in micro_batches(other):
+                    loss(single, x, extra).backward()
+            for (name, a), b in zip(model.named_parameters(), single.parameters(), strict=True):
+                assert (a.grad is None) == (b.grad is None) == name.startswith("5."), (step, name)
+                if a.grad is not None:
+                    torch.testing.assert_close(a.grad, b.grad)
+            for p in (*model.parameters(), *single.parameters()):
+                p.grad = None
+        ranks.close()
         return 0
 
-    said = workspace / "said-gradients"
-    ends = fork.ends(fork.together(2, both, said))
-    assert ends == [0, 0], said.with_name("said-gradients-0").read_text()[-2000:]
+    output = workspace / "said-gradients"
+    ends = fork.ends(fork.together(2, rank, output))
+    assert ends == [0, 0], output.with_name("said-gradients-0").read_text()[-2000:]
 
 
 def agents(**kept: str) -> dist.TCPStore:
@@ -410,9 +415,9 @@ def test_ranks_that_are_started_again_meet_each_other_and_not_the_dead(workspace
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt * rank)
         if rank == late:
             time.sleep(0.5)  # the others find what it left the last time
-        ranks = Ranks.start("cpu", 20)
+        ranks = Distributed.start("cpu", 20)
         words = ["", "umwana", "abana ☀"]
-        assert ranks.gather(f"{attempt}{words[rank]}") == [f"{attempt}{x}" for x in words]
+        assert ranks.all_gather_text(f"{attempt}{words[rank]}") == [f"{attempt}{x}" for x in words]
         store = dist.distributed_c10d._get_default_store()
         store = getattr(store, "_underlying_non_prefix_store", store)
         assert not store.check(["exception_dump"])
@@ -442,14 +447,14 @@ def test_a_rank_that_torchrun_started_does_not_wait_for_ever(workspace, rank, na
     def wait() -> int:
         store = agents(**({"rank 1": name} if name else {}))
         os.environ["MASTER_PORT"] = str(store.port)
-        return log.run(lambda: Ranks.start("cpu", timeout=1))
+        return log.run(lambda: Distributed.start("cpu", timeout=1))
 
     said = workspace / "said-waited"
     (code,) = fork.ends([fork.child(
         wait, said, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
         TORCHELASTIC_USE_AGENT_STORE="True")])
     (line,) = [x for x in said.read_text().splitlines() if x.startswith("error: ")]
-    assert code == log.FLAGS and re.search(f"cannot meet the others .*{why}", line), line
+    assert code == log.FLAGS and re.search(f"cannot connect to the others .*{why}", line), line
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

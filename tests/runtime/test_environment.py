@@ -62,8 +62,8 @@ def test_the_losses_are_the_same_in_other_surroundings(name, plain, tmp_path):
 def test_on_a_cpu_freed_memory_is_kept_for_the_next_step_unless_the_environment_says_otherwise():
     code = """if True:
         import resource, torch
-        from runtime.distributed import Ranks
-        Ranks.start("cpu")
+        from runtime.distributed import Distributed
+        Distributed.start("cpu")
         def faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for big in (24 << 20, 48 << 20):  # bytes: kept, and given back

@@ -21,14 +21,14 @@ from layers import attention
 from layers import cross_entropy as loss
 from layers.attention import causal_mask
 from runtime import transfer as ahead
-from runtime.distributed import Ranks
+from runtime.distributed import Distributed
 from training import monitor as watch
 from training import optimizer as optim
 from training import preference
 from training.objective import NLL, Objective, objective_of, trained_tokens
 from training.settings import Settings
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 aten = torch.ops.aten
 ASK = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
        aten.repeat_interleave.Tensor, aten._unique2.default, aten.unique_dim.default}
@@ -227,7 +227,7 @@ def test_batches_that_come_ahead_arrive_whole_and_nobody_waits():
 @pytest.mark.parametrize("mode", ["cpt", "dpo"])
 def test_a_gpu_is_waited_for_once_a_step(mode):
     model = tiny.ours(tiny.peer("llama3"), "llama3", torch.bfloat16).train().cuda()
-    gpu, objective = Ranks.start("cuda"), objective_of(Settings(mode=mode))
+    gpu, objective = Distributed.start("cuda"), objective_of(Settings(mode=mode))
     optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
     step = lambda: train.train_step(  # noqa: E731
         model, objective, [batch(1), batch(2)], optimizer, gpu, 1.0)

@@ -166,7 +166,7 @@ def test_ranks_share_a_suites_items_and_find_the_same_figures(workspace, tmp_pat
     def counts(run):
         def contexts(model, items, real=EvalModel.contexts):
             with open(asked, "a") as file:
-                print(run.ranks.world, run.ranks.rank, len(items), file=file)
+                print(run.ranks.world_size, run.ranks.rank, len(items), file=file)
             return real(model, items)
 
         if run.step == 0:

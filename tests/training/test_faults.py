@@ -47,7 +47,8 @@ from helpers.train_runs import (
 )
 from runtime import flags as config
 from runtime.console import BAD_INPUT, FLAGS, STORAGE, UserError
-from runtime.distributed import Ranks
+from runtime.device import compute_dtype
+from runtime.distributed import Distributed
 from runtime.paths import ROOT
 from training import memory_estimate as memory
 from training import monitor as watch
@@ -425,7 +426,7 @@ def test_half_an_environment_is_one_line(monkeypatch, said, word):
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=word) as e:
-        Ranks.start("cpu")
+        Distributed.start("cpu")
     assert e.value.code == FLAGS and "torchrun" in str(e.value)
 
 
@@ -437,7 +438,7 @@ def test_a_port_in_use_is_one_line(monkeypatch):
                             "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match="--standalone finds a free port") as e:
-            Ranks.start("cpu", timeout=5)
+            Distributed.start("cpu", timeout=5)
         assert e.value.code == FLAGS
 
 
@@ -448,7 +449,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"LOCAL_RANK 1: this machine has 1 GPUs; .*--nproc") as e:
-        Ranks.start("auto")
+        Distributed.start("auto")
     assert e.value.code == FLAGS
 
 
@@ -459,13 +460,13 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 def test_a_gpu_without_bf16_is_said_once_and_changes_no_dtype_that_was_asked_for(
         monkeypatch, capsys, asked, found, line):
     """A run that goes on asks for the dtype that it was begun with."""
-    gpu = Ranks(0, 1, torch.device("cuda"))
+    gpu = Distributed(0, 1, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert gpu.compute_dtype(asked) == found
+    assert compute_dtype(gpu.device, asked) == found
     said = capsys.readouterr().err
     assert line in said and said.count("\n") == bool(line)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert gpu.compute_dtype("auto") == torch.bfloat16 and not capsys.readouterr().err
+    assert compute_dtype(gpu.device, "auto") == torch.bfloat16 and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, peak", [
@@ -474,7 +475,7 @@ def test_a_gpu_without_bf16_is_said_once_and_changes_no_dtype_that_was_asked_for
     ("NVIDIA L40S", None), ("NVIDIA T400 4GB", None), ("NVIDIA A10", None)])
 def test_a_gpus_peak_is_that_of_no_other(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert Ranks(0, 2, torch.device("cuda")).peak_flops() == peak
+    assert Distributed(0, 2, torch.device("cuda")).peak_flops() == peak
 
 
 def test_a_cpu_trains_a_large_model_only_where_it_was_asked_to(workspace, monkeypatch):
@@ -911,12 +912,8 @@ def test_rows_auto_takes_the_most_that_fit_and_changes_nothing(workspace):
 def test_rows_auto_never_tries_what_the_last_sizes_let_expect_not_to_fit():
     tried = []
 
-    class Grows(Ranks):
-        def memory_gb(self):
-            return 1.0 + 0.5 * max(tried, default=0)
-
-        def memory_limit_gb(self):
-            return 3.3 / 0.92
+    def peak_gb(_):
+        return 1.0 + 0.5 * max(tried, default=0)
 
     class Nothing:
         def to(self, _):
@@ -924,13 +921,14 @@ def test_rows_auto_never_tries_what_the_last_sizes_let_expect_not_to_fit():
 
     model = torch.nn.Linear(1, 1)
     objective = Objective(lambda m, b: m(torch.ones(1)).sum(), len)
-    memory = watch.Memory(model, objective, Grows(0, 1, torch.device("cpu")), "adamw")
+    cpu = Distributed(0, 1, torch.device("cpu"))
+    memory = watch.Memory(model, objective, cpu, "adamw", 3.3 / 0.92, peak_gb)
     assert watch.most_rows(
         24, lambda n: memory.fits(n, 1, lambda: (tried.append(n), Nothing())[1])) == 4
     assert tried == [1, 2, 3, 4]
     assert not memory.fits(4, 2, lambda: (tried.append(5), Nothing())[1])  # the second pass' more
-    limits = {kind: watch.Memory(torch.nn.Linear(512, 512), objective, Grows(
-        0, 1, torch.device("cpu")), kind).limit for kind in ("adamw", "adamw-bf16")}
+    limits = {kind: watch.Memory(torch.nn.Linear(512, 512), objective, cpu, kind, 3.3 / 0.92,
+                                 peak_gb).limit for kind in ("adamw", "adamw-bf16")}
     assert limits["adamw-bf16"] > limits["adamw"]
     with pytest.raises(UserError, match="not even one row"):
         watch.most_rows(24, lambda n: False)

@@ -22,9 +22,8 @@ from helpers import fork, tiny
 from layers import attention, fp8, nf4
 from layers import cross_entropy as loss
 from layers.config import ModelConfig
-from runtime import distributed as shares
 from runtime.console import UserError
-from runtime.distributed import GiB, Ranks
+from runtime.distributed import Distributed, GiB
 from runtime.paths import ROOT
 from training import memory_estimate as memory
 from training import optimizer as optim
@@ -166,39 +165,39 @@ def test_a_model_of_eight_billion_is_planned_without_its_weights():
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=8192))
     s = Settings(rows=1, seq_len=1024, tune="qlora", recompute="full")
-    before = Ranks.start("cpu").memory_gb()
+    before = Distributed.start("cpu").memory_gb()
     found = memory.need(config, s, torch.bfloat16)
     matrices, rest = 6_979_321_856, 2 * 128256 * 4096 + 65 * 4096
     small = 41_943_040 * 4  # LoRA of rank 16 on all linear layers, float32
     assert found.weights == matrices * 4.5 / 8 + rest * 2 + small
     assert found.optimizer == 2 * small and 5.5 < found.total / GiB < 8
-    assert Ranks.start("cpu").memory_gb() - before < 0.3
+    assert Distributed.start("cpu").memory_gb() - before < 0.3
 
 
 def test_what_cannot_fit_is_refused_in_one_line_and_what_fits_is_not_measured(monkeypatch):
     config = ModelConfig.from_hf(tiny.config("llama3", **WIDE))
-    one = Ranks.start("cpu")
+    one = Distributed.start("cpu")
     memory.check(config, settings(), torch.float32, one, 1)
     exact = memory.need(config, settings(), torch.float32).total
-    monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 0.99)
+    monkeypatch.setattr(Distributed, "memory_limit_gb", lambda self: exact / GiB * 0.99)
     with pytest.raises(UserError, match=r"a step needs .*\(weights .*logits .*--recompute") as e:
         memory.check(config, settings(), torch.float32, one, 1)
     assert e.value.code == 2 and "\n" not in str(e.value)
     memory.check(config, settings(ignore_memory=True), torch.float32, one, 1)
     memory.check(config, dataclasses.replace(settings(), rows="auto"), torch.float32, one, 1)
-    monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 1.01)
+    monkeypatch.setattr(Distributed, "memory_limit_gb", lambda self: exact / GiB * 1.01)
     memory.check(config, settings(), torch.float32, one, 1)
 
 
 def test_what_cannot_fit_a_rank_is_refused_too(monkeypatch):
     config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
-    two = Ranks(0, 2, torch.device("cpu"))
+    two = Distributed(0, 2, torch.device("cpu"))
     s = Settings(rows=1, seq_len=64, shard="fsdp")
     exact = memory.need(config, s, torch.float32, world=2).total
-    monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 0.99)
+    monkeypatch.setattr(Distributed, "memory_limit_gb", lambda self: exact / GiB * 0.99)
     with pytest.raises(UserError, match=r"a step needs [\d.]+ GB on each of 2 ranks \(weights"):
         memory.check(config, s, torch.float32, two, 1)
-    monkeypatch.setattr(Ranks, "memory_limit_gb", lambda self: exact / GiB * 1.01)
+    monkeypatch.setattr(Distributed, "memory_limit_gb", lambda self: exact / GiB * 1.01)
     memory.check(config, s, torch.float32, two, 1)
     with pytest.raises(UserError, match="ranks"):
         memory.check(config, dataclasses.replace(s, shard="ddp"), torch.float32, two, 1)
@@ -248,12 +247,12 @@ def most_of(profile) -> list[int]:
     return most[1:]
 
 
-def of_a_rank(s: Settings, dtype: torch.dtype, passes: int, file: Path):
+def of_a_rank(s: Settings, dtype: torch.dtype, passes: int, file: Path, often: bool = False):
     """What a rank does: some steps of a model that is shared, and what its allocator says."""
 
     def act() -> None:
         model = tiny.ours(tiny.peer("llama32", **BIG), "llama32", dtype, s.recompute, **BIG)
-        ranks = Ranks.start("cpu")
+        ranks = Distributed.start("cpu")
         ids = torch.randint(3, tiny.V, (s.rows, s.seq_len))
         doc = (torch.arange(s.seq_len) >= s.seq_len // 2).long().expand_as(ids)
         batch = Batch(ids, ids, doc, torch.arange(s.seq_len).expand_as(ids))
@@ -263,13 +262,14 @@ def of_a_rank(s: Settings, dtype: torch.dtype, passes: int, file: Path):
             model = copy.deepcopy(model).to(kept if s.tune == "full" else dtype)
             if s.tune == "lora":
                 lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
-            ranks.share(model.train(), s.shard, dtype, kept)
+            ranks.wrap_model(model.train(), s.shard, dtype, kept)
+            ranks.sync_every_microbatch |= often
             optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
             for _ in range(STEPS):
                 with torch.profiler.record_function("a step"):
                     train.train_step(model, NLL, [batch] * passes, optimizer, ranks, 1.0)
         file.write_text(json.dumps(most_of(profile)))
-        ranks.leave()
+        ranks.close()
 
     return act
 
@@ -300,15 +300,13 @@ def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, wor
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [NARROW, torch.float32], ids=str)
 def test_a_ranks_prediction_holds_where_gradients_meet_after_every_micro_batch(
-        tmp_path, monkeypatch, dtype):
+        tmp_path, dtype):
     s = Settings(rows=2, seq_len=128, shard="fsdp")
     config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
     seldom = memory.need(config, s, dtype, 3, world=2)
-    for module in (memory, shares):
-        monkeypatch.setattr(module, "meets_often", lambda *_: True)
-    often = memory.need(config, s, dtype, 3, world=2)
+    often = memory.need(config, s, dtype, 3, world=2, gb=1e-6)
     assert often.gradients < 0.75 * seldom.gradients and often.total < seldom.total
-    ends = fork.ends(fork.together(2, of_a_rank(s, dtype, 3, tmp_path / "found"),
+    ends = fork.ends(fork.together(2, of_a_rank(s, dtype, 3, tmp_path / "found", often=True),
                                    tmp_path / "said"))
     assert ends == [0, 0], (tmp_path / "said-0").read_text()[-2000:]
     assert often.total == pytest.approx(min(json.loads((tmp_path / "found").read_text())), rel=0.1)

@@ -13,7 +13,7 @@ import lora
 from helpers import tiny
 from layers.config import ModelConfig
 from runtime.console import UserError
-from runtime.distributed import PEAKS, GiB
+from runtime.device import PEAK_FLOPS, GiB
 from training import memory_estimate as memory
 from training import plan
 from training.settings import Settings
@@ -65,8 +65,8 @@ def test_hours_and_cost_are_the_work_over_a_share_of_the_peak(folder, capsys):
     config = ModelConfig.from_hf(tiny.config("llama32", **WIDE))
     work = plan.flops(memory.shaped(config, s, torch.bfloat16), s) * found["tokens"]
     assert found["tokens"] == 2 * 32 * 2_000_000
-    assert found["hours"] == pytest.approx(work / (PEAKS["H100"] * 0.5) / 3600, abs=0.06)
-    assert found["cost"] == pytest.approx(2 * work / (PEAKS["H100"] * 0.5) / 3600, abs=0.01)
+    assert found["hours"] == pytest.approx(work / (PEAK_FLOPS["H100"] * 0.5) / 3600, abs=0.06)
+    assert found["cost"] == pytest.approx(2 * work / (PEAK_FLOPS["H100"] * 0.5) / 3600, abs=0.01)
     assert "50% of the peak, which is assumed" in text and " fits:" in text
 
 

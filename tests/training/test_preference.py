@@ -34,7 +34,7 @@ from preparation.bin_writer import BinWriter
 from runtime import console as log
 from runtime import flags as config
 from runtime.console import UserError
-from runtime.distributed import Ranks
+from runtime.distributed import Distributed
 from runtime.paths import ROOT
 from tokenization.chat_template import ChatTemplate, encode_rendered
 from tokenization.document import Document
@@ -45,7 +45,7 @@ from training import preference
 from training.objective import NLL, objective_of
 from training.settings import Settings, read_settings
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 SETTINGS = Settings(mode="dpo", beta=0.3)
 
 

@@ -31,7 +31,7 @@ from model import Llama, ModelConfig
 from preparation.text import prepare_text
 from runtime import flags as config
 from runtime.console import UserError
-from runtime.distributed import Ranks
+from runtime.distributed import Distributed
 from runtime.paths import ROOT
 from tokenization.tokenizer import Tokenizer
 from training import monitor as watch
@@ -47,7 +47,7 @@ from training.settings import (
     upgrade_settings,
 )
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 TUNES = {
@@ -577,12 +577,13 @@ def test_tensorboard_holds_the_numbers_of_metrics_jsonl(workspace):
 
 @pytest.mark.parametrize("mode", ["sft", "dpo"])
 def test_mfu_is_of_all_tokens_of_documents_and_the_logits_of_those_that_are_trained(
-        workspace, monkeypatch, tmp_path, mode):
+    workspace, monkeypatch, tmp_path, mode
+):
     """A step's time and the peak are taken out again."""
     from preparation.bin_writer import BinWriter
     from tokenization.document import Document
 
-    monkeypatch.setattr(Ranks, "peak_flops", lambda self: 1e9)
+    monkeypatch.setattr(Distributed, "peak_flops", lambda self: 1e9)
     draw, sha = np.random.default_rng(0), Tokenizer.open(workspace / "tied").fingerprint
     kind, masks = {"sft": ("chat", {"all": None, "half": [0] * 6 + [1] * 5}),
                    "dpo": ("pairs", {"half": [0] * 6 + [1] * 5})}[mode]
