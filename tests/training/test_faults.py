@@ -47,7 +47,7 @@ from helpers.train_runs import (
 )
 from runtime import flags as config
 from runtime.console import BAD_INPUT, FLAGS, STORAGE, UserError
-from runtime.device import compute_dtype
+from runtime.device import compute_dtype, peak_flops
 from runtime.distributed import Distributed
 from runtime.paths import ROOT
 from training import memory_estimate as memory
@@ -475,7 +475,7 @@ def test_a_gpu_without_bf16_is_said_once_and_changes_no_dtype_that_was_asked_for
     ("NVIDIA L40S", None), ("NVIDIA T400 4GB", None), ("NVIDIA A10", None)])
 def test_a_gpus_peak_is_that_of_no_other(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert Distributed(0, 2, torch.device("cuda")).peak_flops() == peak
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_a_cpu_trains_a_large_model_only_where_it_was_asked_to(workspace, monkeypatch):
