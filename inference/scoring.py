@@ -166,7 +166,8 @@ def prefix_groups(rows: Sequence[Row], start: int,
         shared = common_prefix(group.prefix, row.ids, limit)
         needed = max(min_shared, (len(group.prefix) - start) / 2)
         if group.rows and len(shared) - start >= needed:
-            group = PrefixGroup(shared, [*group.rows, row])
+            group.rows.append(row)
+            group = PrefixGroup(shared, group.rows)
         else:
             close(group)
             group = PrefixGroup(row.ids[: row.n_shareable], [row])
