@@ -106,7 +106,7 @@ def main(s: Settings) -> None:
     """Read what was asked for, load the model, measure, print, write."""
     from evaluation import evaluate
     from evaluation.baseline import Baseline
-    from reports import evaluation_report
+    from reports.evaluation_report import write_evaluation_report
 
     check_settings(s)
     options = evaluate.Options(s.shots, s.limit, s.max_new_tokens, s.beams)
@@ -142,7 +142,7 @@ def main(s: Settings) -> None:
                "settings": settings, "results": results, "contamination": contamination})
     print_results(results, contamination, s.limit)
     warn_missing_spbleu(evaluation.metric_names)
-    console.say(f"wrote {Path(s.out) / 'results.json'} and {evaluation_report.write(Path(s.out))}")
+    console.say(f"wrote {Path(s.out) / 'results.json'} and {write_evaluation_report(Path(s.out))}")
 
 
 def check_settings(s: Settings) -> None:

@@ -126,8 +126,12 @@ from inference.generate import completions  # noqa: E402
 from inference.sampling import SamplingParams, StoppingCriteria  # noqa: E402
 from layers.cross_entropy import softcap  # noqa: E402
 from model import Llama  # noqa: E402
-from reports.model_card import WRITTEN, identity, merges  # noqa: E402
-from reports.model_card import text as card_text  # noqa: E402
+from reports.model_card import (  # noqa: E402
+    WRITTEN_BY_US,
+    model_card,
+    public_name,
+    read_merge_record,
+)
 from runtime.dtypes import FLAG_DTYPES, SAFETENSORS_FLOATS  # noqa: E402
 from runtime.strict_json import read_json  # noqa: E402
 from tokenization.chat_template import GREETING, ChatTemplate  # noqa: E402
@@ -147,13 +151,13 @@ def merge(s: Merge) -> None:
         raise UserError(f"--out {s.out}: is the {'base' if out == base.resolve() else 'adapter'} "
                         "itself; name another folder", FLAGS)
     adapter = sha256(resolve_inside(folder, ADAPTER_WEIGHTS))
-    earlier = merges(base)
+    earlier = read_merge_record(base)
     if adapter in [x.get("merged_adapter") for x in earlier]:
         raise UserError(f"{folder}: this adapter is already merged into {base} ({MERGE_RECORD} "
                         "there says so); merge it into the model it was trained on")
     model = adapted(base, folder)
     before = logits(folder) if s.compare else None
-    name, revision = identity(str(base))
+    name, revision = public_name(str(base))
     with replace_folder(out, (*MODEL_FILES, "README.md")) as new:
         write_merged(model, base, new, s.dtype)
         copy_model_files(base, new)
@@ -162,7 +166,7 @@ def merge(s: Merge) -> None:
                 (new / x).unlink(missing_ok=True)
         copy_model_files(folder, new)
         mine = out / "README.md"
-        if mine.exists() and WRITTEN not in (text := mine.read_text("utf-8", "replace")):
+        if mine.exists() and WRITTEN_BY_US not in (text := mine.read_text("utf-8", "replace")):
             (new / mine.name).write_text(text, encoding="utf-8")  # a person's stays
         record = {"merged_adapter": adapter, "base": name, "revision": revision}
         (new / MERGE_RECORD).write_text(json.dumps({"merges": [*earlier, record]}, indent=1) + "\n")
@@ -361,14 +365,15 @@ def card(s: Card) -> None:
     """Write README.md into the model's folder; one that a person wrote stays."""
     folder = resolve_model_dir(s.model)
     file = folder / "README.md"
-    if file.exists() and WRITTEN not in file.read_text("utf-8", "replace") and not s.force:
+    if file.exists() and WRITTEN_BY_US not in file.read_text("utf-8", "replace") and not s.force:
         raise UserError(f"{file}: not written by this command, so it stays; move it, or --force",
                         STORAGE)
     if s.licence and not re.fullmatch(r"[\w.-]+", s.licence):
         raise UserError(f"--licence {s.licence!r}: expected a name of the hub's, as mit", FLAGS)
     temporary = file.with_suffix(".tmp")
     try:
-        temporary.write_text("\n".join(card_text(folder, s)) + "\n", encoding="utf-8")
+        temporary.write_text(model_card(folder, s.run, s.results, s.language, s.licence),
+                             encoding="utf-8")
         temporary.replace(file)
     except OSError as e:
         raise UserError(f"{file}: cannot be written ({e.strerror})", STORAGE) from None

@@ -1,7 +1,7 @@
-"""A model card: what a model's files and its run's files say, as README.md.
+"""The model card: README.md of a model's folder, from what the model's and the run's files say.
 
-One idea: nothing is invented. Every sentence and number comes from a file; what no file says is
-left out or said to be unknown, and paths of the machine that trained it stay there.
+Every sentence and number comes from a file. What no file says is left out or called unknown, and
+paths of the machine that trained the model are not written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,80 +17,86 @@ import torch
 
 from checkpoints.model_folder import ADAPTER_CONFIG, CONFIG_FILE, MERGE_RECORD, tensor_infos
 from checkpoints.safetensors_header import resolve_inside
-from runtime import console as log
-from runtime.console import UserError
+from reports.page import render
+from reports.training_curves import read_metrics
+from runtime.console import UserError, printable
 from runtime.strict_json import read_json, strict_json
 from tokenization.tokenizer import FILES
 
-WRITTEN = "# written by export.py card"  # in the front matter: this README.md may be replaced
-LICENCES = {
+WRITTEN_BY_US = "# written by export.py card"  # in the front matter: this README.md may be replaced
+LICENCES = {  # a pattern in a LICENSE file -> the licence's name on the hub
     r"LLAMA 3\.3 COMMUNITY": "llama3.3", r"LLAMA 3\.2 COMMUNITY": "llama3.2",
     r"LLAMA 3\.1 COMMUNITY": "llama3.1", r"LLAMA 3 COMMUNITY": "llama3",
     r"LLAMA 2 COMMUNITY": "llama2", r"Gemma Terms of Use": "gemma",
     r"Apache License\s+Version 2\.0": "apache-2.0", r"\A\s*(The )?MIT License": "mit"}
-PRIVATE = ("model", "data", "val", "suite_data", "out", "resume", "plan", "track")  # paths, mostly
+PRIVATE_SETTINGS = (  # mostly paths
+    "model", "data", "val", "suite_data", "out", "resume", "plan", "track")
 
 
-def text(folder: Path, s: Any) -> Iterator[str]:
-    """The card, line by line."""
-    run = read_json(run_file(s.run, "run.json")) if s.run else {}
-    words = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).exists() else {}
-    past = merges(folder)
-    last = past[-1] if past else {}
-    home = str(Path(run["model"]).absolute()) if run.get("model") else ""  # always a folder
-    path = str(words.get("base_model_name_or_path") or last.get("base") or home)
-    if words and not Path(path).is_dir() and (folder / path).is_dir():
+def model_card(folder: Path, run_dir: str, results: Sequence[str], languages: Sequence[str],
+               licence: str) -> str:
+    """The text of a card. `run_dir` and `licence` may be empty: they are then unknown, and the
+    base's."""
+    run = read_json(run_file(run_dir, "run.json")) if run_dir else {}
+    adapter = {}
+    if (folder / ADAPTER_CONFIG).exists():
+        adapter = read_json(folder / ADAPTER_CONFIG)
+    merged = read_merge_record(folder)
+    base = _base_facts(folder, run, adapter, merged)
+    licence_note = ""
+    if not licence:
+        licence, licence_note = licence_of(base["licence_dir"], folder)
+    tags = ["lora", "peft", "kinyarwanda_ft_llm"] if adapter else ["kinyarwanda_ft_llm"]
+    front_matter = {
+        "language": list(languages), "license": licence,
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation", "tags": tags}
+    if base["hub_id"]:
+        front_matter = {"base_model": base["hub_id"], **front_matter}
+    parameters, architecture = 0, ""
+    if not adapter:
+        parameters = sum(torch.Size(x.shape).numel() for x in tensor_infos(folder).values())
+        names = read_json(folder / CONFIG_FILE).get("architectures")
+        architecture = (names or ["unknown"])[0]
+    return render(
+        "model_card.md", {"cell": cell}, written_by_us=WRITTEN_BY_US,
+        front_matter={k: json.dumps(v, ensure_ascii=False) for k, v in front_matter.items()},
+        title=(Path(run_dir) if run_dir else folder).resolve().name, adapter=adapter,
+        parameters=parameters, architecture=architecture, n_merged=len(merged),
+        base_name=base["name"] or "unknown",
+        base_is_local=bool(base["name"] and not base["hub_id"]),
+        base_commit=base["commit"] or "unknown", licence_note=licence_note,
+        results=[results_section(Path(x)) for x in results],
+        has_tokenizer=any((folder / x).exists() for x in FILES[:2]),
+        **(_run_facts(Path(run_dir), run) if run else {"run": None}))
+
+
+def run_file(run_dir: str, name: str) -> Path:
+    """A file of a run's folder. UserError if it is not there."""
+    file = Path(run_dir) / name
+    if not file.is_file():
+        raise UserError(f"--run {run_dir}: no {name} here, so this is not the folder of a run; "
+                        "check --run")
+    return file
+
+
+def _base_facts(folder: Path, run: dict[str, Any], adapter: dict[str, Any],
+                merged: list[dict[str, Any]]) -> dict[str, Any]:
+    """The base of a model: its public name, hub id and commit, and the folder of its licence."""
+    last_merge = merged[-1] if merged else {}
+    trained_from = str(Path(run["model"]).absolute()) if run.get("model") else ""  # always a folder
+    path = str(adapter.get("base_model_name_or_path") or last_merge.get("base") or trained_from)
+    if adapter and not Path(path).is_dir() and (folder / path).is_dir():
         path = str(folder / path)
-    name, revision = identity(path)
-    revision = revision or words.get("revision") or last.get("revision")
-    licence, why = (s.licence, "") if s.licence else licence_of(
-        Path(path if words else home or path), folder)
-    hub_id = name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else None
-
-    yield from ["---", WRITTEN + "; a README.md without this line is never replaced"]
-    if hub_id:
-        yield f"base_model: {json.dumps(hub_id)}"
-    for k, v in {"language": s.language, "license": licence,
-                 "library_name": "peft" if words else "transformers",
-                 "pipeline_tag": "text-generation",
-                 "tags": [*["lora", "peft"] * bool(words), "kinyarwanda_ft_llm"]}.items():
-        yield f"{k}: {json.dumps(v, ensure_ascii=False)}"
-    title = cell((Path(s.run) if s.run else folder).resolve().name)
-    yield from ["---", "", f"# {title}", "", "## What it is", ""]
-    if words:
-        yield (f"A LoRA adapter, rank {words.get('r')}, alpha {words.get('lora_alpha')}, on "
-               f"{cell(', '.join(words.get('target_modules') or []))}.")
-    else:
-        n = sum(torch.Size(x.shape).numel() for x in tensor_infos(folder).values())
-        kind = (read_json(folder / CONFIG_FILE).get("architectures") or ["unknown"])[0]
-        yield f"A language model, {cell(kind)}, {n:,} parameters."
-    if past:
-        yield f"{len(past)} LoRA adapter(s) were merged into it."
-    base = f"{cell(name)}{'' if hub_id else ', a local folder'}" if name else "unknown"
-    yield f"Its base is {base}, commit {cell(revision or 'unknown')}. {why}".rstrip()
-    yield from (run_lines(Path(s.run), run) if run else
-                ["", "How it was trained is not recorded here: this card was made without a run."])
-    for result in s.results:
-        yield from result_lines(Path(result))
-    yield from use_lines(folder, bool(words))
-    yield from [
-        "", "## Limits", "",
-        "- Bits per byte say how well text is predicted, not whether answers or translations are "
-        "right.", "- It can write what is false, and repeat what its training texts hold."]
-    if run.get("changed_settings", {}).get("mode", "cpt") == "cpt" and run:
-        yield "- This run continued text; it did not teach following instructions or chat."
-    yield "- What is not on this card was not measured, or is not known here. That includes safety."
+    name, commit = public_name(path)
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    return {"name": name, "hub_id": name if is_hub_id else None,
+            "commit": commit or adapter.get("revision") or last_merge.get("revision"),
+            "licence_dir": Path(path if adapter else trained_from or path)}
 
 
-def run_file(run: str, name: str) -> Path:
-    """A file of a run's folder; UserError if it is not there."""
-    if not (Path(run) / name).is_file():
-        raise UserError(f"--run {run}: no {name} here, so this is no run's folder; check --run")
-    return Path(run) / name
-
-
-def identity(path: str) -> tuple[str, str | None]:
-    """How a base is called in public: hub id and commit, or a local folder's own name alone."""
+def public_name(path: str) -> tuple[str, str | None]:
+    """What a base is called in public: hub id and commit, or only the name of a local folder."""
     folder = Path(path).expanduser()
     if not folder.is_dir() and not folder.is_absolute():
         return path, None  # a hub id, or nothing
@@ -98,20 +104,22 @@ def identity(path: str) -> tuple[str, str | None]:
     repo = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repo.startswith("models--"):
         return repo.removeprefix("models--").replace("--", "/"), folder.name
-    return (folder.parent.name if folder.name == "model" else folder.name), None
+    if folder.name == "model":
+        return folder.parent.name, None
+    return folder.name, None
 
 
 def licence_of(base: Path, folder: Path) -> tuple[str, str]:
-    """The base's licence by its card or its LICENSE file; else `other`, and a sentence that says
-    so."""
-    for place in (base, folder) if base.is_dir() and str(base) != "." else (folder,):
-        card = place / "README.md"
-        text = card.read_text("utf-8", "replace") if card.exists() else ""
-        front = re.match(r"---\n(.*?)\n---", text, re.S)
-        said = front and re.search(r"^license:\s*[\"']?([\w.-]+)", front[1], re.M)
-        if said and place == base and WRITTEN not in text:
-            return said[1], f"The base's card says its licence is {said[1]}."
-        for file in sorted(place.glob("LICENSE*")):
+    """The base's licence by its card or its LICENSE file, and a sentence that says so; `other` if
+    it is not known."""
+    folders = [folder]
+    if base.is_dir() and str(base) != ".":
+        folders = [base, folder]
+    for candidate in folders:
+        licence = _licence_in_card(candidate / "README.md")
+        if licence and candidate == base:
+            return licence, f"The base's card says its licence is {licence}."
+        for file in sorted(candidate.glob("LICENSE*")):
             start = file.read_text("utf-8", "replace")[:3000]
             for pattern, name in LICENCES.items():
                 if re.search(pattern, start):
@@ -119,161 +127,165 @@ def licence_of(base: Path, folder: Path) -> tuple[str, str]:
     return "other", "The base's licence is not known here; find it before using or sharing this."
 
 
+def _licence_in_card(card: Path) -> str | None:
+    """The licence in the front matter of a card that we did not write."""
+    text = card.read_text("utf-8", "replace") if card.exists() else ""
+    front_matter = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    if not front_matter or WRITTEN_BY_US in text:
+        return None
+    licence = re.search(r"^license:\s*[\"']?([\w.-]+)", front_matter[1], re.MULTILINE)
+    return licence[1] if licence else None
+
+
 def cell(x: Any) -> str:
-    """A value in a table or a line of markdown, as the text it is."""
+    """A value in a table or a line of markdown, with markdown's own characters escaped."""
+    if type(x) is int:
+        return f"{x:,}"
+    if type(x) is float:
+        return f"{x:.4f}"
     text = ", ".join(map(str, x)) if isinstance(x, list) else str(x)
-    return re.sub(r"([|<>*`\[\]\\])", r"\\\1", log.printable(" ".join(text.split())))
+    return re.sub(r"([|<>*`\[\]\\])", r"\\\1", printable(" ".join(text.split())))
 
 
-def rows(head: list[str], lines: list[list[Any]]) -> list[str]:
-    """A table in markdown."""
-    shown = [[f"{x:,}" if type(x) is int else f"{x:.4f}" if type(x) is float else cell(x)
-              for x in line] for line in lines]
-    return ["", *("| " + " | ".join(x) + " |" for x in (head, ["---"] * len(head), *shown))]
-
-
-def run_lines(out: Path, run: dict[str, Any]) -> Iterator[str]:
+def _run_facts(out: Path, run: dict[str, Any]) -> dict[str, Any]:
     """What a run's folder says: data, settings, bits per byte before and after."""
+    lines = read_metrics(out / "metrics.jsonl", [])
+    trained = next((x for x in reversed(lines) if "tokens" in x), {})
     changed = run.get("changed_settings") or {}
-    steps = []
-    if (out / "metrics.jsonl").exists():
-        for line in (out / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
-            try:
-                steps.append(json.loads(line))
-            except ValueError:
-                break  # cut short by a kill: what follows is no part of the run
-    trained = next((x for x in reversed(steps) if "tokens" in x), {})
-    shares = trained.get("share") or {}
-    yield from ["", "## Data"]
-    lines, notes, unknown = [], [], []
+    settings = [(k, v) for k, v in changed.items() if k not in PRIVATE_SETTINGS]
+    bits_per_byte, best_step = _bits_per_byte(lines, run, changed)
+    facts = {
+        "step": trained.get("step", "an unknown number"), "steps": run.get("steps", "unknown"),
+        "tokens": f"{trained['tokens']:,}" if "tokens" in trained else "an unknown number of",
+        "dtype": run.get("dtype", "unknown"), "device": run.get("device", "unknown"),
+        "commit": run.get("commit") or "unknown", "settings": settings,
+        "mode": changed.get("mode", "cpt"), "bits_per_byte": bits_per_byte, "best_step": best_step}
+    return {"run": facts, **_data_facts(out, run, trained.get("share") or {})}
+
+
+def _data_facts(out: Path, run: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
+    """What is known about each source: a row of the table, notes, or that its ledger is gone."""
+    rows, notes, unknown = [], [], []
     for name, sha in (run.get("data") or {}).items():
-        meta = next((m for m in bins(out) if m["sha256"].get("tokens.bin") == sha), None)
+        meta = next((m for m in _bins(out) if m["sha256"].get("tokens.bin") == sha), None)
         if meta is None:
             unknown.append(name)
             continue
-        ledger = meta["ledger"]
-        counts = [(x.get("read", 0), x.get("kept", 0) + x.get("cut", 0), x.get("duplicate", 0))
-                  for x in (ledger["documents"], ledger["bytes"])]
-        lines.append([name, *counts[0], *counts[1], meta["tokens"], shares.get(name, "unknown")])
-        fates = {k: n for k, n in ledger["documents"].items() if n}
-        if fates.get("cut"):
-            notes.append(f"{fates['cut']:,} that were kept of {cell(name)} are cut to fit a row.")
-        if left := [f"{n:,} {cell(k)}" for k, n in fates.items()
-                    if k not in ("read", "kept", "cut", "duplicate")]:
-            notes.append(f"Also left out of {cell(name)}: {', '.join(left)}.")
-    if lines:
-        yield from rows(["source", "documents read", "kept", "duplicates", "bytes read", "kept",
-                         "duplicates", "tokens in the bin", "share of what was trained"], lines)
-    for note in notes:
-        yield from ["", note]
-    if unknown:
-        yield from ["", f"Of {cell(unknown)} the ledger is not there any more, so nothing is known "
-                    "here."]
-    if not lines and not unknown:
-        yield from ["", "The run's folder does not say what it was trained on."]
-    yield from ["", "## Training", ""]
-    tokens = f"{trained['tokens']:,}" if "tokens" in trained else "an unknown number of"
-    yield (f"{trained.get('step', 'an unknown number')} of {run.get('steps', 'unknown')} steps, "
-           f"{tokens} trained tokens, products in "
-           f"{cell(run.get('dtype', 'unknown'))}, on {cell(run.get('device', 'unknown'))}; "
-           f"kinyarwanda_ft_llm at commit {cell(run.get('commit') or 'unknown')}. Settings that "
-           "differ from its defaults:")
-    settings = [[k, v] for k, v in changed.items() if k not in PRIVATE]
-    yield from rows(["setting", "value"], [[k, str(v)] for k, v in settings]) if settings else [
-        "", "none."]
-    seen = {x["step"]: x["bits_per_byte"] for x in steps if "bits_per_byte" in x}
-    if len(seen) > 1:
-        last = max(seen)
-        after = run.get("model_step", last) if changed.get("best") else last
-        if after != last:
-            yield from ["", f"The model is that of step {after}, the best that was evaluated."]
-        yield from ["", "Bits per byte of text held out of training (lower is better), before and "
-                    "after:"]
-        yield from rows(["text", "before", "after"], [
-            [k, v, seen.get(after, {}).get(k) or "unknown"]
-            for k, v in seen[min(seen)].items() if v is not None])
+        documents, n_bytes = meta["ledger"]["documents"], meta["ledger"]["bytes"]
+        rows.append([name, *_counts(documents), *_counts(n_bytes), meta["tokens"],
+                     shares.get(name, "unknown")])
+        outcomes = {k: n for k, n in documents.items() if n}
+        if outcomes.get("cut"):
+            notes.append(f"{outcomes['cut']:,} that were kept of {cell(name)} are cut to fit a "
+                         "row.")
+        dropped = [f"{n:,} {cell(k)}" for k, n in outcomes.items()
+                   if k not in ("read", "kept", "cut", "duplicate")]
+        if dropped:
+            notes.append(f"Also left out of {cell(name)}: {', '.join(dropped)}.")
+    return {"sources": rows, "source_notes": notes, "unknown_sources": unknown}
 
 
-def bins(out: Path) -> Iterator[dict[str, Any]]:
-    """meta.json of every bin that a run prepared, or named in its settings."""
+def _counts(ledger: dict[str, int]) -> tuple[int, int, int]:
+    """Read, kept, duplicates."""
+    return (ledger.get("read", 0), ledger.get("kept", 0) + ledger.get("cut", 0),
+            ledger.get("duplicate", 0))
+
+
+def _bits_per_byte(lines: list[dict[str, Any]], run: dict[str, Any],
+                   changed: dict[str, Any]) -> tuple[list[list[Any]], int | None]:
+    """Rows [text, before, after], and the step of --best's model if it is not the last evaluated
+    one. No rows unless there were two evaluations."""
+    evaluations = {x["step"]: x["bits_per_byte"] for x in lines if "bits_per_byte" in x}
+    if len(evaluations) < 2:
+        return [], None
+    last = max(evaluations)
+    step = run.get("model_step", last) if changed.get("best") else last
+    before, after = evaluations[min(evaluations)], evaluations.get(step, {})
+    rows = [[name, value, after.get(name) or "unknown"]
+            for name, value in before.items() if value is not None]
+    return rows, step if step != last else None
+
+
+def _bins(out: Path) -> Iterator[dict[str, Any]]:
+    """meta.json of every bin that a run prepared, or that its settings name."""
     settings = out / "settings.toml"
-    specs = tomllib.loads(settings.read_text("utf-8")).get("data", []) if settings.exists() else []
-    named = [Path(x) for spec in specs for x in (spec, spec.rpartition(":")[0]) if x]
-    for place in (*sorted((out / "bins").glob("*")), *named):
-        if (place / "meta.json").is_file():
-            meta = read_json(place / "meta.json")
+    specs = []
+    if settings.exists():
+        specs = tomllib.loads(settings.read_text("utf-8")).get("data", [])
+    folders = sorted((out / "bins").glob("*"))
+    folders += [Path(x) for spec in specs for x in (spec, spec.rpartition(":")[0]) if x]
+    for folder in folders:
+        if (folder / "meta.json").is_file():
+            meta = read_json(folder / "meta.json")
             if "ledger" in meta and "sha256" in meta:
                 yield meta
 
 
-def result_lines(file: Path) -> Iterator[str]:
-    """A results.json as a table, and what is to be known of its figures."""
+def results_section(file: Path) -> str:
+    """The section of a card about one results.json. UserError if it is not one."""
     try:
-        found = strict_json(file.read_bytes(), file)
-        lines = [[x["suite"] + " (PARTIAL)" * bool(x.get("partial")), what(x), x["metric"],
-                  x["value"],
-                  f"{x['low']:.4f} to {x['high']:.4f}" if x.get("low") is not None else "unknown",
-                  x["n"], x["signature"]] for x in found["results"]]
-        seen = contamination(found.get("contamination") or {})
+        evaluation = strict_json(file.read_bytes(), file)
+        results = evaluation["results"]
+        rows = [_result_row(r) for r in results]
+        notes = dict.fromkeys(f"{r['suite']}, prompt {r.get('prompt')}: {r['aside']}"
+                              for r in results if "aside" in r)
+        contamination = _contamination(evaluation.get("contamination") or {})
     except OSError as e:
-        raise UserError(f"--results {file}: cannot be read ({e.strerror})") from None
+        raise UserError(f"--results {file}: cannot be read ({e.strerror}); check --results"
+                        ) from None
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"--results {file}: not as eval.py writes it ({e!r})") from None
-    yield from ["", f"## Evaluation: {cell(identity(str(found.get('model')))[0])}"]
-    yield from rows(["suite", "part, prompt", "metric", "value", "95 % interval", "n", "signature"],
-                    lines)
-    if any(x.get("partial") for x in found["results"]):
-        yield from ["", "PARTIAL: only the first items were measured; not for comparison."]
-    for note in dict.fromkeys(f"{x['suite']}, prompt {x.get('prompt')}: {x['aside']}"
-                              for x in found["results"] if "aside" in x):
-        yield from ["", f"{cell('*')} not in the mean: {cell(note)}."]
-    yield from ["", f"Contamination: {seen}."]
+        raise UserError(f"--results {file}: not as eval.py writes it ({e!r}); name a results.json"
+                        ) from None
+    return render(
+        "model_card_results.md", {"cell": cell}, rows=rows, notes=list(notes),
+        model=public_name(str(evaluation.get("model")))[0],
+        partial=any(r.get("partial") for r in results), contamination=contamination).rstrip("\n")
 
 
-def what(result: dict[str, Any]) -> str:
-    """Which of a suite's figures a result is: its part, prompt and group; * where it is in no
-    mean."""
-    prompt = f"mean of {result['prompts']}" if "prompts" in result else result.get("prompt", "")
-    named = (result.get("part"), prompt + "*" * ("aside" in result), result.get("group"))
-    return " ".join(filter(None, named)) or "-"
+def _result_row(r: dict[str, Any]) -> list[Any]:
+    """A result as a row of the table."""
+    suite, interval = r["suite"], "unknown"
+    if r.get("partial"):
+        suite += " (PARTIAL)"
+    if r.get("low") is not None:
+        interval = f"{r['low']:.4f} to {r['high']:.4f}"
+    return [suite, _what_is_measured(r), r["metric"], r["value"], interval, r["n"], r["signature"]]
 
 
-def contamination(found: dict[str, Any]) -> str:
-    """What results.json says of test items in the training text; no path of it is told."""
-    gone, tests = found.get("gone") or [], found.get("tests") or {}
-    unread = f"; {len(gone)} source(s) of it could not be read, or not whole" if gone else ""
+def _what_is_measured(r: dict[str, Any]) -> str:
+    """The part, prompt and group of a result, with * if it is not in the mean."""
+    prompt = r.get("prompt", "")
+    if "prompts" in r:
+        prompt = f"mean of {r['prompts']}"
+    if "aside" in r:
+        prompt += "*"
+    return " ".join(x for x in (r.get("part"), prompt, r.get("group")) if x) or "-"
+
+
+def _contamination(report: dict[str, Any]) -> str:
+    """What results.json says about test items in the training text, without any path."""
+    missing, tests = report.get("gone") or [], report.get("tests") or {}
+    statements = []
     if not tests:
-        return "not known, the training text was not looked through" + unread
-    hits = [f"{x['any']:,} of {x['items']:,} items of {cell(k)} ({x['whole']:,} whole, "
-            f"{x['run']:,} by a run of words)" for k, x in tests.items() if x["any"]]
-    none = [cell(k) for k, x in tests.items() if not x["any"]]
-    said = [f"{', '.join(hits)} stand in the training text"] * bool(hits)
-    return "; ".join(said + [f"none found of {', '.join(none)}"] * bool(none)) + unread
+        statements.append("not known, the training text was not searched")
+    found = [f"{x['any']:,} of {x['items']:,} items of {cell(name)} ({x['whole']:,} whole, "
+             f"{x['run']:,} by a run of words)" for name, x in tests.items() if x["any"]]
+    if found:
+        statements.append(f"{', '.join(found)} are in the training text")
+    clean = [cell(name) for name, x in tests.items() if not x["any"]]
+    if clean:
+        statements.append(f"none found of {', '.join(clean)}")
+    if missing:
+        statements.append(f"{len(missing)} source(s) of it could not be read, or only in part")
+    return "; ".join(statements)
 
 
-def use_lines(folder: Path, adapter: bool) -> list[str]:
-    """How the model is used, by others' programs and by this one."""
-    home, cls = ("peft", "AutoPeftModelForCausalLM") if adapter else (
-        "transformers", "AutoModelForCausalLM")
-    own = any((folder / x).exists() for x in FILES[:2])
-    return [
-        "", "## How to use", "", "```python", *([
-            f"from {home} import {cls}", "from transformers import AutoTokenizer"] if adapter else [
-            f"from {home} import {cls}, AutoTokenizer"]), "",
-        "name = \"...\"  # this folder, or its name on the hub",
-        f"model = {cls}.from_pretrained(name)",
-        f"tokenizer = AutoTokenizer.from_pretrained({'name' if own else '...'})"
-        + ("" if own else "  # the base's"),
-        "inputs = tokenizer(\"Umwana\", return_tensors=\"pt\")",
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))", "```", "",
-        "With kinyarwanda_ft_llm: `python sample.py --model NAME --prompt \"Umwana\"`."]
-
-
-def merges(folder: Path) -> list[dict[str, Any]]:
-    """What was merged into a folder's model so far."""
+def read_merge_record(folder: Path) -> list[dict[str, Any]]:
+    """The adapters that were merged into a folder's model, oldest first."""
     if not (folder / MERGE_RECORD).exists():
         return []
-    found = read_json(resolve_inside(folder, MERGE_RECORD)).get("merges")
-    if type(found) is not list or not all(type(x) is dict for x in found):
-        raise UserError(f"{folder / MERGE_RECORD}: `merges` is no list of objects; fetch it again")
-    return found
+    merges = read_json(resolve_inside(folder, MERGE_RECORD)).get("merges")
+    if type(merges) is not list or not all(type(x) is dict for x in merges):
+        raise UserError(f"{folder / MERGE_RECORD}: `merges` is not a list of objects; download it "
+                        "again")
+    return merges

@@ -30,7 +30,7 @@ from checkpoints.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_confi
 from checkpoints.peft_adapter import adapter_state, save_adapter
 from checkpoints.safetensors_header import INDEX_FILE
 from helpers import tiny
-from reports import model_card as card_of
+from reports.model_card import results_section
 from runtime import console as log
 from runtime.console import FLAGS, STORAGE, UserError
 from runtime.paths import ROOT
@@ -206,7 +206,7 @@ def test_an_adapter_is_merged_once_and_another_may_follow(tmp_path):
     assert "other weights" in str(refusal(merge, on_again(mine, out), tmp_path / "twice"))
     (tmp_path / "aside").rename(out / "merge.json")
     both = merge(on("next", out, 0.1), tmp_path / "both", compare=False)
-    assert len(export.merges(both)) == 2
+    assert len(export.read_merge_record(both)) == 2
     assert "already merged" in str(refusal(merge, on_again(same, both), tmp_path / "x"))
 
 
@@ -426,7 +426,7 @@ def test_a_card_holds_what_the_files_say_and_no_path(run, tmp_path):
                      "library_name": "transformers", "pipeline_tag": "text-generation",
                      "tags": ["kinyarwanda_ft_llm"]}
     for fact in ("| kin | 55,291 | 55,139 | 152 | 12,749,818 | 12,719,284 | 30,534 | 3,593,584 | "
-                 "0.7500 |", "Of gone the ledger is not there", "| lr | 0.0005 |", "c0ffee",
+                 "0.7500 |", "The ledger of gone no longer exists", "| lr | 0.0005 |", "c0ffee",
                  "81,920 trained tokens", "| kin | 4.4020 | 2.4020 |", "| eng | 3.0400 | 3.1000 |",
                  "| text:kin | - | bits_per_byte | 2.3457 | 2.1000 to 2.5000 | 1,234 |",
                  "Its base is base, a local folder, commit unknown", "## Limits", "sample.py",
@@ -448,11 +448,11 @@ def test_a_card_says_which_figure_is_which_and_what_is_known_of_the_tests(run, t
         {"suite": "xnli", **one, "part": "", "prompt": "5", "aside": "its labels | are swapped"}]}
     file = tmp_path / "found.json"
 
-    def lines(**more) -> list[str]:
+    def section(**more) -> str:
         file.write_text(json.dumps({**found, **more}))
-        return list(card_of.result_lines(file))
+        return results_section(file)
 
-    text = "\n".join(lines())
+    text = section()
     for fact in ("| flores | eng-kin 1 | acc |", "| flores (PARTIAL) | kin-eng 1 | acc |",
                  "| flores | kin-eng mean of 3 | acc |", "| agreement | 1 class 7 | acc |",
                  r"| xnli | 5\* | acc |", r"\* not in the mean: xnli, prompt 5: its labels \| are",
@@ -461,11 +461,13 @@ def test_a_card_says_which_figure_is_which_and_what_is_known_of_the_tests(run, t
     assert text.count("(PARTIAL)") == 1
     tests = {"flores": {"items": 1012, "whole": 3, "run": 2, "any": 4},
              "xnli": {"items": 600, "whole": 0, "run": 0, "any": 0}}
-    *_, last = lines(contamination={"read": [str(run)], "gone": [f"{run}/x"], "tests": tests})
+    *_, last = section(
+        contamination={"read": [str(run)], "gone": [f"{run}/x"], "tests": tests}).splitlines()
     assert last == (
-        "Contamination: 4 of 1,012 items of flores (3 whole, 2 by a run of words) stand in the "
-        "training text; none found of xnli; 1 source(s) of it could not be read, or not whole.")
-    *_, last = lines(contamination={"read": [], "gone": [f"{run}/x"], "tests": {}})
+        "Contamination: 4 of 1,012 items of flores (3 whole, 2 by a run of words) are in the "
+        "training text; none found of xnli; 1 source(s) of it could not be read, or only in part.")
+    *_, last = section(
+        contamination={"read": [], "gone": [f"{run}/x"], "tests": {}}).splitlines()
     assert "not known" in last and "none found" not in last and str(run) not in last
 
 

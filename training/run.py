@@ -44,7 +44,7 @@ from checkpoints.safetensors_header import weights_fingerprint
 from data import Loader
 from layers import fp8, nf4
 from model import Llama
-from reports import training_report as report
+from reports.training_report import write_training_report
 from runtime import console as log
 from runtime import distributed, hub
 from runtime import flags as config
@@ -434,7 +434,7 @@ class Run:
         self.write_prompt()
         about = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
         self.describe(about := {**about, "model_step": step})
-        page = report.run_report(self.out)
+        page = write_training_report(self.out)
         self.describe({**about, "finished": time.strftime("%F %T")})
         seen = evaluations(self.out / "metrics.jsonl")
         for name in self.held:

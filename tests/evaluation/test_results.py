@@ -19,8 +19,8 @@ from evaluation.tasks import TASKS
 from helpers import tiny
 from helpers.browser import CHROMIUM, browser
 from helpers.evaluations import KIN, run_eval, score_hypotheses
-from reports import evaluation_report as sheet
-from reports import model_card as card
+from reports.evaluation_report import write_evaluation_report
+from reports.model_card import results_section
 from runtime.console import UserError
 
 
@@ -116,7 +116,8 @@ def test_a_model_is_measured_on_a_suite_and_the_report_shows_it(home, capsys):
     assert {"eos_rate", "copy_rate", "language_rate", "length_ratio"} <= {
         r["metric"] for r in evaluation["results"]}
     assert "PARTIAL: the first 3 items only" in capsys.readouterr().out
-    shown = [x.split(" | ")[:3] for x in card.result_lines(home / "out/results.json") if " | " in x]
+    section = results_section(home / "out/results.json")
+    shown = [x.split(" | ")[:3] for x in section.splitlines() if " | " in x]
     rows = shown[2:]
     assert len({*map(tuple, rows)}) == len(rows) == len(evaluation["results"])  # all different
     names = {p.name for p in (home / "out" / "items").iterdir()}
@@ -124,7 +125,7 @@ def test_a_model_is_measured_on_a_suite_and_the_report_shows_it(home, capsys):
     page = (home / "out" / "report.html").read_text()
     assert "PARTIAL: only the first items" in page and "Best translations" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
-    assert sheet.write(home / "out").exists()
+    assert write_evaluation_report(home / "out").exists()
 
 
 @pytest.mark.browser
@@ -187,7 +188,7 @@ def test_line_breaks_of_unicode_do_not_split_records(home):
     lines[:3] = [f"{x} a{sign}b" for x, sign in zip(lines, "\x85\u2028\u2029", strict=False)]
     (home / "ends.txt").write_text("\n".join(lines))
     score_hypotheses(home, "ends")
-    assert sheet.write(home / "ends").exists()
+    assert write_evaluation_report(home / "ends").exists()
     results = score_hypotheses(home, "ends", baseline=str(home / "ends"))["results"]
     assert {r["baseline"]["difference"] for r in results} == {0.0}
 

@@ -298,7 +298,7 @@ def test_a_bin_that_cannot_be_read_is_not_reported_as_free_of_contamination(home
     result = run_eval(home, **settings)["contamination"]
     assert result == {"read": [], "gone": [f"{tmp_path}/bin (another tokenizer)"], "tests": {}}
     page = (home / "out/report.html").read_text()
-    assert "nothing that the model was trained on could be read" in page and "0.0 %" not in page
+    assert "none of the training data could be read" in page and "0.0 %" not in page
 
 
 @pytest.mark.parametrize(("values", "message"), [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.browser import CHROMIUM, browser
-from reports.training_report import run_report
+from reports.training_report import write_training_report
 
 HOSTILE = "<script>alert(1)</script>&\"'$x^2$"
 SAMPLES = """== step 0
@@ -69,7 +69,7 @@ def leave(out: Path, name: str = "kin", samples: str = SAMPLES) -> Path:
 
 
 def page_of(out: Path) -> Page:
-    path = run_report(out)
+    path = write_training_report(out)
     assert path == out / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
@@ -141,8 +141,8 @@ def test_names_texts_and_commands_are_shown_and_not_run(tmp_path):
 
 
 def test_the_same_run_gives_the_same_page(tmp_path):
-    first = run_report(leave(tmp_path)).read_bytes()
-    assert run_report(tmp_path).read_bytes() == first
+    first = write_training_report(leave(tmp_path)).read_bytes()
+    assert write_training_report(tmp_path).read_bytes() == first
 
 
 def test_steps_that_were_not_finite_leave_a_gap_and_no_word(tmp_path):
@@ -193,7 +193,7 @@ def test_samples_of_any_shape_are_no_error(tmp_path, text):
 def test_a_browser_shows_all_of_it_on_a_wide_and_on_a_narrow_screen(tmp_path, width):
     """Not wider than the screen, plots drawn, and no name broken into a column of letters."""
     long = "kin_news_val " + "mu-rwanda/" * 30
-    run_report(leave(tmp_path, "kin_news_validation", f"== step 0\n-- a\n{long}\n"))
+    write_training_report(leave(tmp_path, "kin_news_validation", f"== step 0\n-- a\n{long}\n"))
     with browser(tmp_path / "profile") as tab:
         tab.open((tmp_path / "report.html").as_uri(), width)
         plots, rows = (tab.run(f"[...document.querySelectorAll({q!r})]"
