@@ -134,7 +134,6 @@ def main(s: Settings) -> None:
                 contamination = find_contamination(s, texts, suites, model)
             for text in texts:
                 results += evaluate.measure_text(evaluation, text, model)
-            evaluate.warn_unidentified_languages(suites)
             for suite in suites:
                 results += evaluate.measure_suite(evaluation, suite, model, options)
         results += hypotheses

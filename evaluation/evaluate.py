@@ -117,6 +117,7 @@ class Evaluation:
     out: Path
     baseline: Baseline | None = None
     metric_names: set[str] = field(default_factory=set)  # that any measured suite asked for
+    unidentified: set[str] = field(default_factory=set)  # target languages without an identifier
 
     def add(self, measured: Measurement) -> tuple[list[MetricResult], list[Measure]]:
         """Score the records, compare them with the baseline's and write them. Returns the results,
@@ -137,11 +138,18 @@ class Evaluation:
         folder = self.out / "items"
         write_records(folder / f"{measured.name}.jsonl", measured.records)
         if isinstance(measured.task, Translation):
-            stem = measured.name
+            self._warn_unidentified(measured.task.target_language)
+            name = measured.name
             if measured.partial:
-                stem += ".PARTIAL"
-            write_parallel_files(folder, stem, measured.records)
+                name += ".PARTIAL"
+            write_parallel_files(folder, name, measured.records)
         return results, measures
+
+    def _warn_unidentified(self, code: str) -> None:
+        """Print once per language that language_rate is left out."""
+        if identifier_for([code]) is None and code not in self.unidentified:
+            self.unidentified.add(code)
+            say(f"language_rate is left out for {code}: languages/ has no identifier for it")
 
 
 def read_texts(specs: Sequence[str], documents: str, key: str, limit: int) -> list[EvalText]:
@@ -208,16 +216,6 @@ def _select_prompts(suite: Suite, names: Sequence[str]) -> None:
         raise UserError(f"--prompts {' '.join(names)}: suite {suite.name} has {known}; name one "
                         "of them", FLAGS)
     suite.prompts = prompts
-
-
-def warn_unidentified_languages(suites: Sequence[Suite]) -> None:
-    """Print which target languages have no identifier, so that language_rate is left out."""
-    codes = dict.fromkeys(suite.language(task.target).code for suite in suites
-                          for task in map(suite.task, suite.prompts)
-                          if isinstance(task, Translation))
-    for code in codes:
-        if identifier_for([code]) is None:
-            say(f"language_rate is left out for {code}: languages/ has no identifier for it")
 
 
 def suite_choices(task: SuiteTask, model: EvalModel, shots: int) -> dict[str, object]:

@@ -261,6 +261,11 @@ class Translation(GenerationTask):
         """The target column."""
         return self.prompt.part.partition("-")[2]
 
+    @property
+    def target_language(self) -> str:
+        """The code of the target language."""
+        return self.suite.language(self.target).code
+
     def item_fields(self, item: Item) -> dict[str, Any]:
         return {"source": str(item.row[self.source]), "reference": item.gold}
 
@@ -289,10 +294,9 @@ class Translation(GenerationTask):
         copies = [x.strip().casefold().startswith(y.strip().casefold())
                   for x, y in zip(hypotheses, sources, strict=True)]
         measures.append(metrics.mean("copy_rate", copies, higher_is_better=False))
-        code = self.suite.language(self.target).code
-        identify = identifier_for([code])
+        identify = identifier_for([self.target_language])
         if identify:
-            right = [identify(x) == code for x in hypotheses]
+            right = [identify(x) == self.target_language for x in hypotheses]
             measures.append(metrics.mean("language_rate", right))
         lengths = [[len(x) for x in texts] for texts in (hypotheses, references)]
         return [*measures, metrics.ratio("length_ratio", *lengths)]
