@@ -41,7 +41,7 @@ from data import Batch
 from model import Llama
 from runtime.device import peak_flops, peak_memory_gb
 from runtime.distributed import Distributed, local_gradients
-from runtime.transfer import ahead, to_device_async
+from runtime.transfer import prefetch, to_device_async
 from training import optimizer as optim
 from training import plan
 from training.monitor import NotFinite, Watch, explained
@@ -66,7 +66,7 @@ def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
     count = to_device_async(torch.tensor(counts), ranks.device)
     minimised = len(counts) - len(objective.reported)
     parts = []
-    for i, batch in enumerate(ahead(batches, ranks.device)):
+    for i, batch in enumerate(prefetch(batches, ranks.device)):
         ranks.set_gradient_sync(last=i == len(batches) - 1)
         part = ranks.forward(objective.sums, model, batch).reshape(-1) / count  # (k,)
         (part[:minimised].sum() * scale.value).backward()

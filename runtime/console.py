@@ -51,6 +51,16 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def hide_cpp_warnings() -> None:
+    """Hide the warnings of torch's C++ code if there are several ranks; call before importing it.
+
+    DistributedDataParallel would warn on each rank that no parameter was unused, which is normal
+    here. TORCH_CPP_LOG_LEVEL=WARNING shows these warnings.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def printable(text: str) -> str:
     """Text with control characters made visible: a model's output must not steer a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

@@ -32,6 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime.console import FLAGS, UserError
 from runtime.device import GiB, choose_device, device_name, memory_limit_gb
 
+# How gradients are summed, as checkpoints record it. Commit 53f4a60 and earlier recorded nothing:
+# with more than two ranks their own buckets added in another order.
+GRADIENT_SUM = "torch DDP"
+
 
 class _ModelCall(nn.Module):
     """The module that DistributedDataParallel wraps: its forward calls any function of the model.
@@ -198,6 +202,15 @@ class Distributed:
             self.ddp.require_backward_grad_sync = last
         for m in self.fsdp_modules:
             m.set_requires_gradient_sync(last or self.sync_every_microbatch, recurse=False)
+
+    def changed_gradient_sum(self, recorded: str | None) -> str:
+        """A line for a person if a run to be resumed summed its gradients in another order, which
+        changes the last bits of a sum of more than two ranks; else an empty text."""
+        if recorded == GRADIENT_SUM or self.world_size <= 2:
+            return ""
+        return ("--resume: this run began with commit 53f4a60 or earlier, which summed the "
+                f"gradients of {self.world_size} ranks in another order; from here on the numbers "
+                "may differ in their last bits (53f4a60 resumes it bit for bit)")
 
     def reduce_loss_and_norm(self, sums: Tensor,
                              gradients: Iterable[Tensor]) -> tuple[list[float], float]:

@@ -37,10 +37,11 @@ def read(cls: type[T], argv: list[str], prog: str,
 
     Returns them and the origin of each: {field: "default", a recipe's path, or "flag"}. Prints
     and exits on --help and --version. UserError (FLAGS) on anything that cannot be read and, with
-    `check`, on numbers out of bounds. Also shortens OpenMP's spin wait, because commands read their
-    settings before they import torch.
+    `check`, on numbers out of bounds. Also sets the environment that torch reads when it is
+    imported, because commands read their settings before that.
     """
     shorten_spin_wait()
+    console.hide_cpp_warnings()
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, prog))
         raise SystemExit(0)

@@ -1,16 +1,14 @@
-"""Copies to a GPU that nobody waits for, and what the host goes on knowing of them.
+"""Asynchronous copies of batches to a GPU.
 
-A GPU works off a queue that the host fills. Whoever asks it for a number waits until the queue is
-empty, and then the GPU waits for the host. A step has one such wait (train.train_step). So what
-shapes depend on, where documents begin and which tokens are trained, is asked of the host's own
-copy of a batch (`host`); and a batch comes from pinned memory, in a queue beside, while the one
-before it is computed (`ahead`). On a CPU all of this gives back what it was given.
+A GPU works off a queue that the host fills. When the host reads a value from the GPU it waits until
+that queue is empty, and then the GPU waits for the host. A training step has one such wait
+(train.train_step). Therefore a batch is copied from pinned memory, on a stream of its own, while
+the batch before it is computed. On a CPU everything is returned as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -19,43 +17,49 @@ from torch import Tensor
 
 
 def to_device_async(x: Tensor, device: Any) -> Tensor:
-    """x on a device; from the host to a GPU the copy is only begun, and `host` still gives x."""
+    """Copy x to a device; a copy from the CPU to a GPU is only started."""
     device = torch.device(device)
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
-    y = x.pin_memory().to(device, non_blocking=True)  # the allocator keeps what is still read
+    y = x.pin_memory().to(device, non_blocking=True)  # pinned memory lives until it is read
     y.host = x
     return y
 
 
 def host(x: Tensor) -> Tensor:
-    """What x was copied from, which answers at once; x itself where nothing was copied."""
+    """The CPU tensor that x was copied from; x itself if nothing was copied."""
     return getattr(x, "host", x)
 
 
 @cache
-def beside(device: torch.device) -> torch.cuda.Stream:
-    """The queue of copies; one, for memory is kept for each."""
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The CUDA stream of copies. There is one per device, because memory is kept for each."""
     return torch.cuda.Stream(device)
 
 
-def ahead(batches: Sequence[Any], device: torch.device) -> Iterator[Any]:
-    """Each batch (tensors or None, and `to`) on the device; when one is given, the copy of the next
-    is on its way."""
-    copies = beside(device) if device.type == "cuda" else None
+def prefetch(batches: Sequence[Any], device: torch.device) -> Iterator[Any]:
+    """Yield each batch on the device, after starting the copy of the next one.
 
-    def send(batch: Any) -> Any:
-        with torch.cuda.stream(copies) if copies else nullcontext():
+    A batch has the method `to`; its attributes that are tensors on the GPU are protected from
+    reuse of their memory until the compute stream has read them.
+    """
+    stream = copy_stream(device) if device.type == "cuda" else None
+
+    def start_copy(batch: Any) -> Any:
+        if stream is None:
+            return batch.to(device)
+        with torch.cuda.stream(stream):
             return batch.to(device)
 
-    coming = send(batches[0])
-    for following in (*batches[1:], None):
-        here = coming
-        if copies:
-            now = torch.cuda.current_stream(device)
-            now.wait_stream(copies)  # a wait of one queue for the other, not of the host
-            for x in vars(here).values():
-                if x is not None:
-                    x.record_stream(now)  # its memory is used there, though it is of the other
-        coming = following and send(following)
-        yield here
+    following = start_copy(batches[0])
+    for batch in (*batches[1:], None):
+        current = following
+        if stream is not None:
+            compute_stream = torch.cuda.current_stream(device)
+            compute_stream.wait_stream(stream)  # the GPU's queue waits, not the host
+            for x in vars(current).values():
+                if isinstance(x, torch.Tensor) and x.device.type == "cuda":
+                    x.record_stream(compute_stream)  # it was allocated on the other stream
+        if batch is not None:
+            following = start_copy(batch)
+        yield current

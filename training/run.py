@@ -50,7 +50,7 @@ from runtime import distributed, hub
 from runtime import flags as config
 from runtime.console import FLAGS, UserError
 from runtime.device import compute_dtype
-from runtime.distributed import Distributed
+from runtime.distributed import GRADIENT_SUM, Distributed
 from runtime.dtypes import FLAG_NAMES
 from runtime.paths import code_sha256, git_commit
 from tokenization.chat_template import ChatTemplate
@@ -298,7 +298,8 @@ class Run:
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
                  "settings": dataclasses.asdict(self.s),
                  "served": self.loader.served, "data": self.data, "model": self.mark,
-                 "ranks": self.ranks.world_size, "scale": dataclasses.astuple(self.scale),
+                 "ranks": self.ranks.world_size, "gradient_sum": GRADIENT_SUM,
+                 "scale": dataclasses.astuple(self.scale),
                  "losses": list(self.past.losses), "failures": self.past.failures}
         self.saver.save(self.step, parts, state)
 
@@ -357,6 +358,8 @@ class Run:
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
         self.guards.resume(self.out / "metrics.jsonl", self.step)
         log.say(f"resumed from {newest}")
+        if line := self.ranks.changed_gradient_sum(state.get("gradient_sum")):
+            log.say(line)
         for x in (x for name, x in changed if name in WARN_ON_RESUME):
             log.say(f"--resume: {x}; from here on the numbers may differ from the run as it began")
 

@@ -31,7 +31,12 @@ from helpers.train_runs import (
 )
 from preparation.bin_writer import BinWriter
 from runtime import console as log
-from runtime.distributed import Distributed, local_shard, needs_sync_every_microbatch
+from runtime.distributed import (
+    GRADIENT_SUM,
+    Distributed,
+    local_shard,
+    needs_sync_every_microbatch,
+)
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training.objective import NLL
@@ -238,6 +243,14 @@ def test_two_ranks_cut_and_resumed_equal_two_that_were_not_bit_for_bit(workspace
     assert read_losses(workspace / f"cut-{how}") == read_losses(workspace / f"uncut-{how}")
     a, b = load_result(workspace / f"cut-{how}"), load_result(workspace / f"uncut-{how}")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("world, recorded, line", [
+    (3, None, "53f4a60"), (3, GRADIENT_SUM, ""), (2, None, ""), (1, None, "")])
+def test_only_a_run_of_several_ranks_that_summed_in_another_order_is_told_so(world, recorded, line):
+    ranks = Distributed(0, world, torch.device("cpu"))
+    assert line in ranks.changed_gradient_sum(recorded)
+    assert bool(ranks.changed_gradient_sum(recorded)) == bool(line)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

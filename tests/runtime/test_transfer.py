@@ -1,4 +1,4 @@
-"""A step waits for the device once, and batches come ahead; no GPU is needed to count."""
+"""A step waits for the device once, and batches are copied in advance; counted without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from helpers import tiny
 from layers import attention
 from layers import cross_entropy as loss
 from layers.attention import causal_mask
-from runtime import transfer as ahead
+from runtime import transfer
 from runtime.distributed import Distributed
 from training import monitor as watch
 from training import optimizer as optim
@@ -113,7 +113,7 @@ def kernel(q, k, v, at, at_k, longest, longest_k, *, scale, window_size, enable_
 def counted(monkeypatch, model, objective, batches) -> tuple[list[str], float]:
     """What a step, as it is on a GPU, asks of the device; and its loss."""
     waits = Waits()
-    for module in (ahead, attention, loss, preference, train):
+    for module in (transfer, attention, loss, preference, train):
         monkeypatch.setattr(module, "to_device_async", waits.to_device_async)
     monkeypatch.setattr(attention, "ONE_BY_ONE", ())
     for x in (*model.parameters(), *model.buffers()):
@@ -152,14 +152,14 @@ def test_a_step_of_preference_pairs_asks_once_too(monkeypatch, mode):
 
 def test_what_the_host_is_asked_instead_changes_nothing(monkeypatch):
     found = []
-    for host in (ahead.host, lambda x: x):  # of each batch's copy, or of the batch itself
+    for host in (transfer.host, lambda x: x):  # of each batch's copy, or of the batch itself
         with monkeypatch.context() as patched:
             for module in (attention, loss, preference):
                 patched.setattr(module, "host", host)
             model = tiny.ours(tiny.peer("llama3"), "llama3").train()
             asked, value = counted(patched, model, NLL, [batch(1), batch(2)])
             found.append((value, *model.parameters()))
-        assert (len(asked) == 1) == (host is ahead.host), "what counts can count more than one"
+        assert (len(asked) == 1) == (host is transfer.host), "what counts can count more than one"
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b))
                for a, b in zip(*found, strict=True))
 
@@ -190,9 +190,9 @@ class Noted:
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_a_batch_is_sent_before_the_one_before_it_is_computed(n):
+def test_a_batch_is_copied_before_the_batch_before_it_is_computed(n):
     said: list[str] = []
-    for x in ahead.ahead([Noted(i, said) for i in range(n)], torch.device("cpu")):
+    for x in transfer.prefetch([Noted(i, said) for i in range(n)], torch.device("cpu")):
         said.append(f"compute {x.number}")
     wanted = ["send 0"]
     for i in range(n):
@@ -202,19 +202,19 @@ def test_a_batch_is_sent_before_the_one_before_it_is_computed(n):
 
 def test_on_a_cpu_nothing_is_copied():
     here = batch(1)
-    (there,) = ahead.ahead([here], torch.device("cpu"))
+    (there,) = transfer.prefetch([here], torch.device("cpu"))
     for name, x in vars(here).items():
-        assert getattr(there, name) is x and ahead.host(x) is x
+        assert getattr(there, name) is x and transfer.host(x) is x
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_batches_that_come_ahead_arrive_whole_and_nobody_waits():
+def test_prefetched_batches_arrive_whole_and_the_host_does_not_wait():
     gpu, batches = torch.device("cuda"), [batch(i, 4, 4096) for i in range(8)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = []
-        for there in ahead.ahead(batches, gpu):
+        for there in transfer.prefetch(batches, gpu):
             found.append([x * 1 for x in vars(there).values()])  # read in the other queue
     finally:
         torch.cuda.set_sync_debug_mode("default")
