@@ -1,1 +1,1 @@
-"""All that knows Kinyarwanda: normalising text, noun classes, the demo's little world."""
+"""Kinyarwanda: cleaning, identification, prompts, noun classes, the text of the demo."""

@@ -1,15 +1,15 @@
-"""Agreement in minimal pairs: the concord of a noun's class against another's.
+"""Minimal pairs that test agreement: the form of a noun's class against that of another class.
 
     python -m languages.kinyarwanda.agreement > languages/kinyarwanda/suites/agreement.jsonl
     python -m languages.kinyarwanda.agreement --attest FILE[:FIELD] ...
 
     Ibitabo ubu biri mu nzu.     the books are now in the house: class 8, bi-
-    Ibitabo ubu ziri mu nzu.     the same with the concord of class 10, which is wrong
+    Ibitabo ubu ziri mu nzu.     the same with the form of class 10, which is wrong
 
-The pairs come in twos that mirror each other: two nouns of classes a and b, one sentence around
-them, and in each the form of a against the form of b. What is right for one noun is wrong for the
-other, so who does not look at the noun, but likes frequent forms or short ones, is right in exactly
-half. docs/agreement.md says how the wrong concord is chosen, and what was left out and why.
+Two pairs mirror each other: they share a sentence and have nouns of two classes, a and b. Each
+sets the form of a against the form of b. The form that is right for one noun is wrong for the
+other, so a model that prefers frequent or short forms and does not use the noun is right in exactly
+half of the pairs. docs/agreement.md says how the wrong form is chosen, and what was left out.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 from languages.kinyarwanda import grammar as g
 from languages.kinyarwanda.attest import WORD, words
 from languages.kinyarwanda.lexicon import FITS, NOUNS, PEOPLE, Noun
-from runtime import console as log
+from runtime import console
 from runtime.console import FLAGS, UserError
 
-PAIRS = 160  # of each part at each distance
+PAIRS = 160  # for each part of speech at each distance
 SEED = 1
 SUBJECT = {1: "a", 2: "ba", 4: "i", 5: "ri", 6: "a", 7: "ki", 8: "bi", 9: "i", 10: "zi", 11: "ru",
            14: "bu"}  # not 3: its u- is also that of "you"
@@ -42,7 +42,7 @@ PLACES = {"person": ("ku isoko", "ku ishuri", "mu rugo", "i Kigali"), "animal": 
           "drink": ("mu nzu", "ku isoko"), "thing": ("mu nzu", "mu cyumba", "ku isoko"),
           "opening": ("mu nzu",), "tree": ("mu rugo", "i Huye"), "built": ("i Kigali", "mu mujyi"),
           "land": ("i Huye", "i Musanze")}
-BETWEEN = {  # what stands between noun and verb, by tense: none of it agrees with the noun
+BETWEEN = {  # words between noun and verb, by tense; they do not agree with the noun
     "now": ("", "ubu", "uyu munsi", "buri munsi mu gitondo"),
     "then": ("", "ejo hashize", "ejo hashize nimugoroba"),
     "later": ("", "ejo", "ejo nimugoroba", "ejo mu gitondo")}
@@ -60,10 +60,10 @@ class Form(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A place where something agrees: what is before it, its form for each class, what follows."""
+    """A sentence with a word that agrees: what precedes it, its form for each class, the rest."""
 
-    part: str
-    between: str  # between the noun and what agrees
+    part: str  # part of speech of the word that agrees
+    between: str  # between the noun and the word that agrees
     forms: dict[int, str]
     rest: str
     frame: str = ""  # before the noun
@@ -71,18 +71,20 @@ class Target(NamedTuple):
 
 def nouns() -> list[Form]:
     """Every noun of the demo's lexicon, singular and plural."""
-    found = []
+    forms = []
     for noun in NOUNS:
-        found += [Form(noun.sg, noun.sg_class, noun, False)] if noun.sg else []
-        found += [Form(noun.pl, noun.pl_class, noun, True)] if noun.pl else []
-    return found
+        if noun.sg:
+            forms.append(Form(noun.sg, noun.sg_class, noun, False))
+        if noun.pl:
+            forms.append(Form(noun.pl, noun.pl_class, noun, True))
+    return forms
 
 
 def classes_of(word: str) -> set[int]:
-    """All classes that a noun's form may have: inka is one cow or many; and what is written in
-    class 9 may be meant in 10, and the other way round."""
-    found = {f.cls for f in nouns() if f.word == word}
-    return found | {9, 10} if found & {9, 10} else found
+    """All classes that a noun's form may have. A form of class 9 may also be of class 10, and the
+    other way round: inka is one cow or many."""
+    classes = {f.cls for f in nouns() if f.word == word}
+    return classes | {9, 10} if classes & {9, 10} else classes
 
 
 def _verbs(kinds: Iterable[str]) -> Iterator[Target]:
@@ -94,9 +96,9 @@ def _verbs(kinds: Iterable[str]) -> Iterator[Target]:
             for between in BETWEEN[tense]:
                 if "buri munsi" not in between:
                     yield Target("verb", between, forms, f" {place}.")
-        found = {c: p + "raboneka" for c, p in SUBJECT.items()}
+        forms = {c: p + "raboneka" for c, p in SUBJECT.items()}
         for between in BETWEEN["now"]:
-            yield Target("verb", between, found, f" {place}.")
+            yield Target("verb", between, forms, f" {place}.")
 
 
 def _adjectives(kinds: Iterable[str]) -> Iterator[Target]:
@@ -125,27 +127,27 @@ def _possessives() -> Iterator[Target]:
 
 
 def targets(a: Form, b: Form) -> list[Target]:
-    """Everything that may be said of both nouns and agrees with them."""
+    """Every sentence that fits both nouns and has a word that agrees with them."""
     kinds = {a.noun.kind, b.noun.kind}
-    found = [*_verbs(kinds), *_adjectives(kinds)]
-    counted = all(f.plural and f.noun.sg for f in (a, b))
-    found += _numerals() if counted else []
-    if not kinds & {"person", "land", "song", "built"}:  # one does not own these as one owns a pen
-        found += _possessives()
-    return found
+    fitting = [*_verbs(kinds), *_adjectives(kinds)]
+    if all(f.plural and f.noun.sg for f in (a, b)):
+        fitting += _numerals()
+    if not kinds & {"person", "land", "song", "built"}:  # not owned as one owns a pen
+        fitting += _possessives()
+    return fitting
 
 
 def fits(target: Target, a: Form, b: Form) -> bool:
-    """Whether both nouns have a form here, and each noun's is wrong for the other."""
+    """Whether both nouns have a form here, and the form of each is wrong for the other."""
     if a.cls not in target.forms or b.cls not in target.forms:
         return False
-    here, there = target.forms[a.cls], target.forms[b.cls]
+    form_a, form_b = target.forms[a.cls], target.forms[b.cls]
     return not any(wrong in {target.forms.get(c) for c in classes_of(noun.word)}
-                   for noun, wrong in ((a, there), (b, here)))
+                   for noun, wrong in ((a, form_b), (b, form_a)))
 
 
 def distance(target: Target) -> int:
-    """Words between the noun and what agrees with it."""
+    """Number of words between the noun and the word that agrees with it."""
     return len(target.between.split())
 
 
@@ -159,9 +161,10 @@ def pair(target: Target, noun: Form, other: Form, choices: list[str], label: int
 
 
 def pairs() -> list[dict[str, Any]]:
-    """All pairs, in twos, PAIRS of each part and distance; the same every time.
+    """All pairs, two mirrored ones after each other, PAIRS for each part and distance.
 
-    The two classes are drawn first, evenly, so that frequent classes do not crowd out rare ones.
+    They are the same every time. The two classes are drawn first, with equal probability, so that
+    rare classes occur as often as frequent ones.
     """
     draw = random.Random(SEED)
     by_class = defaultdict(list)
@@ -171,9 +174,9 @@ def pairs() -> list[dict[str, Any]]:
         *_verbs([kind]), *_adjectives([kind]), *_numerals(), *_possessives())}
     rows, seen = [], set()
     for cell in sorted(everything):
-        found = []
+        cell_rows: list[dict[str, Any]] = []
         for _ in range(100_000):
-            if len(found) == PAIRS:
+            if len(cell_rows) == PAIRS:
                 break
             one, two = draw.sample(sorted(by_class), 2)
             a, b = draw.choice(by_class[one]), draw.choice(by_class[two])
@@ -188,41 +191,41 @@ def pairs() -> list[dict[str, Any]]:
             keys = {(r["before"], *sorted(choices)) for r in both}
             if not keys & seen:
                 seen |= keys
-                found += both
-        rows += found
+                cell_rows += both
+        rows += cell_rows
     return rows
 
 
 def forms(rows: Iterable[dict[str, Any]]) -> set[str]:
-    """Every word of the pairs, in small letters."""
+    """Every word of the pairs, in lower case."""
     return {w for r in rows for text in (r["before"], *r["choices"])
             for w in WORD.findall(text.lower())}
 
 
 def attest(sources: Iterable[str], rows: list[dict[str, Any]]) -> tuple[Counter[str], int]:
-    """How often each word of the pairs stands in the files, and how many of the adjacent pairs
-    (noun, right form) stand there as two words in a row."""
-    found = Counter(dict.fromkeys(forms(rows), 0))
+    """Return how often each word of the pairs occurs in the files, and how many of the pairs (noun,
+    right form) occur there as neighbours."""
+    count_of = Counter(dict.fromkeys(forms(rows), 0))
     wanted = {(r["before"].split()[-1].lower(), r["choices"][r["label"]].split()[0].strip("."))
               for r in rows if r["distance"] == 0}
     seen = set()
     for source in sources:
         text = list(words(source))
-        found.update(w for w in text if w in found)
+        count_of.update(w for w in text if w in count_of)
         seen |= wanted & set(pairwise(text))
-    return found, len(seen)
+    return count_of, len(seen)
 
 
 def main() -> None:
     rows = pairs()
     if sys.argv[1:2] == ["--attest"] and sys.argv[2:]:
-        found, together = attest(sys.argv[2:], rows)
-        print(f"in no file: {' '.join(sorted(w for w, n in found.items() if not n))}")
+        count_of, neighbours = attest(sys.argv[2:], rows)
+        print(f"in no file: {' '.join(sorted(w for w, n in count_of.items() if not n))}")
         adjacent = len({(r["before"].split()[-1], r["choices"][r["label"]].split()[0])
                         for r in rows if r["distance"] == 0})
-        print(f"{len(rows)} pairs, {len(found)} forms, {sum(n > 0 for n in found.values())} "
-              f"attested, median count {sorted(found.values())[len(found) // 2]}; {together} of "
-              f"{adjacent} neighbours attested side by side")
+        print(f"{len(rows)} pairs, {len(count_of)} forms, {sum(n > 0 for n in count_of.values())} "
+              f"attested, median count {sorted(count_of.values())[len(count_of) // 2]}; "
+              f"{neighbours} of {adjacent} neighbours attested side by side")
     elif sys.argv[1:]:
         raise UserError("expected python -m languages.kinyarwanda.agreement "
                         "[--attest FILE[:FIELD] ...]", FLAGS)
@@ -232,4 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    log.run(main)
+    console.run(main)

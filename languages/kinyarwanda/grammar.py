@@ -1,6 +1,6 @@
 """A small, correct part of Kinyarwanda grammar: classes, concords, tenses, Dahl's law.
 
-A noun's class decides the shape of everything that goes with it:
+The class of a noun decides the form of the words that agree with it:
 
     class          verb  -iza (good)  -a (of)  this  one/two     example
     1   umu-        a-    mwiza        wa       uyu   umwe        umwana    child
@@ -9,8 +9,8 @@ A noun's class decides the shape of everything that goes with it:
     8   ibi-        bi-   byiza        bya      ibi   bibiri      ibitabo   books
 
 The rules are the textbook ones (Kimenyi 1980, "A Relational Grammar of Kinyarwanda"; Jouannet
-1983). Where a form depends on more than is written here, as perfective stems do, it stands in
-lexicon.py instead. Tones and vowel length are not written, as in everyday spelling.
+1983). Forms that no rule here gives, such as perfective stems, are listed in lexicon.py. Tones and
+vowel length are not written, as in everyday spelling.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def bare(noun: str) -> str:
 
 def nasal(stem: str) -> str:
     """n- before a stem: mbona, mfasha, mpinga (h gives mp), ndya (r gives nd), ngura."""
-    before = {"b": "mb", "f": "mf", "v": "mv", "h": "mp", "r": "nd", "p": "mp"}
-    assert stem[0] not in "mn" + VOWELS, f"n- before {stem} is not written here"
-    return before[stem[0]] + stem[1:] if stem[0] in before else "n" + stem
+    initials = {"b": "mb", "f": "mf", "v": "mv", "h": "mp", "r": "nd", "p": "mp"}
+    assert stem[0] not in "mn" + VOWELS, f"n- before {stem} is not covered here"
+    return initials[stem[0]] + stem[1:] if stem[0] in initials else "n" + stem
 
 
 def adjective(root: str, cls: int) -> str:
     """An adjective in the form of a noun class: iza, 7 -> cyiza."""
     prefix = ADJECTIVE[cls]
-    if root == "re":  # long, tall: the prefix stands twice, its vowel in between
+    if root == "re":  # long, tall: the prefix is written twice
         return {"mu": "muremure", "n": "ndende", "ki": "kirekire", "ru": "rurerure"}.get(
             prefix, f"{prefix}re{prefix}re")
     if root == "iza":
@@ -89,15 +89,15 @@ def possessive(owner: str, cls: int) -> str:
 
 
 def joined(word: str, noun: str) -> str:
-    """A word in -a before a noun; its vowel goes before another: cya + umwana, cy'umwana; na
-    Kamana."""
+    """A word in -a before a noun. Its vowel is elided before a vowel: cya + umwana gives
+    cy'umwana, na + Kamana gives na Kamana."""
     return f"{word[:-1]}'{noun}" if noun[0] in VOWELS else f"{word} {noun}"
 
 
 def verb(stem: str, perfective: str, subject: str | int, tense: str, negative: bool = False,
          final: bool = False) -> str:
-    """A verb with its subject: `tense` present, past or future; `final` where nothing follows it
-    (-ra-).
+    """A verb with its subject. `tense` is present, past or future; `final` means that no word
+    follows the verb (-ra-).
 
     subject: a noun class or one of I, you, we, you all. Negation: nti-, for I si-.
     """

@@ -1,9 +1,9 @@
-"""Which language a text is in: Kinyarwanda, English, or one that is taken for either.
+"""Identify the language of a sentence: Kinyarwanda, English, Swahili or French.
 
-A model that was taught to translate may answer in the wrong language, and no n-gram score says so.
-Function words decide, and for Kinyarwanda the spellings that its neighbours do not have (cy, by,
-rw, shy ...) and words that end in a vowel, as all of its own do. It tells sentences, not words, and
-Kirundi is too close: it is taken for Kinyarwanda. docs/formats.md has how often it is right.
+A translation model may answer in the wrong language, and n-gram scores do not show it. Function
+words decide. Kinyarwanda is also recognised by spellings that its neighbours do not have (cy, by,
+rw, shy ...), and by words that end in a vowel, as all of its own words do. Single words are not
+identified reliably, and Kirundi is taken for Kinyarwanda. docs/formats.md gives the accuracy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 
 from languages.kinyarwanda.normalise import apostrophe
 
-WORDS = {lang: frozenset(words.split()) for lang, words in {
+FUNCTION_WORDS = {lang: frozenset(words.split()) for lang, words in {
     "kin": """mu ko ni muri ku na ari ibyo ngo cyane kuri kandi uko iki ntabwo wa uyu iyo ya ibi
         ariko iyi no icyo neza yari nta yo abantu hari kuba ubu aho kuko mbere umuntu gihe igihe
         uwo gusa bari nyuma ubwo kugira aba byose buryo ndetse cyangwa cya afite byo umwe buri iri
@@ -27,17 +27,18 @@ WORDS = {lang: frozenset(words.split()) for lang, words in {
         cette son sa ses nous vous je ne se plus par""",
 }.items()}
 WORD = re.compile(r"[^\W\d_]+(?:'(?=[^\W\d_]))?")
-OWN = re.compile(r"cy|by|rw|ry|bw|shy|jy|nsh|mw[aeiou]|gw|pfu|\b(?:n|y|w|z|by|cy|nk|bw|rw|ry|k)'")
+KINYARWANDA_SPELLINGS = re.compile(
+    r"cy|by|rw|ry|bw|shy|jy|nsh|mw[aeiou]|gw|pfu|\b(?:n|y|w|z|by|cy|nk|bw|rw|ry|k)'")
 
 
-def language(text: str) -> str:
-    """"kin", "eng", "swa", "fra", or "unknown" where too little speaks for any."""
+def identify(text: str) -> str:
+    """Return "kin", "eng", "swa" or "fra", or "unknown" if the evidence is weak."""
     text = apostrophe(text.lower())[0]
     words = WORD.findall(text)
     if not words:
         return "unknown"
-    votes = {lang: float(sum(w in known for w in words)) for lang, known in WORDS.items()}
-    votes["kin"] += 0.7 * len(OWN.findall(text))
+    votes = {lang: float(sum(w in known for w in words)) for lang, known in FUNCTION_WORDS.items()}
+    votes["kin"] += 0.7 * len(KINYARWANDA_SPELLINGS.findall(text))
     long = [w for w in words if len(w) > 3 and not w.endswith("'")]
     if sum(w[-1] in "aeiou" for w in long) < 0.6 * len(long):
         votes["kin"] = votes["swa"] = 0.0

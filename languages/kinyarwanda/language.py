@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from languages.kinyarwanda.identify import WORDS, language
+from languages.kinyarwanda.identify import FUNCTION_WORDS, identify
 from languages.kinyarwanda.normalise import apostrophe
 from languages.kinyarwanda.translation import FREQUENT_WORDS, NAMES, PROMPTS
 from languages.language import Demo, Language
@@ -28,8 +28,8 @@ LANGUAGE = Language(
     english_name="Kinyarwanda",
     steps={"apostrophe": apostrophe},
     same_spelling=("one apostrophe", one_apostrophe),
-    identify=language,
-    identified=frozenset(WORDS),
+    identify=identify,
+    identified=frozenset(FUNCTION_WORDS),
     frequent_words=FREQUENT_WORDS,
     names=NAMES,
     prompts=PROMPTS,

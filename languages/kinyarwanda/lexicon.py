@@ -1,8 +1,7 @@
-"""The demo's words: every form that is not made by a rule of grammar.py stands here and is
-attested.
+"""The words of the demo. Every form that no rule of grammar.py gives is listed here and attested.
 
-Nouns are given whole, singular and plural, with their classes; perfective stems are given, never
-guessed. `docs/grammar.md` says how the words were checked.
+Nouns are listed in singular and plural with their classes. Perfective stems are listed, not
+derived. docs/grammar.md says how the words were checked.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 
 class Noun(NamedTuple):
-    """A noun: forms and classes (0, "": there is none), English, and what kind of thing it is."""
+    """A noun: its forms and classes ("" and 0: it has no such form), English, the kind of thing."""
 
     sg: str
     sg_class: int
@@ -189,7 +188,7 @@ kuryama|ryama|ryamye|sleep|sleeps|slept|sleeping
 
 GO = Verb("kujya", "jya", "giye", "go", "goes", "went", "going", "")  # with a place: "went to"
 
-NARROW = {  # kinds of object that only some nouns of a kind are
+NARROW = {  # kinds of object that only these nouns of a kind belong to
     "land-field": {"umurima"},
     "animal-herd": {"inka", "ihene", "intama"},
     "built-house": {"inzu", "icyumba"},
@@ -199,7 +198,7 @@ NARROW = {  # kinds of object that only some nouns of a kind are
 
 ADJECTIVES = {"iza": "good", "nini": "big", "to": "small", "bi": "bad", "shya": "new", "re": "long",
               "gufi": "short"}
-FITS = {  # which adjectives are said of a kind, and how in English
+FITS = {  # the adjectives that fit a kind of thing, with their English
     "person": {"iza": "good", "to": "young", "re": "tall", "gufi": "short"},
     "animal": {"iza": "good", "nini": "big", "to": "small"},
     "text": {"iza": "good", "shya": "new", "bi": "bad", "gufi": "short"},
@@ -224,7 +223,7 @@ PLACES = [("ku isoko", "at the market", "to the market"), ("ku ishuri", "at scho
           ("mu cyumba", "in the room", "into the room"), ("i Kigali", "in Kigali", "to Kigali"),
           ("i Huye", "in Huye", "to Huye"), ("i Musanze", "in Musanze", "to Musanze")]
 
-TIMES = {  # by tense: said at the end of a sentence
+TIMES = {  # by tense, for the end of a sentence
     "present": [("buri munsi", "every day"), ("mu gitondo", "in the morning"),
                 ("nimugoroba", "in the evening")],
     "past": [("ejo hashize", "yesterday"), ("mu gitondo", "in the morning"),
@@ -233,7 +232,7 @@ TIMES = {  # by tense: said at the end of a sentence
                ("nimugoroba", "in the evening")],
 }
 
-# made by the rules, but in none of the texts and lists they were checked against: never said
+# The rules give these forms, but they occur in none of the texts: they are never generated.
 NOT_FOUND = frozenset("""
 azabyina azaryama azasana azaseka azasenga azateka azatema azavoma basannye bazabara bazafunga
 bazagaburira bazasenga bazasukura bazavoma iraryama nabyinnye nafunze nasannye nasetse nasukuye

@@ -8,11 +8,6 @@ letters is an elision.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-
-from languages.normalise import COMMON_STEPS, Normaliser, Step
-from languages.normalise import INVISIBLE as UNSEEN  # noqa: F401
-from languages.normalise import normaliser as _normaliser
 
 # The marks come first in the expression, because a search for them is fast.
 ELISION = re.compile(r"[’‘ʼ`´](?<=[^\W\d_].)(?=[^\W\d_])")
@@ -21,10 +16,3 @@ ELISION = re.compile(r"[’‘ʼ`´](?<=[^\W\d_].)(?=[^\W\d_])")
 def apostrophe(text: str) -> tuple[str, int]:
     """Write U+0027 where a vowel is elided. Counts the apostrophes that changed."""
     return ELISION.subn("'", text)
-
-
-STEPS: dict[str, Step] = {**COMMON_STEPS, "apostrophe": apostrophe}
-
-
-def normaliser(steps: Sequence[str]) -> Normaliser:
-    return _normaliser(steps, STEPS)

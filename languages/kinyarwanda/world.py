@@ -1,8 +1,8 @@
-"""The demo's little world: sentences and small stories in Kinyarwanda, each with its English.
+"""The text of the demo: sentences and small stories in Kinyarwanda, each with its English.
 
-Everything said is built from lexicon.py by the rules of grammar.py, both sides at once, so that a
-pair is a translation by construction. Forms that the rules give but that no text at hand has are
-never used (lexicon.NOT_FOUND). It is a toy: a few hundred words, present, past and future, no
+Both sides are built together from lexicon.py by the rules of grammar.py, so each pair is a
+translation by construction. Forms that occur in none of our texts are never used
+(lexicon.NOT_FOUND). The language is small: a few hundred words, present, past and future, no
 relative clauses.
 """
 
@@ -30,20 +30,20 @@ from languages.kinyarwanda.lexicon import (
 )
 
 Pair = tuple[str, str]  # Kinyarwanda, English
-PERSONS = {"I": "I", "we": "we"}  # subjects that are no noun
+PERSONS = {"I": "I", "we": "we"}  # subjects that are not nouns
 GRAZE = [v for v in VERBS if v.infinitive == "kurya"] + [
     v for v in ALONE if v.infinitive in ("kuruhuka", "kuryama")]
 FUNCTION_WORDS = {"ni", "si", "na", "n'", "hari", "ndi", "turi", "kandi", "ariko", "mu", "ku", "i"}
 
 
 class World:
-    """Draws sentences; the same seed gives the same ones."""
+    """Draws sentences from a random generator; the same seed gives the same sentences."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
 
     def sentence(self) -> Pair:
-        """One sentence that stands alone."""
+        """Draw one sentence."""
         kin, eng = self.rng.choice(
             (self.action, self.action, self.action, self.description, self.wish, self.possession,
              self.presence, self.journey, self.herd)
@@ -51,25 +51,25 @@ class World:
         return _written(kin, eng)
 
     def document(self, sentences: int) -> Pair:
-        """A small story about one person: who it is, what they have, do, did and will do."""
+        """Draw a small story about one person: who it is, what they have, do, did and will do."""
         name = self.rng.choice(sorted(NAMES))
         he = NAMES[name]
         who = self.rng.choice(PEOPLE[:5])
-        told = [(f"{name} ni {who.sg}", f"{name} is {_a(who.eng)}")]
-        while len(told) < sentences:
+        clauses = [(f"{name} ni {who.sg}", f"{name} is {_a(who.eng)}")]
+        while len(clauses) < sentences:
             kind = self.rng.randrange(5)
             if kind == 0:
                 thing, n = self.counted()
-                told.append((f"{g.have(1)} {thing}", f"{he} has {n}"))
+                clauses.append((f"{g.have(1)} {thing}", f"{he} has {n}"))
             elif kind == 1:
-                told.append(self.deed(1, he, True))
+                clauses.append(self.deed(1, he, True))
             elif kind == 2:
-                told.append(self.trip(1, he, True))
+                clauses.append(self.trip(1, he, True))
             elif kind == 3:
-                told.append(self.hope(1, he, True))
+                clauses.append(self.hope(1, he, True))
             else:
-                told.append(self.action())
-        pairs = [_written(*pair) for pair in told]
+                clauses.append(self.action())
+        pairs = [_written(*pair) for pair in clauses]
         return " ".join(k for k, _ in pairs), " ".join(e for _, e in pairs)
 
     def subject(self) -> tuple[str, str | int, str, bool]:
@@ -101,7 +101,7 @@ class World:
         return kin, cls, f"the {eng}", not plural
 
     def thing(self, kinds: str) -> Pair:
-        """A noun of one of the kinds, plain, counted, described, or somebody's."""
+        """A noun of one of the kinds: alone, with a number, an adjective or a possessor."""
         noun = self.rng.choice(_of_kinds(kinds))
         plural = bool(noun.pl) and (not noun.sg or self.rng.random() < 0.4)
         kin, cls, eng = _form(noun, plural)
@@ -124,7 +124,7 @@ class World:
         return kin, eng if plural or not counted else _a(eng)
 
     def counted(self) -> Pair:
-        """Some countable things one may have."""
+        """A number of things that a person may have."""
         while True:
             noun = self.rng.choice(_of_kinds("animal text thing"))
             if noun.pl_class in g.COUNT and noun.sg:
@@ -144,25 +144,27 @@ class World:
             if not _can(verb, cls, tense, negative):
                 continue
             kin, thing = self.thing(verb.objects)
-            said = f"{g.verb(verb.stem, verb.perfective, cls, tense, negative)} {kin}"
-            told = f"{_english(verb, tense, negative, adds_s)} {thing}"
+            kin_words = f"{g.verb(verb.stem, verb.perfective, cls, tense, negative)} {kin}"
+            eng_words = f"{_english(verb, tense, negative, adds_s)} {thing}"
             if not negative and self.rng.random() < 0.4:
                 when, then = self.rng.choice(TIMES[tense])
-                said, told = f"{said} {when}", f"{told} {then}"
-            return said, f"{eng} {told}"
+                kin_words, eng_words = f"{kin_words} {when}", f"{eng_words} {then}"
+            return kin_words, f"{eng} {eng_words}"
 
     def action(self) -> Pair:
         """Subject, verb, object; or a subject that does something of itself, somewhere."""
         kin, cls, eng, adds_s = self.subject()
         if self.rng.random() < 0.75:
-            said, told = self.deed(cls, eng, adds_s)
-            return f"{kin} {said}", told
+            kin_words, eng_words = self.deed(cls, eng, adds_s)
+            return f"{kin} {kin_words}", eng_words
         while True:
             verb = self.rng.choice(ALONE)
             place, where, _ = self.rng.choice(PLACES)
             if self.rng.random() < 0.3 and _can(verb, cls, "present", False, True):
                 word = g.verb(verb.stem, verb.perfective, cls, "present", final=True)
-                be = "am" if eng == "I" else "is" if adds_s else "are"
+                be = "is" if adds_s else "are"
+                if eng == "I":
+                    be = "am"
                 return f"{kin} {word}", f"{eng} {be} {verb.eng_ing}"
             tense = self.rng.choice(("present", "past", "future"))
             if _can(verb, cls, tense, False):
@@ -184,7 +186,9 @@ class World:
         this = self.rng.random() < 0.5
         negative = self.rng.random() < 0.25
         kin = f"{g.THIS[cls]} {g.bare(kin)}" if this else kin
-        the = ("these" if plural else "this") if this else "the"
+        the = "the"
+        if this:
+            the = "these" if plural else "this"
         be = "are" if plural else "is"
         return (f"{kin} {'si' if negative else 'ni'} {g.adjective(root, cls)}",
                 f"{the} {eng} {be}{' not' if negative else ''} {FITS[noun.kind][root]}")
@@ -192,34 +196,34 @@ class World:
     def hope(self, cls: str | int, eng: str, adds_s: bool) -> Pair:
         """Somebody wants, or likes, to do something."""
         verb = self.rng.choice([v for v in VERBS if v.stem not in ("shaka", "kunda")])
-        want, stem, told = self.rng.choice((("wants" if adds_s else "want", "shaka", "to"),
+        want, stem, to = self.rng.choice((("wants" if adds_s else "want", "shaka", "to"),
                                             ("likes" if adds_s else "like", "kunda", "to")))
         kin, thing = self.thing(verb.objects)
         return (f"{g.verb(stem, '', cls, 'present')} {verb.infinitive} {kin}",
-                f"{eng} {want} {told} {verb.eng} {thing}")
+                f"{eng} {want} {to} {verb.eng} {thing}")
 
     def wish(self) -> Pair:
         kin, cls, eng, adds_s = self.subject()
-        said, told = self.hope(cls, eng, adds_s)
-        return f"{kin} {said}", told
+        kin_words, eng_words = self.hope(cls, eng, adds_s)
+        return f"{kin} {kin_words}", eng_words
 
     def possession(self) -> Pair:
         """Somebody has, or has not, some things."""
         kin, cls, eng, adds_s = self.subject()
         negative = cls in (1, 2) and self.rng.random() < 0.25
         if negative:
-            thing, told = self.thing("animal text thing")
+            thing, eng_thing = self.thing("animal text thing")
             return (f"{kin} {g.have(cls, True)} {thing}",
-                    f"{eng} {'does' if adds_s else 'do'} not have {told}")
-        thing, told = self.counted()
-        return f"{kin} {g.have(cls)} {thing}", f"{eng} {'has' if adds_s else 'have'} {told}"
+                    f"{eng} {'does' if adds_s else 'do'} not have {eng_thing}")
+        thing, eng_thing = self.counted()
+        return f"{kin} {g.have(cls)} {thing}", f"{eng} {'has' if adds_s else 'have'} {eng_thing}"
 
     def presence(self) -> Pair:
         """There is something somewhere."""
         place, where, _ = self.rng.choice(PLACES)
-        thing, told = self.counted()
+        thing, eng_thing = self.counted()
         return (f"{place} hari {thing}",
-                f"there {'is' if told.startswith('one ') else 'are'} {told} {where}")
+                f"there {'is' if eng_thing.startswith('one ') else 'are'} {eng_thing} {where}")
 
     def trip(self, cls: str | int, eng: str, adds_s: bool) -> Pair:
         """Somebody went, or will go, somewhere."""
@@ -231,8 +235,8 @@ class World:
 
     def journey(self) -> Pair:
         kin, cls, eng, adds_s = self.subject()
-        said, told = self.trip(cls, eng, adds_s)
-        return f"{kin} {said}", told
+        kin_words, eng_words = self.trip(cls, eng, adds_s)
+        return f"{kin} {kin_words}", eng_words
 
     def herd(self) -> Pair:
         """Animals eat, rest and sleep."""
@@ -247,13 +251,13 @@ class World:
 
 
 def _of_kinds(kinds: str) -> list[Noun]:
-    """Nouns of the named kinds; a kind like thing-light is some of the things."""
-    found = []
+    """Nouns of the named kinds; a kind such as thing-light holds only some of the things."""
+    nouns = []
     for kind in kinds.split():
         only = NARROW.get(kind)
-        found += [n for n in NOUNS if n.kind == kind.split("-")[0] and
+        nouns += [n for n in NOUNS if n.kind == kind.split("-")[0] and
                   (only is None or n.sg in only or n.pl in only)]
-    return found
+    return nouns
 
 
 def _form(noun: Noun, plural: bool) -> tuple[str, int, str]:
@@ -262,7 +266,7 @@ def _form(noun: Noun, plural: bool) -> tuple[str, int, str]:
 
 
 def _can(verb: Verb, cls: str | int, tense: str, negative: bool, final: bool = False) -> bool:
-    """Whether a form may be used: its spelling is in the grammar, and somebody has written it."""
+    """Whether a form may be used: the grammar covers it, and it is attested."""
     if cls == "I" and tense == "present" and not final and verb.stem[0] in "mn":
         return False
     return g.verb(verb.stem, verb.perfective, cls, tense, negative, final) not in NOT_FOUND
@@ -283,13 +287,13 @@ def _a(noun: str) -> str:
 
 
 def _written(kin: str, eng: str) -> Pair:
-    """With a capital and a full stop."""
+    """Both sides with a capital letter and a full stop."""
     kin, eng = kin.strip(), eng.strip()
     return f"{kin[0].upper()}{kin[1:]}.", f"{eng[0].upper()}{eng[1:]}."
 
 
 def word_forms() -> set[str]:
-    """Every Kinyarwanda word that can be said, in small letters; those of cy'umwana are cy' and
+    """Every Kinyarwanda word that can be generated, in lower case. cy'umwana is two words, cy' and
     umwana."""
     return set(_forms()) - {""}
 

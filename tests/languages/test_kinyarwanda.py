@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from languages.kinyarwanda import agreement, identify, lexicon, normalise
+from languages.kinyarwanda import agreement, lexicon
 from languages.kinyarwanda import grammar as g
 from languages.kinyarwanda.attest import WORD, counts
+from languages.kinyarwanda.identify import identify
 from languages.kinyarwanda.world import World, word_forms
+from languages.language import language_of
+from languages.normalise import normaliser
 from runtime.console import UserError
 from runtime.paths import ROOT
 from training import demo
@@ -27,6 +30,7 @@ cpt/kin_igihe_2021.txt cpt/kin_common_voice.txt cpt/kin_folklore.jsonl:content
 cpt/kin_riddles.tsv:riddle cpt/kin_riddles.tsv:answer mt/train_digital_umuganda.tsv:kin
 mt/train_tico19.tsv:kin mt/train_constitution.tsv:kin mt/train_storybooks.jsonl:pages_kin
 lexicon/isi_kin_verb_decomp_v2.1.txt:1 lexicon/mbaza_word_counts.tsv:word""".split()
+STEPS = language_of("kin").all_steps
 DATA = ROOT.parent / "shared" / "data"
 
 
@@ -118,8 +122,7 @@ def test_every_word_form_is_attested_in_real_text():
     assert [w for w, n in counts(f"{DATA}/{x}" for x in REAL).items() if n == 0] == []
 
 
-def test_the_demo_goes_on_with_an_adapter_and_its_base_knows_of_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "DOCUMENTS", 300)
+def test_the_demo_goes_on_with_an_adapter_and_its_base_knows_of_none(tmp_path):
     words = ["--tune", "lora", "--lora-rank", "8", "--dora", "--train-embeddings", "--plan",
              "--embedding-lr", "1e-4", "--out", str(tmp_path)]
     seen = []
@@ -132,14 +135,12 @@ def test_the_demo_goes_on_with_an_adapter_and_its_base_knows_of_none(tmp_path, m
 
     for _ in range(2):  # --plan ends with the first
         assert demo.run(*read_settings(words), one if not seen else
-                        lambda s, _: seen.append((s.tune, s.lora_rank)) or 0) == 0
+                        lambda s, _: seen.append((s.tune, s.lora_rank)) or 0, documents=300) == 0
     assert seen == [("full", 16, False, False), ("lora", 8)]
 
 
-def test_held_out_text_of_the_demo_is_not_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "DOCUMENTS", 200)
-    monkeypatch.setattr(demo, "HELD", 10)
-    paths = demo.texts(tmp_path, seed=1)
+def test_held_out_text_of_the_demo_is_not_trained_on(tmp_path):
+    paths = demo.write_texts(tmp_path, 1, documents=200, held_out=10)
     for lang in ("kin", "eng"):
         seen = {s.strip() for s in paths[lang].read_text().replace("\n", " ").split(".")}
         kept = {
@@ -153,7 +154,7 @@ MARKS = st.text(st.sampled_from("abiu n’'ʼ‘`´ \u00a0\u200b\t\n-éé\u0301\
 
 @given(MARKS)
 def test_cleaning_twice_is_cleaning_once_and_counts_nothing_the_second_time(text):
-    clean = normalise.normaliser(list(normalise.STEPS))
+    clean = normaliser(list(STEPS), STEPS)
     once, _ = clean(text)
     twice, counts = clean(once)
     assert twice == once and not any(counts.values())
@@ -161,21 +162,21 @@ def test_cleaning_twice_is_cleaning_once_and_counts_nothing_the_second_time(text
 
 @given(MARKS)
 def test_a_step_that_changes_a_text_says_so(text):
-    for step in normalise.STEPS:
-        changed, counts = normalise.normaliser([step])(text)
+    for step in STEPS:
+        changed, counts = normaliser([step], STEPS)(text)
         assert (changed != text) == (counts[step] > 0)
 
 
 def test_only_an_apostrophe_between_letters_is_an_elision():
-    clean = normalise.normaliser(["apostrophe"])
+    clean = normaliser(["apostrophe"], STEPS)
     assert clean("n’umwana yavuze ati ‘yego’") == ("n'umwana yavuze ati ‘yego’", {"apostrophe": 1})
-    assert normalise.normaliser([])("n’umwana  ") == ("n’umwana  ", {})
+    assert normaliser([], STEPS)("n’umwana  ") == ("n’umwana  ", {})
 
 
 def test_a_normaliser_can_be_sent_to_another_process_and_refuses_unknown_steps():
-    assert pickle.loads(pickle.dumps(normalise.normaliser(["nfc"])))("a") == ("a", {"nfc": 0})
+    assert pickle.loads(pickle.dumps(normaliser(["nfc"], STEPS)))("a") == ("a", {"nfc": 0})
     with pytest.raises(UserError, match="no such step; there are spaces, nfc, apostrophe"):
-        normalise.normaliser(["lower"])
+        normaliser(["lower"], STEPS)
 
 
 PAIRS = agreement.pairs()
@@ -230,7 +231,7 @@ def test_every_form_of_the_pairs_right_or_wrong_is_attested_in_real_text():
     ("Two children went to school in the morning.", "eng"), ("12 %", "unknown"), ("", "unknown"),
     ("Watoto wawili walikwenda shuleni kwa miguu.", "swa")])
 def test_the_language_of_a_sentence_is_seen(text, said):
-    assert identify.language(text) == said
+    assert identify(text) == said
 
 
 @pytest.mark.data
@@ -240,6 +241,6 @@ def test_the_language_of_nearly_every_sentence_of_flores_is_seen(name, said, lea
     file = DATA / "eval" / "flores200" / f"devtest.{name}.txt"
     if not file.exists():
         pytest.skip(f"no real data at {DATA}")
-    found = [identify.language(x) == said for x in file.read_text().splitlines()]
+    found = [identify(x) == said for x in file.read_text().splitlines()]
     share = sum(found) / len(found)
     assert share >= least and (name != "swh" or share < 0.06)

@@ -8,7 +8,6 @@ import random
 import pytest
 
 from languages.codes import NAMES, TWO_LETTERS
-from languages.kinyarwanda import prompts as old_prompts
 from languages.language import (
     CODE,
     DEFAULT_LANGUAGE,
@@ -76,7 +75,12 @@ def test_an_identifier_is_found_only_if_it_knows_all_languages():
 
 def test_the_prompts_of_english_and_kinyarwanda_are_alma_then_english_then_kinyarwanda():
     prompts = translation_prompts(DEFAULT_PAIR)
-    assert prompts == old_prompts.PROMPTS and list(prompts) == list(old_prompts.PROMPTS)
+    assert list(prompts) == ["alma", "eng-put", "eng-how", "eng-below", "eng-bare", "kin-put",
+                             "kin-how", "kin-take", "kin-turn"]
+    assert prompts["eng-put"] == ("Put this sentence into {target}: {text}\n",
+                                  {"eng": "English", "kin": "Kinyarwanda"})
+    assert prompts["kin-how"] == ("Ibi wabivuga ute mu {target}?\n{text}\n",
+                                  {"eng": "Cyongereza", "kin": "Kinyarwanda"})
 
 
 def test_a_prompt_is_offered_only_if_its_language_names_the_pair():
