@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
 import subprocess
 import sys
 
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from helpers import tiny
+from preparation.text import prepare_text
 from runtime.paths import ROOT
 from tokenization import word_cache as words
 from tokenization.tokenizer import Tokenizer, learn
-from tokenization.word_cache import Words
+from tokenization.word_cache import WordCache
 
 DATA = ROOT.parent / "shared" / "data"
 PUBLISHED = ["llama2/tokenizer.model", "llama3/tokenizer.json", "gpt2/tokenizer.json",
@@ -107,11 +109,11 @@ def made(tmp_path_factory) -> dict[str, Tokenizer]:
     return found
 
 
-def held(memory: Words, texts: list[str]) -> None:
-    """The memory gives what the tokenizer gives."""
-    ids, sizes = memory.documents(texts)
+def assert_same_ids(cache: WordCache, texts: list[str]) -> None:
+    """The cache gives the ids of the tokenizer."""
+    ids, sizes = cache.encode_documents(texts)
     found = [x.tolist() for x in np.split(ids, np.cumsum(sizes)[:-1])] if texts else []
-    assert found == [memory.tokenizer.document(text) for text in texts]
+    assert found == [cache.tokenizer.document(text) for text in texts]
     assert len(sizes) == len(texts) and ids.dtype == np.uint32
 
 
@@ -119,19 +121,19 @@ def held(memory: Words, texts: list[str]) -> None:
 @settings(max_examples=120, deadline=None)
 @given(batches=st.lists(TEXTS, max_size=3))
 def test_documents_are_the_tokenizers_own(made, name, batches):
-    memory = Words(made[name])
-    assert memory.apart == (name not in WHOLE)
+    cache = WordCache(made[name])
+    assert cache.splits_words == (name not in WHOLE)
     for texts in batches:
-        held(memory, texts)
+        assert_same_ids(cache, texts)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @settings(max_examples=120, deadline=None)
 @given(texts=TEXTS)
 def test_published_tokenizers_documents_are_their_own(name, texts):
-    memory = Words(stored(name))
-    assert memory.apart
-    held(memory, texts)
+    cache = WordCache(stored(name))
+    assert cache.splits_words
+    assert_same_ids(cache, texts)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -139,50 +141,74 @@ def test_published_tokenizers_on_all_of_flores(name):
     folder = DATA / "eval" / "flores200"
     if not folder.is_dir():
         pytest.skip("needs FLORES-200 devtest under shared/data/eval")
-    memory = Words(stored(name))
+    cache = WordCache(stored(name))
     for language in ("eng", "kin", "eng"):
-        held(memory, (folder / f"devtest.{language}.txt").read_text().splitlines())
+        assert_same_ids(cache, (folder / f"devtest.{language}.txt").read_text().splitlines())
 
 
-def test_a_memory_that_is_full_begins_anew(made, monkeypatch):
-    monkeypatch.setattr(words, "MOST", 10)
-    memory = Words(made["learned"])
+def test_a_cache_that_is_full_begins_anew(made):
+    cache = WordCache(made["learned"], max_ids=10)
     for i in range(0, len(tiny.SENTENCES), 3):
-        some = tiny.SENTENCES[i : i + 3]
-        held(memory, some)
-        assert set(memory.known) <= {word for text in some for word in text.split()}
+        batch = tiny.SENTENCES[i : i + 3]
+        assert_same_ids(cache, batch)
+        assert set(cache.entries) <= {word for text in batch for word in text.split()}
 
 
 @pytest.mark.parametrize("name", ["learned", "qwen2"])
-def test_words_whose_bytes_do_not_come_out_are_encoded_one_by_one(made, name, monkeypatch):
-    monkeypatch.setattr(Words, "_sizes", lambda self, words, ids: np.zeros(len(words), np.int64))
-    held(Words(made[name]), tiny.SENTENCES)
+def test_words_whose_bytes_do_not_come_out_are_encoded_one_by_one(made, name):
+    tokenizer = pickle.loads(pickle.dumps(made[name]))
+    tokenizer.byte_lengths = np.zeros_like(tokenizer.byte_lengths)
+    assert_same_ids(WordCache(tokenizer), tiny.SENTENCES)
 
 
-def test_a_memory_holds_little_of_what_is_encoded_whole(made, monkeypatch):
+def test_a_cache_holds_little_of_what_is_encoded_whole(made):
     """Texts that are not cut, and words as long as texts."""
-    monkeypatch.setattr(words, "MOST", 100)
     for name, space in (("another expression", " "), ("learned", "\t"), ("learned", "▁")):
-        memory = Words(made[name])
+        cache = WordCache(made[name], max_ids=100)
         for i in range(20):
             texts = [x.replace(" ", space) + str(i) for x in tiny.SENTENCES[:5]]
-            held(memory, texts)
-            assert len(memory.ids) < 100 + 2 * sum(map(len, texts))
+            assert_same_ids(cache, texts)
+            assert len(cache.ids) < 100 + 2 * sum(map(len, texts))
 
 
 def test_lines_of_nothing_but_spaces_are_as_the_published_llama3_has_them():
-    memory = Words(stored("llama3/tokenizer.json"))
-    held(memory, ["a\n \nb", "\n \n", "a\t \tb", "\u00a0 \u00a0b \n c", " \n \n", "a \n\t"])
-    held(memory, ["a\n\t", "x \nc", "a b\n\t c"])
+    cache = WordCache(stored("llama3/tokenizer.json"))
+    assert_same_ids(cache, ["a\n \nb", "\n \n", "a\t \tb", "\u00a0 \u00a0b \n c", " \n \n",
+                            "a \n\t"])
+    assert_same_ids(cache, ["a\n\t", "x \nc", "a b\n\t c"])
 
 
-def test_a_known_word_is_not_encoded_again(made, monkeypatch):
-    memory, asked = Words(made["learned"]), []
-    encode = memory.tokenizer.encode_batch
-    monkeypatch.setattr(memory.tokenizer, "encode_batch", lambda x: asked.extend(x) or encode(x))
-    memory.documents(["amazi na amazi", "na amazi"])
-    memory.documents(["amazi na umugezi"])
-    assert asked == ["amazi na", "umugezi"]  # new words, as one text
+class Recorder:
+    """A tokenizer that records the texts that it encodes."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.encoded: list[str] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.tokenizer, name)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        self.encoded += texts
+        return self.tokenizer.encode_batch(texts)
+
+
+def test_a_known_word_is_not_encoded_again(made):
+    recorder = Recorder(made["learned"])
+    cache = WordCache(recorder)
+    cache.encode_documents(["amazi na amazi", "na amazi"])
+    cache.encode_documents(["amazi na umugezi"])
+    assert recorder.encoded == ["amazi na", "umugezi"]  # new words, as one text
+
+
+@pytest.mark.parametrize("name", ["learned", "llama3"])
+def test_a_bin_made_without_the_cache_is_the_same(made, name, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join([*tiny.SENTENCES, "a  b ", "▁x"]))
+    bins = [prepare_text([str(file)], made[name].file.parent, tmp_path / str(use), unit="line",
+                         use_word_cache=use)[0] for use in (True, False)]
+    assert bins[0].tokens.tolist() == bins[1].tokens.tolist()
+    assert bins[0].starts.tolist() == bins[1].starts.tolist()
 
 
 def test_a_unigram_model_and_one_that_changes_characters_are_encoded_whole(tmp_path):
@@ -197,9 +223,9 @@ def test_a_unigram_model_and_one_that_changes_characters_are_encoded_whole(tmp_p
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(tiny.SENTENCES * 20), model_writer=out, vocab_size=320,
                 byte_fallback=True, minloglevel=2, **how)
-        memory = Words(Tokenizer.open(file))
-        assert not memory.apart
-        held(memory, ["ﬁ  x y", " a", *tiny.SENTENCES[:3]])
+        cache = WordCache(Tokenizer.open(file))
+        assert not cache.splits_words
+        assert_same_ids(cache, ["ﬁ  x y", " a", *tiny.SENTENCES[:3]])
 
 
 @pytest.mark.parametrize("name", ["learned", "llama3"])
