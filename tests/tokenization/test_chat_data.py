@@ -450,6 +450,25 @@ def test_languages_that_look_swapped_are_said_with_file_and_line(model, tmp_path
     assert code == 0 and any(x.startswith(f"{tmp_path}/a.txt, line 1: from here on") for x in lines)
 
 
+def test_pairs_of_other_languages_are_named_by_their_codes(model, tmp_path):
+    file = tmp_path / "x.tsv"
+    file.write_text("lingala\tfra\nMbote.\tBonjour.\nMai.\tEau.\n")
+    bin, tok = prepared(model, tmp_path, "mt", str(file), "--languages", "fra", "lin", "--columns",
+                        "lin=lingala", "--directions", "fra-lin", "--prompts", "all")
+    texts = [tok.decode(bin.document(i)) for i in range(len(bin))]
+    assert len(texts) == 2 and "Lingala" in texts[0] and texts[0].endswith("Mbote.")
+    assert set(bin.meta["prompt"]["translate"][0]["languages"]) == {"fra", "lin"}
+    bin, tok = prepared(model, tmp_path, "mt", str(file), "--languages", "fra", "xyz", "--columns",
+                        "xyz=lingala", "--language-names", "xyz=Xyz", "--as-text")
+    assert tok.decode(bin.document(0)) == "French: Bonjour.\nXyz: Mbote."
+    for words, wanted in ((["--languages", "fra", "xyz"], "language 'xyz': not in"),
+                          (["--languages", "fra"], "--languages fra: expected two codes"),
+                          (["--columns", "swa=x"], "--columns swa=x: expected CODE=COLUMN"),
+                          (["--directions", "fra-lin"], "--directions fra-lin: expected both")):
+        with pytest.raises(UserError, match=wanted):
+            prepared(model, tmp_path, "mt", str(file), *words)
+
+
 # ------------------------------------------------------------------ preferences
 
 def test_a_preference_pair_is_two_documents_with_one_question(model, tmp_path):
