@@ -26,7 +26,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -153,30 +153,73 @@ class Source:
         return said if len(said) == 64 else hashlib.sha256(said.encode()).hexdigest()
 
 
+class RowDocuments(NamedTuple):
+    """What the host knows of the documents in packed rows, so that no GPU is asked for it."""
+
+    doc: Tensor  # (B,T), on the CPU
+    lengths: list[int]  # of documents end to end over all rows; an unused tail counts as one
+    longest: int  # the largest position + 1
+
+    @classmethod
+    def of(cls, doc: Tensor, pos: Tensor) -> RowDocuments:
+        """From doc, pos (B,T) on the CPU."""
+        import torch
+
+        first = torch.ones_like(doc, dtype=torch.bool)
+        first[:, 1:] = doc[:, 1:] != doc[:, :-1]
+        starts = first.flatten().nonzero().squeeze(-1)
+        lengths = torch.diff(starts, append=starts.new_tensor([doc.numel()])).tolist()
+        return cls(doc, lengths, int(pos.max()) + 1 if pos.numel() else 0)
+
+
 @dataclass
 class Batch:
-    """Rows of packed documents; fields (B, T) int64. `doc` is -1 and `targets` IGNORE in an
-    unused tail. `reference`, (B, T) float32: a reference's NLL of each target, where kept."""
+    """Rows of packed documents; fields (B,T) int64. `doc` is -1 and `targets` IGNORE in an unused
+    tail. A batch is made on the CPU, where it finds `documents` and `trained` by itself.
+
+    `reference` (B,T) float32: a reference's NLL of each target, where one is kept. `trained` (n,):
+    the places, among B T, of the targets that are not IGNORE.
+    """
 
     tokens: Tensor
     targets: Tensor
     doc: Tensor
     pos: Tensor
     reference: Tensor | None = None
+    documents: RowDocuments | None = None
+    trained: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.documents is None:
+            self.documents = RowDocuments.of(self.doc.cpu(), self.pos.cpu())
+        if self.trained is None:
+            self.trained = (self.targets.flatten() != IGNORE).nonzero().squeeze(-1)
 
     @classmethod
     def of(cls, rows: Sequence[np.ndarray], reference: Sequence[np.ndarray] = ()) -> Batch:
-        """From rows of (4, T): tokens, targets, doc, pos."""
+        """From rows of (4,T): tokens, targets, doc, pos."""
         import torch
 
         kept = torch.from_numpy(np.stack(reference)) if len(reference) else None
         return cls(*torch.from_numpy(np.stack(rows, axis=1)), kept)
 
+    @property
+    def n_trained(self) -> int:
+        """How many targets are trained; known without asking the device."""
+        return len(self.trained)
+
+    def inputs(self) -> dict[str, Any]:
+        """The model's arguments for the NLL of this batch."""
+        return {"tokens": self.tokens, "doc": self.doc, "pos": self.pos, "targets": self.targets,
+                "documents": self.documents, "trained": self.trained}
+
     def to(self, device: Any) -> Batch:
-        """The same batch on a device."""
+        """The same batch on a device; `documents` stays on the host."""
         from runtime.transfer import to_device_async
 
-        return Batch(*(x if x is None else to_device_async(x, device) for x in vars(self).values()))
+        tensors = {name: to_device_async(x, device) for name, x in vars(self).items()
+                   if name != "documents" and x is not None}
+        return Batch(**tensors, documents=self.documents)
 
 
 class Stream:

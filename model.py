@@ -19,14 +19,21 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import RowDocuments
 from layers import nf4
-from layers.attention import Layout, attend, kernel
+from layers.attention_metadata import (
+    AttentionMetadata,
+    Backend,
+    attention_backend,
+    attention_metadata,
+    cache_metadata,
+)
 from layers.config import ModelConfig
 from layers.cross_entropy import LinearCrossEntropy, softcap
 from layers.functional import Embedding, Linear, RMSNorm, apply_rotary_emb, rope_cos_sin, swiglu
@@ -94,7 +101,8 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(D if config.qk_norm == "head" else H * D, config)
             self.k_norm = RMSNorm(D if config.qk_norm == "head" else K * D, config)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, pos: Tensor,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None,
+                attention: AttentionMetadata, pos: Tensor,
                 cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
         q, k = self.q_proj(x), self.k_proj(x)
@@ -103,12 +111,13 @@ class Attention(nn.Module):
         q, k = q.view(B, T, -1, self.D), k.view(B, T, -1, self.D)  # (B,T,H,D), (B,T,K,D)
         if self.normed == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = apply_rotary_emb(q, *turn), apply_rotary_emb(k, *turn)
+        if rope is not None:
+            q, k = apply_rotary_emb(q, *rope), apply_rotary_emb(k, *rope)
         v = self.v_proj(x).view(B, T, -1, self.D)  # (B,T,K,D)
         if cache is not None:
             k, v = cache.update(layer, k, v, pos)
-        return self.o_proj(attend(q, k, v, layout, self.scale, self.cap).flatten(2))  # (B,T,C)
+        y = attention.attend(q, k, v, self.scale, self.cap)  # (B,T,H,D)
+        return self.o_proj(y.flatten(2))  # (B,T,C)
 
 
 class MLP(nn.Module):
@@ -153,9 +162,10 @@ class Block(nn.Module):
         """x (B,T,C) and what all layers share -> (B,T,C)."""
         return with_recompute(self._forward, self.recompute, x, *shared)
 
-    def _forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, pos: Tensor,
+    def _forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None,
+                 attention: AttentionMetadata, pos: Tensor,
                  cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        seen = self.self_attn(self.norm(0, x), turn, layout, pos, cache, layer)
+        seen = self.self_attn(self.norm(0, x), rope, attention, pos, cache, layer)
         x = x + self.norm(1, seen)
         return x + self.norm(3, self.mlp(self.norm(2, x)))  # (B,T,C)
 
@@ -172,11 +182,20 @@ def neftune_noise(x: Tensor, doc: Tensor, alpha: float) -> Tensor:
     return (torch.empty_like(x).uniform_(-1, 1) * bound).to(x.dtype)
 
 
+class SharedInputs(NamedTuple):
+    """What all layers read: attention's metadata by window, and cos and sin (B,T,1,D/2) of the
+    rotary angles, for layers that see everything and for those with a window."""
+
+    attention: dict[int, AttentionMetadata]
+    rope: tuple[Tensor, Tensor]
+    local_rope: tuple[Tensor, Tensor]
+
+
 class Decoder(nn.Module):
     """Embeddings, L blocks and the last norm: tokens, doc, pos (B,T) -> (B,T,C)."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, recompute: Recompute,
-                 neftune_alpha: float):
+                 neftune_alpha: float, backend: Backend):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -185,34 +204,50 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config)
         self.compute_dtype = compute_dtype
         self.neftune_alpha = neftune_alpha
+        self.attention_backend = backend
 
-    def shared(self, doc: Tensor, pos: Tensor, extent: int | None,
-               exact: bool = True) -> tuple[dict, Any, Any]:
-        """What layers share: who sees whom, by window, and the turns of those that see all, and of
-        those that see a window."""
+    def shared_inputs(self, doc: Tensor, pos: Tensor, cache: KVCache | None = None,
+                      documents: RowDocuments | None = None) -> SharedInputs:
+        """What all layers read, for rows doc, pos (B,T). `documents` describes them on the host;
+        without it a GPU is waited for."""
         c = self.config
-        fused = kernel(doc.device, self.compute_dtype, c.head_dim)
-        layouts = {window: Layout.of(doc, pos, extent, window, bool(c.attention_cap), fused, exact)
-                   for window in set(c.windows) or {0}}
-        turn = rope_cos_sin(c.rope, c.head_dim, doc, pos)
-        local = rope_cos_sin(c.local_rope, c.head_dim, doc, pos) if c.local_rope else turn
-        return layouts, turn, local
+        windows = set(c.windows) or {0}
+        cache_len = None if cache is None else cache.begin_pass(doc.shape[1])
+        if cache_len is None:
+            documents = documents or RowDocuments.of(doc.cpu(), pos.cpu())
+            backend = self.attention_backend
+            if backend == "auto":
+                backend = attention_backend(doc.device, self.compute_dtype, c.head_dim)
+            attention = {w: attention_metadata(doc, documents.lengths, backend, w,
+                                               bool(c.attention_cap)) for w in windows}
+        else:
+            attention = {w: cache_metadata(pos, cache_len, cache.exact, w) for w in windows}
+        longest = documents.longest if documents else None
+        rope = rope_cos_sin(c.rope, c.head_dim, doc, pos, longest)
+        local = rope
+        if c.local_rope:
+            local = rope_cos_sin(c.local_rope, c.head_dim, doc, pos, longest)
+        return SharedInputs(attention, rope, local)
 
-    def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor, cache: KVCache | None = None,
+                documents: RowDocuments | None = None,
+                shared: SharedInputs | None = None) -> Tensor:
         c = self.config
         x = self.embed_tokens(tokens).to(self.compute_dtype)  # (B,T,C)
         if self.training and self.neftune_alpha:
             x = x + neftune_noise(x, doc, self.neftune_alpha)
-        if c.scale_embeddings:  # rounded to the dtype of products, as the published models were
+        if c.scale_embeddings:  # rounded to the compute dtype, as the published models were
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)
-        key_len = None if cache is None else cache.begin_pass(tokens.shape[1])
-        layouts, turn, local = self.shared(doc, pos, key_len, cache is None or cache.exact)
+        if shared is None:
+            shared = self.shared_inputs(doc, pos, cache, documents)
         windows = c.windows or (0,) * len(self.layers)
         for i, (block, window) in enumerate(zip(self.layers, windows, strict=True)):
-            here = None if i in c.no_rope else local if window else turn
-            # without a cache all layers get one number: one that varies recompiles
-            x = block(x, here, layouts[window], pos, cache, 0 if cache is None else i)
+            rope = shared.local_rope if window else shared.rope
+            if i in c.no_rope:
+                rope = None
+            # without a cache all layers get the number 0: one that varies would recompile
+            layer = 0 if cache is None else i
+            x = block(x, rope, shared.attention[window], pos, cache, layer)
         if cache is not None:
             cache.end_pass(doc, pos)
         return self.norm(x)
@@ -223,12 +258,14 @@ class Llama(nn.Module):
     file."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32,
-                 recompute: Recompute = "none", neftune_alpha: float = 0.0):
-        """`compute_dtype` is that of matrix products and of what flows between them; `recompute`:
-        see layers/recompute.py; `neftune_alpha`: noise on the embeddings in training, 0: none."""
+                 recompute: Recompute = "none", neftune_alpha: float = 0.0,
+                 attention_backend: Backend = "auto"):
+        """`compute_dtype` is that of matrix products and of activations; `recompute`: see
+        layers/recompute.py; `neftune_alpha`: noise on the embeddings in training, 0: none;
+        `attention_backend`: see layers/attention_metadata.py, auto: by device and dtype."""
         super().__init__()
         self.config = config
-        self.model = Decoder(config, compute_dtype, recompute, neftune_alpha)
+        self.model = Decoder(config, compute_dtype, recompute, neftune_alpha, attention_backend)
         self.lm_head = None if config.tie_word_embeddings else \
             Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss = LinearCrossEntropy(config.logit_cap)
@@ -252,16 +289,17 @@ class Llama(nn.Module):
         return self.model.compute_dtype
 
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor, targets: Tensor | None = None,
-                cache: KVCache | None = None,
-                reduction: Literal["none", "sum"] = "none") -> Tensor:
+                cache: KVCache | None = None, reduction: Literal["none", "sum"] = "none",
+                documents: RowDocuments | None = None, trained: Tensor | None = None) -> Tensor:
         """With targets their NLL, 0 where ignored: (B,T) float32, or () for `reduction="sum"`.
 
         Without targets the logits of the token that follows each row's last token with doc >= 0:
-        (B,V) float32. tokens, doc, pos, targets (B,T).
+        (B,V) float32. tokens, doc, pos, targets (B,T). `documents` and `trained` (n,), the places
+        of the targets that are not ignored, are what a Batch knows of them on the host.
         """
-        h = self.model(tokens, doc, pos, cache)  # (B,T,C)
+        h = self.model(tokens, doc, pos, cache, documents)  # (B,T,C)
         if targets is not None:
-            return self.loss(h, self.head, targets, reduction)
+            return self.loss(h, self.head, targets, reduction, trained)
         last = ((doc >= 0) * torch.arange(1, doc.shape[1] + 1, device=doc.device)).argmax(1)  # (B,)
         h = h[torch.arange(len(h), device=h.device), last]  # (B,C)
         return self.logits(h)

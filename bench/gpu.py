@@ -129,7 +129,7 @@ def predict(name: str) -> dict[str, float]:
 
     case = CASES[name]
     found = memory.need(ModelConfig.from_hf(words(case)), settings(case), torch.bfloat16,
-                        path="offsets")
+                        backend="varlen_flash")
     return {"total": found.total / 2**30}
 
 

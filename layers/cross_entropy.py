@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from runtime.transfer import host, to_device_async
+from runtime.transfer import to_device_async
 
 IGNORE_INDEX = -100  # torch's own default for targets that are not trained
 
@@ -237,7 +237,7 @@ def _select(h: Tensor, W: Tensor, targets: Tensor, trained: Tensor | None,
         h, W = h.detach(), W.detach()
     h, flat = h.flatten(0, 1), targets.flatten()  # (B T,C), (B T,)
     if trained is None:
-        trained = (host(targets).flatten().cpu() != ignore_index).nonzero().squeeze(-1)  # (n,)
+        trained = (flat.cpu() != ignore_index).nonzero().squeeze(-1)  # (n,)
     if len(trained) == len(flat):
         return h, W, flat, None
     trained = to_device_async(trained, h.device)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.config import ModelConfig, Rope
-from runtime.transfer import host
 
 ACTIVATIONS = {  # name: the function of x, and its gradient from (g, x)
     "silu": (F.silu, torch.ops.aten.silu_backward),
@@ -140,10 +139,16 @@ def rope_frequencies(rope: Rope, D: int, device: Any, length: Tensor | None = No
     return frequencies * (keep + (1 - keep) / rope.factor)
 
 
-def rope_cos_sin(rope: Rope, D: int, doc: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles of tokens at pos (B,T): (B,T,1,D/2) float32 each."""
+def rope_cos_sin(rope: Rope, D: int, doc: Tensor, pos: Tensor,
+                 longest: int | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles of tokens at pos (B,T): (B,T,1,D/2) float32 each.
+
+    `longest`: the largest pos + 1, where the host knows it; `dynamic` frequencies need it.
+    """
     length = None
-    if rope.kind == "dynamic" and pos.numel() and host(pos).max() >= rope.original:
+    if rope.kind == "dynamic" and longest is None:
+        longest = int(pos.max()) + 1 if pos.numel() else 0
+    if rope.kind == "dynamic" and longest > rope.original:
         same = doc[:, :, None] == doc[:, None, :]  # (B,T,T)
         length = ((pos + 1)[:, None, :] * same).amax(-1, keepdim=True)  # (B,T,1)
     angles = pos[..., None].float() * rope_frequencies(rope, D, pos.device, length)  # (B,T,D/2)

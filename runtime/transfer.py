@@ -2,8 +2,9 @@
 
 A GPU works off a queue that the host fills. When the host reads a value from the GPU it waits until
 that queue is empty, and then the GPU waits for the host. A training step has one such wait
-(train.train_step). Therefore a batch is copied from pinned memory, on a stream of its own, while
-the batch before it is computed. On a CPU everything is returned as it is.
+(train.train_step). Therefore a batch keeps on the host what shapes depend on (data.RowDocuments),
+and it is copied from pinned memory, on a stream of its own, while the batch before it is computed.
+On a CPU everything is returned as it is.
 """
 
 from __future__ import annotations
@@ -21,14 +22,7 @@ def to_device_async(x: Tensor, device: Any) -> Tensor:
     device = torch.device(device)
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
-    y = x.pin_memory().to(device, non_blocking=True)  # pinned memory lives until it is read
-    y.host = x
-    return y
-
-
-def host(x: Tensor) -> Tensor:
-    """The CPU tensor that x was copied from; x itself if nothing was copied."""
-    return getattr(x, "host", x)
+    return x.pin_memory().to(device, non_blocking=True)  # pinned memory lives until it is read
 
 
 @cache

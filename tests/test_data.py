@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from data import IGNORE, Bin, Loader, Source, Stream, hold_out, sha256
 from helpers import tiny
 from preparation.bin_writer import BinWriter
+from preparation.specs import bin_name
 from runtime.console import UserError
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
@@ -281,7 +282,7 @@ def test_held_out_texts_of_one_file_name_have_bins_of_their_own(tmp_path, capfd)
     ("kin/*.txt", "kin"), ("a/eng/**/*.jsonl", "eng"), ("*.txt", "text"), ("x/rw wiki.v1.txt",
     "rw_wiki"), ("hf:org/data/*.parquet", "data"), ("kin*.txt", "kin_"), ("2024.txt", "2024")])
 def test_a_source_is_called_as_its_file_or_its_folder(spec, name):
-    assert sources.stem(spec) == name
+    assert bin_name(spec) == name
 
 
 @pytest.mark.parametrize("kind", ["chat", "pairs"])

@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from data import IGNORE
 from helpers import tiny
-from layers import attention
 from layers import functional as layers
 from model import KVCache, Llama, ModelConfig
 from runtime.console import UserError
@@ -200,13 +199,11 @@ def packed(lengths: list[int], rows: int, width: int) -> tuple[torch.Tensor, tor
     return doc, pos
 
 
-def prepare(path: str, shape: str, monkeypatch) -> Llama:
+def prepare(path: str, shape: str) -> Llama:
     """A model whose attention takes that path."""
-    model = tiny.ours(tiny.peer(shape), shape, recompute="full" if path == "recompute" else "none")
-    if path == "one by one":
-        monkeypatch.setattr(attention, "SHORT", 0)
-    if path == "mask":  # as on a GPU
-        monkeypatch.setattr(attention, "ONE_BY_ONE", ())
+    backends = {"blocks": "cpu", "one by one": "cpu_documents", "mask": "sdpa_mask"}
+    model = tiny.ours(tiny.peer(shape), shape, recompute="full" if path == "recompute" else "none",
+                      attention_backend=backends.get(path, "auto"))
     return model.to("cuda") if path == "gpu" else model
 
 
@@ -216,8 +213,8 @@ PACKED = ["llama31", "gemma2", "qwen2-window", "smollm3"]  # plain; capped and w
 
 @pytest.mark.parametrize("shape", PACKED)
 @pytest.mark.parametrize("path", PATHS)
-def test_changing_a_document_leaves_its_neighbours_untouched(path, shape, monkeypatch):
-    model = prepare(path, shape, monkeypatch)
+def test_changing_a_document_leaves_its_neighbours_untouched(path, shape):
+    model = prepare(path, shape)
 
     @settings(max_examples=25, deadline=None)
     @given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.randoms(use_true_random=False))
@@ -241,8 +238,8 @@ def test_changing_a_document_leaves_its_neighbours_untouched(path, shape, monkey
 
 @pytest.mark.parametrize("shape", PACKED)
 @pytest.mark.parametrize("path", PATHS)
-def test_packed_documents_compute_what_they_do_alone(path, shape, monkeypatch):
-    model = prepare(path, shape, monkeypatch)
+def test_packed_documents_compute_what_they_do_alone(path, shape):
+    model = prepare(path, shape)
 
     @settings(max_examples=12, deadline=None)
     @given(st.lists(st.integers(1, 40), min_size=1, max_size=8))

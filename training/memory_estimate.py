@@ -28,11 +28,19 @@ from torch.utils._pytree import tree_leaves
 
 import lora
 from checkpoints.peft_adapter import load_adapter
+from data import RowDocuments
 from layers import fp8, nf4
-from layers.attention import kernel
+from layers.attention_metadata import (
+    AttentionMetadata,
+    Backend,
+    DenseMask,
+    VarlenFlash,
+    attention_backend,
+    attention_metadata,
+)
 from layers.config import ModelConfig
 from layers.cross_entropy import ChunkSizes, LinearCrossEntropy, chunk_sizes
-from model import Layout, Llama
+from model import Llama, SharedInputs
 from runtime.console import FLAGS, UserError
 from runtime.device import GiB, memory_limit_gb
 from runtime.distributed import (
@@ -188,13 +196,13 @@ class Cut:
 
 
 def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
-         adapter: Path | None = None, path: str = "blocks", world: int = 1,
-         gb: float = math.inf) -> Need:
+         adapter: Path | None = None, backend: Backend = "cpu", world: int = 1,
+         gb: float = math.inf, sizes: ChunkSizes | None = None) -> Need:
     """The most that one of `world` ranks holds in a step of settings `s`, of so many micro-batches.
 
-    Rows are two documents of unlike lengths, as packed rows are several. `path` of attention.py:
-    blocks (a CPU), offsets or tiles (a GPU's kernels) or mask (a GPU without). `gb`: of a GPU, for
-    --shard auto.
+    Rows are two documents of unlike lengths, as packed rows are several. `backend` is attention's:
+    cpu, varlen_flash (a GPU's kernel) or sdpa_mask (a GPU without). `gb`: of a GPU, for --shard
+    auto.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -202,15 +210,16 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
     how = choose_strategy(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
     whole = bool(lora.trained_whole(model))
     beside = s.mode == "dpo" and s.tune != "full" and not adapter and not (how == "fsdp" and whole)
-    sizes = chunk_sizes("cpu" if path == "blocks" else "cuda", *model.head.shape)
+    sizes = sizes or chunk_sizes("cpu" if backend == "cpu" else "cuda", *model.head.shape)
     sizes = replace(sizes, float32=max(sizes.float32, NEAR))
     B, T = s.rows, s.seq_len
     doc = (torch.arange(T, device=device) > T // 2).long().expand(B, T)  # (B,T)
     pos = torch.arange(T, device=device).expand(B, T)
-    _, *turning = model.model.shared(doc, pos, None)
-    layouts = {w: _layout(path, doc, pos, w, bool(config.attention_cap))
-               for w in set(config.windows) or {0}}
-    model.model.shared = lambda *_: (layouts, *turning)  # found where tensors have numbers
+    documents = RowDocuments.of(doc, pos)
+    shared = model.model.shared_inputs(doc, pos, documents=documents)
+    shared = shared._replace(attention={  # made here, because fake tensors have no numbers
+        w: _attention(backend, documents, w, bool(config.attention_cap))
+        for w in set(config.windows) or {0}})
     with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
         held.what = "weights"
         _place(model, device)
@@ -219,7 +228,7 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
         cut = None
         if how == "fsdp":
             often = needs_sync_every_microbatch(model, gb)
-            cut = Cut(model, world, dtype, held, path == "blocks", often)
+            cut = Cut(model, world, dtype, held, backend == "cpu", often)
         held.what = "optimizer"
         parts = cut.parts if cut else {}
         moving = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -228,36 +237,29 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
         held.what = "gradients"
         buckets = [torch.empty_like(p) for _, p in moving if world > 1 and p not in parts]  # DDP's
         held.what = "activations"
-        for x in (*(x for pair in turning for x in pair),
-                  *(x for each in layouts.values() for x in each.tensors)):
+        for x in (*shared.rope, *shared.local_rope,
+                  *(x for each in shared.attention.values() for x in each.tensors)):
             held.see(x, "activations")  # of the batch, for all layers
         held.most = dict(held.bytes)
         for i in range(min(passes, 2)):
             last = i == min(passes, 2) - 1
-            _step(model, s, held, doc, pos, sizes, cut, last, last and world > 1, beside)
+            _step(model, s, held, doc, pos, shared, sizes, cut, last, last and world > 1, beside)
         for p in model.parameters():
             p.grad = None
         del kept, buckets
     return Need(**{part: held.most[part] for part in PARTS})
 
 
-def _layout(path: str, doc: Tensor, pos: Tensor, window: int, plain: bool) -> Layout:
-    """A batch's layout by one of attention.py's paths; there is no kernel for `plain` scores."""
-    B, T = doc.shape
-    if path == "blocks":
-        return Layout.of(doc, pos, None, window, plain)
-    if path == "offsets" and not plain:
-        return Layout(offsets=torch.zeros(4 * B, dtype=torch.int32), window=window)
-    if path == "tiles" and not plain:
-        return Layout()  # a causal kernel keeps what that one does, which runs only compiled
-    return Layout(mask=torch.ones(B, 1, T, T, dtype=torch.bool), window=window)
-
-
-def path_of(device: torch.device, dtype: torch.dtype, D: int) -> str:
-    """The path that attention takes on a device."""
-    if device.type == "cpu":
-        return "blocks"
-    return kernel(device, dtype, D) or "mask"
+def _attention(backend: Backend, documents: RowDocuments, window: int,
+               softcap: bool) -> AttentionMetadata:
+    """A batch's attention metadata by one of the backends; none of them computes capped scores on a
+    GPU but the mask."""
+    B, T = documents.doc.shape
+    if backend == "cpu":
+        return attention_metadata(documents.doc, documents.lengths, backend, window, softcap)
+    if backend == "varlen_flash" and not softcap:
+        return VarlenFlash(torch.zeros(4 * B, dtype=torch.int32), window)
+    return DenseMask(torch.ones(B, 1, T, T, dtype=torch.bool))
 
 
 def numbers(config: ModelConfig) -> int:
@@ -300,8 +302,9 @@ def on(ranks: Distributed, config: ModelConfig, s: Settings, dtype: torch.dtype,
        adapter: Path | None = None) -> Need:
     """The need of one of these ranks."""
     gpu = ranks.device.type == "cuda"
-    return need(config, s, dtype, passes, adapter, path_of(ranks.device, dtype, config.head_dim),
-                ranks.world_size, memory_limit_gb(ranks.device) if gpu else math.inf)
+    backend = attention_backend(ranks.device, dtype, config.head_dim)
+    return need(config, s, dtype, passes, adapter, backend, ranks.world_size,
+                memory_limit_gb(ranks.device) if gpu else math.inf)
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
@@ -319,8 +322,8 @@ def _place(model: nn.Module, device: torch.device) -> None:
                        for k, x in whole.items()}
 
 
-def _step(model: Llama, s: Settings, held: _Held, doc: Tensor, pos: Tensor, sizes: ChunkSizes,
-          cut: Cut | None, last: bool, meet: bool, beside: bool) -> None:
+def _step(model: Llama, s: Settings, held: _Held, doc: Tensor, pos: Tensor, shared: SharedInputs,
+          sizes: ChunkSizes, cut: Cut | None, last: bool, meet: bool, beside: bool) -> None:
     """Forward and backward of one micro-batch, as they are; gradients of the `last` one `meet`: DDP
     copies them into its buckets.
 
@@ -343,7 +346,7 @@ def _step(model: Llama, s: Settings, held: _Held, doc: Tensor, pos: Tensor, size
     trained = doc.flatten()  # all tokens: only the number is read
 
     def nll(reduction: Literal["none", "sum"]) -> Tensor:
-        h = model.model(doc, doc, pos)  # (B,T,C)
+        h = model.model(doc, doc, pos, shared=shared)  # (B,T,C)
         held.what = "logits"
         found = loss_function(h, model.head, doc, reduction, trained)
         held.what = "activations"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from data import IGNORE, Batch
+from data import Batch
 from model import Llama
 from training import preference
 from training.settings import Settings
@@ -31,11 +31,11 @@ class Objective:
 
 def trained_tokens(batch: Batch) -> int:
     """The number of tokens in a batch that have a target."""
-    return int((batch.targets != IGNORE).sum())
+    return batch.n_trained
 
 
 NLL = Objective(
-    lambda model, b: model(b.tokens, b.doc, b.pos, b.targets, reduction="sum"), trained_tokens)
+    lambda model, batch: model(**batch.inputs(), reduction="sum"), trained_tokens)
 
 
 def objective_of(settings: Settings) -> Objective:

@@ -24,7 +24,7 @@ from checkpoints.model_folder import (
     resolve_model_dir,
 )
 from data import IGNORE, Batch
-from layers import attention, nf4
+from layers import nf4
 from model import Llama
 from runtime import console as log
 from runtime.console import FLAGS, STORAGE, UserError
@@ -205,11 +205,11 @@ def foretell(s: Settings) -> None:
     if s.seq_len > config.max_position_embeddings:
         raise UserError(f"--seq-len {s.seq_len}: the model's context is "
                         f"{config.max_position_embeddings}", FLAGS)
-    path = "mask" if name == "T4" else attention.fused()  # its kernel needs an Ampere GPU
+    backend = "sdpa_mask" if name == "T4" else "varlen_flash"  # the kernel needs an Ampere GPU
 
     def need(rows: int) -> memory.Need:
         return memory.need(config, dataclasses.replace(s, rows=rows), dtype,
-                           2 if tokens > rows * each else 1, adapter, path, world, gb)
+                           2 if tokens > rows * each else 1, adapter, backend, world, gb)
 
     each = s.seq_len * world  # tokens of a row on every rank
     tokens = s.tokens_per_step or (0 if s.rows == "auto" else s.rows * each)

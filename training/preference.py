@@ -24,7 +24,7 @@ from data import IGNORE, Batch, Whole
 from model import Llama
 from runtime.console import say
 from runtime.distributed import Distributed
-from runtime.transfer import host, to_device_async
+from runtime.transfer import to_device_async
 from training.settings import Settings
 
 REPORTED = ("margin", "accuracy", "chosen_logp", "rejected_logp")  # means over pairs
@@ -69,7 +69,7 @@ def total(model: Llama, b: Batch, s: Settings) -> Tensor:
     DPO's loss is one sum, over pairs; CPO's are two, the second the NLL of the chosen, over its
     tokens.
     """
-    doc = host(b.doc)
+    doc = b.documents.doc  # (B,T), on the host
     N = int(doc.max()) + 1
 
     def by_pair(x: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def total(model: Llama, b: Batch, s: Settings) -> Tensor:
     before = b.reference
     if s.mode == "dpo" and before is None:
         with torch.no_grad(), lora.disabled(model):
-            before = model(b.tokens, b.doc, b.pos, b.targets)  # (B,T)
-    logp = -by_pair(model(b.tokens, b.doc, b.pos, b.targets))  # (P,2)
+            before = model(**b.inputs())  # (B,T)
+    logp = -by_pair(model(**b.inputs()))  # (P,2)
     if s.mode == "dpo":
         losses, margin = dpo(logp, -by_pair(before), s.beta)
         sums = [losses.sum()]
@@ -124,7 +124,7 @@ def keep_reference(model: Llama, streams: Sequence[Whole], folder: Path, name: s
                 mine = [min(first + ranks.rank * rows + i, stream.rows - 1) for i in range(rows)]
                 b = Batch.of([stream.row(i) for i in mine]).to(ranks.device)
                 with torch.no_grad():
-                    nll = model(b.tokens, b.doc, b.pos, b.targets).cpu().numpy()  # (rows,T)
+                    nll = model(**b.inputs()).cpu().numpy()  # (rows,T)
                 for i, x in zip(mine, nll, strict=True):
                     kept[stream.number(i)] = x
             kept.flush()

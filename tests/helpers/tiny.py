@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from layers.attention_metadata import Backend
 from layers.cross_entropy import softcap
 from layers.recompute import Recompute
 from model import Llama, ModelConfig
@@ -130,11 +131,12 @@ def rounded(peer: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
 
 def ours(peer: transformers.PreTrainedModel, shape: str = "llama2",
          compute_dtype: torch.dtype = torch.float32, recompute: Recompute = "none",
-         neftune_alpha: float = 0.0, **changes: Any) -> Llama:
+         neftune_alpha: float = 0.0, attention_backend: Backend = "auto",
+         **changes: Any) -> Llama:
     """Our model with the same weights; its config is read from the published keys, with `changes`.
     """
     model = Llama(ModelConfig.from_hf(config(shape, **changes)), compute_dtype, recompute,
-                  neftune_alpha)
+                  neftune_alpha, attention_backend)
     state = peer.state_dict()
     if model.lm_head is None:
         del state["lm_head.weight"]

@@ -16,16 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 from helpers import tiny
-from layers import attention, fp8, nf4
+from layers import fp8, nf4
 from training.compile_model import compile_model
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 TUNES = {"full": {}, "lora": {}, "dora": {"dora": True, "dropout": 0.1}, "qlora": {}, "fp8": {}}
 
 
-def wide(shape: str, tune: str, dtype: torch.dtype, recompute: str = "none"):
+def wide(shape: str, tune: str, dtype: torch.dtype, recompute: str = "none",
+         backend: str = "auto"):
     """A model that trains with `tune`; LoRA's B is random, so that everything has a gradient."""
-    model = tiny.ours(tiny.peer(shape, **WIDE), shape, dtype, recompute, **WIDE)
+    model = tiny.ours(tiny.peer(shape, **WIDE), shape, dtype, recompute,
+                      attention_backend=backend, **WIDE)
     if tune == "fp8":
         fp8.convert_to_fp8(model)
     if tune in ("full", "fp8"):
@@ -108,10 +110,9 @@ def test_gradients_are_equal_to_the_bit_and_less_is_kept(shape, tune, dtype):
 
 
 @pytest.mark.parametrize("tune", ["full", "lora", "fp8"])
-def test_compiled_selective_blocks_keep_the_products_alone(monkeypatch, tune):
+def test_compiled_selective_blocks_keep_the_products_alone(tune):
     """Seen in how each graph is partitioned; it then runs as it is. Attention as on a GPU: on a CPU
     it is no part of a compiled block."""
-    monkeypatch.setattr(attention, "ONE_BY_ONE", ())
     products: list[int] = []
     attended: list[int] = []
 
@@ -126,7 +127,7 @@ def test_compiled_selective_blocks_keep_the_products_alone(monkeypatch, tune):
     results, kept = [], []
     for recompute, compiled in (("none", False), ("none", True), ("selective", True)):
         torch._dynamo.reset()
-        model = wide("llama3", tune, torch.float32, recompute)
+        model = wide("llama3", tune, torch.float32, recompute, "sdpa_mask")
         if compiled:
             for block in model.model.layers:
                 block.compile(fullgraph=True, backend=backend)

@@ -17,7 +17,7 @@ import lora
 import train
 from data import IGNORE, Batch
 from helpers import tiny
-from layers import attention
+from layers import attention, attention_metadata
 from layers import cross_entropy as loss
 from layers.attention import causal_mask
 from runtime import transfer
@@ -66,9 +66,7 @@ class Waits(TorchDispatchMode):
         return x
 
     def to_device_async(self, x: torch.Tensor, device: object) -> torch.Tensor:
-        y = self.keep(x.clone())
-        y.host = x
-        return y
+        return self.keep(x.clone())
 
     def is_there(self, x: object) -> bool:
         return isinstance(x, torch.Tensor) and x.untyped_storage()._cdata in self.there
@@ -110,12 +108,16 @@ def kernel(q, k, v, at, at_k, longest, longest_k, *, scale, window_size, enable_
         enable_gqa=enable_gqa)[0].transpose(0, 1)
 
 
+def tensors(b: Batch) -> list[torch.Tensor]:
+    """A batch's tensors that are sent."""
+    return [x for x in vars(b).values() if isinstance(x, torch.Tensor)]
+
+
 def counted(monkeypatch, model, objective, batches) -> tuple[list[str], float]:
     """What a step, as it is on a GPU, asks of the device; and its loss."""
     waits = Waits()
-    for module in (transfer, attention, loss, preference, train):
+    for module in (transfer, attention_metadata, loss, preference, train):
         monkeypatch.setattr(module, "to_device_async", waits.to_device_async)
-    monkeypatch.setattr(attention, "ONE_BY_ONE", ())
     for x in (*model.parameters(), *model.buffers()):
         waits.keep(x.data)
     optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
@@ -133,33 +135,34 @@ def counted(monkeypatch, model, objective, batches) -> tuple[list[str], float]:
     ("dynamic", "mask")])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_step_asks_the_device_once(monkeypatch, shape, path, tune):
-    model = tiny.ours(tiny.peer(shape), shape).train()
+    backend = "varlen_flash" if path == "flash" else "sdpa_mask"
+    model = tiny.ours(tiny.peer(shape), shape, attention_backend=backend).train()
     if tune == "lora":
         lora.attach(model, 4, 8, 0.0, ["all-linear"])
-    monkeypatch.setattr("model.kernel", lambda *_: "offsets" if path == "flash" else "")
-    monkeypatch.setattr(attention, "varlen", lambda: (kernel, True))
+    monkeypatch.setattr(attention, "varlen_attn", kernel)  # torch's: a CPU has none
     asked, _ = counted(monkeypatch, model, NLL, [batch(1), batch(2), batch(3)])
     assert asked == ["tolist"]
 
 
 @pytest.mark.parametrize("mode", ["dpo", "cpo"])
 def test_a_step_of_preference_pairs_asks_once_too(monkeypatch, mode):
-    model = tiny.ours(tiny.peer("llama3"), "llama3").train()
+    model = tiny.ours(tiny.peer("llama3"), "llama3", attention_backend="sdpa_mask").train()
     objective = objective_of(Settings(mode=mode))
     asked, _ = counted(monkeypatch, model, objective, [batch(1), batch(2)])
     assert asked == ["tolist"]
 
 
 def test_what_the_host_is_asked_instead_changes_nothing(monkeypatch):
+    """The batch's fields on the host, or the device's tensors where they are not given."""
+    asking = Objective(
+        lambda m, b: m(b.tokens, b.doc, b.pos, b.targets, reduction="sum"), trained_tokens)
     found = []
-    for host in (transfer.host, lambda x: x):  # of each batch's copy, or of the batch itself
+    for objective in (NLL, asking):
         with monkeypatch.context() as patched:
-            for module in (attention, loss, preference):
-                patched.setattr(module, "host", host)
-            model = tiny.ours(tiny.peer("llama3"), "llama3").train()
-            asked, value = counted(patched, model, NLL, [batch(1), batch(2)])
+            model = tiny.ours(tiny.peer("llama3"), "llama3", attention_backend="sdpa_mask").train()
+            asked, value = counted(patched, model, objective, [batch(1), batch(2)])
             found.append((value, *model.parameters()))
-        assert (len(asked) == 1) == (host is transfer.host), "what counts can count more than one"
+        assert (len(asked) == 1) == (objective is NLL), "what counts can count more than one"
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b))
                for a, b in zip(*found, strict=True))
 
@@ -204,7 +207,7 @@ def test_on_a_cpu_nothing_is_copied():
     here = batch(1)
     (there,) = transfer.prefetch([here], torch.device("cpu"))
     for name, x in vars(here).items():
-        assert getattr(there, name) is x and transfer.host(x) is x
+        assert getattr(there, name) is x
 
 
 @pytest.mark.gpu
@@ -215,11 +218,11 @@ def test_prefetched_batches_arrive_whole_and_the_host_does_not_wait():
     try:
         found = []
         for there in transfer.prefetch(batches, gpu):
-            found.append([x * 1 for x in vars(there).values()])  # read in the other queue
+            found.append([x * 1 for x in tensors(there)])  # read in the other queue
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for here, there in zip(batches, found, strict=True):
-        assert all(torch.equal(a, b.cpu()) for a, b in zip(vars(here).values(), there, strict=True))
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors(here), there, strict=True))
 
 
 @pytest.mark.gpu

@@ -74,7 +74,8 @@ def test_rows_are_as_many_as_the_card_holds_and_what_does_not_fit_is_said(
         folder, capsys, monkeypatch):
     s = settings(folder, rows="auto", tokens_per_step=32 * 64, plan_for="t4")
     config = ModelConfig.from_hf(tiny.config("llama32", **WIDE))
-    sizes = [memory.need(config, settings(folder, rows=n), torch.float16, 2, path="mask").total
+    sizes = [memory.need(config, settings(folder, rows=n), torch.float16, 2,
+                         backend="sdpa_mask").total
              for n in (8, 16)]
     monkeypatch.setattr(plan, "usable", lambda gb: sum(sizes) / 2 / GiB)
     assert said(s, capsys)[1]["rows"] == 8
