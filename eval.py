@@ -141,7 +141,7 @@ def main(s: Settings) -> None:
                "settings": settings, "results": results, "contamination": contamination})
     print_results(results, contamination, s.limit)
     warn_missing_spbleu(evaluation.metric_names)
-    console.say(f"wrote {Path(s.out) / 'results.json'} and {write_evaluation_report(Path(s.out))}")
+    console.info(f"wrote {Path(s.out) / 'results.json'} and {write_evaluation_report(Path(s.out))}")
 
 
 def check_settings(s: Settings) -> None:
@@ -262,7 +262,7 @@ def warn_missing_spbleu(metric_names: set[str]) -> None:
     from evaluation.metrics import has_spbleu
 
     if "spBLEU" in metric_names and not has_spbleu():
-        console.say("spBLEU is left out: its tokenizer is not on this machine (docs/formats.md)")
+        console.info("spBLEU is left out: its tokenizer is not on this machine (docs/formats.md)")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime import console as log
-from runtime import flags as config
+from runtime import console, flags
 from runtime.console import BAD_INPUT, FLAGS, STORAGE, UserError
 
 
@@ -85,7 +84,7 @@ class Push:
 COMMANDS = {"merge": Merge, "check": Check, "card": Card, "push": Push}
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
-    NAME, SETTINGS = log.run(lambda: config.read_subcommand(
+    NAME, SETTINGS = console.run(lambda: flags.read_subcommand(
         dict(COMMANDS), sys.argv[1:], "export.py", (__doc__ or "").strip()))
 
 import torch  # noqa: E402
@@ -206,7 +205,7 @@ def write_merged(model: Llama, base: Path, out: Path, dtype: str) -> None:
         shards.setdefault(slot.file.name, []).append(k)
     write_config(out, base, model.config, FLAG_DTYPES.get(dtype))
     size = 0
-    with log.progress("merging", len(found)) as move:
+    with console.progress("merging", len(found)) as move:
         for file, names in shards.items():
             part: dict[str, Tensor] = {}
             for k in names:
@@ -263,7 +262,7 @@ def check(s: Check) -> None:
     """A line with a tick or a cross for each thing; a folder that cannot be read is an error."""
     wrong = 0
     for good, line in findings(resolve_model_dir(s.model)):
-        print("✓" if good else "✗", log.printable(line), flush=True)
+        print("✓" if good else "✗", console.printable(line), flush=True)
         wrong += not good
     if wrong:
         print(f"{wrong} wrong")
@@ -394,16 +393,18 @@ def push(s: Push) -> None:
     for f in files:
         print(f"{f.stat().st_size:>16,}  {f.name}")
     if left := [f.name for f in here if f not in files]:
-        print(f"stays here: {log.printable(first_five(left))}")
+        print(f"stays here: {console.printable(first_five(left))}")
     print(f"{sum(f.stat().st_size for f in files):>16,}  bytes to {s.repo}, "
           f"{'PUBLIC: everybody sees them' if s.public else 'private'}")
     if folder / "README.md" not in files:
-        log.say("no README.md: python export.py card writes one")
+        console.info("no README.md: python export.py card writes one")
     if folder / ADAPTER_CONFIG in files:
         name = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
         if Path(name).is_absolute():
-            log.say(f"{ADAPTER_CONFIG} names its base {name}, a folder that nobody else has; name "
-                    "one on the hub there, or merge")
+            console.info(
+                f"{ADAPTER_CONFIG} names its base {name}, a folder that nobody else has; name "
+                "one on the hub there, or merge"
+            )
     from huggingface_hub import get_token
 
     token = get_token()
@@ -451,4 +452,6 @@ def send(folder: Path, files: list[str], s: Push, token: str) -> str:
 
 
 if __name__ == "__main__":
-    log.run(lambda: {"merge": merge, "check": check, "card": card, "push": push}[NAME](SETTINGS))
+    console.run(
+        lambda: {"merge": merge, "check": check, "card": card, "push": push}[NAME](SETTINGS)
+    )

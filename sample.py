@@ -203,7 +203,7 @@ def read_prompts(s: Settings) -> list[PromptOrMessages]:
         prompts = list(s.prompt)
     else:
         if sys.stdin.isatty():
-            console.say("a text on each line; Ctrl-D ends")
+            console.info("a text on each line; Ctrl-D ends")
         # bytes that are not UTF-8 become half characters, which are refused below
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         prompts = [line.rstrip("\r\n") for line in sys.stdin]
@@ -306,7 +306,7 @@ class Answerer:
         if in_chat or prompt_format.translation.as_chat:
             stop_ids = stop_ids | ({prompt_format.template.end_of_turn} - {None})
         if not stop_ids:
-            console.say("the model has no EOS, so every answer continues to --max-new-tokens")
+            console.info("the model has no EOS, so every answer continues to --max-new-tokens")
         strings = list(self.settings.stop)
         if prompt_format.direction:
             strings.append("\n")
@@ -402,7 +402,7 @@ def write_file(answerer: Answerer, prompts: Sequence[PromptOrMessages]) -> None:
     try:
         n_done = count_done(Path(s.out), rendered, fingerprint)
         if n_done:
-            console.say(f"{s.out}: {n_done} of {len(prompts)} answers are there")
+            console.info(f"{s.out}: {n_done} of {len(prompts)} answers are there")
         with open(s.out, "a", encoding="utf-8") as file, \
                 console.progress(s.out, len(prompts), n_done) as progress:
             for row in answerer.answers(prompts, n_done):
@@ -463,7 +463,7 @@ def chat(answerer: Answerer) -> None:
     """A conversation: lines in, answers out, until /quit or the end of the input."""
     from inference.prompt_format import TRUNCATED_NOTICE
 
-    console.say(CHAT_COMMANDS)
+    console.info(CHAT_COMMANDS)
     prompt_format, messages = answerer.prompt_format, []
     stopping = answerer.stopping_criteria(True, prompt_format)
     context = answerer.model.config.max_position_embeddings
@@ -482,13 +482,13 @@ def chat(answerer: Answerer) -> None:
         elif command == "/save":
             save_conversation(argument.strip(), messages)
         elif line.startswith("/"):
-            console.say(f"{command}: unknown command; {CHAT_COMMANDS}")
+            console.info(f"{command}: unknown command; {CHAT_COMMANDS}")
         elif line:
             messages.append({"role": "user", "content": line})
             n = len(messages)
             messages, ids = prompt_format.truncate_conversation(messages, room)
             if len(messages) < n:
-                console.say(TRUNCATED_NOTICE)
+                console.info(TRUNCATED_NOTICE)
             answer = print_reply(answerer.stream(ids, stopping))
             messages.append({"role": "assistant", "content": answer.strip()})
 
@@ -509,14 +509,14 @@ def print_reply(pieces: Iterator[str]) -> str:
 def save_conversation(name: str, messages: Sequence[Mapping[str, str]]) -> None:
     """Write a conversation as `prepare.py chat` reads it; a fault is reported, not raised."""
     if not name:
-        console.say("/save: name a file, as in /save talk.jsonl")
+        console.info("/save: name a file, as in /save talk.jsonl")
         return
     try:
         text = json.dumps({"messages": messages}, ensure_ascii=False)
         Path(name).write_text(text + "\n", encoding="utf-8")
-        console.say(f"wrote {name}: {len(messages)} messages")
+        console.info(f"wrote {name}: {len(messages)} messages")
     except OSError as e:
-        console.say(f"/save {name}: cannot be written ({e.strerror})")
+        console.info(f"/save {name}: cannot be written ({e.strerror})")
 
 
 # ---- The web page

@@ -26,12 +26,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from runtime import console as log
+from runtime import console, signals
 from runtime.console import FLAGS, NON_FINITE, UserError
 from training.settings import Settings, check_settings, read_settings, torchrun_restarts
 
 if __name__ == "__main__":  # flags are read before torch is imported, so that --help is instant
-    SETTINGS, ORIGINS = log.run(lambda: read_settings(sys.argv[1:], torchrun_restarts()))
+    SETTINGS, ORIGINS = console.run(lambda: read_settings(sys.argv[1:], torchrun_restarts()))
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ def loop(run: Run) -> int:
     """Steps, and between them: evaluations, samples, checkpoints. 0, or the signal's exit code."""
     s, ranks = run.s, run.ranks
     objective = objective_of(s)
-    metrics = log.Metrics(run.out / "metrics.jsonl", run.step, s.track)
+    metrics = console.Metrics(run.out / "metrics.jsonl", run.step, s.track)
     eval_every = s.eval_every or max(1, run.steps // 10)
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
     peak, needed = peak_flops(ranks.device), plan.needed(run)
@@ -104,7 +104,10 @@ def loop(run: Run) -> int:
     run.model.train()
     if run.step == 0 and looks:
         metrics.write(step=0, **run.look())
-    with log.listening() as asked, log.progress("training", run.steps, run.step) as move:
+    with (
+        signals.handle_signals() as asked,
+        console.progress("training", run.steps, run.step) as move,
+    ):
         while run.step < run.steps and not stop and not run.guards.stopped:
             run.seed()
             begun = time.perf_counter()
@@ -145,7 +148,7 @@ def loop(run: Run) -> int:
             note = f"loss {loss if loss is not None else float('nan'):.4f}  {speed:,.0f} tokens/s"
             move(1, note)
             if run.step % max(1, run.steps // 20) == 0:
-                log.say(f"step {run.step}/{run.steps}  {note}  lr {lr:.2e}")
+                console.info(f"step {run.step}/{run.steps}  {note}  lr {lr:.2e}")
 
             stop, save, busy = ranks.all_reduce_max(asked.stop, asked.save, run.saver.busy)
             last = run.step == run.steps
@@ -170,11 +173,11 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         return 0
     out = claim_run_folder(Path(s.out))
     s = replace(s, out=str(out))
-    if log.speaking() and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
+    if console.is_rank_zero() and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
         raise UserError(f"--out {out}: holds a run; go on with --resume, or name another folder",
                         FLAGS)
     run = None
-    with lock_run_folder(out) if log.speaking() else nullcontext(), \
+    with lock_run_folder(out) if console.is_rank_zero() else nullcontext(), \
          explained(f"--rows {s.rows} x --seq-len {s.seq_len}", lambda: run.step + 1 if run else 0,
                    out):
         objective = objective_of(s)
@@ -185,18 +188,18 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         if s.resume:
             run.resume()
             if (run.step >= run.steps or run.guards.stopped) and run.finished:
-                log.say(f"{out} {run.end}: nothing to do")
+                console.info(f"{out} {run.end}: nothing to do")
                 return 0
         plan.room(run)
         if run.ranks.rank == 0:
             run.begin()
         n = run.parameters
-        log.say(f"{run.ranks}, products in {run.products}; {n['total']:,} parameters, "
+        console.info(f"{run.ranks}, products in {run.products}; {n['total']:,} parameters, "
                 f"{n['trained']:,} trained; {run.steps} steps of {run.tokens_per_step:,} tokens")
         stop = loop(run)
         if stop:
-            log.say(f"stopped and saved at step {run.step}; go on with: "
-                    f"python train.py --resume --out {out}")
+            console.info(f"stopped and saved at step {run.step}; go on with: "
+                         f"python train.py --resume --out {out}")
         else:
             run.finish()
         run.ranks.close()
@@ -218,4 +221,4 @@ def main(s: Settings, origins: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(log.run(lambda: main(SETTINGS, ORIGINS)))
+    sys.exit(console.run(lambda: main(SETTINGS, ORIGINS)))

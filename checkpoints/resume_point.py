@@ -33,7 +33,7 @@ from torch import Tensor
 from checkpoints.atomic_write import fsync
 from data import sha256
 from runtime import distributed
-from runtime.console import FLAGS, STORAGE, UserError, say
+from runtime.console import FLAGS, STORAGE, UserError, info
 from runtime.distributed import Distributed
 from runtime.dtypes import SAFETENSORS_NAMES
 
@@ -214,7 +214,7 @@ class AsyncCheckpointer:
                    "are complete. Make room")
         if self.failures > FAILURES_ALLOWED or self.must_succeed or not self.saved:
             raise UserError(f"{message} and --resume", STORAGE)
-        say(f"{message}; training goes on, the next save tries again")
+        info(f"{message}; training goes on, the next save tries again")
 
 
 def save_checkpoint(root: Path, step: int, state_dicts: StateDicts, state: dict[str, Any],
@@ -268,7 +268,7 @@ def find_newest(root: Path) -> Path | None:
         fault = _find_fault(folder)
         if fault is None:
             return folder
-        say(f"{folder}: {fault}; looking for an earlier one")
+        info(f"{folder}: {fault}; looking for an earlier one")
     return _restore_renamed(root)
 
 

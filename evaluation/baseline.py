@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from evaluation.results import METRICS_VERSION, MetricResult, SampleLog, read_records
 from evaluation.significance import paired_test
-from runtime.console import FLAGS, UserError, say
+from runtime.console import FLAGS, UserError, info
 
 if TYPE_CHECKING:
     from evaluation.metrics import Measure
@@ -87,7 +87,7 @@ class Baseline:
         """Add the comparison with the baseline to each of our results."""
         old_records = self.records(name, parse_signature(results[0]["signature"]), records)
         if old_records is None:
-            say(f"{name}: not in the baseline {self.folder}, so not compared")
+            info(f"{name}: not in the baseline {self.folder}, so not compared")
             return
         old_measures = {m.name: m for m in task.metrics(old_records)}
         for result, measure in zip(results, measures, strict=True):

@@ -23,7 +23,7 @@ from inference.detokenizer import decode_answer
 from inference.generate import completions
 from inference.sampling import SamplingParams, StoppingCriteria
 from inference.scoring import score
-from runtime.console import FLAGS, UserError, say
+from runtime.console import FLAGS, UserError, info
 from runtime.dtypes import FLAG_NAMES
 from tokenization.tokenizer import Segment
 
@@ -66,7 +66,7 @@ class ChatText(str):
 def warn_truncated(truncation: Truncation) -> None:
     """Print how many requests are truncated, if any."""
     if truncation.truncated:
-        say(f"{truncation.truncated:,} of {truncation.requests:,} requests do not fit into "
+        info(f"{truncation.truncated:,} of {truncation.requests:,} requests do not fit into "
             f"{truncation.room} tokens: their contexts lose their beginning, BOS included, as in "
             "lm-evaluation-harness")
 
@@ -204,7 +204,7 @@ class EvalModel:
                 f"no room for a question; expected at most {self.max_length - 1}", FLAGS)
         stop_strings = list(stop)
         if tokenizer.eos is None:
-            say("the tokenizer has no EOS: an answer ends at a stop string, or after "
+            info("the tokenizer has no EOS: an answer ends at a stop string, or after "
                 f"{max_new_tokens} tokens")
         else:
             stop_strings.append(tokenizer.pieces[tokenizer.eos])

@@ -37,7 +37,7 @@ from languages.language import identifier_for
 from preparation.contamination import TrainingText, count_contaminated
 from preparation.readers import detect_document_unit, file_format, list_files
 from preparation.readers import read_texts as read_documents
-from runtime.console import FLAGS, UserError, progress, say
+from runtime.console import FLAGS, UserError, info, progress
 
 if TYPE_CHECKING:
     from evaluation.baseline import Baseline
@@ -149,7 +149,7 @@ class Evaluation:
         """Print once per language that language_rate is left out."""
         if identifier_for([code]) is None and code not in self.unidentified:
             self.unidentified.add(code)
-            say(f"language_rate is left out for {code}: languages/ has no identifier for it")
+            info(f"language_rate is left out for {code}: languages/ has no identifier for it")
 
 
 def read_texts(specs: Sequence[str], documents: str, key: str, limit: int) -> list[EvalText]:
@@ -168,7 +168,7 @@ def read_texts(specs: Sequence[str], documents: str, key: str, limit: int) -> li
         text = EvalText(name, document_unit(files, documents, key), files,
                         all_documents[: limit or None], 0 < limit < len(all_documents))
         texts.append(text)
-        say(f"{name}: {len(all_documents)} documents (a document is a {text.unit})")
+        info(f"{name}: {len(all_documents)} documents (a document is a {text.unit})")
     return texts
 
 
@@ -199,7 +199,7 @@ def read_suites(specs: Sequence[str], data_folder: str, prompts: Sequence[str],
         for prompt in suite.prompts:
             suite.items(prompt, options.shots, options.limit)
         suites.append(suite)
-        say(f"{suite.name}: {len(suite.rows)} items, {len(suite.prompts)} prompts "
+        info(f"{suite.name}: {len(suite.rows)} items, {len(suite.prompts)} prompts "
             f"({suite.about})")
     chosen = {prompt.name for suite in suites for prompt in suite.prompts}
     missing = [name for name in prompts if name not in chosen]
@@ -344,9 +344,9 @@ def find_contamination(training: TrainingText, missing: Sequence[str], texts: Se
     counts = count_contaminated(tests, training) if training.specs else {}
     unread = [*missing, *training.unread]
     if unread:
-        say(f"contamination: could not be read: {', '.join(unread)}")
+        info(f"contamination: could not be read: {', '.join(unread)}")
     elif not training.specs:
-        say("contamination: what the model was trained on is not known; name it with --trained-on")
+        info("contamination: what the model was trained on is not known; name it with --trained-on")
     return {"read": training.read, "gone": unread, "tests": counts if training.read else {}}
 
 

@@ -27,7 +27,7 @@ from inference.sampling import (
     per_prompt_seeds,
 )
 from model import Llama
-from runtime.console import FLAGS, UserError, say
+from runtime.console import FLAGS, UserError, info
 
 ROWS = 32  # prompts continued at once: their keys and values are in memory together
 
@@ -75,7 +75,7 @@ def truncate_prompts(model: Llama, prompts: Sequence[Sequence[int]], new: int,
               for ids, prompt in zip(truncated, prompts, strict=True) if len(ids) < len(prompt)]
     if losses:
         lost, length = max(losses)
-        say(f"{len(losses)} of {len(prompts)} prompts: up to {lost} of {length} tokens are left "
+        info(f"{len(losses)} of {len(prompts)} prompts: up to {lost} of {length} tokens are left "
             f"out at the start; the context of {context} holds {context - new} and {new} new ones")
     return truncated
 

@@ -31,7 +31,7 @@ from preparation.readers import (
     read_rows,
 )
 from preparation.specs import bin_name, split_weight
-from runtime.console import UserError, say
+from runtime.console import UserError, info
 from tokenization.tokenizer import Tokenizer
 
 NGRAM = 13  # words
@@ -209,12 +209,12 @@ class TrainingText:
             self.unread.append(f"{spec} (another tokenizer)")
             return
         self.read.append(spec)
-        say(f"contamination: reading {spec}, {bin.meta['tokens']:,} tokens")
+        info(f"contamination: reading {spec}, {bin.meta['tokens']:,} tokens")
         for i in range(len(bin)):
             yield self.tokenizer.decode(bin.document(i).tolist())
 
     def _read_files(self, spec: str) -> Iterator[str]:
-        say(f"contamination: reading {spec}")
+        info(f"contamination: reading {spec}")
         n_read = 0
         faults: Counter[str] = Counter()
         for path in list_files([spec], TRAINING_FORMATS):

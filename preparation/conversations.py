@@ -29,7 +29,7 @@ from preparation.examples import (
 from preparation.ledger import Ledger
 from preparation.readers import ROW_FORMATS, Row, list_files, read_rows
 from preparation.workers import Workers
-from runtime.console import UserError, say
+from runtime.console import UserError, info
 from tokenization.chat_template import ChatTemplate, encode_rendered
 from tokenization.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def read_conversations(paths: Iterable[Path]) -> Iterator[Row]:
         for row in read_rows(path):
             form = form_of(row)
             if form and form != last_form:
-                say(f"{path}: conversations in the form of {FORMS[form]}")
+                info(f"{path}: conversations in the form of {FORMS[form]}")
                 last_form = form
             yield row
 

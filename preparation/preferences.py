@@ -28,7 +28,7 @@ from preparation.ledger import Ledger
 from preparation.readers import ROW_FORMATS, Row, list_files, read_rows
 from preparation.translation import render_answer
 from preparation.workers import Workers
-from runtime.console import UserError, say
+from runtime.console import UserError, info
 from tokenization.chat_template import ChatTemplate, RenderedDocument, encode_rendered
 from tokenization.tokenizer import Tokenizer
 
@@ -176,7 +176,7 @@ def read_samples(path: Path) -> list[Samples]:
         raise UserError(f"{path}: no samples in it")
     if n_cut:
         n_answers = sum(len(x.answers) for x in samples.values())
-        say(f"{path}: {n_cut:,} of {n_answers:,} answers were cut at --max-new-tokens; training "
+        info(f"{path}: {n_cut:,} of {n_answers:,} answers were cut at --max-new-tokens; training "
             "would teach the model to end there, so sample again with more tokens")
     return list(samples.values())
 

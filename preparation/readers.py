@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from runtime import hub
-from runtime.console import UserError, say
+from runtime.console import UserError, info
 
 TEXT_FORMATS = (".txt", ".jsonl", ".tsv", ".parquet")
 ROW_FORMATS = (".jsonl", ".json", ".tsv", ".parquet")
@@ -172,7 +172,7 @@ def read_texts(path: str | Path, unit: str = "auto", key: str = "text") -> list[
     if not texts:
         raise UserError(f"{path}: no text in it")
     if len(texts) < len(documents):
-        say(f"{path}: {len(documents) - len(texts)} of {len(documents)} documents are empty")
+        info(f"{path}: {len(documents) - len(texts)} of {len(documents)} documents are empty")
     return texts
 
 
@@ -430,7 +430,7 @@ def _quoted_rows(lines: Iterator[Line], path: Path, delimiter: str) -> Iterator[
         n_bytes = sum(len(cell.encode()) + 1 for cell in cells)
         yield Row(location, dict(zip(header, cells, strict=True)), n_bytes)
     if multiline:
-        say(f"{path}: line breaks within quotes in {len(multiline):,} of {n_rows:,} rows, the "
+        info(f"{path}: line breaks within quotes in {len(multiline):,} of {n_rows:,} rows, the "
             f"first is row {multiline[0]}")
 
 

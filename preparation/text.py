@@ -33,7 +33,7 @@ from preparation.readers import (
     read_documents,
 )
 from preparation.workers import Workers
-from runtime.console import UserError, say
+from runtime.console import UserError, info
 from tokenization.tokenizer import Tokenizer
 from tokenization.word_cache import WordCache
 
@@ -189,10 +189,10 @@ def _chunks(sources: Sequence[Path], unit: str, key: str, max_bytes: int,
     for path in sources:
         if file_format(path) == ".txt":
             if unit == "auto":
-                say(f"{path}: a document is a {detect_document_unit(path)} (detected; set another "
+                info(f"{path}: a document is a {detect_document_unit(path)} (detected; set another "
                     "with --documents)")
             else:
-                say(f"{path}: a document is a {unit}")
+                info(f"{path}: a document is a {unit}")
         for document in read_documents(path, unit, key, max_bytes):
             chunk.append(document)
             n_bytes += document.n_bytes

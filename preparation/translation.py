@@ -30,7 +30,7 @@ from preparation.examples import (
 from preparation.ledger import Ledger
 from preparation.readers import ROW_FORMATS, Row, list_files, read_aligned_rows, read_rows
 from preparation.workers import Workers
-from runtime.console import FLAGS, UserError, say
+from runtime.console import FLAGS, UserError, info
 from tokenization.chat_template import ChatTemplate, Loss, RenderedDocument, encode_rendered
 from tokenization.tokenizer import Segment, Tokenizer
 
@@ -329,7 +329,9 @@ def _check_sides(head: Sequence[Row], columns: Mapping[str, str],
     own = [shares[x.code, x.code] for x in languages]
     other = [shares[first.code, second.code], shares[second.code, first.code]]
     if other[0] > own[0] and other[1] > own[1]:
-        say(f"{head[0].location}: from here on the languages look swapped: {columns[first.code]!r} "
+        info(
+            f"{head[0].location}: from here on the languages look swapped: {columns[first.code]!r} "
             f"has {other[0]:.0%} frequent {second.english_name} words and {own[0]:.0%} "
             f"{first.english_name} ones, {columns[second.code]!r} {own[1]:.0%} and {other[1]:.0%}; "
-            "see --columns")
+            "see --columns"
+        )

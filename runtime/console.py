@@ -1,9 +1,7 @@
-"""What we say to people: plain lines, a progress bar, one-line errors, and metrics.jsonl.
+"""Output for people: lines, a progress bar, one-line errors, and metrics.jsonl.
 
-One idea: everything a run has to say leaves through here, so that only rank 0 speaks, a person's
-mistake is one line and not a traceback, and the numbers a person sees are the numbers in the file.
-
-Lines go to stderr; what a command *produces* (a continuation, a score) goes to stdout.
+Only rank 0 prints. An error that a person can fix is one line and not a traceback. Lines go to
+stderr; what a command produces (a continuation, a score) goes to stdout.
 """
 
 from __future__ import annotations
@@ -11,27 +9,26 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 FLAGS, BAD_INPUT, NON_FINITE, STORAGE, INTERRUPTED = 2, 3, 4, 5, 130  # exit codes; 143: terminated
+# errors of the system for which the disk, its permissions or its limits are the reason
 REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 class UserError(Exception):
-    """Something a person can mend; the message says what, where, expected against found, what to
-    do.
+    """An error that a person can fix.
 
-    `code` is the exit code: FLAGS (2), BAD_INPUT (3: model, tokenizer, data, checkpoint),
-    NON_FINITE (4), STORAGE (5).
+    The message says what is wrong and where, what was expected and found, and what to do. `code` is
+    the exit code: FLAGS (2), BAD_INPUT (3: model, tokenizer, data, checkpoint), NON_FINITE (4),
+    STORAGE (5).
     """
 
     def __init__(self, message: str, code: int = BAD_INPUT):
@@ -39,15 +36,14 @@ class UserError(Exception):
         self.code = code
 
 
-def speaking() -> bool:
-    """Whether this process is the one that talks: rank 0, or a process that torchrun did not
-    start."""
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0, or was not started by torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(line: str) -> None:
-    """One line to the person."""
-    if speaking():
+def info(line: str) -> None:
+    """Print a line to stderr, on rank 0."""
+    if is_rank_zero():
         print(line, file=sys.stderr, flush=True)
 
 
@@ -62,89 +58,48 @@ def hide_cpp_warnings() -> None:
 
 
 def printable(text: str) -> str:
-    """Text with control characters made visible: a model's output must not steer a terminal."""
+    """Text with control characters escaped: a model's output must not control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 def coloured(text: str, on: bool) -> str:
-    """A piece of text for stdout, in colour where it is trained; plain where stdout is no
-    terminal."""
+    """Text for stdout, in green if `on` and stdout is a terminal."""
     text = printable(text)
     return f"\x1b[32m{text}\x1b[0m" if on and sys.stdout.isatty() else text
 
 
-@dataclass
-class Asked:
-    """What signals have asked for since they were last looked at."""
-
-    stop: int = 0  # the exit code to leave with: 128 + the signal's number
-    save: int = 0  # 1: save, and go on
-
-
-@contextmanager
-def listening() -> Iterator[Asked]:
-    """Within it SIGTERM, SIGINT and SIGHUP only ask to stop, and SIGUSR1 to save.
-
-    The loop looks between steps, so that no work is done in a handler. A second signal to stop ends
-    the process at once; within a second of the first it is the same one, passed on by a launcher.
-    """
-    asked = Asked()
-    first = 0.0
-
-    def ask(number: int, _: Any) -> None:
-        nonlocal first
-        if number == signal.SIGUSR1:
-            asked.save = 1
-        elif not asked.stop:
-            asked.stop, first = 128 + number, time.monotonic()
-        elif time.monotonic() - first > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {n: signal.getsignal(n) for n in numbers}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # nohup
-            signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run(command: Callable[[], T]) -> T:
-    """Run a command and give what it gives; a UserError becomes one line and an exit code (DEBUG=1:
-    a traceback).
+    """Run a command and return its result; a UserError becomes one line and an exit code.
 
-    A command file reads its settings before it imports torch, so that --help answers at once:
+    With DEBUG=1 in the environment it stays a traceback. A command reads its settings before it
+    imports torch, so that --help is instant:
 
         if __name__ == "__main__":
-            SETTINGS, ORIGINS = log.run(lambda: config.read(Settings, sys.argv[1:], "train.py"))
+            SETTINGS, ORIGINS = console.run(lambda: flags.read(Settings, sys.argv[1:], "train.py"))
         import torch
         ...
         if __name__ == "__main__":
-            log.run(lambda: main(SETTINGS))
+            console.run(lambda: main(SETTINGS))
     """
-    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to end
+    for stream in (sys.stdout, sys.stderr):  # characters that a terminal cannot show are escaped
         stream.reconfigure(errors="backslashreplace")
     try:
-        given = command()
-        sys.stdout.flush()  # a disk that is full says so here, not behind us
-        return given
+        result = command()
+        sys.stdout.flush()  # a full disk is reported here, and not after this function
+        return result
     except UserError as e:
         if os.environ.get("DEBUG"):
             raise
-        who = ""
-        if not speaking():  # rank 0 mostly says the same, and torchrun ends us before we repeat it
+        prefix = ""
+        if not is_rank_zero():  # rank 0 mostly prints the same, and then torchrun ends this process
             time.sleep(2)
-            who = f"rank {os.environ['RANK']}: "
-        print(f"error: {who}{printable(' '.join(str(e).split()))}", file=sys.stderr, flush=True)
+            prefix = f"rank {os.environ['RANK']}: "
+        print(f"error: {prefix}{printable(' '.join(str(e).split()))}", file=sys.stderr, flush=True)
         sys.exit(e.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # `sample.py ... | head`: the reader has what it wanted
+    except BrokenPipeError:  # `sample.py ... | head`: the reader needs no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as e:
@@ -154,33 +109,32 @@ def run(command: Callable[[], T]) -> T:
               file=sys.stderr, flush=True)
         try:
             sys.stdout.flush()
-        except OSError:  # it is stdout that takes no more: what it holds goes
+        except OSError:  # stdout itself is refused: drop what is in its buffer
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(STORAGE)
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, each step once, however often a run was cut and
-    resumed."""
+    """metrics.jsonl: one JSON object per line, each step once, also after interruptions."""
 
     def __init__(self, path: Path, after_step: int = -1, track: str = "none"):
-        """Open for appending; lines of later steps than `after_step` belong to work that was lost
-        and go. Step 0, before training, is not lost work: it is looked at again.
+        """Open the file for appending, after removing the lines of steps after `after_step`.
 
-        `track` "tensorboard" writes the same numbers beside the file, in a folder of that name.
+        Those steps were lost and are taken again. The evaluation at step 0 is repeated too.
+        `track` "tensorboard" also writes the numbers to the folder tensorboard/ next to the file.
         """
         self.file = self.board = None
-        if not speaking():
+        if not is_rank_zero():
             return
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
-            kept = [x for x in lines if _step(x) <= (after_step or -1)]
-            aside = path.with_suffix(".tmp")
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write("".join(kept))
+            lines = [x for x in lines if _step(x) <= (after_step or -1)]
+            temporary = path.with_suffix(".tmp")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write("".join(lines))
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(path)
+            temporary.replace(path)
         self.file = open(path, "a", encoding="utf-8")
         if track == "tensorboard":
             try:
@@ -192,25 +146,28 @@ class Metrics:
                 path.with_name("tensorboard"), purge_step=max(after_step, 0) + 1)
 
     def flush(self) -> None:
-        """Have the disk hold all lines: a resume point never knows of steps that are not there."""
+        """Write all lines to the disk: a checkpoint must not be ahead of metrics.jsonl."""
         if self.file:
             os.fsync(self.file.fileno())
 
     def write(self, step: int, **values: Any) -> None:
-        """Append one line; it is flushed, so that a kill loses none."""
+        """Append a line and flush it, so that a kill loses no line."""
         if self.file:
             self.file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
             self.file.flush()
         if self.board:
             for name, value in values.items():
-                for part, x in value.items() if isinstance(value, dict) else [("", value)]:
+                scalars = {name: value}
+                if isinstance(value, dict):
+                    scalars = {f"{name}/{key}": x for key, x in value.items()}
+                for tag, x in scalars.items():
                     if isinstance(x, int | float):
-                        self.board.add_scalar(f"{name}/{part}" if part else name, x, step)
+                        self.board.add_scalar(tag, x, step)
             self.board.flush()
 
 
 def _step(line: str) -> float:
-    """A metrics line's step; infinite for a line cut short by a kill, which therefore goes."""
+    """The step of a line of metrics.jsonl; infinite for a line that a kill cut short."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
@@ -219,8 +176,8 @@ def _step(line: str) -> float:
 
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar with time left on a terminal, silent elsewhere; yields `move(by, note)`."""
-    if not (speaking() and sys.stderr.isatty()):
+    """A progress bar on a terminal, nothing elsewhere; yields `advance(steps, note)`."""
+    if not (is_rank_zero() and sys.stderr.isatty()):
         yield lambda by, note="": None
         return
     from rich.console import Console
@@ -237,3 +194,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, st
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
         yield lambda by, note="": bar.update(task, advance=by, note=note)
+
+
+# removed at the end of the renaming
+say, speaking = info, is_rank_zero

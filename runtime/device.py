@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.console import FLAGS, UserError, say
+from runtime.console import FLAGS, UserError, info
 from runtime.dtypes import FLAG_DTYPES
 
 GiB = 2**30
@@ -61,9 +61,9 @@ def compute_dtype(device: torch.device, name: str) -> torch.dtype:
         native_bf16 = torch.cpu._is_avx512_bf16_supported()
     if gpu and not native_bf16:
         if name == "auto":
-            say("this GPU has no bf16: matrix products are in fp16")
+            info("this GPU has no bf16: matrix products are in fp16")
         elif name == "bf16":
-            say("this GPU has no bf16: --dtype bf16 is slow on it; use --dtype fp16")
+            info("this GPU has no bf16: --dtype bf16 is slow on it; use --dtype fp16")
     if name == "auto":
         if native_bf16:
             return torch.bfloat16

@@ -178,7 +178,7 @@ def _replace_old_name(cls: type, key: str, value: Any, path: str) -> dict[str, A
     new = {renamed: value} if isinstance(renamed, str) else renamed(value)
     if new and new != {key: value}:
         lines = ", ".join(f"{name} = {_toml_value(x)}" for name, x in new.items())
-        console.say(f"{path}: {key} = {_toml_value(value)} is now called {lines}")
+        console.info(f"{path}: {key} = {_toml_value(value)} is now called {lines}")
     return new
 
 

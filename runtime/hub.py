@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from runtime.console import FLAGS, STORAGE, UserError, say
+from runtime.console import FLAGS, STORAGE, UserError, info
 
 TIMEOUT = 20  # seconds to wait for the first answer
 
@@ -42,7 +42,7 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str],
                 folder = Path(fetch(revision=revision, local_files_only=True))
             except errors.LocalEntryNotFoundError:
                 raise e from None
-            say(f"{repo}: the hub cannot be reached; using the cached commit {folder.name}")
+            info(f"{repo}: the hub cannot be reached; using the cached commit {folder.name}")
             return folder
         return Path(fetch(revision=revision))
     except Exception as e:  # a network has more ways to fail than one can name

@@ -29,7 +29,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.console import FLAGS, UserError, say
+from runtime.console import FLAGS, UserError, info
 
 Handler = Callable[[Mapping[str, Any]], Iterator[Mapping[str, Any]]]
 
@@ -128,9 +128,9 @@ class Server:
         if port_number == 80:  # browsers leave out the default port
             self.names |= set(hosts)
         if host not in LOOPBACK:
-            say(f"{host} can be reached from other machines: everybody who reaches it can use the "
+            info(f"{host} can be reached from other machines: everybody who reaches it can use the "
                 "model")
-        say(f"open http://{host}:{port_number} in a browser; Ctrl-C ends")
+        info(f"open http://{host}:{port_number} in a browser; Ctrl-C ends")
         return server
 
     async def handle_connection(self, reader: asyncio.StreamReader,

@@ -31,7 +31,7 @@ from checkpoints.peft_adapter import adapter_state, save_adapter
 from checkpoints.safetensors_header import INDEX_FILE
 from helpers import tiny
 from reports.model_card import results_section
-from runtime import console as log
+from runtime import console
 from runtime.console import FLAGS, STORAGE, UserError
 from runtime.paths import ROOT
 
@@ -632,7 +632,7 @@ def push(hub, monkeypatch, capsys, tmp_path):
         monkeypatch.setenv("HF_TOKEN", token)
         code = 0
         try:
-            log.run(lambda: export.push(export.Push(str(folder), "org/name", **more)))
+            console.run(lambda: export.push(export.Push(str(folder), "org/name", **more)))
         except SystemExit as e:
             code = e.code
         said = "".join(capsys.readouterr())

@@ -14,7 +14,7 @@ import eval as eval_command
 import export
 import prepare
 import sample
-from runtime import flags as config
+from runtime import flags
 from runtime.paths import ROOT
 from training.settings import Settings
 
@@ -44,7 +44,7 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("name, args", commands(), ids=lambda x: str(x)[:60])
 def test_every_command_in_the_pages_has_flags_that_exist(name, args):
     args = [a for a in args if not a.startswith("$")]
-    config.read(SETTINGS[name], args, name)
+    flags.read(SETTINGS[name], args, name)
 
 
 def test_ci_runs_exactly_the_test_command_of_the_readme():

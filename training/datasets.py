@@ -22,7 +22,7 @@ import numpy as np
 from data import Bin, Source, hold_out, sha256
 from preparation.readers import TEXT_FORMATS, file_format, list_files
 from preparation.specs import bin_name, folder_name, split_weight
-from runtime import console as log
+from runtime import console
 from runtime.console import FLAGS, UserError
 from runtime.paths import ROOT
 from tokenization.document import Document
@@ -79,7 +79,9 @@ def open_data(s: Settings, kind: str, folder: Path, tokenizer: Tokenizer, vocab:
         elif not s.val and s.hold_out:
             why = ("one document" if len(bin) == 1 else
                    f"all {len(bin):,} documents begin alike, or are one pair")
-            log.say(f"{name}: {why}, so none is held out; cut it into documents, or give --val")
+            console.info(
+                f"{name}: {why}, so none is held out; cut it into documents, or give --val"
+            )
         sources.append(
             Source(name, bin, np.flatnonzero(~kept),
                    weight or float(bin.meta["tokens"] - len(bin))))
@@ -106,7 +108,7 @@ def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokeni
         words = [kind, spec, "--tokenizer", str(folder), "--out", str(bin)]
         words += ["--max-tokens", str(seq_len)] if kind != "text" else []
         words += ["--normalise", "none", "--keep-duplicates"] if held_as and kind == "text" else []
-        log.say("preparing: " + shlex.join(["python", "prepare.py", *words]))
+        console.info("preparing: " + shlex.join(["python", "prepare.py", *words]))
         program = ROOT / "prepare.py"
         code = subprocess.run([sys.executable, str(program), *words], stdout=sys.stderr).returncode
         if code:

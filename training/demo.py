@@ -77,11 +77,11 @@ def run(s: Settings, origins: dict[str, str], train: Callable[[Settings, dict[st
     given = {k for k, origin in origins.items() if origin != "default"}
     if (out / "metrics.jsonl").exists():  # train says what to do about it
         return train(s, origins)
-    console.say(f"This is a demo: {demo_text().about}, its model has a million parameters.\n"
+    console.info(f"This is a demo: {demo_text().about}, its model has a million parameters.\n"
                 f"It shows the loop, not a language model of {name}. Two runs: a tiny base learns "
                 f"{other_name}, then\ngoes on with {name}.\n")
     ours = {**BOTH, **CONTINUED, "prompts": prompts}
-    if console.speaking():
+    if console.is_rank_zero():
         paths = write_texts(out / "text", s.seed, documents)
         both = "".join(paths[x].read_text(encoding="utf-8") for x in (other, code))
         tokenizer = learn(both.splitlines(), 1024, out / "tokenizer")
@@ -98,17 +98,17 @@ def run(s: Settings, origins: dict[str, str], train: Callable[[Settings, dict[st
         tune="full", embedding_lr=0.0, model=str(out / "seed"), data=[str(out / "text" / other)],
         val=_val(out), prompts=prompts, out=str(out / "base"), suites=[], stop_if=[])
     if not (out / "base" / "model").exists():
-        console.say(f"1. the base: {other_name} only")
+        console.info(f"1. the base: {other_name} only")
         base = dataclasses.replace(base, resume=(out / "base" / "metrics.jsonl").exists())
         exit_code = train(base, dict.fromkeys(origins, "demo"))
         if exit_code or s.plan:
             return exit_code
-    console.say(f"\n2. continued pretraining: {name}, with a third of {other_name}")
+    console.info(f"\n2. continued pretraining: {name}, with a third of {other_name}")
     goal = dataclasses.replace(
         s, **{k: v for k, v in ours.items() if k not in given}, model=str(out / "base" / "model"),
         data=[f"{out / 'text' / code}:2", f"{out / 'text' / other}:1"], val=_val(out))
     exit_code = train(goal, origins)
-    if exit_code == 0 and console.speaking() and not s.plan:
+    if exit_code == 0 and console.is_rank_zero() and not s.plan:
         print_result(out)
     return exit_code
 

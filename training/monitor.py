@@ -22,7 +22,7 @@ import torch
 
 from data import Batch, Loader, Stream, Whole
 from model import Llama
-from runtime import console as log
+from runtime import console
 from runtime.console import BAD_INPUT, FLAGS, REFUSALS, STORAGE, UserError
 from runtime.device import GiB, is_out_of_memory, memory_limit_gb, peak_memory_gb
 from runtime.distributed import Distributed, is_dtensor, local_shard
@@ -62,7 +62,7 @@ class Watch:
         self.loader, self.ranks, self.past = loader, ranks, past
         self.path, self.step = out / "odd_steps.jsonl", step
         # only a run that was odd has the file
-        self.file = log.Metrics(self.path, step) if self.path.exists() else None
+        self.file = console.Metrics(self.path, step) if self.path.exists() else None
 
     def bad(self, step: int, fault: NotFinite, served: Sequence[int], rows: int) -> bool:
         """A step that was skipped, its `rows` rows those after `served`; whether it is the third in
@@ -72,7 +72,7 @@ class Watch:
         mine = [(int(batch) * self.ranks.world_size + rank) * each + i
                 for rank, x in enumerate(said) for batch in x.split() for i in range(each)]
         self._write(step, "not finite", str(fault), served, sorted(mine) or range(rows))
-        log.say(f"step {step}: {fault}")
+        console.info(f"step {step}: {fault}")
         self.past.failures += not fault.narrow
         return self.past.failures >= 3
 
@@ -82,8 +82,10 @@ class Watch:
         if len(losses) >= LOSSES // 2:
             mean, spread = statistics.fmean(losses), statistics.pstdev(losses)
             if loss > mean + SPIKE * max(spread, 0.01 * mean):
-                log.say(f"step {step}: loss {loss:.4f} is far above the last ones ({mean:.4f}); "
-                        f"its documents are in {self.path}")
+                console.info(
+                    f"step {step}: loss {loss:.4f} is far above the last ones ({mean:.4f}); "
+                    f"its documents are in {self.path}"
+                )
                 self._write(step, "spike", f"loss {loss!r}", served, range(rows))
         losses.append(loss)
 
@@ -96,7 +98,7 @@ class Watch:
         turns = [ahead.turn() for _ in range(max(rows) + 1)]
         for stream, i in (turns[row] for row in rows):
             found.setdefault(stream.source.name, []).extend(documents_of(stream, i))
-        self.file = self.file or log.Metrics(self.path, self.step)
+        self.file = self.file or console.Metrics(self.path, self.step)
         self.file.write(step, what=what, why=why,
                         documents={name: sorted(set(x)) for name, x in found.items()})
 

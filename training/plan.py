@@ -26,7 +26,7 @@ from checkpoints.model_folder import (
 from data import IGNORE, Batch
 from layers import nf4
 from model import Llama
-from runtime import console as log
+from runtime import console
 from runtime.console import FLAGS, STORAGE, UserError
 from runtime.device import (
     PEAK_FLOPS,
@@ -86,7 +86,7 @@ def room(run: Run) -> None:
 def _show(run: Run, origins: dict[str, str], objective: Objective) -> None:
     """What would be done and what it takes, measured on one micro-batch that changes nothing."""
     s, n = run.s, run.parameters
-    for f in dataclasses.fields(s) if log.speaking() else ():
+    for f in dataclasses.fields(s) if console.is_rank_zero() else ():
         print(f"{f.name.replace('_', '-'):16} {getattr(s, f.name)!s:40} {origins[f.name]}")
     batch = run.loader.next()
     begun = time.perf_counter()
@@ -113,7 +113,9 @@ def _show(run: Run, origins: dict[str, str], objective: Objective) -> None:
         f"{x.source.name} {share:.1%} ({x.tokens:,} tokens an epoch; {share * read:,.0f} in this "
         f"run, {share * read / x.tokens:.2f} times)"
         for x, share in zip(run.loader.streams, run.loader.shares, strict=True))
-    if not log.speaking():  # of several ranks all measure, and one says what it has measured
+    if (
+        not console.is_rank_zero()
+    ):  # of several ranks all measure, and one says what it has measured
         return
     print(
         f"\nmachine      {run.ranks}, products in {run.products}\n"
@@ -135,11 +137,11 @@ def _show(run: Run, origins: dict[str, str], objective: Objective) -> None:
     for i, (token, target) in enumerate(zip(tokens, targets, strict=True)):
         if pos[i] == 0:
             print(
-                ("\n" if i else "") + log.coloured(run.tokenizer.piece(token), False), end="")
+                ("\n" if i else "") + console.coloured(run.tokenizer.piece(token), False), end="")
         following = (
             target if target != IGNORE else tokens[i + 1] if pos[i + 1 : i + 2] > [0] else None)
         if following is not None:
-            print(log.coloured(run.tokenizer.piece(following), target != IGNORE), end="")
+            print(console.coloured(run.tokenizer.piece(following), target != IGNORE), end="")
     print(flush=True)  # before what is said of it
 
 

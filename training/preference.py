@@ -22,7 +22,7 @@ from torch import Tensor
 import lora
 from data import IGNORE, Batch, Whole
 from model import Llama
-from runtime.console import say
+from runtime.console import info
 from runtime.distributed import Distributed
 from runtime.transfer import to_device_async
 from training.settings import Settings
@@ -113,7 +113,7 @@ def keep_reference(model: Llama, streams: Sequence[Whole], folder: Path, name: s
         key = hashlib.sha256(repr((*said, stream.source.documents.tolist())).encode()).hexdigest()
         file = folder / f"{stream.source.name}-{key[:12]}.bin"
         if not file.exists():
-            say(f"{stream.source.name}: log-probabilities of the reference, {stream.rows} rows")
+            info(f"{stream.source.name}: log-probabilities of the reference, {stream.rows} rows")
             aside = file.with_suffix(".tmp")
             if ranks.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)

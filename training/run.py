@@ -45,9 +45,7 @@ from data import Loader
 from layers import fp8, nf4
 from model import Llama
 from reports.training_report import write_training_report
-from runtime import console as log
-from runtime import distributed, hub
-from runtime import flags as config
+from runtime import console, distributed, flags, hub
 from runtime.console import FLAGS, UserError
 from runtime.device import compute_dtype
 from runtime.distributed import GRADIENT_SUM, Distributed
@@ -149,7 +147,7 @@ class Run:
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
         if model.lm_head is None and model.head.requires_grad:
-            log.say("the head is tied to the embeddings: one tensor, trained and saved once")
+            console.info("the head is tied to the embeddings: one tensor, trained and saved once")
         if s.dtype == "fp8":
             fp8.check(model, ranks.device, s.seq_len)
             fp8.convert_to_fp8(model)
@@ -171,7 +169,7 @@ class Run:
         each = s.seq_len * ranks.world_size  # tokens of a row on every rank
         if s.rows == "auto":
             s = dataclasses.replace(s, rows=watch.rows_that_fit(s, model, objective, ranks, load))
-            log.say(f"--rows auto: {s.rows}")
+            console.info(f"--rows auto: {s.rows}")
         if s.compile:  # for these rows
             compile_model(model)
         micro = s.rows * each
@@ -258,7 +256,7 @@ class Run:
         self.guards.look(self.step, {**found.get("suites", {}), **found["bits_per_byte"]})
         said = [f"{name} {x}" if x is None else f"{name} {x:.4f}"
                 for name, x in found["bits_per_byte"].items()]
-        log.say(f"step {self.step}: " + "; ".join(filter(None, (
+        console.info(f"step {self.step}: " + "; ".join(filter(None, (
             "bits per byte " * bool(said) + ", ".join(said),
             self.guards.words(found.get("suites", {}))))))
         return found | ({"stopped": self.guards.stopped} if self.guards.stopped else {})
@@ -324,13 +322,13 @@ class Run:
                 self.best = saved.state["best"]
         newest = self.newest("checkpoints")
         if not newest:
-            log.say("no checkpoint yet: starting from step 0")
+            console.info("no checkpoint yet: starting from step 0")
             return
         with CheckpointReader(newest) as saved:
             state = saved.state
             may_change = CAN_CHANGE_ON_RESUME | WARN_ON_RESUME | {"model"}
             old = upgrade_settings(state.get("settings", {}))
-            changed = config.changed_settings(old, dataclasses.asdict(self.s))
+            changed = flags.changed_settings(old, dataclasses.asdict(self.s))
             if refused := [x for name, x in changed if name not in may_change]:
                 raise UserError(f"{self.out / 'settings.toml'}: not as {newest} was written with "
                                 f"({'; '.join(refused)}); that is another run: put it back, or "
@@ -357,18 +355,20 @@ class Run:
         self.loader.seek(state["served"])
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
         self.guards.resume(self.out / "metrics.jsonl", self.step)
-        log.say(f"resumed from {newest}")
+        console.info(f"resumed from {newest}")
         if line := self.ranks.changed_gradient_sum(state.get("gradient_sum")):
-            log.say(line)
+            console.info(line)
         for x in (x for name, x in changed if name in WARN_ON_RESUME):
-            log.say(f"--resume: {x}; from here on the numbers may differ from the run as it began")
+            console.info(
+                f"--resume: {x}; from here on the numbers may differ from the run as it began"
+            )
 
     def begin(self) -> None:
         """Write down what is run, and with what; settings.toml feeds back into train.py."""
         repo, commit = hub.source(self.folder)  # a resumed run is of this commit, wherever main is
         model = f"{repo}@{commit}" if commit else self.s.model
         s = dataclasses.replace(self.s, resume=False, plan=False, model=model)
-        write_text(self.out / "settings.toml", config.to_toml(s))
+        write_text(self.out / "settings.toml", flags.to_toml(s))
         about = {
             "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
             "commit": git_commit(), "started": time.strftime("%F %T"),
@@ -415,7 +415,7 @@ class Run:
                 step = saved.state["step"]
                 for name, x in self.trained.items():
                     x.copy_(saved.read_like("model", name, x))
-            log.say(f"the model is that of step {step}, the best of {self.s.best}")
+            console.info(f"the model is that of step {step}, the best of {self.s.best}")
             self.write(step)
         else:
             self.write(self.step)
@@ -443,9 +443,9 @@ class Run:
         for name in self.held:
             before, after = (seen.get(k, {}).get(name) for k in (min(seen, default=0), step))
             if before and after:
-                log.say(f"{name}: {before:.4f} -> {after:.4f} bits per byte "
-                        f"({after / before - 1:+.1%})")
+                console.info(f"{name}: {before:.4f} -> {after:.4f} bits per byte "
+                             f"({after / before - 1:+.1%})")
         if self.guards.stopped:
-            log.say(f"{self.out} {self.end}")
-        log.say(f"the model: {self.out / 'model'}   the report: {page}   "
-                f"samples: {self.out / 'samples.txt'}")
+            console.info(f"{self.out} {self.end}")
+        console.info(f"the model: {self.out / 'model'}   the report: {page}   "
+                     f"samples: {self.out / 'samples.txt'}")

@@ -20,7 +20,7 @@ from inference.detokenizer import decode_answer
 from inference.generate import completions
 from inference.sampling import SamplingParams, StoppingCriteria
 from model import Llama
-from runtime import console as log
+from runtime import console
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training import datasets as sources
@@ -60,7 +60,7 @@ def samples(model: Llama, held: sources.Held, tokenizer: Tokenizer, prompts: Seq
     model.train()
     for prompt, ids, answer in zip(prompts, read, answers, strict=True):
         continued = decode_answer(tokenizer, ids, answer.ids)
-        block += f"-- {prompt}\n{log.printable(continued)}\n"
+        block += f"-- {prompt}\n{console.printable(continued)}\n"
     return block
 
 

@@ -22,7 +22,7 @@ from helpers import tiny
 from helpers.commands import command
 from helpers.tiny import bytewise_folder
 from model import Llama
-from runtime import flags as config
+from runtime import flags
 from runtime.console import UserError
 from tokenization.tokenizer import Tokenizer
 
@@ -305,4 +305,4 @@ def test_an_error_of_the_user_is_one_line(home, monkeypatch, values, message, co
 
 def test_an_unknown_flag_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="did you mean limit"):
-        config.read(evaluating.Settings, ["--limt", "3"], "eval.py")
+        flags.read(evaluating.Settings, ["--limt", "3"], "eval.py")

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import train
 from helpers import fork, tiny
 from preparation.text import prepare_text
-from runtime import console as log
+from runtime import console
 from runtime import flags as config
 from runtime.paths import ROOT
 from training.settings import Settings, read_settings
@@ -104,9 +104,9 @@ def rank_action(settings: Settings, during: Callable[[train.Run], object] = id):
         if settings.shard != "auto":
             argv += ["--shard", settings.shard]
         if settings.resume:
-            return log.run(lambda: train.train(*read_settings(argv)))
+            return console.run(lambda: train.train(*read_settings(argv)))
         origins = dict.fromkeys((f.name for f in dataclasses.fields(settings)), "default")
-        return log.run(lambda: train.train(settings, origins))
+        return console.run(lambda: train.train(settings, origins))
 
     return run
 

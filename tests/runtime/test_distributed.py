@@ -30,7 +30,7 @@ from helpers.train_runs import (
     send_signal_at,
 )
 from preparation.bin_writer import BinWriter
-from runtime import console as log
+from runtime import console
 from runtime.distributed import (
     GRADIENT_SUM,
     Distributed,
@@ -460,14 +460,14 @@ def test_a_rank_that_torchrun_started_does_not_wait_for_ever(workspace, rank, na
     def wait() -> int:
         store = agents(**({"rank 1": name} if name else {}))
         os.environ["MASTER_PORT"] = str(store.port)
-        return log.run(lambda: Distributed.start("cpu", timeout=1))
+        return console.run(lambda: Distributed.start("cpu", timeout=1))
 
     said = workspace / "said-waited"
     (code,) = fork.ends([fork.child(
         wait, said, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
         TORCHELASTIC_USE_AGENT_STORE="True")])
     (line,) = [x for x in said.read_text().splitlines() if x.startswith("error: ")]
-    assert code == log.FLAGS and re.search(f"cannot connect to the others .*{why}", line), line
+    assert code == console.FLAGS and re.search(f"cannot connect to the others .*{why}", line), line
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

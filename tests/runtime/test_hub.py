@@ -17,7 +17,7 @@ from runtime.paths import ROOT
 OLD, NEW = "a" * 40, "b" * 40
 NOT_READ = {"pytorch_model.bin": b"x" * 50, "model.gguf": b"x" * 50, "evil.py": b"x = 1",
             "original/consolidated.00.pth": b"x" * 50}
-CALL = "from runtime import console as log, hub; log.run(lambda: print(hub.snapshot(*{args!r})))"
+CALL = "from runtime import console, hub; console.run(lambda: print(hub.snapshot(*{args!r})))"
 
 
 @pytest.fixture(scope="module")

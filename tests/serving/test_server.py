@@ -444,7 +444,7 @@ def test_the_page_of_a_model_answers_as_sample_py_does_and_ends_with_ctrl_c(trai
 def test_ctrl_c_ends_an_answer_without_a_traceback():
     program = """if True:
         import asyncio, sys, time
-        from runtime import console as log
+        from runtime import console
         from serving.server import serve
 
         def reply(question):
@@ -453,7 +453,7 @@ def test_ctrl_c_ends_an_answer_without_a_traceback():
                 yield {"text": "a"}
 
         facts = {"title": "x", "formats": []}
-        sys.exit(log.run(lambda: asyncio.run(serve("127.0.0.1:0", reply, facts))))
+        sys.exit(console.run(lambda: asyncio.run(serve("127.0.0.1:0", reply, facts))))
     """
     allow_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE,

@@ -14,7 +14,7 @@ import eval as evaluating
 from evaluation.eval_model import EvalModel
 from helpers import tiny
 from helpers.train_runs import call, make_settings, read_losses, run_ranks, train_command
-from runtime import console as log
+from runtime import console
 from runtime.console import UserError
 from runtime.paths import ROOT
 from training import early_stopping as guards
@@ -223,5 +223,5 @@ def test_a_line_that_was_cut_inside_a_letter_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1, "bits_per_byte": {"kin": 2.0}}\n{"step": 2, "share": {"\xc3')
     assert guards.evaluations(file) == {1: {"kin": 2.0}}
-    log.Metrics(file, 1).write(2, loss=1.0)
+    console.Metrics(file, 1).write(2, loss=1.0)
     assert [json.loads(x)["step"] for x in file.read_text().splitlines()] == [1, 2]

@@ -31,8 +31,7 @@ from data import IGNORE, Batch, Bin, Loader, Source, Whole, hold_out
 from goldens import trl_goldens as goldens_trl
 from helpers import fork, tiny
 from preparation.bin_writer import BinWriter
-from runtime import console as log
-from runtime import flags as config
+from runtime import console, flags
 from runtime.console import UserError
 from runtime.distributed import Distributed
 from runtime.paths import ROOT
@@ -447,7 +446,7 @@ def test_preference_runs_report_margins_and_keep_the_reference(place):
 
 def command(said: Path, main: Callable[[list[str]], object], *words: str, code: int = 0) -> str:
     """What a command says in a process of its own, which ends with this exit code."""
-    ended = fork.ends([fork.child(lambda: log.run(lambda: main(list(words))), said)])
+    ended = fork.ends([fork.child(lambda: console.run(lambda: main(list(words))), said)])
     assert ended == [code], said.read_text()
     return said.read_text()
 
@@ -462,7 +461,7 @@ def trains(words: list[str]) -> int:
 
 
 def samples(words: list[str]) -> None:
-    sample.main(config.read(sample.Settings, words, "sample.py")[0])
+    sample.main(flags.read(sample.Settings, words, "sample.py")[0])
 
 
 def test_a_bin_that_trains_no_token_is_refused_by_the_run(place, tmp_path):
