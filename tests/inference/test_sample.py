@@ -186,7 +186,7 @@ def lines_of(file: Path) -> list[dict]:
 def test_a_file_of_prompts_killed_and_continued_holds_what_one_run_writes(home):
     rows = [{"prompt": f"{x} {i}"} for i in range(3) for x in tiny.SENTENCES[:5]]
     (home / "asked.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows * 2))
-    values = {"file": str(home / "asked.jsonl"), "samples": 2, "max_new_tokens": 60, "rows": 4,
+    values = {"file": str(home / "asked.jsonl"), "samples": 2, "max_new_tokens": 40, "rows": 4,
               "seed": 3}
     flags = [x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", str(v))]
     out, complete = home / "killed.jsonl", home / "complete.jsonl"

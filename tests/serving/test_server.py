@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+import sample
 from helpers import browser, tiny
 from inference.prompt_format import TRUNCATED_NOTICE, GenerationConfig, PromptFormat
 from inference.sampling import NO_STOPPING_CRITERIA, SamplingParams
@@ -378,13 +381,13 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-def run_sample(folder: Path, *flags: str) -> str:
-    """What sample.py prints on the command line."""
-    process = subprocess.run(
-        [sys.executable, ROOT / "sample.py", "--model", folder, "--dtype", "fp32", "--device",
-         "cpu", "--max-new-tokens", "12", *flags], text=True, capture_output=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+def run_sample(folder: Path, **values) -> str:
+    """What sample.py prints, run in this process."""
+    settings = Settings(model=str(folder), dtype="fp32", device="cpu", max_new_tokens=12, **values)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        sample.main(settings)
+    return printed.getvalue()
 
 
 def test_the_page_of_a_model_answers_as_sample_py_does_and_ends_with_ctrl_c(trained, tmp_path):
@@ -420,8 +423,8 @@ def test_the_page_of_a_model_answers_as_sample_py_does_and_ends_with_ctrl_c(trai
             messages = [{"role": "user", "content": "Muraho"},
                         {"role": "assistant", "content": "Ego"},
                         {"role": "user", "content": "Amakuru?"}]
-            drawn = {"temperature": 1.2, "seed": 7, "top_p": 0.9}
-            text = answer(format="text", text="Inka", **drawn)
+            sampling = {"temperature": 1.2, "seed": 7, "top_p": 0.9}
+            text = answer(format="text", text="Inka", **sampling)
             chat = answer(format="chat", messages=messages, temperature=0.0)
             lines = answer(format="eng-kin", text="The water\n\nOur cows").split("\n")
             long = get("POST", "/answer", json.dumps(
@@ -431,13 +434,13 @@ def test_the_page_of_a_model_answers_as_sample_py_does_and_ends_with_ctrl_c(trai
             assert running.wait(30) == 130
         finally:
             running.kill()
-    assert "Inka" + text + "\n" == run_sample(trained, "--prompt", "Inka", "--temperature", "1.2",
-                                           "--seed", "7", "--top-p", "0.9")
+    assert "Inka" + text + "\n" == run_sample(trained, prompt=["Inka"], **sampling)
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    assert chat == json.loads(run_sample(trained, "--file", str(tmp_path / "chat.jsonl"),
-                                      "--temperature", "0", "--json"))["text"].lstrip()
-    expected = run_sample(trained, "--translate", "eng-kin", "--beams", "2", "--prompt",
-                          "The water", "Our cows").split("\n")
+    row = json.loads(run_sample(trained, file=str(tmp_path / "chat.jsonl"), temperature=0.0,
+                                json=True))
+    assert chat == row["text"].lstrip()
+    expected = run_sample(trained, translate="eng-kin", beams=2,
+                          prompt=["The water", "Our cows"]).split("\n")
     assert [x.strip() for x in lines] == [expected[0], "", expected[1]]
 
 
