@@ -190,12 +190,23 @@ class StaticCache(KVCache):
 
     def update(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B,1,K,D) at pos (B,1); return all keys and values, (B,S,K,D)."""
-        rows = torch.arange(len(pos), device=pos.device)[:, None]
-        self.k[layer][rows, pos], self.v[layer][rows, pos] = k, v
+        write_to_cache(self.k, self.v, layer, k, v, pos)
         return self.k[layer], self.v[layer]
 
     def end_pass(self, doc: Tensor, pos: Tensor) -> None:
         """The lengths are kept outside of the compiled step."""
+
+
+@torch.library.custom_op("inference::write_to_cache", mutates_args=("cached_k", "cached_v"))
+def write_to_cache(cached_k: Tensor, cached_v: Tensor, layer: int, k: Tensor, v: Tensor,
+                   pos: Tensor) -> None:
+    """Store k, v (B,T,K,D) of a layer at pos (B,T) of a cache (L,B,S,K,D), in place.
+
+    One operation for the compiler. It turns an indexed assignment to one layer of a tensor into a
+    copy of the whole cache.
+    """
+    rows = torch.arange(len(pos), device=pos.device)[:, None]
+    cached_k[layer][rows, pos], cached_v[layer][rows, pos] = k, v
 
 
 class CompiledDecodeStep(DecodeStep):
