@@ -1,4 +1,8 @@
-"""Writing token bins; data.py says what a bin is and reads it."""
+"""Writes token bins, which data.py describes and reads.
+
+A bin is written into a temporary folder and renamed when it is complete. A folder that exists and
+is not a bin is refused.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ from tokenization.document import Document
 
 
 class BinWriter:
-    """Write a bin aside and rename it when it is whole; held are 8 bytes a document, or 16."""
+    """Writes a bin, document by document. In memory are 8 bytes for each document, 16 with groups.
+    """
 
     def __init__(self, folder: Path, tokenizer_sha: str, vocab_size: int, kind: str = "text"):
         self.folder, self.kind = Path(folder), kind
@@ -26,18 +31,19 @@ class BinWriter:
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         if self.folder.exists() and not (self.folder / "meta.json").exists():
             raise UserError(f"{folder}: exists and is not a bin; name another --out", STORAGE)
-        self.aside = self.folder.with_name(f".tmp-{self.folder.name}-{os.urandom(4).hex()}")
+        # a random name: that of a killed writer may still exist
+        self.temporary = self.folder.with_name(f".tmp-{self.folder.name}-{os.urandom(4).hex()}")
         try:
-            self.aside.mkdir(parents=True)  # a killed one's has another name, even of an equal PID
-            self.tokens = open(self.aside / "tokens.bin", "wb")
+            self.temporary.mkdir(parents=True)
+            self.tokens = open(self.temporary / "tokens.bin", "wb")
         except OSError as e:
             raise UserError(
                 f"{folder}: cannot be written ({e.strerror}); name another", STORAGE) from e
         self.starts, self.groups, self.n_bytes, self.trained = array("q", [0]), bytearray(), 0, 0
-        self.mask: IO[bytes] | None = None  # begun with the first document that has one
+        self.mask: IO[bytes] | None = None  # opened for the first document that has one
 
     def add(self, document: Document, group: bytes = b"") -> None:
-        """Append one document; those of one `group`, eight bytes, are held out together."""
+        """Append one document. Documents of one `group` (eight bytes) are held out together."""
         self.groups += group[:8]
         mask = None if document.mask is None else np.asarray(document.mask, np.uint8)
         assert mask is None or len(mask) == len(document.ids)
@@ -45,13 +51,13 @@ class BinWriter:
 
     def extend(self, ids: np.ndarray, sizes: np.ndarray, n_bytes: int,
                mask: np.ndarray | None = None) -> None:
-        """Append D documents end to end: ids (N,), how many each has (D,), the bytes of all; mask
-        (N,) as a document's."""
-        # numpy would wrap 128256 into 62720 without a word
+        """Append D documents: ids of all, end to end, (N,); the number of ids of each, (D,); the
+        bytes of all; and the mask of all ids, (N,), or None if all are trained."""
+        # numpy would turn 128256 into 62720 without an error
         assert not ids.size or 0 <= ids.min() <= ids.max() < self.vocab_size, "id out of vocabulary"
         self.tokens.write(ids.astype(self.dtype).tobytes())
         if self.mask is None and mask is not None:
-            self.mask = open(self.aside / "mask.bin", "wb")
+            self.mask = open(self.temporary / "mask.bin", "wb")
             self.mask.write(b"\1" * self.starts[-1])
         mask = np.ones(len(ids), np.uint8) if mask is None else mask
         if self.mask:
@@ -64,15 +70,15 @@ class BinWriter:
 
     def close(self, ledger: dict[str, Any], sources: list[dict[str, Any]],
               prompt: dict[str, Any] | None = None) -> Bin:
-        """Flush, name, describe and open the bin; `prompt`: what questions were written with."""
-        np.array(self.starts, "<i8").tofile(self.aside / "starts.bin")
+        """Complete the bin and open it. `prompt`: the prompts and chat template of its examples."""
+        np.array(self.starts, "<i8").tofile(self.temporary / "starts.bin")
         if self.groups:
-            (self.aside / "groups.bin").write_bytes(self.groups)
+            (self.temporary / "groups.bin").write_bytes(self.groups)
         for file in filter(None, (self.tokens, self.mask)):
             file.close()
         if self.trained == np.maximum(np.diff(self.starts) - 1, 0).sum():
-            (self.aside / "mask.bin").unlink(missing_ok=True)  # all is trained: it says nothing
-        files = sorted(self.aside.glob("*.bin"))
+            (self.temporary / "mask.bin").unlink(missing_ok=True)  # all ids are trained
+        files = sorted(self.temporary.glob("*.bin"))
         meta = {
             "format": FORMAT, "kind": self.kind, "dtype": {2: "u16", 4: "u32"}[self.dtype.itemsize],
             "vocabulary": self.vocab_size, "tokenizer": self.tokenizer_sha,
@@ -80,15 +86,15 @@ class BinWriter:
             "bytes": self.n_bytes, "ledger": ledger, "sources": sources,
             "sha256": {f.name: sha256(f) for f in files}} | ({"prompt": prompt} if prompt else {})
         text = json.dumps(meta, indent=1, ensure_ascii=False)
-        (self.aside / "meta.json").write_text(text + "\n", encoding="utf-8")
+        (self.temporary / "meta.json").write_text(text + "\n", encoding="utf-8")
         if self.folder.exists():
             shutil.rmtree(self.folder)
-        self.aside.rename(self.folder)
+        self.temporary.rename(self.folder)
         return Bin(self.folder)
 
     def abandon(self) -> None:
-        """Remove what was written so far."""
+        """Remove what has been written."""
         for file in filter(None, (self.tokens, self.mask)):
-            with suppress(OSError):  # a full disk still does not take what is in its buffer
+            with suppress(OSError):  # the buffer cannot be written to a full disk
                 file.close()
-        shutil.rmtree(self.aside, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A tokenized document: what chat templates and readers make, and what a bin is written from."""
+"""A tokenized document, as encoders make it and bins store it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass
 class Document:
-    """Token ids with BOS and EOS, which of them are trained (None: all), bytes of the text."""
+    """Token ids with BOS and EOS, which of them are trained (None: all), and the bytes of the text.
+    """
 
     ids: Sequence[int]
     mask: Sequence[bool] | None
