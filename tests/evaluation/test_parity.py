@@ -24,12 +24,11 @@ from evaluation.tasks import DocumentLikelihood, MultipleChoice
 from goldens import lm_eval_goldens as goldens
 from goldens.lm_eval_goldens import KINDS, TASKS
 from helpers import tiny
-from tokenization import chat_template as chat
+from tokenization.chat_template import ChatTemplate
 from tokenization.tokenizer import Tokenizer
 
 GOLDEN = json.loads(goldens.FILE.read_text(encoding="utf-8"))
-CASES = [(key, shots) for shots in (0, goldens.SHOTS)
-         for key in (goldens.WITH_SHOTS if shots else TASKS)]
+CASES = [*((key, 0) for key in TASKS), *((key, goldens.SHOTS) for key in goldens.WITH_SHOTS)]
 NAMES = {"acc,none": "acc", "acc_norm,none": "acc_norm", "acc_bytes,none": "acc_bytes",
          "f1,none": "f1", "bleu,none": "BLEU", "chrf,none": "chrF2",
          "exact_match,none": "exact_match", "exact_match,remove_whitespace": "exact_match",
@@ -47,7 +46,7 @@ SPLITS = {"injongo": ("test", "dev"), "piqa-parallel": ("test",),
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """The made-up rows, laid out as the suites look for them."""
+    """The artificial rows, in the files that the suites look for."""
     home = tmp_path_factory.mktemp("suites")
     for suite in dict.fromkeys(key[0] for key in TASKS):
         both = dict(zip(SPLITS.get(suite, ("test", "validation")), goldens.rows(suite),
@@ -76,7 +75,7 @@ def homes(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def readers(homes):
+def models(homes):
     """The models, by kind of tokenizer."""
     return {kind: load_model(str(folder), torch.device("cpu"), torch.float32)
             for kind, folder in homes.items()}
@@ -100,9 +99,9 @@ def test_texts_are_those_of_the_harness(key, shots, data):
             [x["continuations"] for x in golden]
 
 
-def compare(key, shots, kind, data, readers, template=None) -> None:
+def compare(key, shots, kind, data, models, template=None) -> None:
     """Ids, likelihoods to 1e-5 with the same best choice, answers, and metrics of one task."""
-    model = EvalModel(*readers[kind], goldens.CONTEXT, chat_template=template)
+    model = EvalModel(*models[kind], goldens.CONTEXT, chat_template=template)
     task, items = task_and_items(key, shots, data)
     golden = (GOLDEN["chat"][kind] if template else GOLDEN["tasks"])[goldens.name(key, shots)]
     contexts = model.contexts(items)
@@ -133,8 +132,8 @@ def compare(key, shots, kind, data, readers, template=None) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("key", "shots"), CASES, ids=lambda x: str(x))
 def test_ids_likelihoods_answers_and_metrics_are_those_of_the_harness(key, shots, kind, data,
-                                                                      readers):
-    compare(key, shots, kind, data, readers)
+                                                                      models):
+    compare(key, shots, kind, data, models)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,13 +141,13 @@ def test_ids_likelihoods_answers_and_metrics_are_those_of_the_harness(key, shots
                                             goldens.IN_CHAT if not shots or
                                             key in goldens.WITH_SHOTS], ids=lambda x: str(x))
 def test_conversations_are_those_of_the_harness_with_apply_chat_template(key, shots, kind, data,
-                                                                        readers, homes):
-    template = chat.ChatTemplate.from_folder(homes[kind], readers[kind][1])
-    compare(key, shots, kind, data, readers, template)
+                                                                        models, homes):
+    template = ChatTemplate.from_folder(homes[kind], models[kind][1])
+    compare(key, shots, kind, data, models, template)
 
 
-def bits(kind, readers) -> tuple[np.ndarray, float]:
-    model = EvalModel(*readers[kind], goldens.CONTEXT)
+def bits(kind, models) -> tuple[np.ndarray, float]:
+    model = EvalModel(*models[kind], goldens.CONTEXT)
     documents = goldens.texts()
     ids = model.tokenizer.encode_batch(documents)
     assert max(map(len, ids)) > goldens.CONTEXT
@@ -158,15 +157,15 @@ def bits(kind, readers) -> tuple[np.ndarray, float]:
     return nats, task.metrics(records)[0].value
 
 
-def compare_texts(kind, readers) -> None:
-    nats, value = bits(kind, readers)
+def compare_texts(kind, models) -> None:
+    nats, value = bits(kind, models)
     np.testing.assert_allclose(nats, GOLDEN["texts"][kind]["nats"], rtol=1e-5)
     assert value == pytest.approx(GOLDEN["texts"][kind]["bits_per_byte"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rolling_bits_per_byte_are_those_of_the_harness(kind, readers):
-    compare_texts(kind, readers)
+def test_rolling_bits_per_byte_are_those_of_the_harness(kind, models):
+    compare_texts(kind, models)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,7 +214,7 @@ def test_lm_eval_compat_rounds_log_p_to_the_compute_dtype(kind, data, tmp_path):
 
 @pytest.fixture(scope="session")
 def pieces(tmp_path_factory) -> Path:
-    """A tokenizer.model, which puts a blank of its own before every text."""
+    """A tokenizer.model that adds a space before every text."""
     global PIECES
     PIECES = tmp_path_factory.mktemp("pieces")
     tiny.write_tokenizer(PIECES)
@@ -223,7 +222,7 @@ def pieces(tmp_path_factory) -> Path:
 
 
 def compare_boundary(pieces: Path) -> None:
-    """A continuation is what is left of one text, as sentencepiece itself encodes it."""
+    """A continuation is the rest of one text, as sentencepiece itself encodes it."""
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "tokenizer.model"))
@@ -298,12 +297,12 @@ MUTANTS = [strip_the_prompt, encode_the_choice_alone, drop_bos, bos_twice, mean_
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda f: f.__name__)
-def test_each_of_the_seven_mistakes_is_noticed(mutant, data, readers, pieces, monkeypatch):
+def test_each_of_the_seven_mistakes_is_noticed(mutant, data, models, pieces, monkeypatch):
     mutant(monkeypatch.setattr)
     for kind in KINDS:
         for check, args in ((compare_boundary, (pieces,)), (compare_norm, (pieces,)),
-                            (compare_texts, (kind, readers)), *(
-                (compare, (key, 0, kind, data, readers)) for key in
+                            (compare_texts, (kind, models)), *(
+                (compare, (key, 0, kind, data, models)) for key in
                 (("sib200", "1", ""), ("afrixnli", "3", ""), ("piqa-parallel", "cloze", ""),
                  ("flores", "1", "kin-eng")))):
             try:
