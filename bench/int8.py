@@ -5,7 +5,7 @@
     int8pack_mm   torch._weight_int8pack_mm: codes in int8, x in bf16
     bf16          x @ W.T with W in bf16
     float32       the same in float32
-    dense         W made from its int8 codes for each product, then x @ W.T in bf16
+    converted     the codes in bf16, made for each product: what many rows take
 
 `ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python -m bench.int8` is what a CPU without AMX does. Each
 figure is the median of `--repeat` timings, of so many products each that they last 5 ms.
@@ -61,7 +61,7 @@ def ways(n: int, rows: int) -> dict[str, Callable[[], object]]:
     return {"int8pack_mm": lambda: torch._weight_int8pack_mm(x16, codes, scales16),
             "bf16": lambda: x16 @ W16.T,
             "float32": lambda: x @ W.T,
-            "dense": lambda: x16 @ (codes * scales[:, None]).bfloat16().T}
+            "converted": lambda: ((x16 @ codes.bfloat16().T) * scales).bfloat16()}
 
 
 def main() -> None:
