@@ -44,8 +44,10 @@ from runtime.distributed import Distributed, local_gradients
 from runtime.transfer import prefetch, to_device_async
 from training import optimizer as optim
 from training import plan
+from training.flops import flops_coefficients, token_counts
 from training.monitor import NotFinite, Watch, explained
 from training.objective import BIN_KINDS, Objective, objective_of, trained_tokens
+from training.plan_for import plan_for
 from training.run import Run
 
 
@@ -98,7 +100,9 @@ def loop(run: Run) -> int:
     metrics = console.Metrics(run.out / "metrics.jsonl", run.step, s.track)
     eval_every = s.eval_every or max(1, run.steps // 10)
     warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
-    peak, needed = peak_flops(ranks.device), plan.needed(run)
+    peak = peak_flops(ranks.device)
+    reference_in_step = s.mode == "dpo" and run.loader.sources[0].reference is None
+    needed = flops_coefficients(run.model, reference_in_step)
     watch = Watch(run.out, run.loader, ranks, run.step, run.past)
     stop, looks = 0, run.held or run.guards.suites or s.prompts
     run.model.train()
@@ -134,7 +138,7 @@ def loop(run: Run) -> int:
                                     NON_FINITE) from None
 
             counts = ranks.all_reduce_sum(
-                *np.sum([(trained_tokens(b), *plan.inside(b)) for b in batches], axis=0).tolist())
+                *np.sum([(trained_tokens(b), *token_counts(b)) for b in batches], axis=0).tolist())
             run.step, run.tokens = run.step + 1, run.tokens + int(counts[0])
             seconds = time.perf_counter() - begun
             speed = counts[0] / seconds
@@ -169,7 +173,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     """One run, from settings to the saved result; 0 done, 130 or 143 interrupted and saved."""
     check_settings(s)
     if s.plan_for:
-        plan.foretell(s)
+        plan_for(s)
         return 0
     out = claim_run_folder(Path(s.out))
     s = replace(s, out=str(out))
@@ -190,7 +194,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
             if (run.step >= run.steps or run.guards.stopped) and run.finished:
                 console.info(f"{out} {run.end}: nothing to do")
                 return 0
-        plan.room(run)
+        plan.check_disk(run)
         if run.ranks.rank == 0:
             run.begin()
         n = run.parameters

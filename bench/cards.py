@@ -48,9 +48,9 @@ def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> f
 
 def smallest(x: float) -> str:
     """The smallest card that holds so many GB."""
-    from training import plan
+    from training.plan_for import usable_gb
 
-    return next((f"{card} GB" for card in CARDS if x <= plan.usable(card)), "none")
+    return next((f"{card} GB" for card in CARDS if x <= usable_gb(card)), "none")
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""What a run would do and what it takes, said before it does it.
+"""--plan: what a run would do and what it takes, printed before it starts.
 
-One idea: a plan is read off the very model, data and settings that would run, not off a table of
-them. Only a GPU that is not here (`foretell`) is a row of a table, and what it would reach is an
-assumption that is printed beside the result.
+The plan is computed from the model, the data and the settings that would run, and measured on one
+micro-batch, which changes nothing. The answer comes first (does it fit, memory, time, disk, data),
+then the settings that differ from the defaults, then the details.
 """
 
 from __future__ import annotations
@@ -11,233 +11,200 @@ import dataclasses
 import re
 import shutil
 import time
+from dataclasses import dataclass
 
 import torch
 
 from checkpoints.huggingface import saved_bytes
-from checkpoints.model_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    CONFIG_FILE,
-    base_model_dir,
-    read_config,
-    resolve_model_dir,
-)
+from checkpoints.model_folder import base_model_dir
 from data import IGNORE, Batch
-from layers import nf4
-from model import Llama
-from runtime import console
-from runtime.console import FLAGS, STORAGE, UserError
-from runtime.device import (
-    PEAK_FLOPS,
-    GiB,
-    memory_limit_gb,
-    peak_memory_gb,
-    synchronize,
-)
-from training import memory_estimate as memory
-from training import monitor as watch
+from runtime.console import STORAGE, UserError, coloured, is_rank_zero
+from runtime.device import GiB, memory_limit_gb, peak_memory_gb, synchronize
+from training import memory_estimate
 from training import optimizer as optim
+from training.memory_estimate import Need
 from training.objective import Objective
 from training.run import Run
 from training.settings import Settings
 
-CARDS = {  # as --plan-for has them: the name in PEAK_FLOPS, and GB as sold
-    "t4": ("T4", 16), "l4": ("L4", 24), "a10g": ("A10G", 24), "4090": ("4090", 24),
-    "a100-40": ("A100", 40), "a100": ("A100", 80), "h100": ("H100", 80), "h200": ("H200", 141)}
+
+@dataclass(frozen=True)
+class Measurement:
+    """One micro-batch, forward and backward."""
+
+    seconds: float
+    memory_gb: float
 
 
 def show(run: Run, origins: dict[str, str], objective: Objective) -> None:
-    """Print what would be done and what it takes; UserError if the run would be refused."""
-    _show(run, origins, objective)
-    memory.willing(run.model.config, run.s, run.ranks)
-    room(run)
+    """Print the plan of a run. UserError if the run would be refused.
+
+    With several ranks all of them measure, and rank 0 prints.
+    """
+    s = run.s
+    batch = run.loader.next()
+    measured = _measure(run, objective, batch)
+    base = base_model_dir(run.folder)
+    need = memory_estimate.on(
+        run.ranks, run.model.config, s, run.model.compute_dtype, run.micro_batches,
+        run.folder if run.folder != base else None)
+    if is_rank_zero():
+        print(_answer(run, need, measured))
+        print(_settings_lines(s, origins))
+        print(_details(run))
+        print("\nthe first row; trained tokens are in colour:")
+        _print_row(run, batch)
+    memory_estimate.willing(run.model.config, s, run.ranks)
+    check_disk(run)
 
 
-def disk(run: Run) -> int:
-    """Bytes that a run comes to at the most: its resume points and --best's with one more of each
-    that is being written, or in the end without those and with the result."""
+def _measure(run: Run, objective: Objective, batch: Batch) -> Measurement:
+    start = time.perf_counter()
+    objective.sums(run.model, batch.to(run.ranks.device)).sum().backward()
+    synchronize(run.ranks.device)
+    return Measurement(time.perf_counter() - start, peak_memory_gb(run.ranks.device))
+
+
+def _answer(run: Run, need: Need, measured: Measurement) -> str:
+    """Does it fit; memory, time, disk, data and steps."""
+    s = run.s
+    limit = memory_limit_gb(run.ranks.device)
+    free = shutil.disk_usage(run.out).free
+    obstacles = []
+    if need.total > limit * GiB:
+        obstacles.append("memory")
+    if free < disk_needed(run):
+        obstacles.append("disk")
+    verdict = f"does not fit: not enough {' and '.join(obstacles)}" if obstacles else "fits"
+    optimizer_gb = sum(optim.bytes_held(name, p, s.optimizer)
+                       for name, p in _trained_parameters(run)) / GiB
+    of_what = "the whole process"
+    if run.ranks.device.type == "cuda":
+        of_what = "the GPU's tensors"
+    minutes = measured.seconds * run.micro_batches * run.steps / 60
+    files = f"{s.keep} checkpoints, one that is being written"
+    if s.best:
+        files += ", --best"
+    return (
+        f"plan         {verdict}\n"
+        f"memory       {need.total / GiB:.2f} GB of tensors needed at most ({need}), of "
+        f"{limit:.1f} GB here\n"
+        f"             {measured.memory_gb + optimizer_gb:.2f} GB measured on one micro-batch: of "
+        f"{of_what}, with {optimizer_gb:.2f} GB for the optimizer\n"
+        f"time         {minutes:.1f} minutes for the steps, estimated from that micro-batch (the "
+        "first is the slowest)\n"
+        f"disk         {disk_space(run) / GiB:.2f} GB at the most for {files} and the result, of "
+        f"{free / GiB:.1f} GB free here\n"
+        f"data         {_shares(run)}\n"
+        f"steps        {run.steps} of {run.tokens_per_step:,} tokens, "
+        f"{run.steps * run.tokens_per_step:,} in all")
+
+
+def _shares(run: Run) -> str:
+    """Each source with its share of the run's tokens and its number of epochs."""
+    total = run.steps * run.tokens_per_step
+    sources = []
+    for stream, share in zip(run.loader.streams, run.loader.shares, strict=True):
+        sources.append(f"{stream.source.name} {share:.1%} ({stream.tokens:,} tokens an epoch; "
+                       f"{share * total:,.0f} in this run, {share * total / stream.tokens:.2f} "
+                       "epochs)")
+    return ", ".join(sources)
+
+
+def _settings_lines(s: Settings, origins: dict[str, str]) -> str:
+    """The settings that differ from the defaults, with where each comes from."""
+    default = Settings()
+    lines = ["\nsettings that differ from the defaults:"]
+    for f in dataclasses.fields(s):
+        value, origin = getattr(s, f.name), origins[f.name]
+        if f.name == "plan" or (value == getattr(default, f.name) and origin == "default"):
+            continue
+        if origin == "default":
+            origin = f"chosen for --tune {s.tune} and this model"
+        lines.append(f"  {f.name.replace('_', '-'):22} {value!s:40} {origin}")
+    if len(lines) == 1:
+        lines.append("  none")
+    return "\n".join(lines)
+
+
+def _details(run: Run) -> str:
+    """Machine and parameters."""
+    n = run.parameters
+    return (f"\nmachine      {run.ranks}, products in {run.products}\n"
+            f"parameters   {n['total']:,}, trained {n['trained']:,}\n" + _parameter_groups(run))
+
+
+def _parameter_groups(run: Run) -> str:
+    """A line for each group of the optimizer: sizes, learning rate, weight decay, names."""
+    s = run.s
+    tied = run.model.lm_head is None
+    lines = []
+    for group in optim.groups(run.model, s.weight_decay, s.embedding_lr / s.lr or 1.0, s.lora_plus):
+        names = set()
+        for name in group["names"]:
+            note = " (also the head, which is tied)" if tied and name == optim.EMBEDDINGS[0] else ""
+            names.add(re.sub(r"layers.[0-9]+.", "layers.*.", name) + note)
+        numbers = sum(p.numel() for p in group["params"])
+        lines.append(f"             {len(group['params'])} tensors, {numbers:,} numbers at "
+                     f"{s.lr * group['scale']:.2e}, weight decay {group['weight_decay']}: "
+                     f"{', '.join(sorted(names))}")
+    return "\n".join(lines)
+
+
+def _print_row(run: Run, batch: Batch) -> None:
+    """The first row of a batch as text, with the trained tokens in colour."""
+    tokens, targets, pos = (batch.tokens[0].tolist(), batch.targets[0].tolist(),
+                            batch.pos[0].tolist())
+    for i, (token, target) in enumerate(zip(tokens, targets, strict=True)):
+        if pos[i] == 0:  # a document begins: its first token is nobody's target
+            line_break = "\n" if i else ""
+            print(line_break + coloured(run.tokenizer.piece(token), False), end="")
+        following = None
+        if target != IGNORE:
+            following = target
+        elif i + 1 < len(pos) and pos[i + 1] > 0:
+            following = tokens[i + 1]
+        if following is not None:
+            print(coloured(run.tokenizer.piece(following), target != IGNORE), end="")
+    print(flush=True)
+
+
+def _trained_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
+
+
+def disk_space(run: Run) -> int:
+    """Bytes that a run occupies at most: its checkpoints and those of --best, with one more of each
+    that is being written; or at the end without these and with the result."""
     s = run.s
     trained = sum(x.nbytes for x in run.trained.values())
-    saves, best = 2 + run.steps // run.save_every, trained if s.best else 0
+    saves = 2 + run.steps // run.save_every
+    best = trained if s.best else 0
     result = saved_bytes(run.model, run.folder) if s.tune == "full" else trained
-    return max(min(s.keep + 1, saves) * point(run) + 3 * best,
-               min(s.keep, saves) * point(run) + 2 * best + result)
+    while_writing = min(s.keep + 1, saves) * checkpoint_bytes(run) + 3 * best
+    at_the_end = min(s.keep, saves) * checkpoint_bytes(run) + 2 * best + result
+    return max(while_writing, at_the_end)
 
 
-def point(run: Run) -> int:
-    """Bytes of a resume point, all ranks' parts: what trains and its moments."""
+def checkpoint_bytes(run: Run) -> int:
+    """Bytes of a checkpoint over all ranks: the trained parameters and their optimizer state."""
     return sum(x.nbytes + optim.bytes_held(name, x, run.s.optimizer)
                for name, x in run.trained.items())
 
 
-def room(run: Run) -> None:
-    """UserError (STORAGE) if the disk has no room for what a run will write, beside what it wrote
-    before: for one resume point at least, since old ones go only once it is written."""
-    there = sum(x.stat().st_size for name in ("checkpoints", "best", "model")
-                for x in (run.out / name).rglob("*") if x.is_file())
-    need, free = max(disk(run) - there, point(run)), shutil.disk_usage(run.out).free
-    if free < need:
+def disk_needed(run: Run) -> int:
+    """Bytes that a run will write in addition to what is there: at least one checkpoint, because
+    old ones are removed only when a new one is complete."""
+    existing = 0
+    for name in ("checkpoints", "best", "model"):
+        existing += sum(x.stat().st_size for x in (run.out / name).rglob("*") if x.is_file())
+    return max(disk_space(run) - existing, checkpoint_bytes(run))
+
+
+def check_disk(run: Run) -> None:
+    """UserError (STORAGE) if the disk has no room for what a run will write."""
+    needed, free = disk_needed(run), shutil.disk_usage(run.out).free
+    if free < needed:
         raise UserError(f"--out {run.out}: {free:,} bytes are free, resume points of this run need "
-                        f"{need:,}, its result among them; make room, lower --keep, or name "
+                        f"{needed:,}, including its result; make room, lower --keep, or name "
                         "another disk", STORAGE)
-
-
-def _show(run: Run, origins: dict[str, str], objective: Objective) -> None:
-    """What would be done and what it takes, measured on one micro-batch that changes nothing."""
-    s, n = run.s, run.parameters
-    for f in dataclasses.fields(s) if console.is_rank_zero() else ():
-        print(f"{f.name.replace('_', '-'):16} {getattr(s, f.name)!s:40} {origins[f.name]}")
-    batch = run.loader.next()
-    begun = time.perf_counter()
-    objective.sums(run.model, batch.to(run.ranks.device)).sum().backward()
-    synchronize(run.ranks.device)
-    held = peak_memory_gb(run.ranks.device)
-    whole = "GPU's tensors" if run.ranks.device.type == "cuda" else "whole process"
-    minutes = (time.perf_counter() - begun) * run.micro_batches * run.steps / 60
-    moving = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
-    moments = sum(optim.bytes_held(name, p, s.optimizer) for name, p in moving) / GiB
-    base = base_model_dir(run.folder)
-    said = memory.on(run.ranks, run.model.config, s, run.model.compute_dtype,
-                     run.micro_batches, run.folder if run.folder != base else None)
-    tied = {optim.EMBEDDINGS[0]: " (the head too, tied)"} if run.model.lm_head is None else {}
-    trained = "\n".join(
-        f"             {len(x['params'])} tensors, {sum(p.numel() for p in x['params']):,} "
-        f"numbers at {s.lr * x['scale']:.2e}, weight decay {x['weight_decay']}: "
-        + ", ".join(sorted({re.sub(r"layers.[0-9]+.", "layers.*.", k) + tied.get(k, "")
-                            for k in x["names"]}))
-        for x in optim.groups(run.model, s.weight_decay, s.embedding_lr / s.lr or 1.0,
-                              s.lora_plus))
-    read = run.steps * run.tokens_per_step
-    shares = ", ".join(
-        f"{x.source.name} {share:.1%} ({x.tokens:,} tokens an epoch; {share * read:,.0f} in this "
-        f"run, {share * read / x.tokens:.2f} times)"
-        for x, share in zip(run.loader.streams, run.loader.shares, strict=True))
-    if (
-        not console.is_rank_zero()
-    ):  # of several ranks all measure, and one says what it has measured
-        return
-    print(
-        f"\nmachine      {run.ranks}, products in {run.products}\n"
-        f"parameters   {n['total']:,}, trained {n['trained']:,}\n{trained}\n"
-        f"data         {shares}\n"
-        f"steps        {run.steps} of {run.tokens_per_step:,} tokens\n"
-        f"memory       {said.total / GiB:.2f} GB of tensors predicted at the most ({said}), of "
-        f"{memory_limit_gb(run.ranks.device):.1f} GB here\n"
-        f"             {held + moments:.2f} GB measured on one micro-batch, of the {whole}, with "
-        f"{moments:.2f} for the optimizer\n"
-        f"time         {minutes:.1f} minutes of steps, from that micro-batch (the first is "
-        "the slowest)\n"
-        f"disk         {disk(run) / GiB:.2f} GB at the most for {s.keep} checkpoints, one that is "
-        f"being written{', --best' * bool(s.best)} and the result, of "
-        f"{shutil.disk_usage(run.out).free / GiB:.1f} GB free here\n"
-        "\nthe first row; what is trained is in colour:")
-    tokens, targets, pos = (batch.tokens[0].tolist(), batch.targets[0].tolist(),
-                            batch.pos[0].tolist())
-    for i, (token, target) in enumerate(zip(tokens, targets, strict=True)):
-        if pos[i] == 0:
-            print(
-                ("\n" if i else "") + console.coloured(run.tokenizer.piece(token), False), end="")
-        following = (
-            target if target != IGNORE else tokens[i + 1] if pos[i + 1 : i + 2] > [0] else None)
-        if following is not None:
-            print(console.coloured(run.tokenizer.piece(following), target != IGNORE), end="")
-    print(flush=True)  # before what is said of it
-
-
-def usable(gb: float) -> float:
-    """GB that a step's tensors may take of a GPU sold with so many: a tenth is left to what its
-    allocator cannot use, half a GB to its context."""
-    return 0.9 * gb - 0.5
-
-
-def flops(model: Llama, s: Settings) -> float:
-    """Products for a token of a run, those that --recompute full and a reference (DPO) repeat
-    included."""
-    forward = model.flops_per_token(s.seq_len, gradient=False)
-    blocks = forward - 2 * model.head.numel()
-    flops = model.flops_per_token(s.seq_len)
-    if s.recompute == "full":
-        flops += blocks
-    if s.mode == "dpo":
-        flops += forward
-    return flops
-
-
-def needed(run: Run) -> tuple[float, float, float]:
-    """FLOP of the products that a step needs for each trained token, which alone has logits; for
-    each token of a document; and for each 1 of the sum of its documents' squared lengths, which is
-    attention.
-
-    DPO's reference is counted where a step computes it; a row's unused tail is not, nor what
-    --recompute full makes again. Attention is counted as if no window cut it.
-    """
-    model = run.model
-    reference = run.s.mode == "dpo" and run.loader.sources[0].reference is None
-    none, one = (model.flops_per_token(n) + reference * model.flops_per_token(n, gradient=False)
-                 for n in (0, 1))
-    head = (2 * reference + (6 if model.head.requires_grad else 4)) * model.head.numel()
-    return head, none - head, one - none
-
-
-def inside(b: Batch) -> tuple[int, int]:
-    """How many tokens of a batch (B,T) lie in documents, and the sum of the squares of these'
-    lengths."""
-    seen = b.doc >= 0  # (B,T)
-    return int(seen.sum()), int((seen * (2 * b.pos + 1)).sum())  # 1 + 3 + 5 ... = n^2
-
-
-def foretell(s: Settings) -> None:
-    """What settings would take on GPUs that are not here, from the model's config.json alone."""
-    found = re.fullmatch(r"(?:(\d{1,4})x)?(.+)", s.plan_for.lower())
-    if not found or found[2] not in CARDS or found[1] == "0":
-        raise UserError(f"--plan-for {s.plan_for}: expected one of {', '.join(CARDS)}, or several "
-                        "as in 8xh100", FLAGS)
-    if not s.steps:
-        raise UserError("--plan-for: give --steps; without data, epochs say nothing", FLAGS)
-    world, (name, gb) = int(found[1] or 1), CARDS[found[2]]
-    dtype = torch.float16 if name == "T4" else torch.bfloat16
-    if s.dtype not in ("auto", "fp16" if name == "T4" else "bf16"):
-        raise UserError(f"--dtype {s.dtype}: the peak known of a {name} is that of "
-                        f"{str(dtype)[6:]}; leave the flag out", FLAGS)
-    files = (CONFIG_FILE, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-    folder = resolve_model_dir(s.model, files)
-    base = base_model_dir(folder, files)
-    config, adapter = read_config(base), folder if folder != base else None
-    if s.seq_len > config.max_position_embeddings:
-        raise UserError(f"--seq-len {s.seq_len}: the model's context is "
-                        f"{config.max_position_embeddings}", FLAGS)
-    backend = "sdpa_mask" if name == "T4" else "varlen_flash"  # the kernel needs an Ampere GPU
-
-    def need(rows: int) -> memory.Need:
-        return memory.need(config, dataclasses.replace(s, rows=rows), dtype,
-                           2 if tokens > rows * each else 1, adapter, backend, world, gb)
-
-    each = s.seq_len * world  # tokens of a row on every rank
-    tokens = s.tokens_per_step or (0 if s.rows == "auto" else s.rows * each)
-    if not tokens or tokens % (each * (1 if s.rows == "auto" else s.rows)):
-        raise UserError(f"--tokens-per-step {tokens}: no multiple of rows {s.rows} x seq-len "
-                        f"{s.seq_len} x GPUs {world}", FLAGS)
-    rows = s.rows if s.rows != "auto" else watch.most_rows(
-        tokens // each, lambda n: need(n).total <= usable(gb) * GiB)
-    said = need(rows)
-    fits = said.total <= usable(gb) * GiB
-    model = memory.shaped(config, s, dtype, adapter)
-    numbers = sum(p.numel() for p in model.parameters()) + sum(m.numel for m in nf4.found(model))
-    moving = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    speed = PEAK_FLOPS[name] * s.plan_share * world / flops(model, s)  # tokens a second
-    hours = tokens * s.steps / speed / 3600
-    cost = f"{hours * world * s.plan_price:,.2f} at {s.plan_price:g} an hour and GPU" \
-        if s.plan_price else "unknown; give what a GPU costs an hour by --plan-price"
-    print(
-        f"parameters   {numbers:,}, trained {moving:,}\n"
-        f"GPUs         {world} x {name}, {gb} GB, {PEAK_FLOPS[name] / 1e12:.0f} TFLOP/s of "
-        f"{str(dtype)[6:]} products on its data sheet\n"
-        f"memory       {said.total / GiB:.2f} GB predicted at the most ({said}); "
-        f"{'fits' if fits else 'does not fit'}: {usable(gb):.1f} GB are counted on\n"
-        f"steps        {s.steps:,} of {tokens:,} tokens, {tokens * s.steps:,} in all; rows {rows}\n"
-        f"time         {hours:,.1f} hours, {speed:,.0f} tokens/s: {flops(model, s) / 1e9:,.1f} "
-        f"GFLOP a token at {s.plan_share:.0%} of the peak, which is assumed (--plan-share)\n"
-        f"cost         {cost}\n"
-        "not counted  loading, evaluation, saving, messages among GPUs"
-        f"{', unpacking four bits' if s.tune == 'qlora' else ''}")

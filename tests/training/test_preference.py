@@ -489,7 +489,7 @@ def test_text_conversations_and_translations_mix_under_a_cap_as_the_plan_says(pl
              "4", "--seq-len", "250", "--hold-out", "0", "--device", "cpu", "--dtype", "fp32"]
     told = command(said, trains, *words, "--steps", "9", "--out", f"{tmp_path}/plan", "--plan")
     found = re.findall(r"(\w+) ([\d.]+)% \(([\d,]+) tokens an epoch; ([\d,]+) in this run, "
-                       r"([\d.]+) times\)", told)
+                       r"([\d.]+) epochs\)", told)
     planned = {x[0]: float(x[1]) / 100 for x in found}
     times = {x[0]: float(x[4]) for x in found}
     assert list(planned) == ["chat", "mt", "text"]

@@ -36,8 +36,8 @@ from runtime.paths import ROOT
 from tokenization.tokenizer import Tokenizer
 from training import monitor as watch
 from training import optimizer as optim
-from training import plan
 from training.compile_model import compile_model
+from training.flops import token_counts
 from training.objective import NLL, Objective
 from training.settings import (
     CAN_CHANGE_ON_RESUME,
@@ -279,7 +279,7 @@ def test_a_tied_model_with_trained_embeddings_stays_tied_everywhere_and_says_so(
         env=ENV,
         cwd=ROOT,
     )
-    assert "model.embed_tokens.weight (the head too, tied)" in plan.stdout
+    assert "model.embed_tokens.weight (also the head, which is tied)" in plan.stdout
     name, out = "model.embed_tokens.weight", workspace / "tied-run"
     moved = load_file(out / "model/adapter_model.safetensors")[PEFT_PREFIX + name]
     assert not torch.equal(moved, load_file(workspace / "tied/model.safetensors")[name])
@@ -631,7 +631,7 @@ def test_documents_packed_into_a_row_cost_less_attention_than_one_that_fills_it(
     one = Batch(ids, ids, torch.zeros_like(ids), torch.arange(24)[None])
     two = Batch(ids, ids, torch.arange(24)[None] // 12, torch.arange(24)[None] % 12)
     tail = Batch(ids, ids, two.doc.where(two.doc == 0, -1), two.pos)
-    assert [plan.inside(x) for x in (one, two, tail)] == [(24, 576), (24, 288), (12, 144)]
+    assert [token_counts(x) for x in (one, two, tail)] == [(24, 576), (24, 288), (12, 144)]
 
 
 def test_the_plan_says_what_it_takes_and_writes_no_run(workspace):
@@ -643,9 +643,12 @@ def test_the_plan_says_what_it_takes_and_writes_no_run(workspace):
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    for word in ("steps        7 of 128 tokens", "parameters", "memory", "minutes", "disk",
-                 "seq-len          64", "flag"):
+    answer = [line[:12].strip() for line in done.stdout.splitlines()[:7]]
+    assert answer == ["plan", "memory", "", "time", "disk", "data", "steps"]
+    for word in ("plan         fits", "steps        7 of 128 tokens", "parameters", "minutes"):
         assert word in done.stdout
+    changed = done.stdout.split("settings that differ")[1].split("\nmachine")[0]
+    assert re.search(r"seq-len +64 +flag", changed) and "weight-decay" not in changed
     assert any(s in done.stdout for s in tiny.SENTENCES), "the first row stands there to be read"
     assert not (workspace / "plan/metrics.jsonl").exists()
 
