@@ -212,12 +212,11 @@ def write_to_cache(cached_k: Tensor, cached_v: Tensor, layer: int, k: Tensor, v:
 class CompiledDecodeStep(DecodeStep):
     """`DecodeStep` compiled over a static cache: one CUDA graph replays the kernels of a step.
 
-    The step computes all rows of the storage. Rows that hold no prompt compute values that nobody
-    reads, and write them where no row reads. `compile_options` go to torch.compile.
+    The step computes all rows of the storage; results of rows without a prompt are not used.
+    `compile_options` go to torch.compile.
     """
 
-    def __init__(self, model: Llama, multiple: int = STATIC_MULTIPLE,
-                 **compile_options: Any):
+    def __init__(self, model: Llama, multiple: int = STATIC_MULTIPLE, **compile_options: Any):
         super().__init__(model)
         self.multiple = multiple
         options = {"mode": "reduce-overhead", "dynamic": False, "recompile_limit": SHAPES,

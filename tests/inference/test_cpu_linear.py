@@ -30,7 +30,7 @@ def read(model: Llama, rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", ["llama32", "biases", "gemma2"])
 @pytest.mark.parametrize("amx", [False, True])
 def test_a_packed_model_computes_what_a_plain_one_does(shape, adapter, amx):
-    """In float32 as well, and in bf16 as near to float32."""
+    """In float32 to rounding; in bf16 about as close to float32 as the plain model."""
     peer, logits = tiny.peer(shape).bfloat16().float(), {}
     for dtype in (torch.float32, torch.bfloat16):
         for packed in (False, True):
@@ -54,7 +54,7 @@ def test_a_packed_model_computes_what_a_plain_one_does(shape, adapter, amx):
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_an_adapter_that_is_cast_once_gives_the_same_bits(adapter):
+def test_casting_an_adapter_once_gives_the_same_bits(adapter):
     model = tiny.ours(tiny.peer("llama32"), "llama32", torch.bfloat16).bfloat16()
     model = with_adapter(model, adapter)
     plain = read(model, 3)
@@ -76,7 +76,7 @@ def test_a_packed_model_that_keeps_its_head_gives_the_same_losses(shape):
         torch.testing.assert_close(packed(*batch), plain(*batch), atol=1e-5, rtol=1e-5)
 
 
-def test_where_there_is_no_such_product_a_model_stays_as_it_is(monkeypatch):
+def test_a_model_stays_unchanged_where_onednn_has_no_packed_product(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     model = tiny.ours(tiny.peer("llama3"), "llama3", torch.bfloat16).bfloat16()
     optimize_for_inference(model)

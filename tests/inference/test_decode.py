@@ -27,7 +27,7 @@ from model import KVCache, Llama
 from runtime.console import UserError
 
 
-def test_cached_logits_equal_those_of_reading_all_again():
+def test_logits_with_a_cache_equal_those_of_the_whole_text():
     model, rows = ours(), [list(p) for p in PROMPTS]
     with torch.inference_mode():
         cache = KVCache(model.config, len(rows), 32, "cpu", torch.float32)
@@ -46,7 +46,7 @@ def test_cached_logits_equal_those_of_reading_all_again():
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 4096])
 @pytest.mark.parametrize("shape", list(tiny.SHAPES))
-def test_prompts_read_packed_are_read_as_side_by_side(shape, max_tokens):
+def test_packed_prompts_give_the_same_cache_as_padded_ones(shape, max_tokens):
     """The same keys, values and logits as of rows that are padded on the right."""
     model = tiny.ours(tiny.peer(shape), shape)
     prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (7, 1, 25, 70, 2)]
@@ -66,11 +66,11 @@ def test_prompts_read_packed_are_read_as_side_by_side(shape, max_tokens):
 
 
 @given(st.lists(st.integers(1, 9), max_size=60), st.integers(1, 3))
-def test_prompts_are_begun_by_length_and_none_waits_for_those_far_behind_it(lengths, rows):
+def test_prompts_are_sorted_by_length_within_groups(lengths, rows):
     order = order_by_length(lengths, rows)
     ahead = LOOKAHEAD * rows
     assert sorted(order) == list(range(len(lengths)))
-    assert all(i // ahead == at // ahead for at, i in enumerate(order))
+    assert all(i // ahead == place // ahead for place, i in enumerate(order))
     for first in range(0, len(order), ahead):
         group_lengths = [lengths[i] for i in order[first : first + ahead]]
         assert group_lengths == sorted(group_lengths, reverse=first // ahead % 2 == 1)
@@ -78,7 +78,7 @@ def test_prompts_are_begun_by_length_and_none_waits_for_those_far_behind_it(leng
 
 @given(st.sets(st.integers(0, 7), min_size=1), st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
-def test_a_shrunk_cache_holds_the_rows_it_says(keep, more):
+def test_a_cache_without_its_finished_rows_holds_the_rows_it_names(keep, more):
     n = max(keep) + 1 + more
     cache = KVCache(ours().config, n, 4, "cpu", torch.float32)
     cache.lengths += torch.arange(1, n + 1)

@@ -27,7 +27,7 @@ MIXED = st.text(st.sampled_from("Inka zi\u0301\u00e9 \u2600\U0001f600\n  '\u4e2d
 
 @given(MIXED, MIXED)
 @settings(max_examples=150, deadline=None)
-def test_pieces_joined_are_the_text_and_none_ends_in_half_a_character(tokenizer, prompt, more):
+def test_joined_pieces_are_the_text_and_none_ends_in_half_a_character(tokenizer, prompt, more):
     ids = tokenizer.encode(prompt)
     tokens = tokenizer.encode(prompt + more)[len(ids):]
     pieces = list(stream_text(tokenizer, ids, tokens))
@@ -49,7 +49,7 @@ def test_pieces_end_before_a_stop_string(tokenizer, more, strings):
 
 
 def test_a_stop_string_is_found_at_the_beginning_of_an_answer(tokenizer):
-    """Its first space too, which SentencePiece drops from a text of its own."""
+    """Also with its first space, which SentencePiece drops at the beginning of a text."""
     ids, prompt = tokenizer.encode("Inka zacu"), tokenizer.encode("Inka")
     stops = StoppingCriteria((), [" zacu"], partial(decode_tail, tokenizer))
     ends = [stops.finish_reason(ids[len(prompt) : n], 99)

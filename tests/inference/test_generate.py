@@ -116,7 +116,7 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it():
     assert stops.truncate(texts[0]) == texts[0][:4]
 
 
-def test_each_prompt_may_be_given_a_seed():
+def test_each_prompt_can_be_given_a_seed():
     alone = [answers([p], SamplingParams(12), seeds=[i])[0] for i, p in enumerate(PROMPTS, 5)]
     assert answers(PROMPTS, SamplingParams(12), seeds=[5, 6, 7, 8]) == alone
     assert answers(PROMPTS[::-1], SamplingParams(12), seeds=[8, 7, 6, 5], rows=2) == alone[::-1]
@@ -150,7 +150,7 @@ def test_a_prompt_too_long_loses_its_beginning_but_not_its_bos_with_a_message(ca
     assert answers([[]], SamplingParams(9, temperature=0), bos=BOS)[0] == greedily([BOS], 9)
 
 
-def test_the_context_may_be_filled_to_its_end():
+def test_the_context_can_be_filled_to_its_end():
     prompt = [BOS, *range(3, 46)]  # 44 + 20 = 64
     expected = [greedily(prompt, 20), greedily([BOS], 20)]
     assert answers([prompt, [BOS]], SamplingParams(20, temperature=0)) == expected

@@ -20,7 +20,7 @@ from inference.sampling import (
 from runtime.console import UserError
 
 
-def test_every_prompt_copy_and_seed_has_a_seed_of_its_own():
+def test_every_prompt_copy_and_seed_gives_another_seed():
     seeds = per_prompt_seeds([[1, 2], [1, 3], [1], [1, 2]], 1) + per_prompt_seeds([[1, 2]], 2)
     assert len(set(seeds)) == len(seeds)
 
@@ -48,7 +48,7 @@ def chi_square(counts: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), [
     (1.0, 0, 1.0, 0.0), (1.7, 20, 1.0, 0.0), (1.4, 0, 0.8, 0.0), (0.7, 30, 0.9, 0.0),
     (1.6, 0, 1.0, 0.05)])
-def test_sampled_tokens_come_as_often_as_the_filtered_softmax_says(temperature, top_k, top_p,
+def test_sampled_tokens_have_the_frequencies_of_the_filtered_softmax(temperature, top_k, top_p,
                                                                    min_p):
     n = 4000
     sampling = SamplingParams(1, temperature, top_k, top_p, 3, min_p)
@@ -65,22 +65,22 @@ def test_sampled_tokens_come_as_often_as_the_filtered_softmax_says(temperature, 
 
 
 def plain_filter(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """The probabilities that temperature, then top-k, then top-p leave, one token after another."""
+    """The probabilities after temperature, top-k and top-p, computed token by token."""
     scaled = [x / temperature for x in logits]
     order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
     if top_k:
         order = [i for i in order if scaled[i] >= scaled[order[min(top_k, len(order)) - 1]]]
     weights = {i: math.exp(scaled[i] - scaled[order[0]]) for i in order}
-    total, kept, held = sum(weights.values()), [], 0.0
+    total, remaining, cumulative = sum(weights.values()), [], 0.0
     for i in order:
-        if held < top_p or top_p == 1:
-            kept.append(i)
-        held += weights[i] / total
-    left = sum(weights[i] for i in kept)
-    return [weights[i] / left if i in kept else 0.0 for i in range(len(scaled))]
+        if cumulative < top_p or top_p == 1:
+            remaining.append(i)
+        cumulative += weights[i] / total
+    total = sum(weights[i] for i in remaining)
+    return [weights[i] / total if i in remaining else 0.0 for i in range(len(scaled))]
 
 
-# of 1024ths, because float32 may make equals of two logits that differ by less, and top-k keep both
+# multiples of 1/1024: float32 may make two closer logits equal, and then top-k keeps both
 @given(st.lists(st.integers(-8192, 8192).map(lambda x: x / 1024), min_size=2, max_size=30),
        st.floats(0.2, 4), st.integers(0, 40), st.floats(0.05, 0.999) | st.just(1.0))
 @settings(max_examples=150, deadline=None)
@@ -88,13 +88,13 @@ def test_filters_equal_the_plain_formula(logits, temperature, top_k, top_p):
     ours = filter_logits(torch.tensor([logits]), temperature, top_k, top_p).softmax(-1)[0]
     expected = torch.tensor(plain_filter(logits, temperature, top_k, top_p))
     if (ours - expected).abs().max() > 1e-5:
-        # at the very edge of top-p float32 may keep a token more; of equals it may keep another
-        held = torch.tensor(plain_filter(logits, temperature, top_k, 1.0)).sort(descending=True)
-        at_edge = (held.values.cumsum(-1) - top_p).abs().min() < 1e-5
+        # at the edge of top-p float32 may keep one token more, and of equal tokens another one
+        sorted_p = torch.tensor(plain_filter(logits, temperature, top_k, 1.0)).sort(descending=True)
+        at_edge = (sorted_p.values.cumsum(-1) - top_p).abs().min() < 1e-5
         assert at_edge or torch.allclose(ours.sort().values, expected.sort().values, atol=1e-5)
 
 
-def test_filters_equal_the_warpers_of_transformers():
+def test_filters_equal_those_of_transformers():
     torch.manual_seed(1)
     logits = torch.randn(50, 300) * 3
     for temperature, top_k, top_p in [(0.7, 0, 0.9), (1.5, 50, 1.0), (1.0, 40, 0.5), (2.0, 1, 0.9)]:
@@ -121,7 +121,7 @@ def test_min_p_and_the_repetition_penalty_equal_those_of_transformers():
         assert torch.equal(apply_repetition_penalty(logits, penalty, seen.tolist()), expected)
 
 
-def test_draw_never_gives_a_token_of_no_probability_even_at_the_ends():
+def test_a_token_of_probability_zero_is_never_sampled():
     logits = torch.full((2, 6), -math.inf)
     logits[:, 1], logits[:, 3] = 0.3, -1.2
     ends = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)

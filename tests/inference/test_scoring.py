@@ -83,8 +83,8 @@ def test_scores_do_not_depend_on_neighbours_batches_or_order(suffixes, budget, l
 
 
 @pytest.mark.parametrize("shape", list(tiny.SHAPES))
-def test_scores_behind_one_beginning_equal_transformers_and_it_is_read_once(shape):
-    """20 tokens that all prompts begin with: longer than a window, shorter than some prompts."""
+def test_a_prefix_of_all_prompts_is_read_once_and_scores_equal_transformers(shape):
+    """A prefix of 20 tokens: longer than a window, shorter than some prompts."""
     peer = tiny.peer(shape, seed=4)
     model = tiny.ours(peer, shape)
     begun = tiny.tokens(1, 20, seed=9)[0].tolist()
@@ -99,8 +99,8 @@ def test_scores_behind_one_beginning_equal_transformers_and_it_is_read_once(shap
 
 
 @pytest.mark.parametrize("shape", list(tiny.SHAPES))
-def test_what_some_prompts_begin_with_is_read_once_and_equals_transformers(shape):
-    """Two pages of unlike lengths with questions about each, one of them asked twice, and prompts
+def test_a_prefix_of_some_prompts_is_read_once_and_scores_equal_transformers(shape):
+    """Two passages of different lengths, each with questions, one of them asked twice; and prompts
     that share too little."""
     peer = tiny.peer(shape, seed=4)
     model = tiny.ours(peer, shape)
@@ -120,8 +120,8 @@ def test_what_some_prompts_begin_with_is_read_once_and_equals_transformers(shape
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3), st.integers(1, 4)), min_size=1,
                 max_size=14), st.sampled_from([7, 40, 1024]))
 @settings(max_examples=30, deadline=None)
-def test_scores_of_prompts_with_any_beginnings_are_those_of_each_alone(suffixes, budget):
-    """Beginnings of two texts, cut anywhere, with something behind."""
+def test_scores_of_prompts_with_any_prefixes_equal_those_of_each_alone(suffixes, budget):
+    """Prefixes of two texts, of any length, with other tokens behind."""
     texts = [tiny.tokens(1, 40, seed=i)[0].remainder(V).tolist() for i in (1, 2)]
     prompts = [texts[tail % 2][:n] + [7, 8, 9][:tail] for n, tail, _ in suffixes]
     continuations = [[3, 4, 5, 6][:n] for *_, n in suffixes]
@@ -130,8 +130,8 @@ def test_scores_of_prompts_with_any_beginnings_are_those_of_each_alone(suffixes,
     torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
-def test_copies_of_one_long_beginning_stay_few():
-    """Many pages behind one instruction, two questions about each."""
+def test_copies_of_a_long_prefix_are_limited():
+    """One instruction, then many passages with two questions each."""
     common, *pages = ([i, *tiny.tokens(1, n - 1, seed=i)[0].remainder(V).tolist()]
                       for i, n in enumerate((40, *[16] * 8), 2))
     prompts = [[*common, *page, x] for page in pages for x in (7, 8)]
@@ -144,7 +144,7 @@ def test_copies_of_one_long_beginning_stay_few():
     assert len(sizes) > 1 + 4 and max(sizes) <= 2 * 64
 
 
-def test_a_prompt_asked_often_is_read_once():
+def test_a_prompt_with_several_continuations_is_read_once():
     done = []
     with passes(ours()) as calls:
         score(ours(), [PROMPTS[2]] * 4 + [PROMPTS[0]], [[5], [6], [7], [8], [9]],
@@ -156,7 +156,7 @@ def test_a_prompt_asked_often_is_read_once():
     assert tokens_read(calls) == [len(PROMPTS[2]), 2 + 1]
 
 
-def test_a_prompt_beyond_the_context_is_scored_behind_its_end_as_in_lm_eval():
+def test_a_prompt_beyond_the_context_loses_its_beginning_as_in_lm_eval():
     prompt = tiny.tokens(1, 90)[0].remainder(V).tolist()
     for ids in ([5], [5, 6, 7, 8], list(range(3, 63))):
         ids_read = [*prompt, *ids][-(CONTEXT + 1):]
@@ -175,5 +175,5 @@ def test_what_cannot_be_scored_is_refused_in_one_line(prompt, ids, message):
         score(ours(), [[1], prompt], [[2], ids])
 
 
-def test_nothing_asked_is_nothing_scored():
+def test_no_requests_give_no_scores():
     assert [x.tolist() for x in score(ours(), [], [])] == [[], []]
