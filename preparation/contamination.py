@@ -137,9 +137,9 @@ def count_contaminated(tests: Tests, training: Iterable[str]) -> dict[str, dict[
     counts = {}
     for name, items in tests.items():
         counts[name] = {"items": len(items)}
-        for key, found in (("whole", by_sentence), ("run", by_ngram),
-                           ("any", by_sentence | by_ngram)):
-            counts[name][key] = sum(test == name for test, _ in found)
+        for key, matched in (("whole", by_sentence), ("run", by_ngram),
+                             ("any", by_sentence | by_ngram)):
+            counts[name][key] = sum(test == name for test, _ in matched)
     return counts
 
 

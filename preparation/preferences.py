@@ -203,11 +203,11 @@ def best_and_worst(samples: Sequence[Samples], references: Sequence[str],
 
 def _describe_mismatch(samples: Sequence[Samples], references: Sequence[str]) -> str:
     fewest = min(samples, key=lambda x: len(x.answers))
-    most = max(samples, key=lambda x: len(x.answers))
+    largest = max(samples, key=lambda x: len(x.answers))
     text = (f"--references: {len(references):,} lines for {len(samples):,} prompts; expected a "
             "line for each prompt, in order")
-    if len(most.answers) > len(fewest.answers):
-        text += (f"; {str(most.prompt)[:60]!r} has {len(most.answers)} answers, others "
+    if len(largest.answers) > len(fewest.answers):
+        text += (f"; {str(largest.prompt)[:60]!r} has {len(largest.answers)} answers, others "
                  f"{len(fewest.answers)}: if it stands twice, sample again, which numbers prompts")
     return text
 

@@ -24,7 +24,7 @@ def split_weight(spec: str) -> tuple[str, float | None]:
 def bin_name(spec: str) -> str:
     """The name of the bin of files: that of the file; that of its folder if a glob leaves no
     letter of the file's name."""
-    names = (part.split(".")[0] for part in reversed(Path(spec).parts))
+    names = (component.split(".")[0] for component in reversed(Path(spec).parts))
     return folder_name(next((x for x in names if any(map(str.isalnum, x))), "text"))
 
 

@@ -326,12 +326,10 @@ def _check_sides(head: Sequence[Row], columns: Mapping[str, str],
         texts = [x for x in cells if isinstance(x, str)]
         for language in languages:
             shares[side.code, language.code] = share_of_words(texts, language.frequent_words)
-    own = [shares[x.code, x.code] for x in languages]
-    other = [shares[first.code, second.code], shares[second.code, first.code]]
-    if other[0] > own[0] and other[1] > own[1]:
-        info(
-            f"{head[0].location}: from here on the languages look swapped: {columns[first.code]!r} "
-            f"has {other[0]:.0%} frequent {second.english_name} words and {own[0]:.0%} "
-            f"{first.english_name} ones, {columns[second.code]!r} {own[1]:.0%} and {other[1]:.0%}; "
-            "see --columns"
-        )
+    own_shares = [shares[x.code, x.code] for x in languages]
+    other_shares = [shares[first.code, second.code], shares[second.code, first.code]]
+    if other_shares[0] > own_shares[0] and other_shares[1] > own_shares[1]:
+        info(f"{head[0].location}: from here on the languages look swapped: "
+             f"{columns[first.code]!r} has {other_shares[0]:.0%} frequent {second.english_name} "
+             f"words and {own_shares[0]:.0%} {first.english_name} ones, {columns[second.code]!r} "
+             f"{own_shares[1]:.0%} and {other_shares[1]:.0%}; see --columns")
