@@ -85,7 +85,8 @@ def main(module: str, title: str, children: dict[str, Callable[..., Any]],
     usual = {"full": rounds, "quick": quick, "tiny": 1}[size]
     settings = Settings(size, s.rounds or usual or 1, s.cases, s.write)
     command = shlex.join(["python", "-m", module, *sys.argv[1:]])
-    text = f"## {title}\n\n```bash\n{command}\n```\n\n{job(settings)}\n"
+    text = (f"## {title}\n\n<!-- not run: measures; minutes to hours -->\n"
+            f"```bash\n{command}\n```\n\n{job(settings)}\n")
     print(text)
     for fault in settings.faults:
         print(f"FAULT: {fault}", file=sys.stderr)

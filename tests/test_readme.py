@@ -84,6 +84,7 @@ def python(*args: str) -> subprocess.CompletedProcess:
                           timeout=1500, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
 
+@pytest.mark.slow
 def test_the_demo_learns_kinyarwanda_and_keeps_english(tmp_path):
     """A plain run, as a newcomer's: Kinyarwanda falls by over 40 %, English rises less than 5 %."""
     done = python("train.py", "--mode", "cpt", "--out", str(tmp_path / "run"))
