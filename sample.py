@@ -130,9 +130,9 @@ def main(s: Settings) -> None:
     check_settings(s)
     prompts = read_prompts(s)
 
-    from training.monitor import memory_ends  # imports torch, as all below
+    from training.errors import explain_out_of_memory  # imports torch, as all below
 
-    with memory_ends("lower --rows or --max-new-tokens, or use --quant int8"):
+    with explain_out_of_memory("lower --rows or --max-new-tokens, or use --quant int8"):
         answerer = Answerer.load(s)
         if s.web:
             serve_page(answerer)

@@ -1,13 +1,12 @@
-"""The loop: settings, model, data, steps, evaluation, saving. Read it top to bottom.
+"""The training loop. Read it from top to bottom.
 
     python train.py --mode cpt                   # the demo: offline, two minutes on a CPU
     python train.py --mode cpt --model FOLDER_OR_HUB_ID --data kin.txt:3 eng.txt:1 --out out/kin
     python train.py --resume --out out/kin
 
-It never sees text: all data are token bins (text is prepared by prepare.py first, in a process of
-its own). Every trained token of a step weighs the same, in whichever row, micro-batch or rank it
-lies. A step is the same for 8 rows at once, 2 x 4 rows accumulated, or 2 ranks; a run cut anywhere
-goes on bit for bit.
+Training reads token bins, never text. Every trained token of a step has the same weight, in
+whichever row, micro-batch or rank it is. So a step gives the same result with 8 rows at once, with
+2 x 4 rows accumulated, or on 2 ranks. A run that is interrupted at any step resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -42,172 +41,192 @@ from model import Llama
 from runtime.device import peak_flops, peak_memory_gb
 from runtime.distributed import Distributed, local_gradients
 from runtime.transfer import prefetch, to_device_async
-from training import optimizer as optim
-from training import plan
+from training import finish, plan
+from training.errors import explain_errors
 from training.flops import flops_coefficients, token_counts
-from training.monitor import NotFinite, Watch, explained
-from training.objective import BIN_KINDS, Objective, objective_of, trained_tokens
+from training.monitor import NotFinite, TrainingMonitor
+from training.objective import Objective, objective_of, trained_tokens
+from training.optimizer import LossScale
 from training.plan_for import plan_for
-from training.run import Run
+from training.schedule import learning_rate, warmup_steps
+from training.setup import set_up
+from training.state import Run
+from training.validation import evaluate
 
 
 def train_step(model: Llama, objective: Objective, batches: Sequence[Batch],
                optimizer: torch.optim.Optimizer, ranks: Distributed, clip: float,
-               scale: optim.LossScale | None = None,
+               loss_scale: LossScale | None = None,
                reported: dict[str, float] | None = None) -> tuple[float, float]:
     """One optimizer step over this rank's micro-batches -> (loss, gradient norm).
 
-    Sums are divided by the count over all ranks: a mean of means would favour tokens in emptier
-    rows. A loss or gradient that is not finite on any rank raises NotFinite on all, and moves
-    nothing: so a step has to ask the device once, after its last backward pass and before anything
-    moves. What the objective only reports is put into `reported`.
+    Sums are divided by their counts over all ranks, because a mean of means would give tokens in
+    emptier rows more weight. If the loss or the gradient is not finite on any rank, NotFinite is
+    raised on all ranks and nothing is updated. `reported` receives what the objective only reports.
     """
-    scale = scale or optim.LossScale()
+    loss_scale = loss_scale or LossScale()
     counts = np.sum([np.atleast_1d(objective.count(b)) for b in batches], axis=0)  # (k,)
-    counts = [max(1, x) for x in ranks.all_reduce_sum(*counts.tolist())]  # no terms: no gradient
-    count = to_device_async(torch.tensor(counts), ranks.device)
-    minimised = len(counts) - len(objective.reported)
-    parts = []
+    counts = [max(1, n) for n in ranks.all_reduce_sum(*counts.tolist())]
+    divisors = to_device_async(torch.tensor(counts), ranks.device)
+    n_minimised = len(counts) - len(objective.reported)
+    micro_batch_losses = []
     for i, batch in enumerate(prefetch(batches, ranks.device)):
         ranks.set_gradient_sync(last=i == len(batches) - 1)
-        part = ranks.forward(objective.sums, model, batch).reshape(-1) / count  # (k,)
-        (part[:minimised].sum() * scale.value).backward()
-        parts.append(part.detach())
+        losses = ranks.forward(objective.sums, model, batch).reshape(-1) / divisors  # (k,)
+        (losses[:n_minimised].sum() * loss_scale.value).backward()
+        micro_batch_losses.append(losses.detach())
     gradients = local_gradients(model.parameters())
-    found, norm = ranks.reduce_loss_and_norm(sum(parts), gradients)
-    loss, norm = sum(found[:minimised]), norm / scale.value
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        share = min(1.0, clip / (norm + 1e-6)) / scale.value
-        for g in gradients if share != 1 else ():
-            g.mul_(share)
+    # the only wait for the device in a step: after its last backward pass, before the update
+    sums, norm = ranks.reduce_loss_and_norm(sum(micro_batch_losses), gradients)
+    loss, norm = sum(sums[:n_minimised]), norm / loss_scale.value
+    is_finite = math.isfinite(loss) and math.isfinite(norm)
+    if is_finite:
+        factor = min(1.0, clip / (norm + 1e-6)) / loss_scale.value
+        if factor != 1:
+            for gradient in gradients:
+                gradient.mul_(factor)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    narrow = scale.yields and math.isfinite(loss)
-    scale.update(finite)
-    if not finite:
+    can_retry = loss_scale.can_shrink and math.isfinite(loss)
+    loss_scale.update(is_finite)
+    if not is_finite:
+        odd = [i for i, x in enumerate(micro_batch_losses) if not x.isfinite().all()]
         raise NotFinite(f"loss {loss}, gradient norm {norm}: not finite; nothing was updated",
-                        [i for i, x in enumerate(parts) if not x.isfinite().all()], narrow)
+                        odd, can_retry)
     if reported is not None:
-        reported.update(zip(objective.reported, found[minimised:], strict=True))
+        reported.update(zip(objective.reported, sums[n_minimised:], strict=True))
     return loss, norm
 
 
-def loop(run: Run) -> int:
-    """Steps, and between them: evaluations, samples, checkpoints. 0, or the signal's exit code."""
-    s, ranks = run.s, run.ranks
-    objective = objective_of(s)
+def train_loop(run: Run) -> int:
+    """Steps, and between them evaluations and checkpoints -> 0, or the exit code of a signal."""
+    s, ranks = run.settings, run.ranks
     metrics = console.Metrics(run.out / "metrics.jsonl", run.step, s.track)
+    monitor = TrainingMonitor(run.out, run.loader, ranks, run.step, run.monitor_state)
     eval_every = s.eval_every or max(1, run.steps // 10)
-    warmup = int(s.warmup * run.steps if s.warmup < 1 else s.warmup)
-    peak = peak_flops(ranks.device)
-    reference_in_step = s.mode == "dpo" and run.loader.sources[0].reference is None
-    needed = flops_coefficients(run.model, reference_in_step)
-    watch = Watch(run.out, run.loader, ranks, run.step, run.past)
-    stop, looks = 0, run.held or run.guards.suites or s.prompts
+    has_evaluations = bool(run.val_sets or run.suites or s.prompts)
+    exit_code = 0
     run.model.train()
-    if run.step == 0 and looks:
-        metrics.write(step=0, **run.look())
-    with (
-        signals.handle_signals() as asked,
-        console.progress("training", run.steps, run.step) as move,
-    ):
-        while run.step < run.steps and not stop and not run.guards.stopped:
-            run.seed()
-            begun = time.perf_counter()
-            lr = optim.learning_rate(run.step + 1, run.steps, s.lr, s.schedule, warmup,
-                                     s.min_lr_ratio)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            served, rows = run.loader.served.copy(), s.rows * ranks.world_size * run.micro_batches
-            batches = [run.loader.next() for _ in range(run.micro_batches)]
-            reported: dict[str, float] = {}
-            try:
-                loss, norm = train_step(run.model, objective, batches, run.optimizer, ranks, s.clip,
-                                        run.scale, reported)
-                watch.good(run.step + 1, loss, served, rows)
-            except NotFinite as fault:
-                loss = norm = None  # JSON has no NaN
-                run.skipped += 1
-                if watch.bad(run.step + 1, fault, served, rows):
-                    run.saver.finish()
-                    narrow = ", or --dtype fp32" if run.scale.value != 1 else ""
-                    raise UserError(f"step {run.step + 1}: three steps in a row were not finite, "
-                                    f"{run.skipped} in all; what is saved stands; lower --lr"
-                                    f"{narrow}, or look at the documents in {watch.path}",
-                                    NON_FINITE) from None
-
-            counts = ranks.all_reduce_sum(
-                *np.sum([(trained_tokens(b), *token_counts(b)) for b in batches], axis=0).tolist())
-            run.step, run.tokens = run.step + 1, run.tokens + int(counts[0])
-            seconds = time.perf_counter() - begun
-            speed = counts[0] / seconds
-            served = dict(zip(run.data, run.loader.tokens, strict=True))
-            metrics.write(
-                step=run.step, tokens=run.tokens, loss=loss, lr=lr, grad_norm=norm, **reported,
-                skipped=run.skipped, tokens_per_second=round(speed, 1),
-                mfu=peak and float(np.dot(counts, needed)) / (seconds * peak * ranks.world_size),
-                memory_gb=round(peak_memory_gb(ranks.device), 3),
-                share={name: n / sum(served.values()) for name, n in served.items()})
-            note = f"loss {loss if loss is not None else float('nan'):.4f}  {speed:,.0f} tokens/s"
-            move(1, note)
+    if run.step == 0 and has_evaluations:
+        metrics.write(step=0, **evaluate(run))
+    with signals.handle_signals() as requests, \
+         console.progress("training", run.steps, run.step) as move_bar:
+        while run.step < run.steps and not exit_code and not run.early_stopping.stop_reason:
+            entry = take_step(run, monitor)
+            metrics.write(**entry)
+            loss = math.nan if entry["loss"] is None else entry["loss"]
+            note = f"loss {loss:.4f}  {entry['tokens_per_second']:,.0f} tokens/s"
+            move_bar(1, note)
             if run.step % max(1, run.steps // 20) == 0:
-                console.info(f"step {run.step}/{run.steps}  {note}  lr {lr:.2e}")
+                console.info(f"step {run.step}/{run.steps}  {note}  lr {entry['lr']:.2e}")
 
-            stop, save, busy = ranks.all_reduce_max(asked.stop, asked.save, run.saver.busy)
-            last = run.step == run.steps
-            if looks and (run.step % eval_every == 0 or last):
-                metrics.write(step=run.step, **run.look())
-                last |= bool(run.guards.stopped)
-            if not busy:
-                run.saver.poll()
-            if run.step % run.save_every == 0 or run.step == 1 or save or last or stop:
-                asked.save = 0  # the first only tries the disk
+            exit_code, save_now, is_writing = ranks.all_reduce_max(
+                requests.stop, requests.save, run.checkpointer.busy)
+            is_last = run.step == run.steps
+            if has_evaluations and (run.step % eval_every == 0 or is_last):
+                metrics.write(step=run.step, **evaluate(run))
+                is_last |= bool(run.early_stopping.stop_reason)
+            if not is_writing:
+                run.checkpointer.poll()
+            # step 1 is saved too, to find out at once whether the disk accepts a checkpoint
+            if run.step % run.save_every == 0 or run.step == 1 or save_now or is_last or exit_code:
+                requests.save = 0
                 metrics.flush()
                 run.save()
-        run.saver.finish(must_succeed=True)
-    return stop if run.step < run.steps else 0
+        run.checkpointer.finish(must_succeed=True)
+    return exit_code if run.step < run.steps else 0
+
+
+def take_step(run: Run, monitor: TrainingMonitor) -> dict:
+    """One step of the run -> its entry in metrics.jsonl."""
+    s, ranks = run.settings, run.ranks
+    run.seed_step()
+    start = time.perf_counter()
+    lr = learning_rate(run.step + 1, run.steps, s.lr, s.schedule, warmup_steps(s.warmup, run.steps),
+                       s.min_lr_ratio)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    position = run.loader.served.copy()
+    rows = s.rows * ranks.world_size * run.micro_batches
+    batches = [run.loader.next() for _ in range(run.micro_batches)]
+    reported: dict[str, float] = {}
+    try:
+        loss, norm = train_step(run.model, objective_of(s), batches, run.optimizer, ranks, s.clip,
+                                run.loss_scale, reported)
+        monitor.on_step(run.step + 1, loss, position, rows)
+    except NotFinite as error:
+        loss = norm = None  # JSON has no NaN
+        run.skipped += 1
+        if monitor.on_nonfinite(run.step + 1, error, position, rows):
+            run.checkpointer.finish()
+            wider = ", or use --dtype fp32" if run.loss_scale.value != 1 else ""
+            raise UserError(f"step {run.step + 1}: three steps in a row were not finite, "
+                            f"{run.skipped} in all; the saved checkpoints are intact; lower --lr"
+                            f"{wider}, or look at the documents in {monitor.path}",
+                            NON_FINITE) from None
+
+    counts = np.sum([(trained_tokens(b), *token_counts(b)) for b in batches], axis=0)
+    counts = ranks.all_reduce_sum(*counts.tolist())
+    run.step += 1
+    run.tokens += int(counts[0])
+    seconds = time.perf_counter() - start
+    peak = peak_flops(ranks.device)
+    mfu = None
+    if peak:
+        reference_in_step = s.mode == "dpo" and run.loader.sources[0].reference is None
+        flops = np.dot(counts, flops_coefficients(run.model, reference_in_step))
+        mfu = float(flops) / (seconds * peak * ranks.world_size)
+    tokens_read = dict(zip(run.data, run.loader.tokens, strict=True))
+    all_read = sum(tokens_read.values())
+    return {"step": run.step, "tokens": run.tokens, "loss": loss, "lr": lr, "grad_norm": norm,
+            **reported, "skipped": run.skipped,
+            "tokens_per_second": round(counts[0] / seconds, 1), "mfu": mfu,
+            "memory_gb": round(peak_memory_gb(ranks.device), 3),
+            "share": {name: n / all_read for name, n in tokens_read.items()}}
 
 
 def train(s: Settings, origins: dict[str, str]) -> int:
-    """One run, from settings to the saved result; 0 done, 130 or 143 interrupted and saved."""
+    """One run, from settings to the saved model -> 0, or 130 or 143: interrupted and saved."""
     check_settings(s)
     if s.plan_for:
         plan_for(s)
         return 0
     out = claim_run_folder(Path(s.out))
     s = replace(s, out=str(out))
-    if console.is_rank_zero() and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
-        raise UserError(f"--out {out}: holds a run; go on with --resume, or name another folder",
-                        FLAGS)
-    run = None
-    with lock_run_folder(out) if console.is_rank_zero() else nullcontext(), \
-         explained(f"--rows {s.rows} x --seq-len {s.seq_len}", lambda: run.step + 1 if run else 0,
-                   out):
+    is_rank_zero = console.is_rank_zero()
+    if is_rank_zero and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
+        raise UserError(f"--out {out}: holds a run; continue it with --resume, or give another "
+                        "folder", FLAGS)
+    run: Run | None = None
+    micro_batch = f"--rows {s.rows} x --seq-len {s.seq_len}"
+    with lock_run_folder(out) if is_rank_zero else nullcontext(), \
+         explain_errors(micro_batch, lambda: run.step + 1 if run else 0, out):
         objective = objective_of(s)
-        run = Run.start(s, BIN_KINDS[s.mode], objective)
+        run = set_up(s, objective)
         if s.plan:
             plan.show(run, origins, objective)
             return 0
         if s.resume:
             run.resume()
-            if (run.step >= run.steps or run.guards.stopped) and run.finished:
-                console.info(f"{out} {run.end}: nothing to do")
+            has_ended = run.step >= run.steps or run.early_stopping.stop_reason
+            if has_ended and finish.is_finished(out):
+                console.info(f"{out} {finish.describe_end(run)}: nothing to do")
                 return 0
         plan.check_disk(run)
         if run.ranks.rank == 0:
-            run.begin()
-        n = run.parameters
-        console.info(f"{run.ranks}, products in {run.products}; {n['total']:,} parameters, "
-                f"{n['trained']:,} trained; {run.steps} steps of {run.tokens_per_step:,} tokens")
-        stop = loop(run)
-        if stop:
-            console.info(f"stopped and saved at step {run.step}; go on with: "
-                         f"python train.py --resume --out {out}")
+            finish.write_start(run)
+        parameters = run.parameters
+        console.info(f"{run.ranks}, products in {run.compute_dtype}; {parameters['total']:,} "
+                    f"parameters, {parameters['trained']:,} trained; {run.steps} steps of "
+                    f"{run.tokens_per_step:,} tokens")
+        exit_code = train_loop(run)
+        if exit_code:
+            console.info(f"stopped and saved at step {run.step}; continue with: "
+                        f"python train.py --resume --out {out}")
         else:
-            run.finish()
+            finish.write_result(run)
         run.ranks.close()
-        return stop
+        return exit_code
 
 
 def main(s: Settings, origins: dict[str, str]) -> int:
@@ -220,6 +239,7 @@ def main(s: Settings, origins: dict[str, str]) -> int:
     if s.model == "demo" and not s.plan_for:
         from training import demo
 
+        check_settings(s)
         return demo.run(s, origins, train)
     return train(s, origins)
 

@@ -1,204 +1,255 @@
-"""What a run is trained on and measured on: specs become bins, bins become sources.
+"""The data of a run: --data and --val become bins, bins become sources and held-out documents.
 
-A spec names a prepared bin, or files; files are prepared once under OUT/bins by prepare.py, in a
-process of its own, so that training never sees any. Documents held out for evaluation are chosen
-here, by a hash of what they are.
-
-Text, conversations and translations may be mixed: each is documents with a loss mask. Preference
-pairs are another matter, and stay among themselves.
+A spec names a prepared bin, or files. Files are prepared once, into OUT/bins. Text, conversations
+and translations may be mixed in one run, because each is documents with a loss mask; preference
+pairs may not be mixed with them.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from data import Bin, Source, hold_out, sha256
+from languages.language import DEFAULT_LANGUAGE, DEFAULT_PAIR, language_of, translation_prompts
+from preparation.conversations import prepare_conversations
+from preparation.examples import LengthLimit
+from preparation.ledger import Ledger, format_ledger
+from preparation.preferences import prepare_preferences
 from preparation.readers import TEXT_FORMATS, file_format, list_files
 from preparation.specs import bin_name, folder_name, split_weight
+from preparation.text import build_normaliser, prepare_text
+from preparation.translation import Prompt, prepare_translation
+from preparation.workers import Workers
 from runtime import console
 from runtime.console import FLAGS, UserError
-from runtime.paths import ROOT
+from runtime.distributed import Distributed
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
-from training.settings import Settings
+from training.settings import BIN_KINDS, Settings
 
-if TYPE_CHECKING:  # torch would come with it, into each process that prepares text
-    from runtime.distributed import Distributed
+MIXED = ("text", "chat", "mt")  # the kinds of bins that may be mixed: trained by their NLL
 
-MIXED = ("text", "chat", "mt")  # kinds that are trained by their NLL
-
-Held = dict[str, list[np.ndarray] | list[Document]]  # texts, or documents with their loss mask
+# Held-out documents by name: ids of texts, or documents with their loss mask.
+ValidationSets = dict[str, list[np.ndarray] | list[Document]]
 
 
-def open_data(s: Settings, kind: str, folder: Path, tokenizer: Tokenizer, vocab: int, out: Path,
-              ranks: Distributed) -> tuple[list[Source], Held]:
-    """The sources to train on, and held-out documents by name; `kind` is what files become."""
+def open_data(s: Settings, model_dir: Path, tokenizer: Tokenizer, vocab_size: int, out: Path,
+              ranks: Distributed) -> tuple[list[Source], ValidationSets]:
+    """Open or prepare --data and --val -> the sources to train on, and the held-out documents."""
     if not s.data:
         raise UserError("--data: name at least one bin or file of text", FLAGS)
     specs = [split_weight(x) for x in s.data]
     if len({weight is None for _, weight in specs}) > 1:
         raise UserError(
             "--data: give a weight to every source or to none, as in kin.txt:3 eng.txt:1", FLAGS)
-
-    def opened(spec: str, held_as: str = "") -> Bin:
-        # held-out text is text in every mode
-        bin = open_bin(spec, "text" if held_as and file_format(Path(spec)) == ".txt" else kind,
-                       s.seq_len, folder, tokenizer, out, ranks, held_as)
-        bin.check(tokenizer.fingerprint, vocab)
-        fits = MIXED if kind in MIXED else (kind,)
-        if bin.meta["kind"] not in ((*MIXED, kind) if held_as else fits):
-            raise UserError(f"{bin.folder}: a bin of {bin.meta['kind']}, --mode {s.mode} trains on "
-                            f"{', '.join(fits)}")
-        return bin
-
-    def held_of(bin: Bin, documents: Sequence[int]) -> list[np.ndarray] | list[Document]:
-        if bin.meta["kind"] == "text":
-            return texts_of(bin, documents, tokenizer, s.eval_tokens)
-        if bin.meta["kind"] == "pairs":
-            documents = documents[::2]  # the chosen ones
-        return answers_of(bin, documents, s.eval_tokens)
-
-    sources, held = [], {}
+    opener = _Opener(s, model_dir, tokenizer, vocab_size, out, ranks)
+    sources: list[Source] = []
+    val_sets: ValidationSets = {}
     for spec, weight in specs:
-        bin = opened(spec)
-        kept = hold_out(bin, 0.0 if s.val else s.hold_out)
+        bin = opener.open_training_bin(spec)
         name = bin.folder.name
         if name in {x.name for x in sources}:
             raise UserError(
                 f"--data: two sources are called {name}; give their files or folders different "
                 "names, or prepare them as bins", FLAGS)
-        if kept.any():
-            held[name] = held_of(bin, np.flatnonzero(kept))
+        is_held_out = hold_out(bin, 0.0 if s.val else s.hold_out)
+        if is_held_out.any():
+            val_sets[name] = opener.read_val_set(bin, np.flatnonzero(is_held_out))
         elif not s.val and s.hold_out:
-            why = ("one document" if len(bin) == 1 else
-                   f"all {len(bin):,} documents begin alike, or are one pair")
-            console.info(
-                f"{name}: {why}, so none is held out; cut it into documents, or give --val"
-            )
-        sources.append(
-            Source(name, bin, np.flatnonzero(~kept),
-                   weight or float(bin.meta["tokens"] - len(bin))))
+            console.info(f"{name}: {_why_none_is_held_out(bin)}, so none is held out; cut it into "
+                        "documents, or give --val")
+        sources.append(Source(name, bin, np.flatnonzero(~is_held_out),
+                              weight or float(bin.meta["tokens"] - len(bin))))
     for item in s.val:
         name, _, spec = item.partition("=")
         if not (name and spec):
             raise UserError(f"--val {item}: expected NAME=SPEC, as in kin=val.jsonl", FLAGS)
-        if folder_name(name) in map(folder_name, held):
-            raise UserError(f"--val {item}: another is called {name}; give it a name of its own, "
-                            "or a glob or folder for both", FLAGS)
-        bin = opened(spec, name)
-        held[name] = held_of(bin, range(len(bin)))
-    return sources, held
+        if folder_name(name) in map(folder_name, val_sets):
+            raise UserError(f"--val {item}: another one is called {name}; give it a name of its "
+                            "own, or a glob or folder for both", FLAGS)
+        bin = opener.open_val_bin(name, spec)
+        val_sets[name] = opener.read_val_set(bin, range(len(bin)))
+    return sources, val_sets
 
 
-def open_bin(spec: str, kind: str, seq_len: int, folder: Path, tokenizer: Tokenizer, out: Path,
-             ranks: Distributed, held_as: str) -> Bin:
-    """A prepared bin, or files prepared once under OUT/bins by prepare.py; held-out text, which has
-    a name, is left as it is."""
-    if (Path(spec) / "meta.json").exists():
-        return Bin(spec)
-    bin = out / "bins" / (f"{folder_name(held_as)}-val" if held_as else bin_name(spec))
-    if ranks.rank == 0 and not is_fresh(bin, spec, tokenizer, kind, seq_len):
-        words = [kind, spec, "--tokenizer", str(folder), "--out", str(bin)]
-        words += ["--max-tokens", str(seq_len)] if kind != "text" else []
-        words += ["--normalise", "none", "--keep-duplicates"] if held_as and kind == "text" else []
-        console.info("preparing: " + shlex.join(["python", "prepare.py", *words]))
-        program = ROOT / "prepare.py"
-        code = subprocess.run([sys.executable, str(program), *words], stdout=sys.stderr).returncode
-        if code:
-            sys.exit(code)  # prepare.py has said what is wrong
-    ranks.barrier()
-    return Bin(bin)
+def _why_none_is_held_out(bin: Bin) -> str:
+    if len(bin) == 1:
+        return "one document"
+    return f"all {len(bin):,} documents begin alike, or are one pair"
 
 
-def is_fresh(bin: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int) -> bool:
-    """Whether a bin prepared earlier is what preparing `spec` again would give, by its sources'
-    sizes and, of files that have changed since in any way, sums; and by the row that its examples
-    must fit if any does not fit both."""
-    if not (bin / "meta.json").exists():
+class _Opener:
+    """Opens the bins of one run."""
+
+    def __init__(self, s: Settings, model_dir: Path, tokenizer: Tokenizer, vocab_size: int,
+                 out: Path, ranks: Distributed):
+        self.s, self.model_dir, self.tokenizer = s, model_dir, tokenizer
+        self.vocab_size, self.out, self.ranks = vocab_size, out, ranks
+        self.kind = BIN_KINDS[s.mode]
+
+    def open_training_bin(self, spec: str) -> Bin:
+        bin = self._open(spec, self.kind, bin_name(spec))
+        kinds = MIXED if self.kind in MIXED else (self.kind,)
+        return self._check_kind(bin, kinds)
+
+    def open_val_bin(self, name: str, spec: str) -> Bin:
+        bin = self._open(spec, kind_of_val(spec, self.kind), f"{folder_name(name)}-val",
+                         is_val=True)
+        return self._check_kind(bin, (*MIXED, self.kind))
+
+    def _open(self, spec: str, kind: str, name: str, is_val: bool = False) -> Bin:
+        """A prepared bin, or the bin of files, which rank 0 prepares under OUT/bins if needed."""
+        folder = Path(spec)
+        if not (folder / "meta.json").exists():
+            folder = self.out / "bins" / name
+            if self.ranks.rank == 0 \
+                    and not is_fresh(folder, spec, self.tokenizer, kind, self.s.seq_len):
+                prepare_files(kind, spec, self.model_dir, folder, self.s.seq_len, is_val)
+            self.ranks.barrier()
+        bin = Bin(folder)
+        bin.check(self.tokenizer.fingerprint, self.vocab_size)
+        return bin
+
+    def _check_kind(self, bin: Bin, kinds: Sequence[str]) -> Bin:
+        if bin.meta["kind"] not in kinds:
+            expected = MIXED if self.kind in MIXED else (self.kind,)
+            raise UserError(f"{bin.folder}: a bin of {bin.meta['kind']}, but --mode {self.s.mode} "
+                            f"trains on {', '.join(expected)}")
+        return bin
+
+    def read_val_set(self, bin: Bin, documents: Sequence[int]) -> list[np.ndarray] | list[Document]:
+        """The held-out documents of a bin, --eval-tokens of them."""
+        if bin.meta["kind"] == "text":
+            return read_texts(bin, documents, self.tokenizer, self.s.eval_tokens)
+        if bin.meta["kind"] == "pairs":
+            documents = documents[::2]  # the chosen ones
+        return read_answers(bin, documents, self.s.eval_tokens)
+
+
+def kind_of_val(spec: str, kind: str) -> str:
+    """The kind of bin that files of --val become: .txt files are text in every mode."""
+    return "text" if file_format(Path(spec)) == ".txt" else kind
+
+
+# -- preparing files -------------------------------------------------------------------------------
+
+
+def prepare_files(kind: str, spec: str, model_dir: Path, out: Path, seq_len: int,
+                  is_val: bool = False) -> None:
+    """Prepare files into a bin as prepare.py does by default, and print the command that is equal.
+
+    Examples must fit a row of `seq_len`. Held-out text is neither cleaned nor deduplicated.
+    """
+    is_raw = is_val and kind == "text"
+    argv = [kind, spec, "--tokenizer", str(model_dir), "--out", str(out)]
+    if kind != "text":
+        argv += ["--max-tokens", str(seq_len)]
+    if is_raw:
+        argv += ["--normalise", "none", "--keep-duplicates"]
+    console.info("preparing: " + shlex.join(["python", "prepare.py", *argv]))
+    language = language_of(DEFAULT_LANGUAGE)
+    common = {"specs": [spec], "tokenizer_path": str(model_dir), "out": str(out),
+              "workers": Workers(os.cpu_count() or 1)}
+    limit, normalised = LengthLimit(seq_len), ["all"]
+    if kind == "text":
+        normaliser = None if is_raw else build_normaliser(normalised, [language])
+        bin, ledger = prepare_text(**common, normalise=normaliser, keep_duplicates=is_raw)
+    elif kind == "chat":
+        normaliser = build_normaliser(normalised, [language], omitted=("spaces",))
+        bin, ledger = prepare_conversations(**common, normalise=normaliser, limit=limit)
+    elif kind == "mt":
+        first, second = map(language_of, DEFAULT_PAIR)
+        name, prompt = next(iter(translation_prompts(DEFAULT_PAIR).items()))
+        bin, ledger, _ = prepare_translation(
+            **common, languages=(first, second), prompts=[(Prompt(name, *prompt), 1.0)],
+            normalise=build_normaliser(normalised, [first, second]), limit=limit)
+    else:
+        bin, ledger = prepare_preferences(**common, limit=limit)
+    _print_ledger(bin, ledger)
+
+
+def _print_ledger(bin: Bin, ledger: Ledger) -> None:
+    unit = "documents" if bin.meta["kind"] == "text" else "rows"
+    console.info(format_ledger(ledger.to_json(), unit))
+    console.info(f"{bin.folder}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens")
+
+
+def is_fresh(folder: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int) -> bool:
+    """Whether the bin in a folder is the one that preparing `spec` now would give.
+
+    Compares the sizes of the source files and, for files that changed after the bin was made, the
+    sha256. A bin of examples that was made for another row length is still fresh if all of its
+    examples fit both.
+    """
+    if not (folder / "meta.json").exists():
         return False
-    found = Bin(bin)
-    meta, ledger = found.meta, found.meta["ledger"]
-    known = TEXT_FORMATS if kind == "text" else (*TEXT_FORMATS, ".json")
-    now = [(str(p), p.stat().st_size) for p in list_files([spec], known)]
-    same = (meta["tokenizer"], meta["kind"]) == (tokenizer.fingerprint, kind) and now == [
-        (x["path"], x["bytes"]) for x in meta["sources"]]
-    made = (bin / "meta.json").stat().st_mtime
-    same = same and all(sha256(p) == x["sha256"] for x in meta["sources"]
-                        if (p := Path(x["path"])).stat().st_ctime >= made)
-    if not same or kind == "text" or ledger.get("max_tokens") == seq_len:
-        return same
-    sizes = (np.diff(found.starts) - 1).reshape(-1, 2 if kind == "pairs" else 1).sum(1)
+    bin = Bin(folder)
+    if (bin.meta["tokenizer"], bin.meta["kind"]) != (tokenizer.fingerprint, kind):
+        return False
+    formats = TEXT_FORMATS if kind == "text" else (*TEXT_FORMATS, ".json")
+    files = [(str(p), p.stat().st_size) for p in list_files([spec], formats)]
+    if files != [(x["path"], x["bytes"]) for x in bin.meta["sources"]]:
+        return False
+    made = (folder / "meta.json").stat().st_mtime
+    for source in bin.meta["sources"]:
+        path = Path(source["path"])
+        if path.stat().st_ctime >= made and sha256(path) != source["sha256"]:
+            return False
+    ledger = bin.meta["ledger"]
+    if kind == "text" or ledger.get("max_tokens") == seq_len:
+        return True
+    documents_per_example = 2 if kind == "pairs" else 1
+    sizes = (np.diff(bin.starts) - 1).reshape(-1, documents_per_example).sum(1)
     return "too long" not in ledger["documents"] and sizes.max() <= seq_len
 
 
-def answers_of(bin: Bin, documents: Sequence[int], limit: int) -> list[Document]:
-    """Documents with their loss mask, up to `limit` tokens in all, but one at least."""
-    found: list[Document] = []
-    for i in documents:
-        ids = bin.document(i)
-        if found and (limit := limit - len(ids)) < 0:
-            break
-        found.append(Document(np.array(ids, np.int64), bin.trained(i), 0))
-    return found
+# -- reading bins ----------------------------------------------------------------------------------
 
 
-def prompts_of(sources: Sequence[Source]) -> dict[str, Any]:
-    """How the sources' questions were written: {"translate": [...], "chat": template}; the first
-    source that says so counts."""
-    found: dict[str, Any] = {}
-    for source in sources:
-        found = {**source.bin.meta.get("prompt", {}), **found}
-    return found
-
-
-def cap(sources: Sequence[Source], budget: int, epochs: float) -> None:
-    """Weigh sources so that none is served more than `epochs` times in `budget` tokens."""
-    sizes = [int(np.diff(x.bin.starts)[x.documents].sum()) - len(x.documents) for x in sources]
-    found = capped_weights([x.weight for x in sources], sizes, budget, epochs)
-    for source, weight in zip(sources, found, strict=True):
-        source.weight = weight
-
-
-def capped_weights(weights: Sequence[float], sizes: Sequence[int], budget: float,
-                   epochs: float) -> list[float]:
-    """Weights with which no source gives above `epochs` times its size in `budget` tokens.
-
-    What a small source cannot give, the others give by their weights; with equal weights this is
-    UniMax (Chung et al. 2023, algorithm 1). UserError where all of them together are too small.
-    """
-    if budget > epochs * sum(sizes):
-        raise UserError(
-            f"--max-epochs-per-source {epochs:g}: the sources hold {sum(sizes):,} tokens, "
-            f"{epochs * sum(sizes):,.0f} in so many epochs, and the run takes {budget:,.0f}; lower "
-            "--steps, or raise it", FLAGS)
-    given, left = [0.0] * len(sizes), set(range(len(sizes)))
-    while left:
-        rest = budget - sum(given)
-        total = sum(weights[i] for i in left)
-        full = [i for i in left if rest * weights[i] / total > epochs * sizes[i]]
-        for i in full or left:
-            given[i] = epochs * sizes[i] if full else rest * weights[i] / total
-        left -= set(full or left)
-    return given
-
-
-def texts_of(bin: Bin, documents: Sequence[int], tokenizer: Tokenizer,
-             limit: int) -> list[np.ndarray]:
-    """Documents without BOS and EOS, up to `limit` tokens in all; the last is cut there."""
+def read_texts(bin: Bin, documents: Sequence[int], tokenizer: Tokenizer,
+               max_tokens: int) -> list[np.ndarray]:
+    """The ids of documents without BOS and EOS, up to `max_tokens` in all; the last one is cut."""
     texts = []
     for i in documents:
         ids = bin.document(i)
-        ids = ids[int(len(ids) and ids[0] == tokenizer.bos):]
-        ids = ids[: len(ids) - int(len(ids) and ids[-1] == tokenizer.eos)][:limit]
-        limit -= len(ids)
-        texts += [np.array(ids)] if len(ids) else []
-        if limit <= 0:
+        if len(ids) and ids[0] == tokenizer.bos:
+            ids = ids[1:]
+        if len(ids) and ids[-1] == tokenizer.eos:
+            ids = ids[:-1]
+        ids = ids[:max_tokens]
+        max_tokens -= len(ids)
+        if len(ids):
+            texts.append(np.array(ids))
+        if max_tokens <= 0:
             break
     return texts
+
+
+def read_answers(bin: Bin, documents: Sequence[int], max_tokens: int) -> list[Document]:
+    """Documents with their loss mask, up to `max_tokens` in all, but at least one."""
+    answers: list[Document] = []
+    for i in documents:
+        ids = bin.document(i)
+        if answers:
+            max_tokens -= len(ids)
+            if max_tokens < 0:
+                break
+        answers.append(Document(np.array(ids, np.int64), bin.trained(i), 0))
+    return answers
+
+
+def prompts_of(sources: Sequence[Source]) -> dict[str, Any]:
+    """How the sources' prompts were written: {"translate": [...], "chat": template}.
+
+    If several sources have a key, the first one counts.
+    """
+    prompts: dict[str, Any] = {}
+    for source in sources:
+        prompts = {**source.bin.meta.get("prompt", {}), **prompts}
+    return prompts

@@ -10,10 +10,7 @@ from torch import Tensor
 from data import Batch
 from model import Llama
 from training import preference
-from training.settings import Settings
-
-# The kind of bin that each mode reads. Bins of text, chat and mt may be mixed in one run.
-BIN_KINDS = {"cpt": "text", "sft": "chat", "mt": "mt", "dpo": "pairs", "cpo": "pairs"}
+from training.settings import BIN_KINDS, Settings
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What moves the weights: parameter groups, AdamW, the learning-rate curve, the scale of an fp16
+"""What moves the weights: parameter groups, AdamW, the scale of an fp16
 loss, and the optimizer's state by name.
 
 AdamW costs 16 bytes a trained number: weight, gradient and two moments in float32. Where that is
@@ -29,26 +29,6 @@ TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # of bitsandbytes: the value
 LEAST = 2.0  # of an fp16 loss's scale; 1 is none
 NARROW = 4096  # bitsandbytes keeps smaller tensors' moments in float32
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-SCHEDULES = ("cosine", "linear", "inverse-sqrt", "wsd", "constant")
-
-
-def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int,
-                  floor: float) -> float:
-    """The rate of step 1 .. steps: up linearly over `warmup` steps, then down to `floor` x peak by
-    the schedule.
-
-    cosine (Loshchilov & Hutter 2017) and linear end at the floor; inverse-sqrt falls as sqrt(warmup
-    / step) (Vaswani et al. 2017, eq. 3); wsd (Hu et al. 2024) stays at the peak and falls over the
-    last tenth.
-    """
-    if step <= warmup:
-        return peak * step / warmup
-    t = (step - warmup) / max(1, steps - warmup)  # 0 .. 1 after the warm-up
-    if schedule == "inverse-sqrt":
-        return peak * max(floor, math.sqrt(max(warmup, 1) / step))
-    down = {"cosine": 0.5 * (1 + math.cos(math.pi * t)), "linear": 1 - t, "constant": 1.0,
-            "wsd": min(1.0, (1 - t) / 0.1)}[schedule]
-    return peak * (floor + (1 - floor) * down)
 
 
 def groups(model: nn.Module, weight_decay: float, embeddings: float = 1.0,
@@ -197,19 +177,19 @@ class LossScale:
     """
 
     value: float = 1.0
-    good: int = 0  # steps since it changed
+    good_steps: int = 0  # since the last change
 
     @property
-    def yields(self) -> bool:
+    def can_shrink(self) -> bool:
         """Whether a smaller scale is left to try."""
         return self.value > LEAST
 
     def update(self, finite: bool) -> None:
         if self.value == 1.0:
             return
-        self.good = self.good + 1 if finite else 0
-        if not finite or self.good == 2000:
-            self.value, self.good = max(LEAST, self.value * (2.0 if finite else 0.5)), 0
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite or self.good_steps == 2000:
+            self.value, self.good_steps = max(LEAST, self.value * (2.0 if finite else 0.5)), 0
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from training import memory_estimate
 from training import optimizer as optim
 from training.memory_estimate import Need
 from training.objective import Objective
-from training.run import Run
 from training.settings import Settings
+from training.state import Run
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ def show(run: Run, origins: dict[str, str], objective: Objective) -> None:
 
     With several ranks all of them measure, and rank 0 prints.
     """
-    s = run.s
+    s = run.settings
     batch = run.loader.next()
     measured = _measure(run, objective, batch)
-    base = base_model_dir(run.folder)
+    base = base_model_dir(run.model_dir)
     need = memory_estimate.on(
         run.ranks, run.model.config, s, run.model.compute_dtype, run.micro_batches,
-        run.folder if run.folder != base else None)
+        run.model_dir if run.model_dir != base else None)
     if is_rank_zero():
         print(_answer(run, need, measured))
         print(_settings_lines(s, origins))
@@ -67,7 +67,7 @@ def _measure(run: Run, objective: Objective, batch: Batch) -> Measurement:
 
 def _answer(run: Run, need: Need, measured: Measurement) -> str:
     """Does it fit; memory, time, disk, data and steps."""
-    s = run.s
+    s = run.settings
     limit = memory_limit_gb(run.ranks.device)
     free = shutil.disk_usage(run.out).free
     obstacles = []
@@ -130,13 +130,13 @@ def _settings_lines(s: Settings, origins: dict[str, str]) -> str:
 def _details(run: Run) -> str:
     """Machine and parameters."""
     n = run.parameters
-    return (f"\nmachine      {run.ranks}, products in {run.products}\n"
+    return (f"\nmachine      {run.ranks}, products in {run.compute_dtype}\n"
             f"parameters   {n['total']:,}, trained {n['trained']:,}\n" + _parameter_groups(run))
 
 
 def _parameter_groups(run: Run) -> str:
     """A line for each group of the optimizer: sizes, learning rate, weight decay, names."""
-    s = run.s
+    s = run.settings
     tied = run.model.lm_head is None
     lines = []
     for group in optim.groups(run.model, s.weight_decay, s.embedding_lr / s.lr or 1.0, s.lora_plus):
@@ -176,11 +176,11 @@ def _trained_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
 def disk_space(run: Run) -> int:
     """Bytes that a run occupies at most: its checkpoints and those of --best, with one more of each
     that is being written; or at the end without these and with the result."""
-    s = run.s
-    trained = sum(x.nbytes for x in run.trained.values())
+    s = run.settings
+    trained = sum(x.nbytes for x in run.trained_tensors.values())
     saves = 2 + run.steps // run.save_every
     best = trained if s.best else 0
-    result = saved_bytes(run.model, run.folder) if s.tune == "full" else trained
+    result = saved_bytes(run.model, run.model_dir) if s.tune == "full" else trained
     while_writing = min(s.keep + 1, saves) * checkpoint_bytes(run) + 3 * best
     at_the_end = min(s.keep, saves) * checkpoint_bytes(run) + 2 * best + result
     return max(while_writing, at_the_end)
@@ -188,8 +188,8 @@ def disk_space(run: Run) -> int:
 
 def checkpoint_bytes(run: Run) -> int:
     """Bytes of a checkpoint over all ranks: the trained parameters and their optimizer state."""
-    return sum(x.nbytes + optim.bytes_held(name, x, run.s.optimizer)
-               for name, x in run.trained.items())
+    return sum(x.nbytes + optim.bytes_held(name, x, run.settings.optimizer)
+               for name, x in run.trained_tensors.items())
 
 
 def disk_needed(run: Run) -> int:

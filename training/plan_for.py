@@ -28,9 +28,9 @@ from layers.config import ModelConfig
 from runtime.console import FLAGS, UserError
 from runtime.device import PEAK_FLOPS, GiB, compute_dtype, device_name, memory_limit_gb
 from training import memory_estimate
+from training.batch_size import largest_fitting
 from training.flops import flops_per_token
 from training.memory_estimate import Need
-from training.monitor import most_rows
 from training.settings import Settings
 
 GPUS = {  # name for --plan-for: (name in PEAK_FLOPS, GB as sold)
@@ -158,7 +158,7 @@ def _choose_rows(s: Settings, target: Target, config: ModelConfig, adapter: Path
     if s.rows != "auto":
         return s.rows
     limit = target.usable_gb * GiB
-    return most_rows(tokens // (s.seq_len * target.count),
+    return largest_fitting(tokens // (s.seq_len * target.count),
                      lambda n: _need(s, target, config, adapter, tokens, n).total <= limit)
 
 

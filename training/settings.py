@@ -18,6 +18,9 @@ from runtime.console import BAD_INPUT, FLAGS, UserError
 from runtime.setting_metadata import bounded
 from training import other_trainers
 
+# The kind of bin that each mode reads. Bins of text, chat and mt may be mixed in one run.
+BIN_KINDS = {"cpt": "text", "sft": "chat", "mt": "mt", "dpo": "pairs", "cpo": "pairs"}
+
 
 def removed(name: str, idle: Any) -> Callable[[Any], dict[str, Any]]:
     """For `Settings.RENAMED`: refuse a removed setting, except with the value `idle`, at which it
@@ -270,7 +273,7 @@ def check_combinations(s: Settings) -> None:
 
 def without_effect(s: Settings) -> Iterable[tuple[tuple[str, ...], str]]:
     """Settings that have no effect beside the others, each group with the reason."""
-    preferences = s.mode in ("dpo", "cpo")
+    preferences = BIN_KINDS[s.mode] == "pairs"
     if s.tune == "full":
         yield ("lora_layers", "rslora", "dora"), "with --tune full"
     else:

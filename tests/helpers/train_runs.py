@@ -93,13 +93,13 @@ def rank_action(settings: Settings, during: Callable[[train.Run], object] = id):
     each step begins, with run.step steps done."""
 
     def run() -> int:
-        original_seed = train.Run.seed
+        original_seed = train.Run.seed_step
 
         def seed(self: train.Run) -> None:
             during(self)
             original_seed(self)
 
-        train.Run.seed = seed  # in this child alone
+        train.Run.seed_step = seed  # in this child alone
         argv = ["--resume", "--out", settings.out]
         if settings.shard != "auto":
             argv += ["--shard", settings.shard]

@@ -22,9 +22,8 @@ from layers import cross_entropy as loss
 from layers.attention import causal_mask
 from runtime import transfer
 from runtime.distributed import Distributed
-from training import monitor as watch
+from training import monitor, preference
 from training import optimizer as optim
-from training import preference
 from training.objective import NLL, Objective, objective_of, trained_tokens
 from training.settings import Settings
 
@@ -175,9 +174,9 @@ def test_one_wait_tells_what_was_not_finite_and_in_which_micro_batch():
         lambda m, b: NLL.sums(m, b) * (
             math.inf if b.tokens is batches[1].tokens else 1),
         trained_tokens)
-    with pytest.raises(watch.NotFinite) as fault:
+    with pytest.raises(monitor.NotFinite) as fault:
         train.train_step(model, odd, batches, optimizer, ALONE, clip=1.0)
-    assert fault.value.batches == [1] and not optimizer.state
+    assert fault.value.micro_batches == [1] and not optimizer.state
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

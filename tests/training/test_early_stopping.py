@@ -17,8 +17,9 @@ from helpers.train_runs import call, make_settings, read_losses, run_ranks, trai
 from runtime import console
 from runtime.console import UserError
 from runtime.paths import ROOT
-from training import early_stopping as guards
-from training.early_stopping import Guard, Guards
+from training.early_stopping import EarlyStopping, StopCondition, read_evaluations
+from training.setup import load_suites_and_conditions
+from training.validation import evenly_spaced, metric_names
 
 NAMES = {"kin": 1.5, "eng": 2.0, "sib200.acc": 0.4, "sib200.f1": 0.3}
 
@@ -32,7 +33,7 @@ NAMES = {"kin": 1.5, "eng": 2.0, "sib200.acc": 0.4, "sib200.f1": 0.3}
     ("sib200.acc<.25", {"sib200.acc": 0.25}, ""), ("eng>+5%", {"eng": None}, "eng is not finite"),
     ("eng>+5%", {"kin": 9.0}, "")])  # not measured this time
 def test_a_guard_is_broken_beyond_its_value_and_says_by_how_much(text, now, broken):
-    said = Guard.of(text).broken(NAMES, now)
+    said = StopCondition.parse(text).violation(NAMES, now)
     assert broken in said and bool(said) == bool(broken)
 
 
@@ -40,19 +41,19 @@ def test_a_guard_is_broken_beyond_its_value_and_says_by_how_much(text, now, brok
                                   "eng>+5", "eng>five", "eng>5>6", "eng>1e3", ""])
 def test_what_is_no_guard_is_refused_in_one_line(text):
     with pytest.raises(UserError, match=r"--stop-if .*expected NAME>VALUE") as e:
-        Guard.of(text)
+        StopCondition.parse(text)
     assert e.value.code == 2 and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(("stop_if", "words"), [
-    ("enk>+5%", "no figure enk; measured are kin, eng"),
-    ("pairs<0.1", "no figure pairs; measured are kin, eng, pairs.eng-kin.chrF2[+][+], pairs.kin"),
-    ("agreement.f1<0.1", "no figure agreement.f1; measured are kin, eng, agreement.acc, pairs")])
+    ("enk>+5%", "no metric enk; measured are kin, eng"),
+    ("pairs<0.1", "no metric pairs; measured are kin, eng, pairs.eng-kin.chrF2[+][+], pairs.kin"),
+    ("agreement.f1<0.1", "no metric agreement.f1; measured are kin, eng, agreement.acc, pairs")])
 def test_a_guard_on_what_is_not_measured_is_refused_by_name(tmp_path, stop_if, words):
     (tmp_path / "pairs.tsv").write_text(f"eng\tkin\n{tiny.SENTENCES[5]}\t{tiny.SENTENCES[0]}\n")
     with pytest.raises(UserError, match=words) as e:
-        Guards.start(settings(suites=["agreement", f"pairs={tmp_path}/pairs.tsv"],
-                              stop_if=[stop_if]))
+        load_suites_and_conditions(settings(
+            suites=["agreement", f"pairs={tmp_path}/pairs.tsv"], stop_if=[stop_if]))
     assert e.value.code == 2
 
 
@@ -63,22 +64,24 @@ def settings(**changes):
 
 
 def test_a_suites_bare_name_is_its_main_figure():
-    found = Guards.start(settings(suites=["agreement"], stop_if=["agreement<0.4"]))
-    assert found.guards[0].name == "agreement.acc" and found.names == ["agreement.acc"]
+    suites, early_stopping = load_suites_and_conditions(
+        settings(suites=["agreement"], stop_if=["agreement<0.4"]))
+    assert early_stopping.conditions[0].metric == "agreement.acc"
+    assert metric_names(suites) == ["agreement.acc"]
 
 
 @pytest.mark.parametrize(("text", "figures", "words"), [
     ("eng>1.9", {"eng": 2.0}, "eng is 2.0000 before the first step"),
-    ("a.acc<-5%", {"a.acc": 0.0}, "is 0 at step 0, of which there is no percentage")])
+    ("a.acc<-5%", {"a.acc": 0.0}, "is 0 at step 0, so there is no change in percent")])
 def test_a_guard_that_step_0_is_beyond_or_that_it_gives_no_measure_for_is_refused(text, figures,
                                                                                   words):
     with pytest.raises(UserError, match=words):
-        Guards(guards=[Guard.of(text)]).look(0, figures)
+        EarlyStopping.parse([text]).update(0, figures)
 
 
 def test_a_part_is_spread_over_a_suite():
-    assert guards.spread(list(range(10)), 4) == [0, 2, 5, 7]
-    assert guards.spread([1, 2], 5) == guards.spread([1, 2], 0) == [1, 2]
+    assert evenly_spaced(list(range(10)), 4) == [0, 2, 5, 7]
+    assert evenly_spaced([1, 2], 5) == evenly_spaced([1, 2], 0) == [1, 2]
 
 
 def looks(out: Path) -> list[dict]:
@@ -206,7 +209,7 @@ def test_a_fault_in_one_ranks_share_is_all_ranks_fault_and_named_as_alone(worksp
     ({"suites": ["agreement", "agreement"]}, "agreement is named twice")])
 def test_a_wrong_suite_or_guard_is_one_line(changes, words):
     with pytest.raises(UserError, match=words) as e:
-        Guards.start(settings(**changes))
+        load_suites_and_conditions(settings(**changes))
     assert "\n" not in str(e.value) and e.value.code == 2
 
 
@@ -214,7 +217,7 @@ def test_a_run_with_a_wrong_guard_does_not_begin(workspace):
     """Without --val the names are known with the sources, still before a step."""
     said = call(train_command(workspace, "wrong", "--steps", "2", "--stop-if", "enk>+5%"), code=2)
     lines = [x for x in said.splitlines() if x.startswith("error: ")]
-    assert len(lines) == 1 and "no figure enk; measured are kin, eng" in lines[0]
+    assert len(lines) == 1 and "no metric enk; measured are kin, eng" in lines[0]
     assert "Traceback" not in said and not (workspace / "wrong/metrics.jsonl").exists()
 
 
@@ -222,6 +225,6 @@ def test_a_line_that_was_cut_inside_a_letter_is_left_out(tmp_path):
     """As after a power cut: half of a letter of two bytes is no UTF-8."""
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1, "bits_per_byte": {"kin": 2.0}}\n{"step": 2, "share": {"\xc3')
-    assert guards.evaluations(file) == {1: {"kin": 2.0}}
+    assert read_evaluations(file) == {1: {"kin": 2.0}}
     console.Metrics(file, 1).write(2, loss=1.0)
     assert [json.loads(x)["step"] for x in file.read_text().splitlines()] == [1, 2]

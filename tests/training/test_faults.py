@@ -51,9 +51,9 @@ from runtime.device import compute_dtype, peak_flops
 from runtime.distributed import Distributed
 from runtime.paths import ROOT
 from training import memory_estimate as memory
-from training import monitor as watch
-from training import plan
+from training import monitor, plan
 from training import validation as looks
+from training.batch_size import MemoryTrial, largest_fitting
 from training.objective import NLL, Objective
 from training.settings import CAN_CHANGE_ON_RESUME, WARN_ON_RESUME, Settings
 
@@ -218,7 +218,7 @@ def test_a_signal_while_a_checkpoint_is_written_lets_it_be_written(workspace):
             real = resume_point.write_safetensors
             resume_point.write_safetensors = lambda *a: (time.sleep(0.7), real(*a))[1]
         if run.step == 9:
-            assert run.saver.busy, "training goes on while step 8 is written"
+            assert run.checkpointer.busy, "training goes on while step 8 is written"
             os.kill(os.getpid(), signal.SIGTERM)
 
     run_ranks(make_settings(workspace, "slow", save_every=9), codes={143}, during=slow)
@@ -234,7 +234,7 @@ def no_file_above(size: int, first: int, last: int = 10**9, rank: int | None = N
             return
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         if run.step + 1 in (first, last):
-            while run.saver.busy:
+            while run.checkpointer.busy:
                 time.sleep(0.01)
             limit = size if run.step + 1 == first else hard
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -654,7 +654,7 @@ def test_a_link_to_the_folder_is_followed_once_and_one_that_comes_into_it_never(
 
     def put(run):
         if run.step == 5:
-            run.saver.finish()
+            run.checkpointer.finish()
             (run.out / "checkpoints").rename(run.out / "aside")
             (run.out / "checkpoints").symlink_to(tmp_path / "other")
 
@@ -740,7 +740,7 @@ def filled(first: int, last: int = 10**9, room: int = 64 << 10):
     another."""
     def during(run):
         if run.step + 1 in (first, last):
-            run.saver.finish()
+            run.checkpointer.finish()
             filler = run.out / "filler"
             filler.unlink(missing_ok=True)
             if run.step + 1 == first:
@@ -797,7 +797,7 @@ def test_resume_points_whose_disk_turns_read_only_for_a_while_are_tried_again(
 
     def during(run):
         if run.step + 1 in (6, 10):
-            run.saver.finish()
+            run.checkpointer.finish()
             mount("-o", f"remount,{'ro' if run.step + 1 == 6 else 'rw'},bind", folder)
 
     act = apart(
@@ -830,13 +830,13 @@ def test_metrics_that_are_rotated_away_and_a_clock_that_jumps_end_no_run(workspa
 def test_ranks_with_other_code_or_other_data_are_refused_by_name(workspace, monkeypatch):
     """With other settings too, by the command: above."""
     from data import Source
-    from training import run as life
+    from training import setup
 
     with monkeypatch.context() as m:
         m.setattr(Source, "sha", property(lambda self: f"{os.environ['RANK']}" * 64))
         said = run_ranks(make_settings(workspace, "other-data"), world=2, codes={FLAGS})
         assert "rank 1 was started with another sha256 of kin: 1111" in said
-    monkeypatch.setattr(life, "code_sha256", lambda: os.environ["RANK"])
+    monkeypatch.setattr(setup, "code_sha256", lambda: os.environ["RANK"])
     assert "another code" in run_ranks(
         make_settings(workspace, "other-code"), world=2, codes={FLAGS}
     )
@@ -922,16 +922,16 @@ def test_rows_auto_never_tries_what_the_last_sizes_let_expect_not_to_fit():
     model = torch.nn.Linear(1, 1)
     objective = Objective(lambda m, b: m(torch.ones(1)).sum(), len)
     cpu = Distributed(0, 1, torch.device("cpu"))
-    memory = watch.Memory(model, objective, cpu, "adamw", 3.3 / 0.92, peak_gb)
-    assert watch.most_rows(
+    memory = MemoryTrial(model, objective, cpu, "adamw", 3.3 / 0.92, peak_gb)
+    assert largest_fitting(
         24, lambda n: memory.fits(n, 1, lambda: (tried.append(n), Nothing())[1])) == 4
     assert tried == [1, 2, 3, 4]
     assert not memory.fits(4, 2, lambda: (tried.append(5), Nothing())[1])  # the second pass' more
-    limits = {kind: watch.Memory(torch.nn.Linear(512, 512), objective, cpu, kind, 3.3 / 0.92,
+    limits = {kind: MemoryTrial(torch.nn.Linear(512, 512), objective, cpu, kind, 3.3 / 0.92,
                                  peak_gb).limit for kind in ("adamw", "adamw-bf16")}
     assert limits["adamw-bf16"] > limits["adamw"]
     with pytest.raises(UserError, match="not even one row"):
-        watch.most_rows(24, lambda n: False)
+        largest_fitting(24, lambda n: False)
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused_and_one_of_the_first_is_read(tmp_path):
@@ -1081,7 +1081,7 @@ def test_the_documents_of_a_row_are_those_whose_tokens_it_holds(workspace):
         for i in range(3 * stream.rows):
             row = stream.row(i)
             held = sorted({int(t) - 10 for t in row[0][row[2] >= 0]})
-            assert sorted(watch.documents_of(stream, i)) == held, (source.name, i)
+            assert sorted(monitor.documents_of(stream, i)) == held, (source.name, i)
 
 
 def test_the_scale_of_an_fp16_loss_halves_doubles_and_is_off_at_one():

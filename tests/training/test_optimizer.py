@@ -16,6 +16,7 @@ from helpers import tiny
 from model import Llama
 from runtime.console import UserError
 from training import optimizer as optim
+from training.schedule import SCHEDULES, learning_rate
 
 STEPS, WARMUP, PEAK = 100, 10, 2e-3
 
@@ -32,21 +33,21 @@ def test_a_curve_equals_transformers_at_every_step(schedule, theirs):
         optimizer.step()
         # transformers counts steps from 0: its rate after `step` steps is ours of that step
         curve.step()
-        ours = optim.learning_rate(step, STEPS, PEAK, schedule, WARMUP, 0.0)
+        ours = learning_rate(step, STEPS, PEAK, schedule, WARMUP, 0.0)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9), step
 
 
 def test_wsd_stays_at_the_peak_and_falls_over_the_last_tenth():
-    rate = [optim.learning_rate(i, 110, 1.0, "wsd", 10, 0.1) for i in range(1, 111)]
+    rate = [learning_rate(i, 110, 1.0, "wsd", 10, 0.1) for i in range(1, 111)]
     assert (rate[9:100] == pytest.approx([1.0] * 91) and rate[104] == pytest.approx(0.55)
             and rate[-1] == pytest.approx(0.1))
 
 
-@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (2, 0), (3, 3), (50, 1)])
 def test_a_rate_lies_between_zero_and_the_peak_and_ends_at_the_floor(schedule, steps, warmup):
     rates = [
-        optim.learning_rate(i, steps, PEAK, schedule, warmup, 0.1) for i in range(1, steps + 1)]
+        learning_rate(i, steps, PEAK, schedule, warmup, 0.1) for i in range(1, steps + 1)]
     assert all(0 < r <= PEAK * (1 + 1e-12) for r in rates)
     if schedule in ("cosine", "linear", "wsd") and steps > warmup:
         assert rates[-1] == pytest.approx(0.1 * PEAK)

@@ -38,9 +38,9 @@ from runtime.paths import ROOT
 from tokenization.chat_template import ChatTemplate, encode_rendered
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
-from training import datasets as sources
 from training import optimizer as optim
 from training import preference
+from training.mixture import limited_weights
 from training.objective import NLL, objective_of
 from training.settings import Settings, read_settings
 
@@ -353,7 +353,7 @@ def test_capped_weights_keep_the_cap_and_else_the_shares(data, n, epochs):
     sizes = data.draw(st.lists(st.integers(10, 10_000), min_size=n, max_size=n))
     weights = data.draw(st.lists(st.floats(0.1, 9), min_size=n, max_size=n))
     budget = data.draw(st.floats(1, epochs * sum(sizes)))
-    given_ = sources.capped_weights(weights, sizes, budget, epochs)
+    given_ = limited_weights(weights, sizes, budget, epochs)
     assert sum(given_) == pytest.approx(budget)
     full = [g >= epochs * s * (1 - 1e-9) for g, s in zip(given_, sizes, strict=True)]
     assert all(g <= epochs * s * (1 + 1e-9) for g, s in zip(given_, sizes, strict=True))
@@ -373,7 +373,7 @@ def test_equal_weights_with_a_cap_are_unimax():
     for k, i in enumerate(sorted(range(4), key=sizes.__getitem__)):
         unimax[i] = min(left / (4 - k), epochs * sizes[i])
         left -= unimax[i]
-    found = sources.capped_weights([1.0] * 4, sizes, budget, epochs)
+    found = limited_weights([1.0] * 4, sizes, budget, epochs)
     assert found == pytest.approx([unimax[i] for i in range(4)])
 
 

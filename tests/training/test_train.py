@@ -34,7 +34,7 @@ from runtime.console import UserError
 from runtime.distributed import Distributed
 from runtime.paths import ROOT
 from tokenization.tokenizer import Tokenizer
-from training import monitor as watch
+from training import monitor
 from training import optimizer as optim
 from training.compile_model import compile_model
 from training.flops import token_counts
@@ -457,9 +457,9 @@ def test_an_fp16_scale_gives_way_at_overflow_until_it_cannot_and_then_it_is_a_fa
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     scale, narrow = optim.LossScale(2.0**16), []
     for _ in range(20):
-        with pytest.raises(watch.NotFinite) as fault:
+        with pytest.raises(monitor.NotFinite) as fault:
             train.train_step(model, steep, [packed(0, 2)], optimizer, ALONE, 1.0, scale)
-        narrow.append(fault.value.narrow)
+        narrow.append(fault.value.can_retry)
     assert narrow == [True] * 15 + [False] * 5 and scale.value == 2  # the third of these ends a run
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 

@@ -1,0 +1,140 @@
+"""What a run writes about itself: settings.toml and run.json when it starts, and at its end the
+model folder, prompt.json, the report, and the closing lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora
+from checkpoints.atomic_write import write_text
+from checkpoints.huggingface import save_model
+from checkpoints.model_folder import add_stop_id, base_model_dir
+from checkpoints.peft_adapter import adapter_state, save_adapter
+from reports.training_report import write_training_report
+from runtime import console, distributed, flags, hub
+from runtime.paths import git_commit
+from tokenization.chat_template import ChatTemplate
+from training.datasets import prompts_of
+from training.early_stopping import read_evaluations
+from training.settings import changed_settings
+from training.state import Run
+
+
+def write_start(run: Run) -> None:
+    """Write settings.toml, which train.py can read again, and run.json, which says what is run."""
+    repo, commit = hub.source(run.model_dir)
+    # the exact commit, so that a resumed run uses it even if the branch on the hub has moved
+    model = f"{repo}@{commit}" if commit else run.settings.model
+    settings = dataclasses.replace(run.settings, resume=False, plan=False, model=model)
+    write_text(run.out / "settings.toml", flags.to_toml(settings))
+    changed = {name: getattr(settings, name) for name in changed_settings(settings, vars(settings))}
+    write_run_json(run, {
+        "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
+        "commit": git_commit(), "started": time.strftime("%F %T"),
+        "python": platform.python_version(), "torch": torch.__version__,
+        "device": str(run.ranks), "ranks": run.ranks.world_size,
+        "dtype": run.compute_dtype, "model": str(run.model_dir),
+        "model_commit": commit,
+        "tokenizer": run.tokenizer.fingerprint, "steps": run.steps,
+        "data": {x.name: x.bin.meta["sha256"]["tokens.bin"] for x in run.loader.sources},
+        "tokens_per_step": run.tokens_per_step, "parameters": run.parameters,
+        "changed_settings": changed})
+
+
+def write_run_json(run: Run, content: dict[str, Any]) -> None:
+    """Write run.json."""
+    write_text(run.out / "run.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_run_json(out: Path) -> dict[str, Any]:
+    """The content of a run's run.json; empty if there is none."""
+    file = out / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run has written its result completely."""
+    return "finished" in read_run_json(out) and (out / "model").exists()
+
+
+def describe_end(run: Run) -> str:
+    """How the run ended, and how to continue it if a stop condition ended it."""
+    if not run.early_stopping.stop_reason:
+        return "is finished"
+    return (f"was stopped at step {run.step} of {run.steps} by --stop-if "
+            f"{run.early_stopping.stop_reason} (to continue: --resume --out {run.out} --stop-if, "
+            "with other conditions or none)")
+
+
+def write_result(run: Run) -> None:
+    """Write the model folder and the report: with --best the best weights, else the last."""
+    step = run.load_best() if run.settings.best else None
+    if step is None:
+        step = run.step
+    else:
+        console.info(f"the model is that of step {step}, the best of {run.settings.best}")
+    write_model(run)
+    if run.ranks.rank != 0:
+        return
+    write_prompt(run)
+    content = {**read_run_json(run.out), "model_step": step}
+    write_run_json(run, content)
+    page = write_training_report(run.out)
+    write_run_json(run, {**content, "finished": time.strftime("%F %T")})
+    print_changes(run, step)
+    if run.early_stopping.stop_reason:
+        console.info(f"{run.out} {describe_end(run)}")
+    console.info(f"the model: {run.out / 'model'}   the report: {page}   "
+                f"samples: {run.out / 'samples.txt'}")
+
+
+def write_model(run: Run) -> None:
+    """Write the weights as a Hugging Face folder, or the adapter as a PEFT folder.
+
+    All ranks call this, because sharded tensors are gathered; rank 0 writes.
+    """
+    is_writer, folder = run.ranks.rank == 0, run.out / "model"
+    if not lora.adapters(run.model):
+        save_model(run.model, folder, run.model_dir, write=is_writer)
+    elif is_writer:
+        save_adapter(run.model, folder, str(base_model_dir(run.model_dir)), run.model_dir)
+    else:
+        for x in adapter_state(run.model).values():
+            distributed.full_tensor(x)
+
+
+def write_prompt(run: Run) -> None:
+    """Write into the model folder how training wrote its prompts: prompt.json, the chat template,
+    and the end of a turn as a stop id."""
+    base, result = run.model_dir / "prompt.json", run.out / "model"
+    prompt = json.loads(base.read_text(encoding="utf-8")) if base.exists() else {}
+    prompt |= prompts_of(run.loader.sources)
+    if prompt:
+        text = json.dumps(prompt, indent=1, ensure_ascii=False)
+        (result / "prompt.json").write_text(text + "\n", encoding="utf-8")
+    if "chat" in prompt:
+        (result / "chat_template.jinja").write_text(prompt["chat"], encoding="utf-8")
+        end_of_turn = ChatTemplate.from_folder(result, run.tokenizer).end_of_turn
+        if end_of_turn is not None:
+            add_stop_id(result, end_of_turn)
+
+
+def print_changes(run: Run, step: int) -> None:
+    """Print the bits per byte of each held-out text at the first evaluation and at `step`."""
+    evaluations = read_evaluations(run.out / "metrics.jsonl")
+    first = evaluations.get(min(evaluations, default=0), {})
+    last = evaluations.get(step, {})
+    for name in run.val_sets:
+        before, after = first.get(name), last.get(name)
+        if before and after:
+            console.info(f"{name}: {before:.4f} -> {after:.4f} bits per byte "
+                        f"({after / before - 1:+.1%})")
