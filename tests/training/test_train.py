@@ -59,7 +59,7 @@ TUNES = {
     "all of LoRA": ["--tune", "lora", "--lora-dropout", "0.1", "--rslora", "--dora", "--lora-plus",
                     "4", "--train-embeddings", "--embedding-lr", "5e-4", "--train-norms",
                     "--best", "eng"]}
-SLOW = {"bf16", "smoothed"}
+SLOW = {"bf16", "best"}
 
 
 @pytest.mark.parametrize("tune", [
