@@ -25,7 +25,7 @@ from preparation.specs import bin_name
 from runtime.console import UserError
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
-from training import datasets as sources
+from training import datasets
 
 
 def make(folder: Path, documents, vocab: int = 60000, masks=None, kind: str = "text") -> Bin:
@@ -238,7 +238,7 @@ def test_what_holds_nothing_out_is_said_as_it_is(tmp_path, capsys):
     def opened(bin: Bin) -> str:
         s = SimpleNamespace(data=[str(bin.folder)], val=[], hold_out=0.1, seq_len=64, mode="cpt",
                             eval_tokens=99)
-        sources.open_data(s, "text", tmp_path, SimpleNamespace(fingerprint="a" * 64), 60000,
+        datasets.open_data(s, tmp_path, SimpleNamespace(fingerprint="a" * 64), 60000,
                           tmp_path, None)
         return capsys.readouterr().err
 
@@ -249,16 +249,15 @@ def test_what_holds_nothing_out_is_said_as_it_is(tmp_path, capsys):
 
 @pytest.mark.parametrize(("spec", "kind"), [
     ("val.txt", "text"), ("val.txt.gz", "text"), ("val/*.txt", "text"), ("val.jsonl.gz", "chat")])
-def test_held_out_text_is_text_in_every_mode_packed_or_not(spec, kind, tmp_path, monkeypatch):
-    bins = {x: make(tmp_path / x, [[1, 2, 3]] * 9, kind=x, masks=[[0, 1, 1]] * 9)
-            for x in ("chat", "text")}
-    asked = []
-    monkeypatch.setattr(sources, "open_bin", lambda spec, x, *_: asked.append(x) or bins[x])
-    s = SimpleNamespace(data=["chats.jsonl"], val=[f"kin={spec}"], hold_out=0.1, seq_len=64,
-                        mode="sft", eval_tokens=99)
+def test_held_out_text_is_text_in_every_mode_packed_or_not(spec, kind, tmp_path):
+    for name in ("chat", "text"):
+        make(tmp_path / name, [[1, 2, 3]] * 9, kind=name, masks=[[0, 1, 1]] * 9)
+    assert datasets.kind_of_val(spec, "chat") == kind
+    s = SimpleNamespace(data=[f"{tmp_path}/chat"], val=[f"kin={tmp_path}/{kind}"], hold_out=0.1,
+                        seq_len=64, mode="sft", eval_tokens=99)
     tokenizer = SimpleNamespace(fingerprint="a" * 64, bos=1, eos=3)
-    _, held = sources.open_data(s, "chat", tmp_path, tokenizer, 60000, tmp_path, None)
-    assert asked == ["chat", kind] and isinstance(held["kin"][0], Document) == (kind == "chat")
+    _, held = datasets.open_data(s, tmp_path, tokenizer, 60000, tmp_path, None)
+    assert isinstance(held["kin"][0], Document) == (kind == "chat")
 
 
 def test_held_out_texts_of_one_file_name_have_bins_of_their_own(tmp_path, capfd):
@@ -272,7 +271,7 @@ def test_held_out_texts_of_one_file_name_have_bins_of_their_own(tmp_path, capfd)
                         eval_tokens=999)
     tokenizer, ranks = Tokenizer.open(folder), SimpleNamespace(rank=0, barrier=lambda: None)
     for prepared in (3, 0):  # once, and not again
-        _, held = sources.open_data(s, "text", folder, tokenizer, 60000, tmp_path / "out", ranks)
+        _, held = datasets.open_data(s, folder, tokenizer, 60000, tmp_path / "out", ranks)
         assert {k: tokenizer.decode(x[0].tolist()) for k, x in held.items()} == {
             "kin": "Inka kin", "eng": "Inka eng"}
         assert capfd.readouterr().err.count("preparing: ") == prepared
@@ -297,7 +296,7 @@ def test_a_bin_made_for_another_row_is_fresh_only_where_its_examples_fit_both(tm
         for n in (4, 4, 11, 11):
             writer.add(Document(range(n), [0] + [1] * (n - 1), n))
         writer.close(ledger, [{"path": str(file), "bytes": 3, "sha256": sha256(file)}])
-        return sources.is_fresh(tmp_path / "bin", str(file), tokenizer, kind, seq_len)
+        return datasets.is_fresh(tmp_path / "bin", str(file), tokenizer, kind, seq_len)
 
     whole, dropped = {"documents": {"read": 4}}, {"documents": {"read": 5, "too long": 1}}
     assert fresh(most, whole) and fresh(999, whole) and not fresh(most - 1, whole)
@@ -314,7 +313,7 @@ def test_a_file_changed_to_one_as_long_and_as_old_is_prepared_again(tmp_path):
     writer.close({}, [{"path": str(file), "bytes": 6, "sha256": sha256(file)}])
 
     def fresh() -> bool:
-        return sources.is_fresh(tmp_path / "bin", str(file), SimpleNamespace(fingerprint="a" * 64),
+        return datasets.is_fresh(tmp_path / "bin", str(file), SimpleNamespace(fingerprint="a" * 64),
                                 "text", 8)
 
     assert fresh()
@@ -333,8 +332,8 @@ def test_two_held_out_texts_of_one_name_are_refused(tmp_path, other):
     s = SimpleNamespace(data=[f"{tmp_path}/a"], hold_out=0.1, seq_len=64, mode="cpt",
                         eval_tokens=99, val=[f"k.n={tmp_path}/a", f"{other}={tmp_path}/b"])
     tokenizer = SimpleNamespace(fingerprint="a" * 64, bos=1, eos=3)
-    with pytest.raises(UserError, match="another is called" if other else "NAME=SPEC") as e:
-        sources.open_data(s, "text", tmp_path, tokenizer, 60000, tmp_path, None)
+    with pytest.raises(UserError, match="another one is called" if other else "NAME=SPEC") as e:
+        datasets.open_data(s, tmp_path, tokenizer, 60000, tmp_path, None)
     assert e.value.code == 2
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime import distributed as ranks
 from runtime.console import FLAGS, UserError
+from runtime.distributed import local_shard
 
 CHUNK = 1 << 24  # numbers that stand in float32 at once while bf16 ones are moved
 EPS = 1e-8
@@ -122,8 +122,8 @@ class BF16AdamW(torch.optim.Optimizer):
                     state |= {"step": 0, "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
                 state["step"] += 1
-                at = ranks.rows(p)[0] * math.prod(p.shape[1:])
-                flat = [ranks.rows(x)[1].view(-1).split(CHUNK)
+                at = local_shard(p)[0] * math.prod(p.shape[1:])
+                flat = [local_shard(x)[1].view(-1).split(CHUNK)
                         for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
                 for part in zip(*flat, strict=True):
                     _move(*part, group, state["step"], name, at)
