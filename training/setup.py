@@ -178,7 +178,7 @@ def choose_trained(s: Settings, model: Llama) -> tuple[bool, list[str]]:
     if s.train_layers:
         lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), saved_modules)
     if model.lm_head is None and model.head.requires_grad:
-        console.info("the output head is tied to the embeddings: one tensor, trained and saved")
+        console.info("the head is tied to the embeddings: one tensor, trained and saved once")
     return new_adapter, saved_modules
 
 
