@@ -1,8 +1,8 @@
 """Comparison with an earlier evaluation, item by item, by a paired test.
 
 The earlier evaluation is read from its folder: results.json, and the records in items/. It is
-refused if a choice in COMPARED_CHOICES differs (such as the prompt or the number of shots; the dtype
-may differ), if the version of the metrics differs, or if it was made of other items.
+refused if a choice in COMPARED_CHOICES differs (such as the prompt or the number of shots; the
+dtype may differ), if the version of the metrics differs, or if it was made of other items.
 """
 
 from __future__ import annotations
