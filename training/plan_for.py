@@ -31,7 +31,7 @@ from training import memory_estimate
 from training.batch_size import largest_fitting
 from training.flops import flops_per_token
 from training.memory_estimate import Need
-from training.settings import Settings
+from training.settings import Settings, resolve_auto
 
 GPUS = {  # name for --plan-for: (name in PEAK_FLOPS, GB as sold)
     "t4": ("T4", 16), "l4": ("L4", 24), "a10g": ("A10G", 24), "4090": ("4090", 24),
@@ -114,6 +114,7 @@ def plan_for(s: Settings, target: Target | None = None) -> None:
                         "not give a number of steps", FLAGS)
     target = target or target_of(s)
     config, adapter = _read_shape(s)
+    s = resolve_auto(s, config.max_position_embeddings)
     if s.seq_len > config.max_position_embeddings:
         raise UserError(f"--seq-len {s.seq_len}: the model's context is "
                         f"{config.max_position_embeddings}; lower --seq-len", FLAGS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,9 @@ from runtime import flags
 from runtime.console import BAD_INPUT, FLAGS, UserError
 from runtime.setting_metadata import bounded
 from training import other_trainers
+
+AUTO_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+AUTO_SEQ_LEN = 1024
 
 # The kind of bin that each mode reads. Bins of text, chat and mt may be mixed in one run.
 BIN_KINDS = {"cpt": "text", "sft": "chat", "mt": "mt", "dpo": "pairs", "cpo": "pairs"}
@@ -79,8 +82,11 @@ class Settings:
     double_quant: bool = False
     """With --tune qlora: keep the four bits' scales in eight bits too (0.37 bits a weight less)."""
     lora_rank: int = bounded(16, at_least=1)
+    """Rank of the LoRA matrices A and B."""
     lora_alpha: float = bounded(32.0, above=0)
+    """The adapter is scaled by alpha / rank."""
     lora_dropout: float = bounded(0.0, at_least=0, below=1)
+    """Dropout on the input of the adapter, as a probability."""
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of linear layers, such as q_proj v_proj, or all-linear."""
     lora_layers: list[str] = field(default_factory=list)
@@ -100,8 +106,8 @@ class Settings:
     train_layers: list[str] = field(default_factory=list)
     """With --tune full: train only these layers, such as 0-7 37-39; without any, everything."""
 
-    seq_len: int = bounded(1024, at_least=2)
-    """Tokens in a row."""
+    seq_len: int | Literal["auto"] = bounded("auto", at_least=2)
+    """Tokens in a row. auto: 1024, or the model's context if that is shorter."""
     rows: int | Literal["auto"] = bounded(4, at_least=1)
     """Rows per device and micro-batch: lower it if memory runs out, the result stays the same.
     auto: as many as fit, dividing --tokens-per-step."""
@@ -112,13 +118,16 @@ class Settings:
     epochs: float = bounded(1.0, above=0)
     """Times through the data: a mixture ends when its first source was served so often."""
 
-    lr: float = bounded(2e-5, above=0)
+    lr: float | Literal["auto"] = bounded("auto", above=0)
+    """The peak learning rate. auto: 2e-5 with --tune full, 2e-4 with lora and qlora."""
     schedule: Literal["cosine", "linear", "inverse-sqrt", "wsd", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup: float = bounded(0.03, at_least=0)
     """Steps of warm-up; below 1, a share of all steps."""
     min_lr_ratio: float = bounded(0.1, at_least=0, at_most=1)
     """Where the schedule ends, as a share of --lr."""
     weight_decay: float = bounded(0.1, at_least=0)
+    """Weight decay of matrices; norms and biases have none."""
     beta: float = bounded(0.1, above=0)
     """dpo and cpo: how strongly a preference counts."""
     nll_weight: float = bounded(1.0, at_least=0)
@@ -127,7 +136,9 @@ class Settings:
     """cpo: a rejected answer counts less where it is nearly as likely as the chosen (X-ALMA)."""
 
     beta1: float = bounded(0.9, at_least=0, below=1)
+    """AdamW: decay of the mean of gradients, for each step."""
     beta2: float = bounded(0.95, at_least=0, below=1)
+    """AdamW: decay of the mean of squared gradients, for each step."""
     optimizer: Literal["adamw", "adamw8bit", "adamw-bf16"] = "adamw"
     """adamw8bit keeps moments in 8 bits (bitsandbytes); adamw-bf16 keeps weights, moments and (over
     micro-batches too) gradients in bf16, for all weights: 16, 10 and 8 bytes a trained number."""
@@ -139,6 +150,7 @@ class Settings:
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
     """dtype of products (fp8: of blocks', with --tune full). What trains is kept in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: on a GPU if there is one."""
     compile: bool = False
     """torch.compile each block as training computes it, and the loss; evaluations are not."""
     recompute: Literal["none", "full", "selective"] = "none"
@@ -169,8 +181,8 @@ class Settings:
     suite_items: int = bounded(100, at_least=0)
     """Items of each suite, spread over it; 0: all."""
     stop_if: list[str] = field(default_factory=list)
-    """Guards: the run ends after an evaluation that finds, say, 'eng>+5%' (bits per byte of a text,
-    against step 0) or 'sib200.acc<0.2'."""
+    """Stop conditions: the run ends after an evaluation that finds, say, 'eng>+5%' (bits per
+    byte of a text, against step 0) or 'sib200.acc<0.2'."""
     prompts: list[str] = field(default_factory=list)
     """Beginnings continued at evaluations into samples.txt; without any, the first words of
     held-out texts."""
@@ -179,7 +191,9 @@ class Settings:
     keep: int = bounded(2, at_least=2)
     """Checkpoints kept."""
     track: Literal["none", "tensorboard"] = "none"
+    """tensorboard: write the metrics for TensorBoard too, into OUT/tensorboard."""
     seed: int = bounded(1, at_least=0)
+    """Seed of the data order, of new adapters and of dropout."""
     deterministic: bool = False
     """Refuse GPU kernels whose results vary from run to run."""
     plan: bool = False
@@ -218,6 +232,20 @@ def upgrade_settings(values: dict[str, Any]) -> dict[str, Any]:
         renamed = Settings.RENAMED.get(name)
         upgraded |= renamed(value) if renamed else {name: value}
     return upgraded
+
+
+def resolve_auto(s: Settings, context: int) -> Settings:
+    """Settings with numbers in place of `auto` for --lr and --seq-len.
+
+    `context` is the most tokens that the model can read. The numbers go into settings.toml, so a
+    resumed run keeps them.
+    """
+    lr, seq_len = s.lr, s.seq_len
+    if lr == "auto":
+        lr = AUTO_LR[s.tune]
+    if seq_len == "auto":
+        seq_len = min(AUTO_SEQ_LEN, context)
+    return replace(s, lr=lr, seq_len=seq_len)
 
 
 def torchrun_restarts() -> int:

@@ -34,7 +34,7 @@ from training.datasets import ValidationSets, open_data
 from training.early_stopping import EarlyStopping
 from training.mixture import limit_epochs
 from training.objective import Objective
-from training.settings import Settings, check_adapter, flag
+from training.settings import Settings, check_adapter, flag, resolve_auto
 from training.state import Run
 
 
@@ -49,6 +49,7 @@ def set_up(s: Settings, objective: Objective) -> Run:
     suites, early_stopping = load_suites_and_conditions(s)
 
     model_dir = resolve_model_dir(s.model)
+    s = choose_auto_settings(s, model_dir)
     check_memory(s, model_dir, dtype, ranks)
     model, tokenizer = load_weights(s, model_dir, dtype, ranks)
     new_adapter, saved_modules = choose_trained(s, model)
@@ -107,6 +108,17 @@ def check_ranks_agree(s: Settings, ranks: Distributed) -> None:
     ranks.barrier()
     text = marker.read_text("utf-8") if marker.exists() else "none"
     ranks.assert_same_on_all_ranks({"folder at --out": text})
+
+
+def choose_auto_settings(s: Settings, model_dir: Path) -> Settings:
+    """Replace `auto` for --lr and --seq-len by numbers, and print them."""
+    config = read_config(base_model_dir(model_dir))
+    resolved = resolve_auto(s, config.max_position_embeddings)
+    if s.lr == "auto":
+        console.info(f"--lr auto: {resolved.lr:g} (--tune {s.tune})")
+    if s.seq_len == "auto":
+        console.info(f"--seq-len auto: {resolved.seq_len}")
+    return resolved
 
 
 def check_memory(s: Settings, model_dir: Path, dtype: torch.dtype, ranks: Distributed) -> None:
