@@ -1,21 +1,18 @@
 """Token bins, and the packed rows that training reads from them.
 
-A *bin* is a folder: `tokens.bin` (little-endian u16 or u32), `starts.bin` (i64, one more than
-documents), `mask.bin` (u8, absent where every token is trained), `groups.bin` (u64, where documents
-belong together) and `meta.json`. Three lines of numpy read it.
+A *bin* is a folder: `tokens.bin` (little-endian u16 or u32), `starts.bin` (i64, one more than there
+are documents), `mask.bin` (u8, absent where every token is trained), `groups.bin` (u64, documents
+with one number are held out together) and `meta.json`. Three lines of numpy read it.
 
-A document of n tokens is n - 1 predictions. A *row* is T predictions of whole or cut documents:
-where a row ends inside a document the next row goes on with the very next prediction, so nothing is
-trained twice in an epoch and nothing is lost. `doc` and `pos` travel with the tokens and become
-attention's mask and rotary positions; nothing is padded but the tail of an epoch's last row.
+A document of n tokens gives n - 1 predictions. A *row* is T predictions of one or more documents.
+`doc` and `pos` travel with the tokens; attention's mask and the rotary positions come from them.
+Nothing is padded but the unused tail of a row.
 
-The one idea of the loader: row i of a source is a function of (seed, i). Documents are permuted,
-laid end to end, cut into rows, and the rows permuted again, so that a long document does not fill a
-whole step. A loader's state is therefore one integer per source, seeking is a division, and any
-number of ranks draws the same rows.
+    TokenStream      text; documents are cut where a row ends, and the next row goes on there
+    PackedExamples   conversations, translations, preference pairs; none of them is ever cut
 
-Text may be cut where a row ends; an answer may not be parted from its question. Conversations,
-translations and preference pairs lie whole in their rows (`Whole`): what is packed changes nothing.
+Row i of a source is a function of (seed, i). So a loader's state is one integer per source, seeking
+is a division, and any number of ranks reads the same rows.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ if TYPE_CHECKING:  # preparing text must not wait for torch
 
 FORMAT = 1
 IGNORE = -100  # a target that is not trained: torch's own ignore_index
-OPEN = 64  # rows that are filled at a time
+OPEN_ROWS = 64  # rows that are filled at a time
 
 
 def sha256(file: Path) -> str:
@@ -112,7 +109,7 @@ class Bin:
                             "mask trains none, or no document has two; prepare it again")
 
 
-def hold_out(bin: Bin, share: float) -> np.ndarray:
+def validation_split(bin: Bin, share: float) -> np.ndarray:
     """Which documents are kept for evaluation, (N,) bool: those whose hash falls below `share`.
 
     A hash, not a draw: a document stays on its side when others come or go. Only the beginning is
@@ -222,7 +219,7 @@ class Batch:
         return Batch(**tensors, documents=self.documents)
 
 
-class Stream:
+class TokenStream:
     """One source as an endless list of rows: `row(i)` is a function of (seed, i)."""
 
     def __init__(self, source: Source, T: int, seed: Sequence[int]):
@@ -247,7 +244,7 @@ class Stream:
         self.short_at = int(np.argmax(self.shuffled == self.rows - 1))  # of the row with a tail
         self.epoch = epoch
 
-    def served(self, rows: int) -> int:
+    def tokens_in(self, rows: int) -> int:
         """Predictions in the first `rows` rows, exactly."""
         epoch, turn = divmod(rows, self.rows)
         self._enter(epoch)
@@ -285,7 +282,7 @@ def _copy(bin: Bin, out: np.ndarray, a: int, n_doc: int) -> None:
     out[2], out[3] = n_doc, np.arange(n)
 
 
-class Whole:
+class PackedExamples:
     """A source whose documents are never cut, as an endless list of rows.
 
     What lies in one row stays together in every epoch; the rows come in another order each time.
@@ -307,7 +304,7 @@ class Whole:
                 f"the longest {sizes.max()}; a {what} is never cut here: raise --seq-len, or "
                 f"prepare the bin with --max-tokens {T} --too-long drop (or cut)")
         self.tokens = int(sizes.sum())  # predictions in an epoch
-        rows = _fill(sizes, T, np.random.default_rng(self.seed))
+        rows = best_fit_pack(sizes, T, np.random.default_rng(self.seed))
         self.packed, self.sizes = [units[x] for x in rows], np.array([sizes[x].sum() for x in rows])
         self.rows, self.epoch = len(rows), -1
 
@@ -317,7 +314,7 @@ class Whole:
             self.sums = np.concatenate([[0], np.cumsum(self.sizes[self.shuffled])])
             self.epoch = epoch
 
-    def served(self, rows: int) -> int:
+    def tokens_in(self, rows: int) -> int:
         """Predictions in the first `rows` rows, exactly."""
         epoch, turn = divmod(rows, self.rows)
         self._enter(epoch)
@@ -339,7 +336,7 @@ class Whole:
         return out
 
 
-def _fill(sizes: np.ndarray, T: int, rng: np.random.Generator) -> list[list[int]]:
+def best_fit_pack(sizes: np.ndarray, T: int, rng: np.random.Generator) -> list[list[int]]:
     """Units of at most T into rows of T: in random order, each into the open row it fills best."""
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room, row), the fullest first
@@ -350,16 +347,16 @@ def _fill(sizes: np.ndarray, T: int, rng: np.random.Generator) -> list[list[int]
         else:
             room, row = T, len(rows)
             rows.append([])
-            if len(rooms) == OPEN:
+            if len(rooms) == OPEN_ROWS:
                 rooms.pop(0)
         rows[row].append(unit)
         insort(rooms, (room - int(sizes[unit]), row))
     return rows
 
 
-def stream(source: Source, T: int, seed: Sequence[int]) -> Stream | Whole:
+def open_stream(source: Source, T: int, seed: Sequence[int]) -> TokenStream | PackedExamples:
     """A source as rows: text is cut where a row ends, all else is not."""
-    return (Stream if source.bin.meta["kind"] == "text" else Whole)(source, T, seed)
+    return (TokenStream if source.bin.meta["kind"] == "text" else PackedExamples)(source, T, seed)
 
 
 class Loader:
@@ -375,28 +372,28 @@ class Loader:
                  world: int = 1):
         self.T, self.rows, self.rank, self.world = T, rows, rank, world
         self.sources = list(sources)
-        self.streams = [stream(s, T, (seed, i)) for i, s in enumerate(sources)]
+        self.streams = [open_stream(s, T, (seed, i)) for i, s in enumerate(sources)]
         weights = np.array([s.weight for s in sources], float)
         self.shares = weights / weights.sum()  # (sources,)
         self.seek([0] * len(sources))
 
     def seek(self, served: Sequence[int]) -> None:
         """Go on as if `served[i]` rows of source i had been given; constant time in rows."""
-        self.served = list(served)
-        self.tokens = [s.served(n) for s, n in zip(self.streams, served, strict=True)]
+        self.rows_consumed = list(served)
+        self.tokens = [s.tokens_in(n) for s, n in zip(self.streams, served, strict=True)]
 
-    def turn(self) -> tuple[Stream | Whole, int]:
+    def next_row(self) -> tuple[TokenStream | PackedExamples, int]:
         """The next row of all ranks' list: its source's stream, and its number there."""
         total = sum(self.tokens) + self.T
         behind = [share * total - n for share, n in zip(self.shares, self.tokens, strict=True)]
         s = int(np.argmax(behind))
-        self.served[s] += 1
-        self.tokens[s] = self.streams[s].served(self.served[s])
-        return self.streams[s], self.served[s] - 1
+        self.rows_consumed[s] += 1
+        self.tokens[s] = self.streams[s].tokens_in(self.rows_consumed[s])
+        return self.streams[s], self.rows_consumed[s] - 1
 
     def next(self) -> Batch:
         """The next micro-batch of this rank."""
-        turns = [self.turn() for _ in range(self.rows * self.world)]
+        turns = [self.next_row() for _ in range(self.rows * self.world)]
         mine = turns[self.rank * self.rows : (self.rank + 1) * self.rows]
         kept = [stream.source.reference[stream.number(i)] for stream, i in mine
                 if stream.source.reference is not None]

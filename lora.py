@@ -5,7 +5,7 @@ no slower than a low one. DoRA (Liu et al. 2024) gives the sum's rows a trained 
 
 A wrapped linear keeps the base under `base_layer`, as PEFT does, so a parameter's name here is,
 behind the prefix `base_model.model.`, its name in a PEFT adapter file. There is nothing to convert.
-Beside the adapter, embeddings or norms may train as they are ("whole": PEFT's modules_to_save).
+In addition to the adapter, embeddings or norms may be trained (PEFT's `modules_to_save`).
 """
 
 from __future__ import annotations
@@ -154,11 +154,12 @@ class LoRALinear(nn.Module):
         return W * (self.lora_magnitude_vector / W.norm(dim=1))[:, None]
 
 
-def attach(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str],
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str],
            rslora: bool = False, dora: bool = False, layers: Sequence[int] = (),
-           whole: Sequence[str] = ()) -> None:
+           modules_to_save: Sequence[str] = ()) -> None:
     """Freeze the model and wrap every linear layer that a target names, whole or by its end, as in
-    PEFT; of `layers` only, if any are named. Modules that `whole` names train as they are.
+    PEFT; of `layers` only, if any are named. The modules of
+    `modules_to_save` are trained without an adapter.
 
     `all-linear` is all but lm_head. UserError on a name that fits none, or a rank above the width.
     """
@@ -190,7 +191,7 @@ def attach(model: nn.Module, rank: int, alpha: float, dropout: float, targets: S
         base = model.get_submodule(name)
         setattr(model.get_submodule(parent), child,
                 LoRALinear(base, rank, alpha, dropout, rslora, dora))
-    train_whole(model, whole)
+    train_modules(model, modules_to_save)
 
 
 def _ends(name: str, target: str) -> bool:
@@ -204,7 +205,7 @@ def layer_of(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def train_whole(model: nn.Module, names: Sequence[str]) -> None:
+def train_modules(model: nn.Module, names: Sequence[str]) -> None:
     """Train modules (embeddings, norms) as they are, in float32, beside an adapter.
 
     The frozen values are kept, so that the base is still there when the adapter is disabled.
@@ -220,10 +221,10 @@ def train_whole(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         if not any(key.rpartition(".")[0].endswith(name) for key in kept):
             raise UserError(f"no module of the model is named {name!r}", FLAGS)
-    model.whole = kept  # a plain dict: neither a parameter nor a buffer
+    model.base_values = kept  # a plain dict: neither a parameter nor a buffer
 
 
-def whole_parts(model: nn.Module, embeddings: bool, norms: bool) -> list[str]:
+def extra_modules(model: nn.Module, embeddings: bool, norms: bool) -> list[str]:
     """Names of what trains as it is: embeddings with a head that is not tied to them, and norms."""
     own = EMBEDDINGS if model.lm_head is not None else EMBEDDINGS[:1]
     return [*(own if embeddings else ()), *(["norm"] if norms else ())]
@@ -239,22 +240,24 @@ def indices(ranges: Sequence[str], flag: str) -> list[int]:
     return sorted(found)
 
 
-def train_layers(model: nn.Module, layers: Sequence[int], whole: Sequence[str] = ()) -> None:
-    """Freeze all but these layers and the modules that `whole` names, which train in float32
-    (UCCIX-MT: the embeddings, the first eight layers and the last three)."""
+def train_layers(model: nn.Module, layers: Sequence[int],
+                 modules_to_save: Sequence[str] = ()) -> None:
+    """Freeze all but these layers and the modules of `modules_to_save`, which are trained in
+    float32 (UCCIX-MT: the embeddings, the first eight layers and the last three)."""
     deep = max(layer_of(name) for name, _ in model.named_parameters())
     if odd := [i for i in layers if i > deep]:
         raise UserError(f"--train-layers: there is no layer {odd[0]}; they are 0 to {deep}", FLAGS)
     for name, p in model.named_parameters():
-        chosen = layer_of(name) in layers or name.rpartition(".")[0].endswith(tuple(whole))
+        module = name.rpartition(".")[0]
+        chosen = layer_of(name) in layers or module.endswith(tuple(modules_to_save))
         p.requires_grad_(chosen)
         if p.requires_grad:
             p.data = p.data.float()
 
 
-def trained_whole(model: nn.Module) -> dict[str, Tensor]:
+def base_values(model: nn.Module) -> dict[str, Tensor]:
     """What trains as it is beside the adapter: {parameter's name: the base's values}."""
-    return getattr(model, "whole", {})
+    return model.base_values
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -265,18 +268,18 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model, for as long as the context lasts."""
-    whole = {name: model.get_parameter(name) for name in trained_whole(model)}
-    trained = {name: p.data for name, p in whole.items()}
+    saved = {name: model.get_parameter(name) for name in base_values(model)}
+    trained = {name: p.data for name, p in saved.items()}
     for m in adapters(model).values():
         m.enabled = False
-    for name, p in whole.items():
-        p.data = trained_whole(model)[name].to(p)
+    for name, p in saved.items():
+        p.data = base_values(model)[name].to(p)
     try:
         yield
     finally:
         for m in adapters(model).values():
             m.enabled = True
-        for name, p in whole.items():
+        for name, p in saved.items():
             p.data = trained[name]
 
 
@@ -292,7 +295,7 @@ def merge(model: nn.Module) -> None:
         W.copy_(m.merged().to(W.dtype))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, m.base_layer)
-    for name, before in trained_whole(model).items():
+    for name, before in base_values(model).items():
         p = model.get_parameter(name)
         p.data = p.data.to(before.dtype)
-    model.whole = {}
+    model.base_values = {}

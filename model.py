@@ -269,6 +269,8 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else \
             Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss = LinearCrossEntropy(config.logit_cap)
+        # {parameter: its frozen values} of modules that are trained beside an adapter (lora.py)
+        self.base_values: dict[str, Tensor] = {}
 
     def set_lm_head(self, head: nn.Module) -> None:
         """Replace the output layer; a model with tied embeddings then has one of its own."""

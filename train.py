@@ -146,7 +146,7 @@ def take_step(run: Run, monitor: TrainingMonitor) -> dict:
                        s.min_lr_ratio)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["scale"]
-    position = run.loader.served.copy()
+    position = run.loader.rows_consumed.copy()
     rows = s.rows * ranks.world_size * run.micro_batches
     batches = [run.loader.next() for _ in range(run.micro_batches)]
     reported: dict[str, float] = {}

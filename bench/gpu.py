@@ -173,7 +173,7 @@ def ours(name: str, steps: int) -> dict[str, Any]:
             if nf4.fits(path, m):
                 model.set_submodule(path, nf4.NF4Linear(m.weight.data, m.bias, s.double_quant))
     if s.tune != "full":
-        lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, s.lora_targets)
+        lora.add_lora(model, s.lora_rank, s.lora_alpha, 0.0, s.lora_targets)
     same_start(model)
     model.train()
     compile_model(model)

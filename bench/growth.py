@@ -75,7 +75,7 @@ def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict
     model.initialise(0)
     if R:
         model.to(torch.bfloat16)
-        lora.attach(model, R, 2.0 * R, 0.0, ["all-linear"])
+        lora.add_lora(model, R, 2.0 * R, 0.0, ["all-linear"])
     model.train()
     if ranks.world_size > 1:
         ranks.wrap_model(model, "fsdp", torch.bfloat16)

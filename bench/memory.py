@@ -116,7 +116,7 @@ def ours(case: str, name: str, folder: str) -> dict[str, float]:
                               quant="nf4" if s.tune == "qlora" else "none",
                               compute_dtype=torch.bfloat16, recompute=s.recompute)
         if s.tune != "full":
-            lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
+            lora.add_lora(model, RANK, ALPHA, 0.0, ["all-linear"])
         same_start(model)
         optimizer = optim.adamw(model.train(), LR, BETAS, DECAY, kind=s.optimizer)
         step = our_step(model, name, optimizer, cpu)

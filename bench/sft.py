@@ -116,7 +116,7 @@ def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
     import lora
     import train
     from checkpoints.huggingface import load_model
-    from data import Batch, Bin, Source, Whole
+    from data import Batch, Bin, PackedExamples, Source
     from runtime.distributed import Distributed
     from training import optimizer as optim
     from training.objective import NLL, trained_tokens
@@ -125,11 +125,11 @@ def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
     model, _ = load_model(folder, dtype=torch.bfloat16 if case == "lora" else torch.float32,
                           tokenizer=False, compute_dtype=torch.bfloat16)
     if case == "lora":
-        lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
+        lora.add_lora(model, RANK, ALPHA, 0.0, ["all-linear"])
     model.train()
     optimizer = optim.adamw(model, LR, BETAS, DECAY)
     opened = Bin(f"{folder}/bin")
-    rows = Whole(Source("sft", opened, np.arange(len(opened)), 1.0), T, (1, 0))
+    rows = PackedExamples(Source("sft", opened, np.arange(len(opened)), 1.0), T, (1, 0))
     total = trained = slots = 0
     begun = time.perf_counter()
     for i in range(0, rows.rows, B):

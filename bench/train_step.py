@@ -106,7 +106,7 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
                           tokenizer=False,
                           compute_dtype=torch.float32 if case == "fp32" else torch.bfloat16)
     if adapted:
-        lora.attach(model, RANK, ALPHA, 0.0, ["all-linear"])
+        lora.add_lora(model, RANK, ALPHA, 0.0, ["all-linear"])
     same_start(model)
     model.train()
     if "compile" in options:

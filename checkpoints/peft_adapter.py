@@ -26,7 +26,7 @@ from checkpoints.model_folder import (
     tensor_infos,
 )
 from checkpoints.safetensors_header import read_header, resolve_inside, weights_fingerprint
-from lora import EMBEDDINGS, Base, LoRALinear, adapters, attach, layer_of, trained_whole
+from lora import EMBEDDINGS, Base, LoRALinear, adapters, add_lora, base_values, layer_of
 from model import Llama
 from runtime import hub
 from runtime.console import UserError
@@ -64,7 +64,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         if layer.lora_magnitude_vector is not None:
             magnitude = layer.lora_magnitude_vector.detach()
             state[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = magnitude
-    for name in trained_whole(model):
+    for name in base_values(model):
         state[PEFT_PREFIX + name] = model.get_parameter(name).detach()
     embeddings = f"{PEFT_PREFIX}model.embed_tokens.weight"
     if embeddings in state and model.lm_head is None:
@@ -101,9 +101,9 @@ def _target_modules(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str
 
 def _modules_to_save(model: nn.Module) -> dict[str, Any]:
     """modules_to_save, with short names if these select exactly the modules that are trained."""
-    if not trained_whole(model):
+    if not base_values(model):
         return {}
-    modules = {name.rpartition(".")[0] for name in trained_whole(model)}
+    modules = {name.rpartition(".")[0] for name in base_values(model)}
     short_names = {name.rpartition(".")[2] for name in modules}
     selected = {name for name, _ in model.named_modules() if name.endswith(tuple(short_names))}
     # PEFT must be told that a tied head is the embedding, or it keeps the frozen head
@@ -125,7 +125,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                             "is tied to the embeddings; untie the base first")
         modules_to_save = [x for x in modules_to_save if x != "lm_head"]
     try:
-        attach(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets,
+        add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets,
                bool(config.get("use_rslora")), bool(config.get("use_dora")), layers,
                modules_to_save)
     except UserError as e:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import IGNORE, Bin, Loader, Source, Stream, hold_out, sha256
+from data import IGNORE, Bin, Loader, Source, TokenStream, sha256, validation_split
 from helpers import tiny
 from preparation.bin_writer import BinWriter
 from preparation.specs import bin_name
@@ -59,7 +59,7 @@ def test_a_bin_is_read_by_three_lines_of_numpy(tmp_path, vocab, dtype):
 def test_a_mask_is_kept_where_something_is_not_trained(tmp_path):
     bin = make(tmp_path / "b", [[1, 5, 6, 2], [1, 7, 2]], masks=[[0, 0, 1, 1], [0, 1, 1]])
     assert bin.mask.tolist() == [0, 0, 1, 1, 0, 1, 1] and bin.meta["trained"] == 4
-    targets = np.concatenate([Stream(Source("b", bin, np.arange(2), 1), 8, (0, 0)).row(0)[1]])
+    targets = np.concatenate([TokenStream(Source("b", bin, np.arange(2), 1), 8, (0, 0)).row(0)[1]])
     assert sorted(targets.tolist()) == sorted([IGNORE, 6, 2, 7, 2, IGNORE, IGNORE, IGNORE])
 
 
@@ -118,7 +118,7 @@ def test_a_folder_that_is_no_bin_is_never_replaced(tmp_path):
 def test_every_prediction_of_every_document_comes_once_in_each_epoch(tmp_path_factory, lengths, T,
                                                                      seed, epoch):
     bin = make(tmp_path_factory.mktemp("bin") / "b", unique(lengths))
-    stream = Stream(Source("b", bin, np.arange(len(bin)), 1), T, (seed, 0))
+    stream = TokenStream(Source("b", bin, np.arange(len(bin)), 1), T, (seed, 0))
     seen = []
     for i in range(epoch * stream.rows, (epoch + 1) * stream.rows):
         tokens, targets, doc, pos = stream.row(i)
@@ -131,7 +131,7 @@ def test_every_prediction_of_every_document_comes_once_in_each_epoch(tmp_path_fa
         seen += tokens[inside].tolist()
     wanted = [i for ids in unique(lengths) for i in ids[:-1]]
     assert sorted(seen) == wanted
-    assert stream.served((epoch + 1) * stream.rows) == (epoch + 1) * len(wanted)
+    assert stream.tokens_in((epoch + 1) * stream.rows) == (epoch + 1) * len(wanted)
 
 
 def two(folder: Path) -> list[Source]:
@@ -159,7 +159,7 @@ def test_seeking_gives_what_walking_gives(tmp_path):
     for _ in range(57):  # well into later epochs of the small source
         walked.next()
     sought = Loader(sources, 16, 2, seed=3)
-    sought.seek(walked.served)
+    sought.seek(walked.rows_consumed)
     assert sought.tokens == walked.tokens
     for _ in range(9):
         one, other = walked.next(), sought.next()
@@ -192,10 +192,11 @@ def test_a_held_out_document_stays_held_out_when_others_come(tmp_path):
     draw = np.random.default_rng(1)
     documents = [draw.integers(0, 1000, 20).tolist() for _ in range(400)]
     few, many = make(tmp_path / "few", documents[:200]), make(tmp_path / "many", documents)
-    before, after = hold_out(few, 0.05), hold_out(many, 0.05)
+    before, after = validation_split(few, 0.05), validation_split(many, 0.05)
     assert (after[:200] == before).all() and 0 < after.sum() < 60
-    assert hold_out(make(tmp_path / "two", documents[:2]), 1e-9).sum() == 1, "never none of several"
-    assert hold_out(make(tmp_path / "one", documents[:1]), 0.5).sum() == 0, "never the only one"
+    two, one = make(tmp_path / "two", documents[:2]), make(tmp_path / "one", documents[:1])
+    assert validation_split(two, 1e-9).sum() == 1, "never none of several"
+    assert validation_split(one, 0.5).sum() == 0, "never the only one"
 
 
 def test_conversations_under_one_long_system_prompt_are_held_out_by_what_is_asked(tmp_path):
@@ -219,19 +220,19 @@ def test_conversations_under_one_long_system_prompt_are_held_out_by_what_is_aske
         name = str(len(systems[0]))
         ends = [max(64, len(x)) for x in twice]
         chat = make(tmp_path / name, answered, masks=masks, kind="chat")
-        held = hold_out(chat, 0.05)
+        held = validation_split(chat, 0.05)
         assert held.tolist() == sides(answered, ends)
         assert 10 < held.sum() < 80
         if len(systems[0]) > 64:
             assert (held[::2] == held[1::2]).all(), "one question lies on one side"
         both = make(tmp_path / f"{name}-pairs", answered, masks=masks, kind="pairs")
-        assert hold_out(both, 0.05)[::2].tolist() == sides(answered[::2], ends[::2])
+        assert validation_split(both, 0.05)[::2].tolist() == sides(answered[::2], ends[::2])
         every = make(tmp_path / f"{name}-all", answered, kind="chat")  # --loss-on all
-        assert hold_out(every, 0.05).tolist() == sides(answered, [999] * 800)
+        assert validation_split(every, 0.05).tolist() == sides(answered, [999] * 800)
         text = make(tmp_path / f"{name}-text", answered)
-        assert hold_out(text, 0.05).any() == (len(systems) > 1 or len(systems[0]) < 64)
-        if hold_out(text, 0.05).any():
-            assert hold_out(text, 0.05).tolist() == sides(answered, [64] * 800)
+        assert validation_split(text, 0.05).any() == (len(systems) > 1 or len(systems[0]) < 64)
+        if validation_split(text, 0.05).any():
+            assert validation_split(text, 0.05).tolist() == sides(answered, [64] * 800)
 
 
 def test_what_holds_nothing_out_is_said_as_it_is(tmp_path, capsys):

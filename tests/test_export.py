@@ -264,7 +264,7 @@ def test_merging_a_base_in_shards_takes_a_part_of_its_memory(tmp_path):
     (adapter / ADAPTER_CONFIG).write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
         "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj", "down_proj"]}))
-    export.lora.attach(model, 4, 8.0, 0.0, ["q_proj", "up_proj", "down_proj"])
+    export.lora.add_lora(model, 4, 8.0, 0.0, ["q_proj", "up_proj", "down_proj"])
     st.save_file({k: torch.randn(x.shape) * 0.01
                   for k, x in adapter_state(model).items()},
                  adapter / ADAPTER_WEIGHTS)

@@ -39,7 +39,8 @@ def attach(model, targets=("all-linear",), layers_to_transform=(), modules_to_sa
            use_rslora=False, use_dora=False, dropout=0.0, **_):
     """Our adapter, in PEFT's words."""
     whole = [x for x in modules_to_save if x != "lm_head" or model.lm_head is not None]
-    lora.attach(model, 4, 12.0, dropout, targets, use_rslora, use_dora, layers_to_transform, whole)
+    lora.add_lora(model, 4, 12.0, dropout, targets, use_rslora, use_dora, layers_to_transform,
+                  whole)
 
 
 def pair(shape: str = "llama3", targets=("all-linear",), **words):
@@ -114,7 +115,7 @@ def test_twenty_steps_lose_what_peft_loses(kind):
 def test_step_zero_is_the_base_and_so_is_a_disabled_adapter():
     base = tiny.ours(tiny.peer("llama3"), "llama3")
     wrapped = tiny.ours(tiny.peer("llama3"), "llama3")
-    lora.attach(wrapped, 4, 8.0, 0.0, ["all-linear"])
+    lora.add_lora(wrapped, 4, 8.0, 0.0, ["all-linear"])
     with torch.no_grad():
         assert torch.equal(base(IDS, DOC, POS), wrapped(IDS, DOC, POS)), "B is zero"
         for m in lora.adapters(wrapped).values():
@@ -138,7 +139,7 @@ def test_disabled_is_the_base_and_merged_is_the_adapter(kind):
         assert not torch.allclose(before, base(IDS, DOC, POS))
         lora.merge(ours)
         torch.testing.assert_close(ours(IDS, DOC, POS), before, atol=1e-5, rtol=1e-5)
-    assert not lora.adapters(ours) and not lora.trained_whole(ours)
+    assert not lora.adapters(ours) and not lora.base_values(ours)
     assert ours.state_dict().keys() == base.state_dict().keys()
 
 
@@ -258,7 +259,7 @@ def test_what_cannot_be_attached_is_refused_in_one_line(rank, targets, word):
     model = tiny.ours(tiny.peer("llama3"), "llama3")
     for dora in (False, True):
         with pytest.raises(UserError, match=word) as e:
-            lora.attach(model, rank, 8.0, 0.0, targets, dora=dora)
+            lora.add_lora(model, rank, 8.0, 0.0, targets, dora=dora)
         assert "\n" not in str(e.value) and e.value.code == 2
 
 
@@ -289,7 +290,7 @@ def test_a_missing_or_foreign_tensor_is_named(tmp_path):
     state = adapter_state(ours)
     name, tensor = next(iter(state.items()))
     fresh = tiny.ours(tiny.peer("llama3"), "llama3")
-    lora.attach(fresh, 4, 8.0, 0.0, ["all-linear"])
+    lora.add_lora(fresh, 4, 8.0, 0.0, ["all-linear"])
     with pytest.raises(UserError, match=f"{name} is missing"):
         load_adapter_state(fresh, {k: v for k, v in state.items() if k != name}, "here")
     with pytest.raises(UserError, match="strange is not one of"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data import Bin, Source, hold_out, sha256
+from data import Bin, Source, sha256, validation_split
 from languages.language import DEFAULT_LANGUAGE, DEFAULT_PAIR, language_of, translation_prompts
 from preparation.conversations import prepare_conversations
 from preparation.examples import LengthLimit
@@ -58,7 +58,7 @@ def open_data(s: Settings, model_dir: Path, tokenizer: Tokenizer, vocab_size: in
             raise UserError(
                 f"--data: two sources are called {name}; give their files or folders different "
                 "names, or prepare them as bins", FLAGS)
-        is_held_out = hold_out(bin, 0.0 if s.val else s.hold_out)
+        is_held_out = validation_split(bin, 0.0 if s.val else s.hold_out)
         if is_held_out.any():
             val_sets[name] = opener.read_val_set(bin, np.flatnonzero(is_held_out))
         elif not s.val and s.hold_out:

@@ -90,12 +90,12 @@ def shaped(config: ModelConfig, s: Settings, dtype: torch.dtype,
             for name, m in list(model.named_modules()):
                 if nf4.fits(name, m):
                     model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, s.double_quant))
-        whole = lora.whole_parts(model, s.train_embeddings, s.train_norms)
+        whole = lora.extra_modules(model, s.train_embeddings, s.train_norms)
         if s.tune != "full" and adapter:
             load_adapter(model, adapter)
         elif s.tune != "full":
-            lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
-                        s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
+            lora.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets,
+                          s.rslora, s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
         if s.train_layers:
             lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
     if s.dtype == "fp8":
@@ -208,7 +208,7 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
 
     model, device = shaped(config, s, dtype, adapter), torch.device("cpu")
     how = choose_strategy(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
-    whole = bool(lora.trained_whole(model))
+    whole = bool(lora.base_values(model))
     beside = s.mode == "dpo" and s.tune != "full" and not adapter and not (how == "fsdp" and whole)
     sizes = sizes or chunk_sizes("cpu" if backend == "cpu" else "cuda", *model.head.shape)
     sizes = replace(sizes, float32=max(sizes.float32, NEAR))
@@ -223,7 +223,7 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
     with FakeTensorMode(allow_non_fake_inputs=True), _Held() as held:
         held.what = "weights"
         _place(model, device)
-        for x in lora.trained_whole(model).values():
+        for x in lora.base_values(model).values():
             held.see(x, "weights")
         cut = None
         if how == "fsdp":
@@ -317,8 +317,8 @@ def _place(model: nn.Module, device: torch.device) -> None:
         for name, x in [*m._buffers.items(), *vars(m).items()]:
             if isinstance(x, Tensor):
                 setattr(m, name, torch.empty(x.shape, dtype=x.dtype, device=device))
-    if whole := lora.trained_whole(model):
-        model.whole = {k: torch.empty(x.shape, dtype=x.dtype, device=device)
+    if whole := lora.base_values(model):
+        model.base_values = {k: torch.empty(x.shape, dtype=x.dtype, device=device)
                        for k, x in whole.items()}
 
 

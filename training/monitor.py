@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Loader, Stream, Whole
+from data import Loader, PackedExamples, TokenStream
 from runtime import console
 from runtime.distributed import Distributed
 
@@ -89,7 +89,7 @@ class TrainingMonitor:
         """Write one line; documents are their numbers in each source's bin."""
         loader = copy.copy(self.loader)
         loader.seek(served)
-        turns = [loader.turn() for _ in range(max(rows) + 1)]
+        turns = [loader.next_row() for _ in range(max(rows) + 1)]
         documents: dict[str, list[int]] = {}
         for row in rows:
             stream, i = turns[row]
@@ -100,11 +100,11 @@ class TrainingMonitor:
                        documents={name: sorted(set(x)) for name, x in documents.items()})
 
 
-def documents_of(stream: Stream | Whole, i: int) -> list[int]:
+def documents_of(stream: TokenStream | PackedExamples, i: int) -> list[int]:
     """The numbers, in its bin, of the documents in row i of a source."""
     stream.row(i)  # builds the order of its epoch
     position = i % stream.rows
-    if isinstance(stream, Whole):
+    if isinstance(stream, PackedExamples):
         return stream.packed[stream.shuffled[position]].ravel().tolist()
     start = int(stream.shuffled[position]) * stream.T
     first, last = np.searchsorted(stream.ends, (start, start + stream.T - 1), side="right")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lora
-from data import IGNORE, Batch, Whole
+from data import IGNORE, Batch, PackedExamples
 from model import Llama
 from runtime.console import info
 from runtime.distributed import Distributed
@@ -101,8 +101,8 @@ def count(b: Batch, s: Settings) -> list[int]:
         [pairs, tokens, *[pairs] * len(REPORTED)]
 
 
-def keep_reference(model: Llama, streams: Sequence[Whole], folder: Path, name: str, rows: int,
-                   ranks: Distributed) -> None:
+def keep_reference(model: Llama, streams: Sequence[PackedExamples], folder: Path, name: str,
+                   rows: int, ranks: Distributed) -> None:
     """Compute what the model, as it is now, makes of every row, and keep it for the loader.
 
     `name` says which model it is; each rank does its part, `rows` at a time.

@@ -180,10 +180,10 @@ def choose_trained(s: Settings, model: Llama) -> tuple[bool, list[str]]:
     Returns whether a new adapter was added, and the modules that are trained in full beside an
     adapter or some layers (embeddings, norms).
     """
-    saved_modules = lora.whole_parts(model, s.train_embeddings, s.train_norms)
+    saved_modules = lora.extra_modules(model, s.train_embeddings, s.train_norms)
     new_adapter = s.tune != "full" and not lora.adapters(model)
     if new_adapter:
-        lora.attach(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
+        lora.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
                     s.dora, lora.indices(s.lora_layers, "lora-layers"), saved_modules)
     elif s.tune != "full":
         check_adapter(s, adapter_config(model, ""))

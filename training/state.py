@@ -126,7 +126,7 @@ class Run:
                  "optimizer": optim.state(self.model, self.optimizer)}
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
                  "settings": dataclasses.asdict(self.settings),
-                 "served": self.loader.served, "data": self.data,
+                 "served": self.loader.rows_consumed, "data": self.data,
                  "model": self.weights_fingerprint, "ranks": self.ranks.world_size,
                  "gradient_sum": GRADIENT_SUM,
                  "scale": dataclasses.astuple(self.loss_scale),

@@ -565,7 +565,7 @@ def test_the_hubs_cache_with_its_links_loads(made, tmp_path):
     close(logits(model), peers_logits(made("llama3", True)))
     save_model(model, tmp_path / "out", source=snapshot)
     assert not any(f.is_symlink() for f in (tmp_path / "out").iterdir())
-    lora.attach(model, 2, 4.0, 0.0, ["q_proj"])
+    lora.add_lora(model, 2, 4.0, 0.0, ["q_proj"])
     save_adapter(model, tmp_path / "adapter", base=snapshot, source=snapshot)
     said = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert (said["base_model_name_or_path"], said["revision"]) == ("org/name", "0123abc")

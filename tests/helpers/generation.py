@@ -46,7 +46,7 @@ def with_adapter(model: Llama, how: str) -> Llama:
     """The same with an adapter that is not nothing."""
     if how:
         torch.manual_seed(1)
-        lora.attach(model, 4, 8, 0.0, ["all-linear"], dora=how == "dora")
+        lora.add_lora(model, 4, 8, 0.0, ["all-linear"], dora=how == "dora")
         for m in lora.adapters(model).values():
             torch.nn.init.normal_(m.lora_B.weight, std=0.1)
     return model.eval()

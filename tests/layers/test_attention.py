@@ -215,7 +215,7 @@ def test_no_block_is_left_uncompiled_because_there_are_too_many_kinds_of_passes(
     monkeypatch.setattr(attention, "varlen_attn", kernel)  # torch's: a CPU has none
     torch._dynamo.reset()
     model = tiny.ours(tiny.peer("gemma3"), "gemma3", attention_backend="varlen_flash").train()
-    lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+    lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"])
     compile_model(model, fullgraph=True, backend="eager")
     graphs, made = torch._dynamo.utils.counters["stats"], []
     for lengths in ([30, 10], [40], [20, 1, 9, 10], [5] * 8, [25, 15], [40], [2] * 20):

@@ -129,7 +129,7 @@ def test_where_it_cannot_be_it_is_refused_in_one_line(monkeypatch):
     fp8.check(model, gpu, 32)
     with pytest.raises(UserError, match="multiples of 16"):
         fp8.check(model, gpu, 40)
-    lora.attach(model, 4, 8, 0.0, ["all-linear"])
+    lora.add_lora(model, 4, 8, 0.0, ["all-linear"])
     with pytest.raises(UserError, match="is for all weights"):
         fp8.check(model, gpu, 32)
 

@@ -138,22 +138,22 @@ def test_in_sixteen_bits_a_model_is_as_near_to_float32_as_one_of_plain_weights(d
     assert 0 < distances[1] < 1.5 * distances[0]
 
 
-@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"whole": ["embed_tokens", "lm_head"]}],
-                         ids=str)
+@pytest.mark.parametrize("kind", [
+    {}, {"dora": True}, {"modules_to_save": ["embed_tokens", "lm_head"]}], ids=str)
 def test_an_adapter_is_merged_before_its_base_is_rounded(kind, tmp_path):
     base = tiny.folder(tmp_path / "base", "biases")
     model, _ = load_model(base)
-    lora.attach(model, 4, 8.0, 0.0, ["all-linear"], **kind)
+    lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"], **kind)
     with torch.no_grad():
         for m in lora.adapters(model).values():
             m.lora_B.weight.normal_(0, 0.1)
-        for name in lora.trained_whole(model):
+        for name in lora.base_values(model):
             model.get_parameter(name).mul_(1.1)
     save_adapter(model, tmp_path / "adapter", str(base), base)
     peer = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peer = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval().merge_and_unload()
     merged, _ = load_model(tmp_path / "adapter", quant="int8")
-    assert not lora.adapters(merged) and not lora.trained_whole(merged)
+    assert not lora.adapters(merged) and not lora.base_values(merged)
     with torch.inference_mode():
         torch.testing.assert_close(merged(IDS, DOC, POS), tiny.rounded(peer)(IDS).logits[:, -1],
                                    atol=1e-3, rtol=1e-3)

@@ -121,8 +121,9 @@ def test_qlora_computes_what_lora_does_on_the_dequantised_model(folder, dtype, k
     found = []
     for model in (quantised, plain):
         torch.manual_seed(0)
-        lora.attach(model, 4, 8.0, kind.get("dropout", 0.0), ["all-linear"],
-                    kind.get("rslora", False), kind.get("dora", False), whole=["embed_tokens"])
+        lora.add_lora(model, 4, 8.0, kind.get("dropout", 0.0), ["all-linear"],
+                      kind.get("rslora", False), kind.get("dora", False),
+                      modules_to_save=["embed_tokens"])
         with torch.no_grad():
             for m in lora.adapters(model).values():
                 m.lora_B.weight.normal_(0, 0.1)
@@ -147,7 +148,7 @@ def test_step_zero_is_the_dequantised_base_and_only_matrices_of_blocks_are_quant
     with torch.no_grad():
         before = model(IDS, DOC, POS)
         torch.testing.assert_close(before, dequantised(folder)(IDS, DOC, POS))
-        lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+        lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"])
         assert torch.equal(model(IDS, DOC, POS), before)
         for m in lora.adapters(model).values():
             m.lora_B.weight.normal_()
@@ -193,7 +194,7 @@ def test_an_adapter_trained_on_nf4_is_a_plain_one_and_opens_in_peft_and_here(fol
     import transformers
 
     model, _ = load_model(folder, quant="nf4")
-    lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+    lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"])
     with torch.no_grad():
         for m in lora.adapters(model).values():
             m.lora_B.weight.normal_(0, 0.1)
@@ -216,7 +217,7 @@ def test_a_quantised_base_is_neither_merged_into_nor_written(folder, tmp_path):
     model, _ = load_model(folder, quant="nf4")
     with pytest.raises(UserError, match="NF4, with less precision than its files"):
         save_model(model, tmp_path / "out", folder)
-    lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+    lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"])
     with pytest.raises(UserError, match=r"ruin the model; merge into the base's own files"):
         lora.merge(model)
     assert not (tmp_path / "out").exists() and lora.adapters(model)

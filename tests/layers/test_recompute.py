@@ -38,8 +38,9 @@ def wide(shape: str, tune: str, dtype: torch.dtype, recompute: str = "none",
             if nf4.fits(name, m):
                 model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, double=True))
     torch.manual_seed(0)
-    lora.attach(model, 4, 8, TUNES[tune].get("dropout", 0.0), ["all-linear"],
-                dora=TUNES[tune].get("dora", False), whole=["norm"] if tune == "lora" else [])
+    lora.add_lora(model, 4, 8, TUNES[tune].get("dropout", 0.0), ["all-linear"],
+                  dora=TUNES[tune].get("dora", False),
+                  modules_to_save=["norm"] if tune == "lora" else [])
     for m in lora.adapters(model).values():
         torch.nn.init.normal_(m.lora_B.weight, std=0.1)
     return model.train()

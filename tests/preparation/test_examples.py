@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import CHRF
 
 import prepare
-from data import Bin, Source, hold_out
+from data import Bin, Source, validation_split
 from helpers import fork, tiny
 from helpers.chat_templates import KINDS, TEMPLATES, pair, said, tokenizer_folders
 from languages.language import DEFAULT_PAIR, translation_prompts
@@ -353,7 +353,7 @@ def test_no_pair_that_is_held_out_is_trained_in_either_direction(model, tmp_path
     sides = [(f"cow {i:04}a", f"inka {i:04}b") for i in range(400)]
     (tmp_path / "x.tsv").write_text("eng\tkin\n" + "".join(f"{e}\t{k}\n" for e, k in sides))
     bin, tok = prepared(model, tmp_path, "mt", f"{tmp_path}/x.tsv", *words)
-    held = hold_out(bin, 0.1)
+    held = validation_split(bin, 0.1)
     marks: list[set[str]] = [set(), set()]  # of what is trained, and of what is held out
     seen = Counter()
     for i, side in enumerate(held.tolist()):
@@ -368,7 +368,7 @@ def test_no_pair_that_is_held_out_is_trained_in_either_direction(model, tmp_path
     if not words:  # and other files, or one direction, hold out the same pairs
         one, _ = prepared(model, tmp_path / "one", "mt", f"{tmp_path}/x.tsv", "--directions",
                           "kin-eng")
-        assert np.array_equal(hold_out(one, 0.1), held[::2]) and len(one) == 400
+        assert np.array_equal(validation_split(one, 0.1), held[::2]) and len(one) == 400
 
 
 def test_the_groups_of_a_bin_are_the_same_bytes_for_any_number_of_processes(
@@ -392,7 +392,7 @@ def test_a_bin_without_groups_holds_out_the_documents_that_it_did(model, tmp_pat
     old = Bin(bin.folder)
     wanted = [int.from_bytes(hashlib.blake2b(old.document(i)[:64].tobytes(), digest_size=8)
                              .digest(), "little") < 0.1 * 2**64 for i in range(600)]
-    assert hold_out(old, 0.1).tolist() == wanted and 20 < sum(wanted) < 120
+    assert validation_split(old, 0.1).tolist() == wanted and 20 < sum(wanted) < 120
     sha = Source("x", old, np.arange(600), 1.0).sha
     assert sha == hashlib.sha256((bin.folder / "tokens.bin").read_bytes()).hexdigest() != now
 

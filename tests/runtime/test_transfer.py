@@ -137,7 +137,7 @@ def test_a_step_asks_the_device_once(monkeypatch, shape, path, tune):
     backend = "varlen_flash" if path == "flash" else "sdpa_mask"
     model = tiny.ours(tiny.peer(shape), shape, attention_backend=backend).train()
     if tune == "lora":
-        lora.attach(model, 4, 8, 0.0, ["all-linear"])
+        lora.add_lora(model, 4, 8, 0.0, ["all-linear"])
     monkeypatch.setattr(attention, "varlen_attn", kernel)  # torch's: a CPU has none
     asked, _ = counted(monkeypatch, model, NLL, [batch(1), batch(2), batch(3)])
     assert asked == ["tolist"]

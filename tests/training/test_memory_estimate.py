@@ -76,9 +76,9 @@ def really(shape: str, s: Settings, dtype: torch.dtype, passes: int,
         for name, m in list(model.named_modules()) if s.tune == "qlora" else ():
             if nf4.fits(name, m):
                 model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, s.double_quant))
-        whole = lora.whole_parts(model, s.train_embeddings, s.train_norms)
+        whole = lora.extra_modules(model, s.train_embeddings, s.train_norms)
         if s.tune != "full":
-            lora.attach(model, 8, 32.0, s.lora_dropout, ["all-linear"], False, s.dora, [], whole)
+            lora.add_lora(model, 8, 32.0, s.lora_dropout, ["all-linear"], False, s.dora, [], whole)
         if s.train_layers:
             lora.train_layers(model, [1], whole)
         if s.dtype == "fp8":
@@ -264,7 +264,7 @@ def of_a_rank(s: Settings, dtype: torch.dtype, passes: int, file: Path, often: b
             kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
             model = copy.deepcopy(model).to(kept if s.tune == "full" else dtype)
             if s.tune == "lora":
-                lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
+                lora.add_lora(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
             ranks.wrap_model(model.train(), s.shard, dtype, kept)
             ranks.sync_every_microbatch |= often
             optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)

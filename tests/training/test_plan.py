@@ -43,7 +43,7 @@ def test_the_work_foretold_is_what_a_real_step_multiplies(folder, words):
     model = tiny.ours(tiny.peer("llama32", **WIDE), "llama32", torch.bfloat16, s.recompute,
                       **WIDE).train()
     if s.tune == "lora":
-        lora.attach(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
+        lora.add_lora(model, s.lora_rank, s.lora_alpha, 0.0, ["all-linear"])
     ids = tiny.tokens(s.rows, s.seq_len)
     doc, pos = torch.zeros_like(ids), torch.arange(s.seq_len).expand_as(ids)
     with FlopCounterMode(display=False) as counted:

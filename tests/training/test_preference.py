@@ -27,7 +27,7 @@ import prepare
 import sample
 import train
 from checkpoints.peft_adapter import adapter_state
-from data import IGNORE, Batch, Bin, Loader, Source, Whole, hold_out
+from data import IGNORE, Batch, Bin, Loader, PackedExamples, Source, validation_split
 from goldens import trl_goldens as goldens_trl
 from helpers import fork, tiny
 from preparation.bin_writer import BinWriter
@@ -61,11 +61,11 @@ def make(folder: Path, kind: str, n: int, seed: int = 0, longest: int = 14) -> B
     return writer.close({"documents": {}}, [])
 
 
-def whole(bin: Bin, T: int = 48) -> Whole:
-    return Whole(Source("x", bin, np.arange(len(bin)), 1.0), T, (1, 0))
+def whole(bin: Bin, T: int = 48) -> PackedExamples:
+    return PackedExamples(Source("x", bin, np.arange(len(bin)), 1.0), T, (1, 0))
 
 
-def batch_of(stream: Whole) -> Batch:
+def batch_of(stream: PackedExamples) -> Batch:
     return Batch.of([stream.row(i) for i in range(stream.rows)])
 
 
@@ -93,8 +93,8 @@ def test_losses_and_gradients_equal_a_formula_on_separate_sequences(tmp_path, mo
         ours.train()
     else:
         base = tiny.peer("llama3", seed=1)  # the model with its adapter off
-        lora.attach(ours, 4, 8, 0.0, ["all-linear"],
-                    whole=["embed_tokens"] if "emb" in tune else [])
+        lora.add_lora(ours, 4, 8, 0.0, ["all-linear"],
+                    modules_to_save=["embed_tokens"] if "emb" in tune else [])
         for m in lora.adapters(ours).values():
             torch.nn.init.normal_(m.lora_B.weight, std=0.3)
             name = next(k for k, x in ours.named_modules() if x is m)
@@ -162,7 +162,7 @@ def test_losses_and_gradients_of_packed_pairs_equal_trls_own_trainers(tmp_path, 
                        nll_weight=goldens_trl.NLL_WEIGHT if mode == "cpo" else 1.0)
     ours, names = tiny.ours(tiny.peer("llama3", seed=1), "llama3"), {}
     if tune == "lora":
-        lora.attach(ours, goldens_trl.RANK, goldens_trl.ALPHA, 0.0, ["all-linear"])
+        lora.add_lora(ours, goldens_trl.RANK, goldens_trl.ALPHA, 0.0, ["all-linear"])
         names = {n: f"base_model.model.{n}" for n, _ in ours.named_parameters()}
         with torch.no_grad():
             for name, p in ours.named_parameters():
@@ -206,7 +206,7 @@ def test_accumulation_of_pairs_equals_one_batch(tmp_path, mode):
     for size in (stream.rows, 1):
         model = tiny.ours(tiny.peer("llama2"))
         torch.manual_seed(0)
-        lora.attach(model, 4, 8, 0.0, ["all-linear"])
+        lora.add_lora(model, 4, 8, 0.0, ["all-linear"])
         optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
         batches = [Batch.of([stream.row(i) for i in range(at, min(at + size, stream.rows))])
                    for at in range(0, stream.rows, size)]
@@ -287,12 +287,12 @@ def test_neftune_is_uniform_noise_by_a_documents_own_length_and_only_in_training
 def test_every_example_lies_whole_in_one_row_once_an_epoch(tmp_path_factory, n, T, kind, seed):
     bin = make(tmp_path_factory.mktemp("bins") / "bin", kind, n, seed)
     each = 2 if kind == "pairs" else 1
-    stream = Whole(Source("x", bin, np.arange(len(bin)), 1.0), T, (seed, 0))
+    stream = PackedExamples(Source("x", bin, np.arange(len(bin)), 1.0), T, (seed, 0))
     for epoch in (0, 1):
         seen = []
         for i in range(epoch * stream.rows, (epoch + 1) * stream.rows):
             tokens, targets, doc, pos = stream.row(i)
-            assert stream.served(i + 1) - stream.served(i) == (doc >= 0).sum()
+            assert stream.tokens_in(i + 1) - stream.tokens_in(i) == (doc >= 0).sum()
             n_docs = int(doc.max()) + 1
             assert n_docs % each == 0 and (doc[1:][pos[1:] > 0] == doc[:-1][pos[1:] > 0]).all()
             for d in range(n_docs):
@@ -325,7 +325,7 @@ def test_a_loader_of_whole_rows_seeks_and_is_the_same_on_two_ranks(tmp_path):
         assert torch.equal(b.tokens, torch.cat([x.tokens for x in both]))
         assert torch.equal(b.targets, torch.cat([x.targets for x in both]))
     again = loader()
-    again.seek(alone.served)
+    again.seek(alone.rows_consumed)
     assert torch.equal(again.next().tokens, alone.next().tokens)
 
 
@@ -337,7 +337,7 @@ def test_rows_are_well_filled(tmp_path):
 
 def test_held_out_pairs_stay_together(tmp_path):
     bin = make(tmp_path / "bin", "pairs", 60)
-    held = hold_out(bin, 0.2).reshape(-1, 2)
+    held = validation_split(bin, 0.2).reshape(-1, 2)
     assert (held[:, 0] == held[:, 1]).all() and 3 <= held[:, 0].sum() <= 25
 
 
@@ -579,7 +579,7 @@ def test_an_adapter_trained_further_is_its_own_reference(tmp_path):
     """Switched off it would be the base, not the model that preference training starts from."""
     bin = make(tmp_path / "bin", "pairs", 6)
     model = tiny.ours(tiny.peer())
-    lora.attach(model, 4, 8, 0.0, ["all-linear"])
+    lora.add_lora(model, 4, 8, 0.0, ["all-linear"])
     for m in lora.adapters(model).values():
         torch.nn.init.normal_(m.lora_B.weight, std=0.3)
     stream, cut = whole(bin), []

@@ -427,7 +427,7 @@ def test_a_step_of_eight_rows_equals_two_times_four_with_uneven_masks(tune):
         model = tiny.ours(tiny.peer("llama3"), "llama3")
         torch.manual_seed(0)
         if tune == "lora":
-            lora.attach(model, 4, 8, 0.0, ["all-linear"])
+            lora.add_lora(model, 4, 8, 0.0, ["all-linear"])
         optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
         loss, norm = train.train_step(model, NLL, batches, optimizer, ALONE, clip=1.0)
         results.append((loss, norm, {n: p.detach().clone() for n, p in model.named_parameters()}))
@@ -492,7 +492,7 @@ def small(tune: str, dtype: torch.dtype, compute: torch.dtype | None = None) -> 
         if nf4.fits(name, m):
             model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, double=True))
     torch.manual_seed(0)
-    lora.attach(model, 4, 8.0, 0.0, ["all-linear"], dora=tune == "dora")
+    lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"], dora=tune == "dora")
     for m in lora.adapters(model).values():
         torch.nn.init.normal_(m.lora_B.weight, std=0.1)
     return model
@@ -537,7 +537,7 @@ def test_compiled_on_a_gpu_it_is_one_graph_that_finds_the_same(tune):
         model = tiny.ours(tiny.peer("llama31"), "llama31", torch.bfloat16).train().cuda()
         if tune == "lora":
             torch.manual_seed(0)
-            lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+            lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"])
             for m in lora.adapters(model).values():
                 torch.nn.init.normal_(m.lora_B.weight, std=0.1)
         if compiled:
@@ -612,7 +612,7 @@ def test_mfu_is_of_all_tokens_of_documents_and_the_logits_of_those_that_are_trai
         words[at + 1 : at + 3] = [str(tmp_path / name)]
         assert train.train(*read_settings(words)) == 0
         model, _ = load_model(workspace / "tied")
-        lora.attach(model, 4, 8.0, 0.0, ["all-linear"])
+        lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"])
         work = model.flops_per_token(10) + (mode == "dpo") * model.flops_per_token(10, False)
         head = (4 + 2 * (mode == "dpo")) * model.head.numel()  # an untrained token has no logits
         lines = [json.loads(x) for x in
