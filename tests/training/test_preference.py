@@ -584,7 +584,7 @@ def test_an_adapter_trained_further_is_its_own_reference(tmp_path):
         torch.nn.init.normal_(m.lora_B.weight, std=0.3)
     stream, cut = whole(bin), []
     part = type("Segment", (), {"reshard": lambda self: cut.append(self)})()
-    alone = dataclasses.replace(ALONE, shards=[part])
+    alone = dataclasses.replace(ALONE, fsdp_modules=[part])
     preference.keep_reference(model, [stream], tmp_path / "ref", "m", 2, alone)
     assert cut == [part]  # fsdp's: what a pass gathers is freed by the next
     b = Batch.of([stream.row(0)], [stream.source.reference[stream.number(0)]])
