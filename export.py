@@ -1,13 +1,13 @@
-"""What is done with a trained model: merge, look it over, describe it, send it.
+"""Merge, check, describe and upload a trained model.
 
     python export.py merge --model out/kin/model --out out/kin-merged
     python export.py check --model out/kin-merged
     python export.py card --model out/kin-merged --run out/kin --results out/kin-eval/results.json
     python export.py push --model out/kin-merged --repo org/name
 
-One idea: what leaves here is what was trained, and says so. A merge goes tensor by tensor in the
-base's own precision, so that it needs the memory of one shard and not of two models; a check opens
-what another program will open; a card repeats what files say, and calls the rest unknown.
+`merge` adds the adapter tensor by tensor, in the base's own precision, so it needs the memory of
+one shard, not of two models. `check` opens the files that other programs will open. `card` repeats
+what the files say, and calls the rest unknown.
 """
 
 from __future__ import annotations
@@ -269,76 +269,125 @@ def check(s: Check) -> None:
         raise SystemExit(BAD_INPUT)
 
 
-def findings(folder: Path) -> Iterator[tuple[bool, str]]:
-    """Each thing that is right or wrong in a folder, and what it is."""
+Finding = tuple[bool, str]  # whether it is right, and what it is
+
+
+def findings(folder: Path) -> Iterator[Finding]:
+    """Each thing that is right or wrong in a model's folder."""
     base = base_model_dir(folder)
-    shape = read_config(base)
+    config = read_config(base)
     with torch.device("meta"):
-        model = Llama(shape)
-    wanted, found = dict(model.named_parameters()), slots(base, model)
-    odd = [f"{k} missing" for k in wanted if k not in found]
-    odd += [f"{k} not of this model" for k in found if k not in wanted]
-    yield not odd, f"tensors: {first_five(odd) or f'all {len(wanted)} are there'}"
-    astray = [f"{k} {found[k].shape}, expected {tuple(p.shape)}" for k, p in wanted.items()
-              if k in found and found[k].shape != tuple(p.shape)]
-    yield not astray, f"shapes: {first_five(astray) or 'as config.json says'}"
-    bad, adapter = [], {}
-    if folder != base:
-        adapter = read_header(resolve_inside(folder, ADAPTER_WEIGHTS))
-    for k, slot in [*found.items(), *adapter.items()]:
-        try:
-            check_finite(read(slot), k)
-        except UserError as e:
-            bad.append(str(e).split(";")[0])
-    yield not bad, f"numbers: {first_five(bad) or 'all finite'}"
-    head, tied = tensor_infos(base).get("lm_head.weight"), shape.tie_word_embeddings
-    embedding = found.get("model.embed_tokens.weight")
-    if tied and head is not None and embedding is not None:
-        same = torch.equal(read(head), read(embedding))
-        yield same, f"head: tied, and its copy in the file is {'the same' if same else 'another'}"
-    else:
-        yield tied or head is not None, "head: " + (
-            "tied to the embeddings" if tied else "its own" if head else "neither tied nor there")
-
-    own = any((folder / x).exists() for x in FILES[:2])
-    tokenizer = Tokenizer.open(folder if own else base)
-    given = (tokenizer.bos, tokenizer.eos, *tokenizer.byte_lengths.nonzero()[0][-1:].tolist())
-    top = max(x for x in given if x is not None)
-    rows = embedding.shape[0] if embedding is not None else 0
-    fits = rows == shape.vocab_size > top
-    yield fits, (f"vocabulary: {shape.vocab_size} in config.json, {rows} embeddings, the "
-                 f"tokenizer's {tokenizer.vocab_size} ids are used up to {top}")
-    ids = tokenizer.document(TEXT)
-    begins = ids.count(tokenizer.bos), ids[0] == tokenizer.bos
-    yield begins == (1, True) or tokenizer.bos is None, (
-        "BOS: the tokenizer has none" if tokenizer.bos is None
-        else f"BOS: {begins[0]} in a document, expected one, at its beginning")
-
-    stops, where = configured_stop_ids(folder)
+        model = Llama(config)
+    wanted, infos = dict(model.named_parameters()), slots(base, model)
+    has_own = any((folder / x).exists() for x in FILES[:2])
+    tokenizer = Tokenizer.open(folder if has_own else base)
+    stops, _ = configured_stop_ids(folder)
+    required = [*_tensor_findings(wanted, infos), _number_finding(folder, base, infos)]
+    yield from required
+    yield _head_finding(base, config.tie_word_embeddings, infos)
+    vocabulary = _vocabulary_finding(tokenizer, config.vocab_size, infos)
+    yield vocabulary
+    yield _bos_finding(tokenizer)
     template = (ChatTemplate.from_folder(folder, tokenizer)
                 or ChatTemplate.from_folder(base, tokenizer))
-    yield chat_finding(template, stops, shape.vocab_size) if template else (
-        True, "chat template: none, so this model continues text and does not converse")
-    eos = tokenizer.eos
-    right = bool(stops) and all(type(x) is int and 0 <= x < shape.vocab_size for x in stops) and (
-        eos is None or eos in stops)
-    yield right, (f"stop ids: {stops} in {where.name if where else 'no file'}, vocabulary "
-                  f"{shape.vocab_size}, EOS {eos}")
+    if template:
+        yield chat_finding(template, stops, config.vocab_size)
+    else:
+        yield True, "chat template: none, so this model continues text and does not converse"
+    stop_finding = _stop_finding(folder, tokenizer, config.vocab_size)
+    yield stop_finding
     del model
-
-    if odd or astray or bad or not fits or not right:
+    if all(right for right, _ in (*required, vocabulary, stop_finding)):
+        yield _continuation_finding(folder, tokenizer, stops)
+    else:
         yield False, "continuation: not tried"
-        return
+
+
+def _tensor_findings(wanted: dict[str, nn.Parameter],
+                     infos: dict[str, TensorInfo]) -> Iterator[Finding]:
+    """Whether the files hold the model's tensors, and in its shapes."""
+    wrong_names = [f"{k} missing" for k in wanted if k not in infos]
+    wrong_names += [f"{k} not of this model" for k in infos if k not in wanted]
+    yield not wrong_names, (f"tensors: {first_five(wrong_names)}" if wrong_names
+                            else f"tensors: all {len(wanted)} are there")
+    wrong_shapes = [f"{k} {infos[k].shape}, expected {tuple(p.shape)}" for k, p in wanted.items()
+                    if k in infos and infos[k].shape != tuple(p.shape)]
+    yield not wrong_shapes, f"shapes: {first_five(wrong_shapes) or 'as config.json says'}"
+
+
+def _number_finding(folder: Path, base: Path, infos: dict[str, TensorInfo]) -> Finding:
+    """Whether all numbers of the model, and of the adapter if there is one, are finite."""
+    adapter = {}
+    if folder != base:
+        adapter = read_header(resolve_inside(folder, ADAPTER_WEIGHTS))
+    wrong = []
+    for name, info in [*infos.items(), *adapter.items()]:
+        try:
+            check_finite(read(info), name)
+        except UserError as e:
+            wrong.append(str(e).split(";")[0])
+    return not wrong, f"numbers: {first_five(wrong) or 'all finite'}"
+
+
+def _head_finding(base: Path, tied: bool, infos: dict[str, TensorInfo]) -> Finding:
+    """Whether there is a head, and whether the stored copy of a tied one is the embeddings."""
+    head, embedding = tensor_infos(base).get("lm_head.weight"), infos.get(
+        "model.embed_tokens.weight")
+    if tied and head is not None and embedding is not None:
+        if torch.equal(read(head), read(embedding)):
+            return True, "head: tied, and its copy in the file is the same"
+        return False, "head: tied, and its copy in the file is another"
+    if tied:
+        return True, "head: tied to the embeddings"
+    if head is not None:
+        return True, "head: its own"
+    return False, "head: neither tied nor there"
+
+
+def _vocabulary_finding(tokenizer: Tokenizer, vocab_size: int,
+                        infos: dict[str, TensorInfo]) -> Finding:
+    """Whether config, embeddings and tokenizer agree about the vocabulary."""
+    used = (tokenizer.bos, tokenizer.eos, *tokenizer.byte_lengths.nonzero()[0][-1:].tolist())
+    largest = max(x for x in used if x is not None)
+    rows = 0
+    if "model.embed_tokens.weight" in infos:
+        rows = infos["model.embed_tokens.weight"].shape[0]
+    return rows == vocab_size > largest, (
+        f"vocabulary: {vocab_size} in config.json, {rows} embeddings, the tokenizer's "
+        f"{tokenizer.vocab_size} ids are used up to {largest}")
+
+
+def _bos_finding(tokenizer: Tokenizer) -> Finding:
+    """Whether a document has one BOS, at its beginning."""
+    if tokenizer.bos is None:
+        return True, "BOS: the tokenizer has none"
+    ids = tokenizer.document(TEXT)
+    count = ids.count(tokenizer.bos)
+    return count == 1 and ids[0] == tokenizer.bos, (
+        f"BOS: {count} in a document, expected one, at its beginning")
+
+
+def _stop_finding(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> Finding:
+    """Whether the files name stop ids, EOS among them, inside the vocabulary."""
+    stops, file = configured_stop_ids(folder)
+    valid = all(type(x) is int and 0 <= x < vocab_size for x in stops)
+    right = bool(stops) and valid and (tokenizer.eos is None or tokenizer.eos in stops)
+    return right, (f"stop ids: {stops} in {file.name if file else 'no file'}, vocabulary "
+                   f"{vocab_size}, EOS {tokenizer.eos}")
+
+
+def _continuation_finding(folder: Path, tokenizer: Tokenizer, stops: list[Any]) -> Finding:
+    """Whether the model loads and continues a text; the text is shown."""
+    ids = tokenizer.document(TEXT)
+    start = ids[: max(1, len(ids) // 4)]  # far from where a sentence ends
     try:
-        loaded, _ = load_model(folder, dtype=None)
-        start = ids[: max(1, len(ids) // 4)]  # far from where a sentence ends
-        new = min(16, shape.max_position_embeddings - 1)
-        [answer] = completions(loaded.eval(), [start], SamplingParams(new, temperature=0.0),
+        model, _ = load_model(folder, dtype=None)
+        new = min(16, model.config.max_position_embeddings - 1)
+        [answer] = completions(model.eval(), [start], SamplingParams(new, temperature=0.0),
                                StoppingCriteria(set(stops)), tokenizer.bos)
-        yield True, (f"continuation: {tokenizer.decode(start)!r} -> "
-                     f"{tokenizer.decode(answer.ids)!r}")
     except UserError as e:
-        yield False, f"continuation: {e}"
+        return False, f"continuation: {e}"
+    return True, f"continuation: {tokenizer.decode(start)!r} -> {tokenizer.decode(answer.ids)!r}"
 
 
 def chat_finding(template: ChatTemplate, stops: list[Any], vocab: int) -> tuple[bool, str]:
