@@ -56,6 +56,7 @@ from training.settings import Settings
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits")
 APART = "apart"  # what is not counted
 NEAR = 64  # tokens at least whose logits are walked at once: real steps take fewer, and longer
+CPU_BACKENDS = ("cpu", "cpu_documents")
 SMALL = 1e9  # parameters that a CPU trains without being asked to
 
 
@@ -210,7 +211,7 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
     how = choose_strategy(model, world, gb) if s.shard == "auto" or world == 1 else s.shard
     whole = bool(lora.base_values(model))
     beside = s.mode == "dpo" and s.tune != "full" and not adapter and not (how == "fsdp" and whole)
-    sizes = sizes or chunk_sizes("cpu" if backend == "cpu" else "cuda", *model.head.shape)
+    sizes = sizes or chunk_sizes("cpu" if backend in CPU_BACKENDS else "cuda", *model.head.shape)
     sizes = replace(sizes, float32=max(sizes.float32, NEAR))
     B, T = s.rows, s.seq_len
     doc = (torch.arange(T, device=device) > T // 2).long().expand(B, T)  # (B,T)
@@ -228,7 +229,7 @@ def need(config: ModelConfig, s: Settings, dtype: torch.dtype, passes: int = 1,
         cut = None
         if how == "fsdp":
             often = needs_sync_every_microbatch(model, gb)
-            cut = Cut(model, world, dtype, held, backend == "cpu", often)
+            cut = Cut(model, world, dtype, held, backend in CPU_BACKENDS, often)
         held.what = "optimizer"
         parts = cut.parts if cut else {}
         moving = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -255,7 +256,7 @@ def _attention(backend: Backend, documents: RowDocuments, window: int,
     """A batch's attention metadata by one of the backends; none of them computes capped scores on a
     GPU but the mask."""
     B, T = documents.doc.shape
-    if backend == "cpu":
+    if backend in CPU_BACKENDS:
         return attention_metadata(documents.doc, documents.lengths, backend, window, softcap)
     if backend == "varlen_flash" and not softcap:
         return VarlenFlash(torch.zeros(4 * B, dtype=torch.int32), window)
@@ -277,15 +278,18 @@ def willing(config: ModelConfig, s: Settings, ranks: Distributed) -> None:
 
 
 def check(config: ModelConfig, s: Settings, dtype: torch.dtype, ranks: Distributed, passes: int,
-          adapter: Path | None = None) -> None:
-    """UserError (FLAGS) if a step of settings `s` does not fit a rank's memory; before a weight is
-    read. A bound that is never too low lets most models pass at once. Rows that are to be found
-    are not refused."""
+          adapter: Path | None = None, limit_gb: float | None = None) -> None:
+    """UserError (FLAGS) if a step of settings `s` does not fit into `limit_gb`, by default the
+    memory of a rank's device. Called before a weight is read.
+
+    An upper bound that is quick to compute lets most models pass. Rows that are still to be chosen
+    (auto) are not refused.
+    """
     if s.ignore_memory or s.rows == "auto":
         return
     B, T, L = s.rows, s.seq_len, config.num_hidden_layers
     wide = config.hidden_size + config.intermediate_size
-    room = memory_limit_gb(ranks.device)
+    room = memory_limit_gb(ranks.device) if limit_gb is None else limit_gb
     if 32 * numbers(config) + 64 * B * T * L * wide + 8192 * config.vocab_size < room * GiB:
         return
     found = on(ranks, config, s, dtype, passes, adapter)

@@ -386,7 +386,7 @@ def test_a_rename_that_fails_puts_the_one_of_the_same_step_back(tmp_path, monkey
 def test_any_fault_of_a_disk_is_told_to_the_other_ranks_and_tried_again(tmp_path, monkeypatch):
     """Also one that says nothing of room, as a server's that went away, and a folder that did."""
     saver, told = AsyncCheckpointer(tmp_path / "checkpoints", 2), []
-    monkeypatch.setattr(saver.ranks, "gather", lambda text: told.append(text) or [text])
+    monkeypatch.setattr(saver.ranks, "all_gather_text", lambda text: told.append(text) or [text])
 
     def stale(_):
         raise OSError(errno.ESTALE, "Stale file handle")
