@@ -419,7 +419,7 @@ def test_what_may_change_the_numbers_is_said_whether_a_flag_changed_it_or_a_hand
 
 @pytest.mark.parametrize("said,word", [
     ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
-    ({"WORLD_SIZE": "2", "RANK": "2"}, "no rank among ranks"),
+    ({"WORLD_SIZE": "2", "RANK": "2"}, "do not describe a rank"),
     ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two"),
     ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT are not set")])
 def test_half_an_environment_is_one_line(monkeypatch, said, word):
@@ -495,10 +495,10 @@ def test_a_cpu_trains_a_large_model_only_where_it_was_asked_to(workspace, monkey
 
 
 def test_shards_without_ranks_and_ranks_without_shards_are_refused(workspace):
-    assert "there is one rank" in run_ranks(
+    assert "there is one process" in run_ranks(
         make_settings(workspace, "alone", shard="fsdp"), codes={FLAGS}
     )
-    assert "different runs" in run_ranks(
+    assert "cannot be used with 2 processes" in run_ranks(
         make_settings(workspace, "apart", shard="none"), world=2, codes={FLAGS}
     )
     assert "--rows 1 or 3 would do" in run_ranks(
@@ -702,7 +702,7 @@ def apart(action, *mounts: Sequence[str | Path], keep: tuple[Path, Path] | None 
         for words in (("--make-rprivate", "/"), *mounts):
             mount(*words)
         try:
-            return rank_action()
+            return action()
         finally:
             if keep:
                 shutil.copytree(*keep)
