@@ -1,8 +1,8 @@
-"""The hub: models and data by name, fetched once, pinned to a commit.
+"""Downloads from the Hugging Face hub: models and data by name, once, pinned to a commit.
 
-Everything goes through huggingface_hub, so its cache and its settings hold (HF_HOME, HF_ENDPOINT,
-HF_TOKEN, HF_HUB_OFFLINE). Only files of the wanted names are asked for. What can go wrong out there
-becomes one line that says which of the many things it was, and what to do.
+Everything goes through huggingface_hub, so its cache and its settings apply (HF_HOME, HF_ENDPOINT,
+HF_TOKEN, HF_HUB_OFFLINE). Only files that match the given patterns are downloaded. Every failure
+becomes one line with its cause and one thing to do.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ TIMEOUT = 20  # seconds to wait for the first answer
 
 def snapshot(repo: str, revision: str | None, patterns: Sequence[str],
              kind: str = "model") -> Path:
-    """The cached folder of `repo` at a revision (a branch, tag or commit; None: main), fetched.
+    """Download `repo` at a revision (a branch, tag or commit; None: main); return its folder.
 
-    The folder's name is the commit. Where the hub cannot be reached, what is cached is used and
-    that is said. UserError when there is nothing to be had.
+    The folder's name is the commit. If the hub cannot be reached, the cached copy is used and a
+    line says so. UserError if there is none.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -45,21 +45,21 @@ def snapshot(repo: str, revision: str | None, patterns: Sequence[str],
             info(f"{repo}: the hub cannot be reached; using the cached commit {folder.name}")
             return folder
         return Path(fetch(revision=revision))
-    except Exception as e:  # a network has more ways to fail than one can name
-        why, code = _reason(e, repo, revision)
-        raise UserError(f"{kind} {repo!r} {why}", code) from None
+    except Exception as e:  # a network can fail in more ways than can be listed
+        reason, code = _reason(e, repo, revision)
+        raise UserError(f"{kind} {repo!r} {reason}", code) from None
 
 
 def data(spec: str) -> list[Path]:
-    """The files of `hf:org/name[@revision]/glob`, a repository of data, fetched, in order."""
+    """Download the files of `hf:org/name[@revision]/glob`, a dataset repository; sorted."""
     m = re.fullmatch(r"hf:([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?/(.+)", spec)
     if m is None or ".." in Path(m[3]).parts:
         raise UserError(f"{spec}: expected hf:org/name/glob or hf:org/name@revision/glob", FLAGS)
     folder = snapshot(m[1], m[2], [m[3]], "dataset")
-    found = sorted(p for p in folder.glob(m[3]) if p.is_file())
-    if not found:
+    files = sorted(p for p in folder.glob(m[3]) if p.is_file())
+    if not files:
         raise UserError(f"{spec}: no file of the repository matches {m[3]!r}")
-    return found
+    return files
 
 
 def source(folder: Path) -> tuple[str | None, str | None]:
@@ -71,14 +71,14 @@ def source(folder: Path) -> tuple[str | None, str | None]:
 
 
 def _unreachable(e: Exception) -> bool:
-    """Whether nobody answered, or a server that could not: not an answer about the repository."""
+    """Whether there was no answer, or one of a broken server (5xx)."""
     status = getattr(getattr(e, "response", None), "status_code", 0)
     return status >= 500 or isinstance(e, ConnectionError | TimeoutError) or \
         (not status and type(e).__module__.startswith("httpx"))
 
 
 def _reason(e: Exception, repo: str, revision: str | None) -> tuple[str, int]:
-    """What went wrong, after the repository's name, and the exit code."""
+    """The cause, as a text that follows the repository's name, and the exit code."""
     from huggingface_hub import constants, errors, get_token
 
     status = getattr(getattr(e, "response", None), "status_code", 0)
@@ -89,19 +89,24 @@ def _reason(e: Exception, repo: str, revision: str | None) -> tuple[str, int]:
         return f"has no revision {revision!r}; its page on the hub lists them", 3
     if isinstance(e, errors.RepositoryNotFoundError) or status in (401, 403):
         if get_token():
-            return "is no folder, and no repository that your token may see; check the name", 3
-        return ("is no folder, and no public repository; check the name, or, if it is private, "
-                "run: hf auth login"), 3
+            return (
+                "is not a folder, and not a repository that your token can read; check the name",
+                3,
+            )
+        return ("is not a folder, and not a public repository; check the name, or, if it is "
+                "private, run: hf auth login"), 3
     if isinstance(e, errors.HFValidationError):
-        return "is no name that the hub could have", 3
+        return "is not a valid repository name", 3
     if isinstance(e, errors.OfflineModeIsEnabled):
-        return ("is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset that, or run "
-                f"where there is a network: hf download {repo}"), 3
+        return ("is not in the cache, and HF_HUB_OFFLINE forbids the download; unset it, or run "
+                f"this with a network: hf download {repo}"), 3
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "does not fit on the disk; make room, or put the cache elsewhere (HF_HOME)", STORAGE
+        return "does not fit on the disk; make room, or move the cache with HF_HOME", STORAGE
     if status >= 500:
-        return f"cannot be had now: the hub answers {status}; try again later", 3
+        return f"cannot be downloaded now: the hub answers {status}; try again later", 3
     if _unreachable(e) and not isinstance(e, errors.LocalEntryNotFoundError):
-        return ("is no folder, and cannot be fetched: the hub does not answer or broke off; check "
-                "the network and run again, it goes on where it stopped"), 3
-    return f"could not be fetched: {' '.join(str(e).split())[:200] or type(e).__name__}", 3
+        return (
+            "is not a folder, and cannot be downloaded: the hub does not answer or the connection "
+            "broke; check the network and run again, the download continues"
+        ), 3
+    return f"could not be downloaded: {' '.join(str(e).split())[:200] or type(e).__name__}", 3

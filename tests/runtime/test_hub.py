@@ -83,17 +83,17 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit_and_main_may_move(hub, tmp_pat
 
 
 FAILURES = {  # repository, revision, environment, exit code, what is said
-    "no such repository": ("org/nothing", None, {}, 3, "no public repository"),
+    "no such repository": ("org/nothing", None, {}, 3, "not a public repository"),
     "no such repository, with a token": ("org/nothing", None, {"HF_TOKEN": TOKEN}, 3,
-                                         "no repository that your token may see"),
+                                         "not a repository that your token can read"),
     "private": ("org/private", None, {}, 3, "hf auth login"),
-    "a wrong token": ("org/private", None, {"HF_TOKEN": "hf_wrong"}, 3, "your token may see"),
+    "a wrong token": ("org/private", None, {"HF_TOKEN": "hf_wrong"}, 3, "your token can read"),
     "gated": ("org/gated", None, {"HF_TOKEN": TOKEN}, 3, "accept its licence on http://127.0.0.1"),
     "no such revision": ("org/name", "v9", {}, 3, "has no revision 'v9'"),
     "no such commit": ("org/name", "c" * 40, {}, 3, "has no revision"),
     "the server is down": ("org/down", None, {}, 3, "answers 503"),
     "offline": ("org/name", None, {"HF_HUB_OFFLINE": "1"}, 3, "hf download org/name"),
-    "no name": ("org/na..me--", None, {}, 3, "no name that the hub could have"),
+    "no name": ("org/na..me--", None, {}, 3, "not a valid repository name"),
 }
 
 

@@ -783,7 +783,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run_is_tried_again_or_ends_it(
     assert fork.ends(fork.together(1, act, workspace / "said-fills")) == [code]
     said = (workspace / "said-fills-0").read_text()
     assert "step-000008: cannot be written: needs " in said and "No space left on device" in said
-    assert "earlier checkpoints are whole" in said and "Traceback" not in said
+    assert "earlier checkpoints are complete" in said and "Traceback" not in said
     steps = (16, 20) if code == 0 else (1, 4)
     assert sorted(os.listdir(kept / "checkpoints")) == [f"step-{x:06}" for x in steps]
     assert find_newest(kept / "checkpoints").name == f"step-{steps[-1]:06}"
