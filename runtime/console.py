@@ -194,7 +194,3 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, st
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
         yield lambda by, note="": bar.update(task, advance=by, note=note)
-
-
-# removed at the end of the renaming
-say, speaking = info, is_rank_zero

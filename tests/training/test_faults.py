@@ -501,10 +501,10 @@ def test_shards_without_ranks_and_ranks_without_shards_are_refused(workspace):
     assert "cannot be used with 2 processes" in run_ranks(
         make_settings(workspace, "apart", shard="none"), world=2, codes={FLAGS}
     )
-    assert "--rows 1 or 3 would do" in run_ranks(
+    assert "use --rows 1 or 3" in run_ranks(
         make_settings(workspace, "four", rows=4), world=2, codes={FLAGS}
     )
-    assert "multiples of 64 can" in run_ranks(
+    assert "use a multiple of 64" in run_ranks(
         make_settings(workspace, "few", tokens_per_step=32), world=2, codes={FLAGS}
     )
     said = run_ranks(
