@@ -510,7 +510,7 @@ def test_shards_without_ranks_and_ranks_without_shards_are_refused(workspace):
     said = run_ranks(
         make_settings(workspace, "optim", shard="fsdp", optimizer="adamw8bit"), 2, {FLAGS}
     )
-    assert "not with --shard fsdp" in said
+    assert "does not work with --shard fsdp" in said
 
 
 def test_a_run_does_not_go_on_with_other_weights_beneath_its_adapter(workspace):
