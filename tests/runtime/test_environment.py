@@ -99,9 +99,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    "command", ["train.py", "sample.py", "eval.py", "export.py check --model x"]
-)
+@pytest.mark.parametrize("command", ["train.py", "sample.py --model x --prompt y", "eval.py",
+                                     "export.py check --model x"])
 @pytest.mark.parametrize("env, spins", [
     ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
 def test_threads_are_told_how_to_wait_before_torch_is_loaded(command, env, spins):
