@@ -81,7 +81,11 @@ def main(module: str, title: str, children: dict[str, Callable[..., Any]],
         parser.error("--tiny: not with --quick or --write, for its figures are none")
     if s.rounds is not None and s.rounds < 1:
         parser.error(f"--rounds {s.rounds}: expected one or more")
-    size = "tiny" if s.tiny else "quick" if s.quick else "full"
+    size = "full"
+    if s.tiny:
+        size = "tiny"
+    elif s.quick:
+        size = "quick"
     usual = {"full": rounds, "quick": quick, "tiny": 1}[size]
     settings = Settings(size, s.rounds or usual or 1, s.cases, s.write)
     command = shlex.join(["python", "-m", module, *sys.argv[1:]])

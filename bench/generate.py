@@ -284,7 +284,10 @@ def lines(name: str, case: Case, runs: dict[str, list[dict]], held: dict[str, di
     found = []
     for side, done in runs.items():
         speed = Spread.of(speeds[side])
-        size = matrices * (1 if side == "ours, int8" else 2 if case.dtype == "bfloat16" else 4)
+        bytes_per_weight = 2 if case.dtype == "bfloat16" else 4
+        if side == "ours, int8":
+            bytes_per_weight = 1
+        size = matrices * bytes_per_weight
         step = statistics.median((x["whole"] - x["first"]) / (case.new - 1) for x in done)
         times = ratio(speeds[side], speeds[best]) if best else "-"
         beams = f" x {case.beams} beams" if case.beams > 1 else ""

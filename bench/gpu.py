@@ -375,8 +375,9 @@ def answered(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
     runs = {who: side(s, "answers", name, who) for who in ("ours", "ours, compiled")}
     if not all(runs.values()):
         return []
-    for cache in caches if installed("transformers") else ():
-        runs[f"transformers, {cache} cache"] = side(s, "answers", name, cache)
+    if installed("transformers"):
+        for cache in caches:
+            runs[f"transformers, {cache} cache"] = side(s, "answers", name, cache)
     runs = {who: run for who, run in runs.items() if run}
     firsts = [run["first"] for who, run in runs.items() if who.startswith("ours")]
     for may in [run["may"] for run in runs.values() if "may" in run]:

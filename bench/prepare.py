@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ROOT, Settings, Spread, child, in_turn, installed, limits, main, ratio, table
+from runtime.tokenizer_threads import set_library_threads
 
 HERE = "bench.prepare"
 BESIDE = ["documents", "lines", "llama3"]  # what both sides prepare
@@ -105,7 +105,7 @@ def in_process(file: str, tokenizer: str, use_word_cache: bool) -> dict[str, Any
 def theirs(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
     """The usual two maps: tokenise with BOS and EOS, group into rows of 1,024."""
     alone = processes == 1
-    os.environ["TOKENIZERS_PARALLELISM"] = str(alone).lower()
+    set_library_threads(alone)
     begun = time.perf_counter()
     import datasets
 

@@ -301,9 +301,8 @@ def stalls(s: Settings, ways: list[str]) -> str:
             *(f"{statistics.median(x[k]):.2f}" for k in ("copy", "written", "waited"))])
     return (
         f"A checkpoint while training goes on ({numbers / 1e6:.1f}M parameters, all train; all "
-        "cores train too). Training waits for the copy to host memory alone. Here the steps beside "
-        "the writing share their cores with it, which takes what they leave, a fortieth of one at "
-        "most; on a GPU they do not.\n\n"
+        "cores train too). Training waits for the copy to host memory alone. The writer is a "
+        "background thread: on a CPU it shares the cores with the training steps.\n\n"
         + table(["", "GB", "a step, no save (range), s", "a step beside a save (range), s",
                  "medians", "means", "steps beside of saves", "copy, s", "until it has its name, s",
                  "if training waits, s"], rows))

@@ -199,8 +199,8 @@ def compare(case: str, s: Settings, folder: str, made: dict) -> tuple[list, str]
     padded = max(1, B * T * made["conversations"] // made["real"])  # as many tokens as B rows hold
     sides = {"ours": ("ours", [case, folder, B, T, padded])}
     if installed("trl"):
-        sides |= {x: ("theirs", [x, case, folder, B, T, padded])
-                  for x in (QUICK if s.size == "quick" else PEERS)}
+        peers = QUICK if s.size == "quick" else PEERS
+        sides |= {peer: ("theirs", [peer, case, folder, B, T, padded]) for peer in peers}
     runs = in_turn(HERE, s.rounds, sides)
     rows, found = [], {}
     for side, done in runs.items():

@@ -19,6 +19,11 @@ def forbids_threads(value: str) -> bool:
 FORBIDDEN_BY_USER = forbids_threads(os.environ.get(VARIABLE, ""))  # before it is set below
 
 
+def set_library_threads(enabled: bool) -> None:
+    """Turn the library's own threads on or off, in this process and in those that it starts."""
+    os.environ[VARIABLE] = str(enabled).lower()
+
+
 def disable_library_threads() -> None:
     """Turn the library's own threads off, in this process and in those that it starts."""
-    os.environ[VARIABLE] = "false"
+    set_library_threads(False)
