@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from runtime import flags
 from runtime.console import BAD_INPUT, FLAGS, UserError
-from runtime.setting_metadata import bounded
+from runtime.setting_metadata import Group, bounded
 from training import other_trainers
 
 AUTO_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
@@ -59,152 +59,160 @@ class Settings:
         "ema": removed("ema", 0.0), "label_smoothing": removed("label_smoothing", 0.0),
         "recompute": recompute_mode, "recompute_light": recompute_light_mode}
 
-    mode: Literal["cpt", "sft", "mt", "dpo", "cpo"] = "cpt"
-    """What is trained: cpt, continued pretraining on text; sft, answers in conversations; mt,
-    translations; dpo and cpo, preference pairs. The first three may be mixed in --data."""
+    mode: Annotated[Literal["cpt", "sft", "mt", "dpo", "cpo"], Group("Most used")] = "cpt"
+    """What to train on. cpt: text (continued pretraining). sft: conversations. mt: translations.
+    dpo, cpo: preference pairs. Files of cpt, sft and mt may be mixed in --data."""
     model: str = "demo"
     """A Hugging Face folder, a hub id (org/name@revision), a PEFT adapter folder, or `demo`."""
     data: list[str] = field(default_factory=list)
-    """Sources, each SPEC[:WEIGHT]: a bin, or a file or glob, prepared as --mode says. Weights are
-    shares of the tokens; without any, each source weighs what it holds."""
-    max_epochs_per_source: float = bounded(0.0, at_least=0)
-    """With --steps: no source is served more often, and what it cannot give the others give by
-    their weights (with equal ones: UniMax); 0: no limit."""
+    """Sources, each SPEC[:WEIGHT]. SPEC is a bin, a file or a glob; files are prepared as --mode
+    says. Weights are shares of the trained tokens; the default weight is the size of the source."""
     val: list[str] = field(default_factory=list)
-    """Held-out text, each NAME=SPEC. Without any, `--hold-out` of each source is kept back."""
+    """Validation texts, each NAME=SPEC. Without any, --hold-out of each source is set aside."""
     out: str = "out/run"
-    """The run's folder."""
-    resume: bool = False
-    """Go on from the newest checkpoint in --out, with the run's own settings."""
-
+    """The folder of the run."""
     tune: Literal["full", "lora", "qlora"] = "full"
-    """Train all weights, or LoRA beside frozen ones, or beside ones kept in four bits (QLoRA)."""
-    double_quant: bool = False
-    """With --tune qlora: keep the four bits' scales in eight bits too (0.37 bits a weight less)."""
-    lora_rank: int = bounded(16, at_least=1)
+    """full: train all weights. lora: train an adapter, the base is frozen. qlora: the same with
+    the base in 4 bits."""
+    lr: float | Literal["auto"] = bounded("auto", above=0)
+    """The peak learning rate. auto: 2e-5 with --tune full, 2e-4 with lora and qlora."""
+    seq_len: int | Literal["auto"] = bounded("auto", at_least=2)
+    """Tokens in a row. auto: 1024, or the model's context if that is shorter."""
+    rows: int | Literal["auto"] = bounded(4, at_least=1)
+    """Rows per device and micro-batch. Lower it if memory runs out; the result stays the same.
+    auto: as many as fit, dividing --tokens-per-step."""
+    tokens_per_step: int = bounded(0, at_least=0)
+    """Tokens in a whole step, over micro-batches and ranks. 0: one micro-batch on each rank."""
+    steps: int = bounded(0, at_least=0)
+    """Number of steps. 0: as --epochs says."""
+    epochs: float = bounded(1.0, above=0)
+    """Number of passes over the data. A mixture ends when its first source has had so many."""
+    resume: bool = False
+    """Continue from the newest checkpoint in --out, with the settings of the run."""
+    plan: bool = False
+    """Print whether the run fits, what it costs, and the first batch; then stop."""
+
+    lora_rank: Annotated[int, Group("What is trained")] = bounded(16, at_least=1)
     """Rank of the LoRA matrices A and B."""
     lora_alpha: float = bounded(32.0, above=0)
     """The adapter is scaled by alpha / rank."""
     lora_dropout: float = bounded(0.0, at_least=0, below=1)
     """Dropout on the input of the adapter, as a probability."""
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Names of linear layers, such as q_proj v_proj, or all-linear."""
+    """Linear layers that get an adapter, such as q_proj v_proj; or all-linear."""
     lora_layers: list[str] = field(default_factory=list)
-    """Layers that get an adapter, such as 0-7 30; without any, all."""
+    """Blocks that get an adapter, such as 0-7 30. Default: all."""
     rslora: bool = False
-    """Scale the adapter by alpha / sqrt(rank), not alpha / rank: for high ranks."""
+    """Scale the adapter by alpha / sqrt(rank) instead of alpha / rank; for high ranks."""
     dora: bool = False
-    """Train the lengths of the weights' rows too (DoRA)."""
+    """Train the norm of each weight row too (DoRA)."""
     lora_plus: float = bounded(1.0, above=0)
-    """B's learning rate as a multiple of A's (LoRA+); its authors advise about 16."""
+    """Learning rate of B as a multiple of that of A (LoRA+; its authors advise about 16)."""
+    double_quant: bool = False
+    """With --tune qlora: keep the scales of the 4-bit weights in 8 bits. This saves 0.37 bits a
+    weight."""
     train_embeddings: bool = False
-    """Train embed_tokens and lm_head as they are, beside an adapter or --train-layers."""
+    """Also train embed_tokens and lm_head, with an adapter or --train-layers."""
     train_norms: bool = False
-    """Train all norms as they are, beside an adapter or --train-layers."""
+    """Also train all norms, with an adapter or --train-layers."""
     embedding_lr: float = bounded(0.0, at_least=0)
-    """Learning rate of embed_tokens and lm_head where they train; 0: --lr."""
+    """Learning rate of embed_tokens and lm_head, if they are trained. 0: --lr."""
     train_layers: list[str] = field(default_factory=list)
-    """With --tune full: train only these layers, such as 0-7 37-39; without any, everything."""
+    """With --tune full: train only these blocks, such as 0-7 37-39. Default: everything."""
 
-    seq_len: int | Literal["auto"] = bounded("auto", at_least=2)
-    """Tokens in a row. auto: 1024, or the model's context if that is shorter."""
-    rows: int | Literal["auto"] = bounded(4, at_least=1)
-    """Rows per device and micro-batch: lower it if memory runs out, the result stays the same.
-    auto: as many as fit, dividing --tokens-per-step."""
-    tokens_per_step: int = bounded(0, at_least=0)
-    """Tokens in a whole step, over micro-batches and ranks; 0: one micro-batch on each rank."""
-    steps: int = bounded(0, at_least=0)
-    """Steps; 0: by --epochs."""
-    epochs: float = bounded(1.0, above=0)
-    """Times through the data: a mixture ends when its first source was served so often."""
-
-    lr: float | Literal["auto"] = bounded("auto", above=0)
-    """The peak learning rate. auto: 2e-5 with --tune full, 2e-4 with lora and qlora."""
-    schedule: Literal["cosine", "linear", "inverse-sqrt", "wsd", "constant"] = "cosine"
+    schedule: Annotated[Literal["cosine", "linear", "inverse-sqrt", "wsd", "constant"],
+                        Group("Optimizer and schedule")] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: float = bounded(0.03, at_least=0)
-    """Steps of warm-up; below 1, a share of all steps."""
+    """Steps of warm-up. A number below 1 is a share of all steps."""
     min_lr_ratio: float = bounded(0.1, at_least=0, at_most=1)
-    """Where the schedule ends, as a share of --lr."""
+    """The last learning rate, as a share of --lr."""
     weight_decay: float = bounded(0.1, at_least=0)
-    """Weight decay of matrices; norms and biases have none."""
-    beta: float = bounded(0.1, above=0)
-    """dpo and cpo: how strongly a preference counts."""
-    nll_weight: float = bounded(1.0, at_least=0)
-    """cpo: the weight of the NLL of the chosen answers' tokens."""
-    arpo: bool = False
-    """cpo: a rejected answer counts less where it is nearly as likely as the chosen (X-ALMA)."""
-
-    beta1: float = bounded(0.9, at_least=0, below=1)
-    """AdamW: decay of the mean of gradients, for each step."""
-    beta2: float = bounded(0.95, at_least=0, below=1)
-    """AdamW: decay of the mean of squared gradients, for each step."""
+    """Weight decay of matrices. Norms and biases have none."""
     optimizer: Literal["adamw", "adamw8bit", "adamw-bf16"] = "adamw"
-    """adamw8bit keeps moments in 8 bits (bitsandbytes); adamw-bf16 keeps weights, moments and (over
-    micro-batches too) gradients in bf16, for all weights: 16, 10 and 8 bytes a trained number."""
+    """adamw: 16 bytes a trained number. adamw8bit: moments in 8 bits (bitsandbytes), 10 bytes.
+    adamw-bf16: weights, gradients and moments in bf16, 8 bytes; only when all weights train."""
+    beta1: float = bounded(0.9, at_least=0, below=1)
+    """AdamW: decay of the mean of gradients, per step."""
+    beta2: float = bounded(0.95, at_least=0, below=1)
+    """AdamW: decay of the mean of squared gradients, per step."""
     clip: float = bounded(1.0, above=0, may_be_infinite=True)
-    """The largest norm of a step's gradient."""
+    """The largest norm of the gradient of a step; larger gradients are scaled down."""
     neftune: float = bounded(0.0, at_least=0)
-    """cpt, sft, mt: noise on the embeddings, so strong (NEFTune; its authors take 5 to 15)."""
+    """cpt, sft, mt: strength of noise on the embeddings (NEFTune; its authors use 5 to 15)."""
+    seed: int = bounded(1, at_least=0)
+    """Seed of the data order, of new adapters and of dropout."""
 
-    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
-    """dtype of products (fp8: of blocks', with --tune full). What trains is kept in float32."""
+    beta: Annotated[float, Group("Preferences (dpo, cpo)")] = bounded(0.1, above=0)
+    """Strength of a preference."""
+    nll_weight: float = bounded(1.0, at_least=0)
+    """cpo: weight of the NLL of the chosen answers."""
+    arpo: bool = False
+    """cpo: a rejected answer counts less if it is nearly as likely as the chosen one (X-ALMA)."""
+
+    max_epochs_per_source: Annotated[float, Group("Data")] = bounded(0.0, at_least=0)
+    """With --steps: the most epochs of any source. Tokens that a small source cannot give are taken
+    from the others in proportion to their weights (UniMax if the weights are equal). 0: no
+    limit."""
+    hold_out: float = bounded(0.01, at_least=0, below=1)
+    """Share of each source's documents that is set aside for validation, if there is no --val."""
+
+    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32", "fp8"],
+                     Group("Speed and memory")] = "auto"
+    """dtype of matrix products (fp8: of those in the blocks, with --tune full). Trained weights are
+    kept in float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. auto: on a GPU if there is one."""
     compile: bool = False
-    """torch.compile each block as training computes it, and the loss; evaluations are not."""
+    """Compile each block and the loss with torch.compile for training, not for evaluations."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activation checkpointing. full: a block is computed again in the backward pass, the least
     memory for a third more products (half more with LoRA). selective: only what lies between the
     products is computed again."""
     shard: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """With several ranks: ddp, each holds the model; fsdp, each holds a part. auto: ddp where a GPU
-    holds it twice."""
+    """With several ranks. ddp: each holds the model. fsdp: each holds a part. auto: ddp if two
+    copies of the model fit on a GPU."""
     rank_timeout: float = bounded(600.0, above=0)
-    """Seconds a rank waits for the others before it gives up."""
-
+    """Seconds that a rank waits for the others before it stops."""
     ignore_memory: bool = False
-    """Start even where --plan says that a step needs more memory than the device has."""
-
-    eval_every: int = bounded(0, at_least=0)
-    """Steps between evaluations; 0: ten in a run. Step 0 and the last are always evaluated."""
-    eval_tokens: int = bounded(50_000, above=0)
-    """Tokens evaluated of each held-out text, from its beginning."""
-    best: str = ""
-    """A held-out text: the model saved is the one with its lowest bits per byte, not the last."""
-    hold_out: float = bounded(0.01, at_least=0, below=1)
-    """Share of each source's documents kept back when no --val is given."""
-    suites: list[str] = field(default_factory=list)
-    """Suites measured at evaluations too, named as for eval.py: a part of each, with one prompt."""
-    suite_data: str = ""
-    """The folder that holds the suites' data."""
-    suite_items: int = bounded(100, at_least=0)
-    """Items of each suite, spread over it; 0: all."""
-    stop_if: list[str] = field(default_factory=list)
-    """Stop conditions: the run ends after an evaluation that finds, say, 'eng>+5%' (bits per
-    byte of a text, against step 0) or 'sib200.acc<0.2'."""
-    prompts: list[str] = field(default_factory=list)
-    """Beginnings continued at evaluations into samples.txt; without any, the first words of
-    held-out texts."""
-    save_every: int = bounded(0, at_least=0)
-    """Steps between checkpoints; 0: five in a run."""
-    keep: int = bounded(2, at_least=2)
-    """Checkpoints kept."""
-    track: Literal["none", "tensorboard"] = "none"
-    """tensorboard: write the metrics for TensorBoard too, into OUT/tensorboard."""
-    seed: int = bounded(1, at_least=0)
-    """Seed of the data order, of new adapters and of dropout."""
+    """Start even if --plan says that a step needs more memory than the device has."""
     deterministic: bool = False
     """Refuse GPU kernels whose results vary from run to run."""
-    plan: bool = False
-    """Print what would be done, what it costs, and the first batch; then stop."""
-    plan_for: str = ""
-    """Print memory, time and cost on GPUs such as h100 or 8xa100, from --model's config.json alone,
-    without weights or data; then stop. Needs --steps."""
+
+    eval_every: Annotated[int, Group("Evaluation during training")] = bounded(0, at_least=0)
+    """Steps between evaluations. 0: ten evaluations in a run. The first and the last step are
+    always evaluated."""
+    eval_tokens: int = bounded(50_000, above=0)
+    """Tokens of each validation text that are evaluated, from its beginning."""
+    best: str = ""
+    """The name of a validation text: save the model with its lowest bits per byte, not the last."""
+    suites: list[str] = field(default_factory=list)
+    """Suites to measure at evaluations too, named as for eval.py, with one prompt each."""
+    suite_data: str = ""
+    """The folder of the suites' data."""
+    suite_items: int = bounded(100, at_least=0)
+    """Items of each suite, spread over it. 0: all."""
+    stop_if: list[str] = field(default_factory=list)
+    """Stop conditions: the run ends after an evaluation that finds, for example, 'eng>+5%' (bits
+    per byte of a text, against step 0) or 'sib200.acc<0.2'."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts that are continued at evaluations, into samples.txt. Default: the first tokens of the
+    validation texts."""
+
+    save_every: Annotated[int, Group("Checkpoints and logs")] = bounded(0, at_least=0)
+    """Steps between checkpoints. 0: five checkpoints in a run."""
+    keep: int = bounded(2, at_least=2)
+    """Number of checkpoints kept."""
+    track: Literal["none", "tensorboard"] = "none"
+    """tensorboard: write the metrics for TensorBoard too, into OUT/tensorboard."""
+
+    plan_for: Annotated[str, Group("Plan for other machines")] = ""
+    """Print memory, time and cost on a GPU such as h100 or 8xa100, or on `cpu`, from --model's
+    config.json alone; then stop. Needs --steps."""
     plan_share: float = bounded(0.35, above=0, below=1)
-    """--plan-for: the share of a GPU's peak that is assumed to be reached."""
+    """--plan-for: the share of the GPU's peak FLOP/s that is assumed."""
     plan_price: float = bounded(0.0, at_least=0)
-    """--plan-for: what a GPU costs an hour."""
+    """--plan-for: price of a GPU per hour."""
 
 
 # Settings that may change when a run is resumed. The first set does not change the result; the
