@@ -212,12 +212,10 @@ def write_merged(model: Llama, base: Path, out: Path, dtype: str) -> None:
                 x = read(found[k])
                 kind = FLAG_DTYPES.get(dtype, x.dtype)  # a sum is in float32, and rounded once
                 if k.endswith(".weight") and k.removesuffix(".weight") in adapters:
-                    one = nn.Module()
-                    one.layer = adapters[k.removesuffix(".weight")]
-                    one.layer.base_layer.weight = nn.Parameter(x.float(), requires_grad=False)
-                    lora.merge(one)
-                    x = one.layer.weight.detach()
-                    adapters[k.removesuffix(".weight")].base_layer.weight = None  # let it go
+                    layer = adapters[k.removesuffix(".weight")]
+                    layer.base_layer.weight = nn.Parameter(x.float(), requires_grad=False)
+                    x = lora.merge_layer(layer).weight.detach()
+                    layer.base_layer.weight = None  # free it
                 elif wanted[k].requires_grad:  # trained as it is, beside the adapter
                     x = wanted[k].detach()
                 part[k] = x.to(kind).contiguous()

@@ -284,17 +284,25 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def merge_layer(layer: LoRALinear) -> nn.Module:
+    """Add the adapter to the base layer's weight, with the sum in float32 -> the base layer."""
+    W = layer.base_layer.weight
+    W.copy_(layer.merged().to(W.dtype))
+    return layer.base_layer
+
+
+@torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Put every adapter into its base and unwrap it; the sum is taken in float32. UserError if the
-    base is quantised: the sum would be rounded to four bits, and lose most of what was learned."""
+    """Merge every adapter into its base layer and put that layer in its place.
+
+    UserError if the base is quantised: the sum would be rounded to 4 bits and lose most of what was
+    learned.
+    """
     if any(isinstance(m.base_layer, NF4Linear) for m in adapters(model).values()):
         raise UserError("the adapter's base is in NF4, and a merge into four bits would ruin the "
                         "model; merge into the base's own files with: python export.py merge")
     for name, m in adapters(model).items():
-        W = m.base_layer.weight
-        W.copy_(m.merged().to(W.dtype))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, m.base_layer)
+        model.set_submodule(name, merge_layer(m))
     for name, before in base_values(model).items():
         p = model.get_parameter(name)
         p.data = p.data.to(before.dtype)
