@@ -1,9 +1,10 @@
 """NF4 (QLoRA: Dettmers et al. 2023): a frozen matrix in 4.5 bits a weight.
 
 The weights of a trained layer are close to a normal distribution. Therefore the 16 values of a
-4-bit code are quantiles of it (section 3 and appendix E). Each 64 weights in row order are divided by
-the largest absolute value among them, which is kept as a float32 scale: 0.5 bits a weight. Double
-quantisation keeps the scales in 8 bits, with a float32 scale for each 256 of them: 4.13 bits.
+4-bit code are quantiles of it (section 3 and appendix E). Each 64 weights, in row order, are
+divided by the largest absolute value among them, which is kept as a float32 scale: 0.5 bits a
+weight. Double quantisation keeps the scales in 8 bits, with a float32 scale for each 256 of them:
+4.13 bits.
 
 The matrix is computed from its codes for one product and then freed; the backward pass computes it
 again. Codes and scales are buffers: no optimizer, gradient or sharding sees them, and `.to(dtype)`
