@@ -295,13 +295,13 @@ class PackedExamples:
         units = np.asarray(source.documents).reshape(-1, each)
         lengths = (self.bin.starts[units + 1] - self.bin.starts[units] - 1).clip(0)  # predictions
         units, sizes = units[lengths.sum(1) > 0], lengths.sum(1)[lengths.sum(1) > 0]
-        what = "pair" if each == 2 else "example"
+        what, a_unit = ("pair", "a pair") if each == 2 else ("example", "an example")
         if not len(units):
             raise UserError(f"{self.bin.folder}: no {what} to train on")
         if long := int((sizes > T).sum()):
             raise UserError(
                 f"{self.bin.folder}: {long} of {len(sizes)} {what}s are longer than a row of {T}, "
-                f"the longest {sizes.max()}; a {what} is never cut here: raise --seq-len, or "
+                f"the longest {sizes.max()}; {a_unit} is never cut here: raise --seq-len, or "
                 f"prepare the bin with --max-tokens {T} --too-long drop (or cut)")
         self.tokens = int(sizes.sum())  # predictions in an epoch
         rows = best_fit_pack(sizes, T, np.random.default_rng(self.seed))

@@ -225,7 +225,7 @@ def train_modules(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def extra_modules(model: nn.Module, embeddings: bool, norms: bool) -> list[str]:
-    """Names of what trains as it is: embeddings with a head that is not tied to them, and norms."""
+    """Names of modules to train in full: embeddings, a head that is not tied to them, and norms."""
     own = EMBEDDINGS if model.lm_head is not None else EMBEDDINGS[:1]
     return [*(own if embeddings else ()), *(["norm"] if norms else ())]
 

@@ -48,6 +48,7 @@ from training.monitor import NotFinite, TrainingMonitor
 from training.objective import Objective, objective_of, trained_tokens
 from training.optimizer import LossScale
 from training.plan_for import plan_for
+from training.run_folder import continuation_command, is_finished
 from training.schedule import learning_rate, warmup_steps
 from training.setup import set_up
 from training.state import Run
@@ -195,8 +196,11 @@ def train(s: Settings, origins: dict[str, str]) -> int:
     s = replace(s, out=str(out))
     is_rank_zero = console.is_rank_zero()
     if is_rank_zero and (out / "metrics.jsonl").exists() and not (s.resume or s.plan):
-        raise UserError(f"--out {out}: holds a run; continue it with --resume, or give another "
-                        "folder", FLAGS)
+        advice = "continue it with --resume, or give another folder"
+        if is_finished(out):
+            advice = ("give another folder; to train its model further: "
+                      f"{continuation_command(out)}")
+        raise UserError(f"--out {out}: holds a run; {advice}", FLAGS)
     run: Run | None = None
     micro_batch = f"--rows {s.rows} x --seq-len {s.seq_len}"
     with lock_run_folder(out) if is_rank_zero else nullcontext(), \
@@ -209,7 +213,7 @@ def train(s: Settings, origins: dict[str, str]) -> int:
         if s.resume:
             run.resume()
             has_ended = run.step >= run.steps or run.early_stopping.stop_reason
-            if has_ended and finish.is_finished(out):
+            if has_ended and is_finished(out):
                 console.info(f"{out} {finish.describe_end(run)}: nothing to do")
                 return 0
         plan.check_disk(run)

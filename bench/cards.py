@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=1)
     flags = parser.parse_args()
-    print("| what trains | " + " | ".join(SHAPES) + " |\n|---|" + "--:|" * len(SHAPES))
+    print("| trained weights | " + " | ".join(SHAPES) + " |\n|---|" + "--:|" * len(SHAPES))
     for name, way in WAYS.items():
         found = [gb(shape, way, flags.seq_len, flags.rows) for shape in SHAPES.values()]
         print(f"| {name} | " + " | ".join(f"{x:.1f}: {smallest(x)}" for x in found) + " |",

@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bench import ROOT, Settings, child, installed, main, std, table, versions
@@ -250,7 +251,48 @@ def answers(name: str, cache: str) -> dict[str, Any]:
     """Seconds of answering, after a warm-up, and the first ids, with a cache of the peer's or
     `ours`, or `ours, compiled`. The peer adds which ids may come first."""
     import torch
+
+    n, least, most, rows, new, _ = ANSWERS[name]
+    case, chance = CASES["full"]._replace(T=4096), random.Random(1)
+    V = SHAPES[case.shape][-1]
+    prompts = sorted(([chance.randrange(3, V) for _ in range(chance.randint(least, most))]
+                      for _ in range(n)), key=len)
+    peer = peer_of(case)
+    results: dict[str, Any] = {}
+    if cache.startswith("ours"):
+        run = answers_of_ours(case, peer.state_dict(), prompts, rows, cache != "ours", results)
+        del peer
+    else:
+        run = answers_of_peer(peer, prompts, rows, cache, results)
+    run(new if cache == "static" else 4)  # compiled for this length
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        results["first"] = run(new)  # a list: everything has been waited for
+        seconds.append(time.perf_counter() - start)
+    return results | {"seconds": min(seconds),
+                      "device": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def peer_of(case: Case) -> Any:
+    """transformers' model of a case, in bf16, with random weights."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(LlamaConfig(
+            **{k: v for k, v in words(case).items() if k != "architectures"})).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def answers_of_ours(case: Case, weights: dict[str, Any], prompts: list[list[int]], rows: int,
+                    compiled: bool, results: dict[str, Any]) -> Callable[[int], list[int]]:
+    """Our model with those weights -> a function of the new ids that gives each prompt's first;
+    all ids are kept in `results`."""
+    import torch
 
     from inference.decode import compiled_decode_step
     from inference.generate import completions
@@ -258,62 +300,48 @@ def answers(name: str, cache: str) -> dict[str, Any]:
     from layers.config import ModelConfig
     from model import Llama
 
-    n, least, most, rows, new, _ = ANSWERS[name]
-    case, chance = CASES["full"]._replace(T=4096), random.Random(1)
-    V = SHAPES[case.shape][-1]
-    prompts = sorted(([chance.randrange(3, V) for _ in range(chance.randint(least, most))]
-                      for _ in range(n)), key=len)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(DEVICE):
-        theirs: Any = LlamaForCausalLM(LlamaConfig(
-            **{k: v for k, v in words(case).items() if k != "architectures"})).eval()
-    torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        model = Llama(ModelConfig.from_hf(words(case)), compute_dtype=torch.bfloat16)
+    model.load_state_dict(weights, assign=True)
+    model.eval()
+    decode_step = compiled_decode_step(model) if compiled else None
 
-    def padded(part: list[list[int]]) -> dict[str, Any]:
-        T = max(map(len, part))
-        return {"input_ids": torch.tensor([[0] * (T - len(x)) + x for x in part], device=DEVICE),
-                "attention_mask": torch.tensor([[0] * (T - len(x)) + [1] * len(x) for x in part],
+    def run(new: int) -> list[int]:
+        results["ids"] = [x.ids for x in completions(model, prompts, SamplingParams(new, 0.0),
+                                                     rows=rows, decode_step=decode_step)]
+        return [ids[0] for ids in results["ids"]]
+
+    return run
+
+
+def answers_of_peer(model: Any, prompts: list[list[int]], rows: int, cache: str,
+                    results: dict[str, Any]) -> Callable[[int], list[int]]:
+    """The peer -> a function of the new ids that gives each prompt's first; `results` gets the ids
+    that may come first: those whose logits are within rounding of the highest."""
+    import torch
+
+    def padded(batch: list[list[int]]) -> dict[str, Any]:
+        T = max(map(len, batch))
+        return {"input_ids": torch.tensor([[0] * (T - len(x)) + x for x in batch], device=DEVICE),
+                "attention_mask": torch.tensor([[0] * (T - len(x)) + [1] * len(x) for x in batch],
                                                device=DEVICE)}
 
-    def by_peer(new: int) -> list[int]:
+    def run(new: int) -> list[int]:
         first = []
-        for at in range(0, n, rows):
-            asked = padded(prompts[at : at + rows])
-            more = {"cache_implementation": cache} if cache == "static" else {}
-            ids = theirs.generate(**asked, max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                                  pad_token_id=0, eos_token_id=2, **more)
-            first += ids[:, asked["input_ids"].shape[1]].tolist()
+        for start in range(0, len(prompts), rows):
+            batch = padded(prompts[start : start + rows])
+            options = {"cache_implementation": cache} if cache == "static" else {}
+            ids = model.generate(**batch, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                                 pad_token_id=0, eos_token_id=2, **options)
+            first += ids[:, batch["input_ids"].shape[1]].tolist()
         return first
 
-    def by_ours(new: int) -> list[int]:
-        found["ids"] = [x.ids for x in completions(model, prompts, SamplingParams(new, 0.0),
-                                                  rows=rows, decode_step=decode_step)]
-        return [ids[0] for ids in found["ids"]]
-
-    found: dict[str, Any] = {}
-    if not cache.startswith("ours"):
-        run = by_peer
-        with torch.inference_mode():
-            logits = torch.cat([theirs(**padded([ids]), logits_to_keep=1).logits[:, -1].float()
-                                for ids in prompts])  # (n,V)
-        top = logits.amax(1, keepdim=True)
-        found["may"] = [x.nonzero()[:, 0].tolist() for x in logits >= top - top.abs() / 64]
-    else:
-        run = by_ours
-        with torch.device("meta"):
-            model = Llama(ModelConfig.from_hf(words(case)), compute_dtype=torch.bfloat16)
-        model.load_state_dict(theirs.state_dict(), assign=True)
-        del theirs
-        model.eval()
-        decode_step = None if cache == "ours" else compiled_decode_step(model)
-    run(new if cache == "static" else 4)  # compiled for this length
-    seconds = []
-    for _ in range(2):
-        begun = time.perf_counter()
-        found["first"] = run(new)  # a list: everything has been waited for
-        seconds.append(time.perf_counter() - begun)
-    return found | {"seconds": min(seconds), "device": torch.cuda.max_memory_allocated() / 2**30}
+    with torch.inference_mode():
+        logits = torch.cat([model(**padded([ids]), logits_to_keep=1).logits[:, -1].float()
+                            for ids in prompts])  # (n,V)
+    top = logits.amax(1, keepdim=True)
+    results["may"] = [x.nonzero()[:, 0].tolist() for x in logits >= top - top.abs() / 64]
+    return run
 
 
 def timed(step: Any, steps: int) -> dict[str, Any]:

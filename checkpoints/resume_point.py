@@ -8,8 +8,8 @@ torn write can leave a file of the right length, and safetensors has no checksum
 holds the sha256 of each file, and `find_newest` accepts only checkpoints that match it.
 
 No rank holds the whole state: each writes its own shards, as rows that begin at `NAME@ROW`, and the
-tensors that are not sharded are divided among the ranks. Each rank reads the rows that it needs,
-whoever wrote them. Training waits only for the copy to host memory.
+tensors that are not sharded are divided among the ranks. Each rank reads the rows that it needs
+from the files of all ranks. Training waits only for the copy to host memory.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ selective_contexts = partial(create_selective_checkpoint_contexts, keep_products
 def with_recompute(function: Callable[..., Tensor], recompute: Recompute, *args: Any) -> Tensor:
     """function(*args), keeping for the backward pass what `recompute` says.
 
-    On a CPU, `selective` blocks are not compiled: attention there is no part of a compiled block,
-    and torch does not compile what selective checkpointing observes.
+    On a CPU, `selective` blocks are not compiled: their attention runs outside of compiled code,
+    and torch does not compile the operations that selective checkpointing observes.
     """
     if recompute == "none" or not torch.is_grad_enabled():
         return function(*args)

@@ -63,7 +63,7 @@ def bounded(default: Any, **bounds: Any) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a settings class and what is declared beside it."""
+    """A field of a settings class, with its bounds, group and help text."""
 
     name: str
     type: Any  # without Annotated

@@ -9,7 +9,6 @@ import platform
 import shlex
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from runtime.paths import git_commit
 from tokenization.chat_template import ChatTemplate
 from training.datasets import prompts_of
 from training.early_stopping import read_evaluations
+from training.run_folder import continuation_command, read_run_json
 from training.settings import changed_settings
 from training.state import Run
 
@@ -55,21 +55,10 @@ def write_run_json(run: Run, content: dict[str, Any]) -> None:
     write_text(run.out / "run.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_run_json(out: Path) -> dict[str, Any]:
-    """The content of a run's run.json; empty if there is none."""
-    file = out / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def is_finished(out: Path) -> bool:
-    """Whether a run has written its result completely."""
-    return "finished" in read_run_json(out) and (out / "model").exists()
-
-
 def describe_end(run: Run) -> str:
     """How the run ended, and how to continue it if a stop condition ended it."""
     if not run.early_stopping.stop_reason:
-        return "is finished"
+        return f"is finished (to train its model further: {continuation_command(run.out)})"
     return (f"was stopped at step {run.step} of {run.steps} by --stop-if "
             f"{run.early_stopping.stop_reason} (to continue: --resume --out {run.out} --stop-if, "
             "with other conditions or none)")

@@ -57,8 +57,8 @@ def groups(model: nn.Module, weight_decay: float, embeddings: float = 1.0,
 def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float,
           embeddings: float = 1.0, lora_B: float = 1.0, kind: str = "adamw",
           seed: int = 0) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over what trains; `kind` is adamw, one fused kernel for all
-    tensors, or adamw8bit, or adamw-bf16, which rounds by `seed`."""
+    """AdamW (Loshchilov & Hutter 2019) over the trained parameters. `kind`: adamw, one fused
+    kernel for all tensors; adamw8bit; adamw-bf16, whose rounding is seeded by `seed`."""
     parts = groups(model, weight_decay, embeddings, lora_B)
     for part in parts:
         part["lr"] = lr * part["scale"]

@@ -17,6 +17,7 @@ from runtime import flags
 from runtime.console import BAD_INPUT, FLAGS, UserError
 from runtime.setting_metadata import Group, bounded
 from training import other_trainers
+from training.run_folder import continuation_command, is_finished
 
 AUTO_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 AUTO_SEQ_LEN = 1024
@@ -276,8 +277,25 @@ def read_settings(argv: list[str], restarts: int = 0) -> tuple[Settings, dict[st
     if not saved.exists():
         raise UserError(f"--resume: {saved} does not exist, so {settings.out} holds no run; "
                         "check --out", BAD_INPUT)
+    check_not_longer(settings, origins, saved)
     return flags.read_resumed(
         Settings, argv, "train.py", saved, CAN_CHANGE_ON_RESUME | WARN_ON_RESUME)
+
+
+def check_not_longer(settings: Settings, origins: dict[str, str], saved: Path) -> None:
+    """UserError (FLAGS) if --steps or --epochs asks a finished run for another length. Its learning
+    rate has followed the schedule to the end, so more steps are a new run from its model."""
+    out = Path(settings.out)
+    if not is_finished(out):
+        return
+    original, _ = flags.read(Settings, [str(saved)], "train.py", check=False)
+    for name in ("steps", "epochs"):
+        value = getattr(settings, name)
+        if origins[name] == "flag" and value != getattr(original, name):
+            raise UserError(
+                f"--resume: {out} is finished, and {flag(name)} was {getattr(original, name)}, now "
+                f"{value}; to train its model further: {continuation_command(out)} {flag(name)} "
+                f"{value}", FLAGS)
 
 
 def check_settings(s: Settings) -> None:

@@ -229,7 +229,7 @@ def test_no_block_is_left_uncompiled_because_there_are_too_many_kinds_of_passes(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("D", [64, 80])  # 80's scale is no power of two
+@pytest.mark.parametrize("D", [64, 80])  # the scale of 80 is not a power of two
 def test_products_of_narrow_numbers_are_float32s_whatever_kernel_makes_them(dtype, D):
     """No factor is rounded, nor a sum; and the process stays as it was, whatever happens."""
     q, keys = (tiny.drawn(4, n, D, seed=n).to(dtype) for n in (128, 256))

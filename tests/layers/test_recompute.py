@@ -113,7 +113,7 @@ def test_gradients_are_equal_to_the_bit_and_less_is_kept(shape, tune, dtype):
 @pytest.mark.parametrize("tune", ["full", "lora", "fp8"])
 def test_compiled_selective_blocks_keep_the_products_alone(tune):
     """Seen in how each graph is partitioned; it then runs as it is. Attention as on a GPU: on a CPU
-    it is no part of a compiled block."""
+    it runs outside of compiled code."""
     products: list[int] = []
     attended: list[int] = []
 

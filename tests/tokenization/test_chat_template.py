@@ -145,7 +145,7 @@ def test_parts_of_texts_are_encoded_together_as_each_alone(folders, kind):
                     assert ids == tok.encode(part.text)
 
     check()
-    again = pickle.loads(pickle.dumps(tok))  # as a worker gets it: opened anew, by its file
+    again = pickle.loads(pickle.dumps(tok))  # a worker opens its file again
     assert again.fingerprint == tok.fingerprint and again.pieces == tok.pieces
 
 

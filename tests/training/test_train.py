@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -110,6 +111,26 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(workspace):
     assert "nothing to do" in call(
         [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(workspace / "done")])
     assert "holds a run" in call(train_command(workspace, "done", "--steps", "2"), code=2)
+
+
+def test_a_finished_run_names_the_command_that_trains_its_model_further(workspace):
+    out = workspace / "short"
+    call(train_command(workspace, "short", "--steps", "2"))
+    resume = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(out)]
+    message = call([*resume, "--steps", "3"], code=2)
+    assert "is finished, and --steps was 2, now 3; to train its model further:" in message
+    command = shlex.split(message.split("further: ")[1])
+    assert command[:2] == ["python", "train.py"]
+    call([sys.executable, str(ROOT / "train.py"), *command[2:]])
+    assert max(read_losses(workspace / "short-2")) == 3
+    began = load_settings(workspace / "short-2/settings.toml")
+    assert began.model == str(out / "model") and began.lr == 1e-3
+    for text in (call(resume), call(train_command(workspace, "short", "--steps", "2"), code=2)):
+        assert f"train.py {out}/settings.toml --model {out}/model --out {out}-2" in text
+
+
+def load_settings(file: Path) -> Settings:
+    return config.read(Settings, [str(file)], "train.py")[0]
 
 
 def about(out: Path) -> dict:
