@@ -47,6 +47,7 @@ from preparation.preferences import (
 )
 from preparation.readers import list_files, read_documents, read_texts
 from preparation.show import text_spans
+from preparation.specs import read_weighted_name
 from preparation.text import build_normaliser, prepare_text
 from preparation.translation import Prompt, prepare_translation
 from preparation.workers import Workers
@@ -335,14 +336,9 @@ def read_prompts(words: list[str],
         words = list(known)
     prompts = []
     for word in words:
-        name, _, weight_text = word.partition(":")
-        try:
-            weight = float(weight_text or 1)
-        except ValueError:
-            weight = 0.0
-        if name not in known or not 0 < weight < float("inf"):
-            raise UserError(f"--prompts {word}: expected all, or names with weights if you like, "
-                            f"of {', '.join(known)}", FLAGS)
+        name, weight = read_weighted_name(
+            word, known, f"--prompts {word}: expected all, or names with weights if you like, "
+            f"of {', '.join(known)}")
         prompts.append((Prompt(name, *known[name]), weight))
     return prompts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from runtime.console import FLAGS, UserError
@@ -19,6 +20,19 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     if not 0 < weight < float("inf"):
         raise UserError(f"--data {spec}: the weight is {tail}, expected a number above 0", FLAGS)
     return head, weight
+
+
+def read_weighted_name(word: str, known: Collection[str], error: str) -> tuple[str, float]:
+    """Split `NAME[:WEIGHT]`, weight 1 if absent; UserError(error) for another name or a weight that
+    is not a finite number above 0."""
+    name, _, text = word.partition(":")
+    try:
+        weight = float(text or 1)
+    except ValueError:
+        weight = 0.0
+    if name not in known or not 0 < weight < float("inf"):
+        raise UserError(error, FLAGS)
+    return name, weight
 
 
 def bin_name(spec: str) -> str:

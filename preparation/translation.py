@@ -29,6 +29,7 @@ from preparation.examples import (
 )
 from preparation.ledger import Ledger
 from preparation.readers import ROW_FORMATS, Row, list_files, read_aligned_rows, read_rows
+from preparation.specs import read_weighted_name
 from preparation.workers import Workers
 from runtime.console import FLAGS, UserError, info
 from tokenization.chat_template import ChatTemplate, Loss, RenderedDocument, encode_rendered
@@ -112,16 +113,10 @@ def parse_directions(words: Sequence[str], pair: tuple[str, str]) -> dict[str, f
         return dict.fromkeys(known, 1.0)
     weights = {}
     for word in words:
-        name, _, text = word.partition(":")
-        try:
-            weight = float(text or 1)
-        except ValueError:
-            weight = 0.0
-        if name not in known or not 0 < weight < float("inf"):
-            raise UserError(
-                f"--directions {word}: expected both, or {' and '.join(known)}, each with a weight "
-                f"if you like, as in {known[0]}:3 {known[1]}:1; other languages are named with "
-                "--languages", FLAGS)
+        name, weight = read_weighted_name(
+            word, known, f"--directions {word}: expected both, or {' and '.join(known)}, each with "
+            f"a weight if you like, as in {known[0]}:3 {known[1]}:1; other languages are named "
+            "with --languages")
         weights[name] = weight
     largest = max(weights.values(), default=1.0)
     return {name: weight / largest for name, weight in weights.items()}
