@@ -1,17 +1,16 @@
 """Text to token bins here against datasets.map with the same tokenizer; and the loader behind it.
 
     python -m bench.prepare [--quick] [--write]
-        [--cases documents lines llama3 cache gigabyte loader]
+        [--cases documents lines llama3 gigabyte loader]
 
 By one process and two, into a bin, and by datasets.map twice (tokenise, group into rows) into its
 cache; both must give the same number of tokens. Ours is timed as the command it is, Python's start
 and its imports included; the peer without Python's start. One process has its tokenizer on all
 cores, on both sides, of two each has one thread; ratios are to its best row. The peer cleans
 nothing, so neither do we, but in the rows that say so, which is the default. Every text stands in a
-file once, because a cache of words is faster the more often they are repeated. documents:
+file once. documents:
 news and laws, some kilobytes each; lines: all there is, mostly single sentences; llama3: the
-documents with LLaMA 3's tokenizer.json in place of a SentencePiece BPE learned from them. cache:
-the same texts with and without the word cache, by two processes. gigabyte:
+documents with LLaMA 3's tokenizer.json in place of a SentencePiece BPE learned from them. gigabyte:
 the texts over and over to 1 GB, and the most memory any one process held. loader: packed rows a
 second out of the bin.
 --quick: documents, loader and 20 MB, unless --cases names others.
@@ -35,7 +34,7 @@ from runtime.tokenizer_threads import set_library_threads
 
 HERE = "bench.prepare"
 BESIDE = ["documents", "lines", "llama3"]  # what both sides prepare
-CASES = [*BESIDE, "cache", "gigabyte", "loader"]
+CASES = [*BESIDE, "gigabyte", "loader"]
 QUICK = ["documents", "gigabyte", "loader"]  # half a minute
 GIGABYTE = {"full": 1000, "quick": 20, "tiny": 2}  # MB
 DATA = ROOT.parent / "shared/data"
@@ -87,19 +86,6 @@ def ours(file: str, tokenizer: str, processes: int, clean: bool = False) -> dict
         took = time.perf_counter() - begun
         meta = json.loads(Path(out, "bin/meta.json").read_text(encoding="utf-8"))
         return {"seconds": took, "tokens": meta["tokens"], "disk": weight(Path(out, "bin"))}
-
-
-def in_process(file: str, tokenizer: str, use_word_cache: bool) -> dict[str, Any]:
-    """Prepare a file by two processes, with the word cache or with encode_batch alone; timed
-    without Python's start and imports."""
-    from preparation.text import prepare_text
-    from preparation.workers import Workers
-
-    with tempfile.TemporaryDirectory() as out:
-        start = time.perf_counter()
-        bin, _ = prepare_text([file], tokenizer, Path(out, "bin"), workers=Workers(2),
-                              use_word_cache=use_word_cache)
-        return {"seconds": time.perf_counter() - start, "tokens": bin.meta["tokens"]}
 
 
 def theirs(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
@@ -199,24 +185,6 @@ def beside(s: Settings, case: str, file: str, what: str) -> str:
          "tokens"], rows)
 
 
-def compare_cache(s: Settings, files: dict[str, str]) -> str:
-    """A table of the word cache against encode_batch; `files`: the text of each case."""
-    rows = []
-    for case, file in files.items():
-        tokenizer = str(LLAMA3) if case == "llama3" else str(Path(file).parent)
-        runs = in_turn(HERE, s.rounds, {
-            "cache": ("in_process", [file, tokenizer, True]),
-            "no cache": ("in_process", [file, tokenizer, False])})
-        seconds = {side: [x["seconds"] for x in results] for side, results in runs.items()}
-        if len({x["tokens"] for results in runs.values() for x in results}) > 1:
-            s.faults.append(f"{case}: the word cache gives another number of tokens")
-        rows.append([case, f"{Spread.of(seconds['cache']).median:.2f}",
-                     f"{Spread.of(seconds['no cache']).median:.2f}",
-                     ratio(seconds["no cache"], seconds["cache"])])
-    return "The word cache, two processes:\n\n" + table(
-        ["", "seconds with it", "seconds without it", "times as fast"], rows)
-
-
 def job(s: Settings) -> str:
     cases, parts = s.cases or (QUICK if s.size == "quick" else CASES), []
     if "llama3" in cases and (s.size == "tiny" or not LLAMA3.exists()):
@@ -234,13 +202,6 @@ def job(s: Settings) -> str:
         kind = "tiny" if s.size == "tiny" else "documents"
         parts += [beside(s, case, *text("lines" if case == "lines" and kind != "tiny" else kind))
                   for case in cases if case in BESIDE]
-        if "cache" in cases:
-            files = {"documents": text(kind)[0]}
-            if kind != "tiny":
-                files["lines"] = text("lines")[0]
-                if LLAMA3.exists():
-                    files["llama3"] = files["documents"]
-            parts.append(compare_cache(s, files))
         if "loader" in cases:
             file, _ = text(kind)
             done = in_turn(HERE, s.rounds, {"loader": ("load", [
@@ -264,4 +225,4 @@ def job(s: Settings) -> str:
 
 if __name__ == "__main__":
     sys.exit(main(HERE, "Preparing text", {"write_text": write_text, "ours": ours, "theirs": theirs,
-                                           "in_process": in_process, "load": load}, job, CASES, 2))
+                                           "load": load}, job, CASES, 2))

@@ -8,7 +8,6 @@ documents is the duplicate.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -35,7 +34,6 @@ from preparation.readers import (
 from preparation.workers import Workers
 from runtime.console import UserError, info
 from tokenization.tokenizer import Tokenizer
-from tokenization.word_cache import WordCache
 
 IsContaminated = Callable[[str], bool]  # whether a text holds an item of a test
 
@@ -44,8 +42,7 @@ def prepare_text(specs: Sequence[str], tokenizer_path: Path | str, out: Path | s
                  unit: str = "auto", key: str = "text", normalise: Normaliser | None = None,
                  keep_duplicates: bool = False, is_contaminated: IsContaminated | None = None,
                  min_chars: int = 1, max_doc_mb: int = 64, on_bad: str = "stop",
-                 workers: Workers | None = None,
-                 use_word_cache: bool = True) -> tuple[Bin, Ledger]:
+                 workers: Workers | None = None) -> tuple[Bin, Ledger]:
     """Prepare text files into a bin.
 
     `unit`: what a document of a .txt is ("auto", "file", "line", "block"); `key`: the text column
@@ -58,7 +55,7 @@ def prepare_text(specs: Sequence[str], tokenizer_path: Path | str, out: Path | s
     sources = list_files(specs)
     ledger = Ledger()
     seen: set[bytes] = set()  # digests of the documents that are kept
-    encoder = _TextEncoder(tokenizer, normalise, is_contaminated, use_word_cache)
+    encoder = _TextEncoder(tokenizer, normalise, is_contaminated)
     writer = BinWriter(Path(out), tokenizer.fingerprint, tokenizer.vocab_size)
     try:
         chunks = _chunks(sources, unit, key, max_doc_mb << 20, workers.chunk_bytes)
@@ -132,7 +129,6 @@ class _TextEncoder:
     tokenizer: Tokenizer
     normalise: Normaliser | None
     is_contaminated: IsContaminated | None
-    use_word_cache: bool = True
 
     def __call__(self, texts: list[str]) -> _EncodedTexts:
         changes: Counter[str] = Counter()
@@ -154,17 +150,10 @@ class _TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """`Tokenizer.document` of D texts: ids of all, end to end, and the number of each, (D,)."""
-        if self.use_word_cache:
-            return self.cache.encode_documents(texts)
         begin, end = self.tokenizer.begin_end_ids
         documents = [[*begin, *ids, *end] for ids in self.tokenizer.encode_batch(texts)]
         sizes = np.array([len(ids) for ids in documents], np.int64)
         return np.fromiter(chain.from_iterable(documents), np.uint32, int(sizes.sum())), sizes
-
-    @functools.cached_property
-    def cache(self) -> WordCache:
-        """The cache of encoded words; each worker has its own."""
-        return WordCache(self.tokenizer)
 
 
 def _outcome(encoded: _EncodedTexts, i: int, min_chars: int, seen: Set[bytes]) -> str:

@@ -129,6 +129,21 @@ def test_chunks_after_the_first_are_mapped_by_worker_processes_in_order():
     assert {pid for _, pid in alone} == {os.getpid()}
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json"])
+def test_a_bin_holds_the_ids_that_the_tokenizer_gives_each_text(tok, kind, tmp_path):
+    folder = tok
+    if kind == "tokenizer.json":
+        folder = tiny.bytewise_folder(tmp_path / "tokenizer", ["<|begin|>"])
+    texts = [f"{a}  {b}\n {c}" for a in tiny.SENTENCES for b in ("", "▁x", "é")
+             for c in tiny.SENTENCES[:4]]
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": x}) + "\n" for x in texts))
+    bin, _ = prepare_text([str(file)], folder, tmp_path / "bin")
+    ids = [bin.tokens[a:b].tolist() for a, b in zip(bin.starts, bin.starts[1:], strict=False)]
+    tokenizer = Tokenizer.open(folder)
+    assert ids == [tokenizer.document(x) for x in dict.fromkeys(texts)]
+
+
 def test_one_process_and_two_write_the_same_bytes(tok, tmp_path):
     specs = messy(tmp_path)
     made = [prepare_text(specs, tok, tmp_path / f"bin{n}", unit="line", normalise=CLEAN,
