@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from languages.language import read_direction, read_names
 from runtime import console, flags
-from runtime.console import FLAGS, STORAGE, UserError
+from runtime.console import FLAGS, STORAGE, UserError, info
 from runtime.setting_metadata import Group, bounded
 
 if TYPE_CHECKING:  # these import torch, which --help does not wait for
@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # these import torch, which --help does not wait for
     from inference.prompt_format import GenerationConfig, PromptFormat, PromptOrMessages
     from inference.sampling import SamplingParams, StoppingCriteria
     from model import Llama
+    from tokenization.tokenizer import Tokenizer
 
 CHAT_COMMANDS = ("/reset starts a new conversation, /save FILE writes it as a line of JSON, "
                  "/quit ends")
@@ -335,6 +336,7 @@ class Answerer:
         in_chat = any(not isinstance(prompt, str) for prompt in prompts)
         stopping = self.stopping_criteria(in_chat, prompt_format)
         ids = [prompt_format.encode(prompt) for prompt in prompts]
+        tell_unspelled(prompt_format.tokenizer, [x for x in prompts if isinstance(x, str)])
         seeds = per_prompt_seeds(ids, s.seed)
         is_blank = [bool(prompt_format.direction) and not prompt.strip() for prompt in prompts]
         indices = [i for i in range(start, len(prompts)) if not is_blank[i]]
@@ -363,6 +365,14 @@ class Answerer:
 
 
 # ---- Text to the terminal
+
+
+def tell_unspelled(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Say how many characters of the prompts the tokenizer cannot spell."""
+    n = sum(map(tokenizer.count_unspelled, texts))
+    if n:
+        info(f"the tokenizer has no token for {n:,} characters of the prompts; the model does not "
+             "see them")
 
 
 def show(text: str) -> None:

@@ -251,6 +251,10 @@ def measure_text(evaluation: Evaluation, text: EvalText, model: EvalModel) -> li
     ids = model.tokenizer.encode_batch(text.documents)
     n_bytes = [len(document.encode()) for document in text.documents]
     n_tokens = sum(map(len, ids))
+    n_unspelled = sum(map(model.tokenizer.count_unspelled, text.documents))
+    if n_unspelled:
+        info(f"{text.name}: the tokenizer has no token for {n_unspelled:,} characters; their bytes "
+             "count, and they cost the model nothing")
     ids = model.with_scored_bos(ids)
     with progress(text.name, sum(map(len, ids))) as advance:
         nats = model.rolling_nats(ids, advance)

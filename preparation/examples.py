@@ -173,6 +173,7 @@ class _ExampleWriter:
             self.seen.add(example.key)
         self.directions.update(example.directions)
         for document in example.documents:
+            self.ledger.n_unspelled += document.n_unspelled
             self.writer.add(document, example.key if example.directions else b"")
 
     def _outcome(self, example: Example) -> str:
@@ -254,4 +255,4 @@ def have_equal_ids(pair: Sequence[Document]) -> bool:
 def cut(document: Document, n_predictions: int) -> Document:
     """The first `n_predictions` predictions of a document."""
     mask = None if document.mask is None else document.mask[: n_predictions + 1]
-    return Document(document.ids[: n_predictions + 1], mask, document.n_bytes)
+    return dataclasses.replace(document, ids=document.ids[: n_predictions + 1], mask=mask)

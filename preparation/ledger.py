@@ -18,12 +18,13 @@ MAX_UNDECODABLE_SHARE = 0.001  # of the documents
 
 @dataclass
 class Ledger:
-    """Counts of documents and bytes by outcome, and of the places that each normalising step
-    changed."""
+    """Counts of documents and bytes by outcome, of the places that each normalising step changed,
+    and of the characters that the tokenizer cannot spell."""
 
     documents: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     changes: Counter[str] = field(default_factory=Counter)
+    n_unspelled: int = 0
 
     def add(self, outcomes: Sequence[str], sizes: Sequence[int]) -> None:
         """Add D documents: the outcome and the bytes read of each."""
@@ -42,8 +43,11 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """The ledger as it is written into meta.json."""
-        return {"documents": dict(self.documents), "bytes": dict(self.bytes),
-                "changes": dict(self.changes)}
+        content = {"documents": dict(self.documents), "bytes": dict(self.bytes),
+                   "changes": dict(self.changes)}
+        if self.n_unspelled:
+            content["unspelled"] = self.n_unspelled
+        return content
 
 
 def format_ledger(ledger: Mapping[str, Any], unit: str = "documents") -> str:
@@ -53,4 +57,7 @@ def format_ledger(ledger: Mapping[str, Any], unit: str = "documents") -> str:
         lines.append(f"{outcome:14}{count:>12,}{ledger['bytes'][outcome]:>16,}")
     for step, count in ledger["changes"].items():
         lines.append(f"normalised: {step}, {count:,} places")
+    if ledger.get("unspelled"):
+        lines.append(f"not spelled: {ledger['unspelled']:,} characters for which the tokenizer has "
+                     "no token")
     return "\n".join(lines)

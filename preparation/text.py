@@ -77,6 +77,7 @@ def prepare_text(specs: Sequence[str], tokenizer_path: Path | str, out: Path | s
                     position += 1
                 ledger.add(outcomes, [document.n_bytes for document in documents])
                 ledger.changes.update(encoded.changes)
+                ledger.n_unspelled += int(encoded.n_unspelled[is_kept].sum())
                 writer.extend(encoded.ids[np.repeat(is_kept, encoded.sizes)],
                               encoded.sizes[is_kept], int(encoded.n_bytes[is_kept].sum()))
         if on_bad == "stop":
@@ -119,6 +120,7 @@ class _EncodedTexts(NamedTuple):
     n_bytes: np.ndarray  # (D,)
     ids: np.ndarray  # (N,) of all documents, end to end
     sizes: np.ndarray  # (D,) ids of each
+    n_unspelled: np.ndarray  # (D,) characters that the tokenizer cannot spell
     changes: Counter[str]  # places changed, by normalising step
 
 
@@ -146,6 +148,8 @@ class _TextEncoder:
             digests=[hashlib.blake2b(x, digest_size=16).digest() for x in encoded_bytes],
             chars=[len(text.strip()) for text in texts], contaminated=contaminated,
             n_bytes=np.array([len(x) for x in encoded_bytes], np.int64), ids=ids, sizes=sizes,
+            n_unspelled=np.array([self.tokenizer.count_unspelled(text) for text in texts],
+                                 np.int64),
             changes=changes)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

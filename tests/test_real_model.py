@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -12,8 +13,11 @@ from checkpoints.huggingface import load_model
 from helpers import tiny
 from helpers.commands import command
 from helpers.real_model import real_model  # noqa: F401
+from runtime.paths import ROOT
+from tokenization.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real
+FLORES = ROOT.parent / "shared/data/eval/flores200"
 ENGLISH = "The capital of France is"
 
 
@@ -26,6 +30,30 @@ def test_logits_equal_those_of_transformers(real_model):  # noqa: F811
         expected = peer(ids).logits
     assert ids.shape[1] > 15
     torch.testing.assert_close(tiny.logits(model, ids), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("language", ["kin", "eng", "swh"])
+def test_ids_equal_those_of_tokenizers_on_flores(real_model, language):  # noqa: F811
+    file = FLORES / f"devtest.{language}.txt"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    peer = tokenizers.Tokenizer.from_file(str(real_model / "tokenizer.json"))
+    lines = file.read_text(encoding="utf-8").splitlines()
+    expected = [x.ids for x in peer.encode_batch(lines, add_special_tokens=False)]
+    assert len(lines) == 1012
+    assert Tokenizer.open(real_model).encode_batch(lines) == expected
+
+
+def test_characters_that_it_cannot_spell_are_left_out_as_by_transformers(real_model):  # noqa: F811
+    tokenizer = Tokenizer.open(real_model)
+    peer = transformers.AutoTokenizer.from_pretrained(real_model)
+    texts = [f"a{chr(i)}b" for i in [*range(0x3000), 0xE000, 0x1F992, 0x10FFFF]]
+    expected = peer(texts, add_special_tokens=False).input_ids
+    assert tokenizer.encode_batch(texts) == expected
+    n_bytes = [int(tokenizer.byte_lengths[ids].sum()) for ids in expected]
+    lost = [len(text.encode()) > n for text, n in zip(texts, n_bytes, strict=True)]
+    assert [tokenizer.count_unspelled(text) > 0 for text in texts] == lost
+    assert 0 < sum(lost) < len(texts) / 2
 
 
 def test_its_greedy_text_is_english_and_that_of_transformers(real_model):  # noqa: F811

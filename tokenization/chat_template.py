@@ -290,7 +290,8 @@ def encode_rendered(tokenizer: Tokenizer,
         mask += [True] * len(document.end)
         documents.append(Document(
             np.array(ids, np.uint32), None if document.train_all else np.array(mask, bool),
-            document.n_bytes))
+            document.n_bytes,
+            sum(tokenizer.count_unspelled(segment.text) for segment in document.segments)))
     return documents
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Document:
-    """Token ids with BOS and EOS, which of them are trained (None: all), and the bytes of the text.
-    """
+    """Token ids with BOS and EOS, which of them are trained (None: all), the bytes of the text, and
+    the number of its characters that the tokenizer cannot spell."""
 
     ids: Sequence[int]
     mask: Sequence[bool] | None
     n_bytes: int
+    n_unspelled: int = 0

@@ -9,8 +9,11 @@ four characters, not an end of sequence.
 `byte_lengths` holds the bytes of text of each id. With it bits per byte can be computed for a
 document that is cut between tokens.
 
-Refused: models other than BPE, tokenizers that cannot spell every byte, files that are damaged or
-too large.
+Some published tokenizers have no token for a few bytes (SmolLM2 for 21). They encode a text as
+transformers does: with their unknown token, or without the character. `count_unspelled` counts
+such characters.
+
+Refused: models other than BPE, files that are damaged or too large.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -63,7 +67,8 @@ class Tokenizer:
     `vocab_size`: number of ids. `bos`, `eos`: ids, or None. `control`: the ids of control tokens.
     `byte_lengths`: (vocab_size,) int32, 0 for control tokens. `dummy_prefix`: 1 if the tokenizer
     puts a space before a text, else 0. `fingerprint`: a sha256 of everything that decides how text
-    is encoded. `n_threads`: threads that encode a batch.
+    is encoded. `n_threads`: threads that encode a batch. `unknown`: the id of the unknown token, or
+    None. `spells_every_byte`: whether every text can be encoded without loss.
     """
 
     @classmethod
@@ -88,8 +93,8 @@ class Tokenizer:
         return _SentencePieceTokenizer(file, n_threads)
 
     def __init__(self, file: Path, pieces: list[str], control: set[int], content: bytes,
-                 byte_lengths: np.ndarray, lost_bytes: set[str], begins_with: bool | str,
-                 n_threads: int):
+                 byte_lengths: np.ndarray, byte_pieces: set[str], unknown: int | None,
+                 begins_with: bool | str, n_threads: int):
         folder, self.file = file.parent, file
         self.files = [folder / n for n in FILES if (folder / n).exists()] or [file]
         self.pieces, self.control, self.vocab_size = pieces, control, len(pieces)
@@ -103,11 +108,15 @@ class Tokenizer:
             self.bos = None
         self.fingerprint = hashlib.sha256(
             content + json.dumps([self.bos, self.eos]).encode()).hexdigest()
-        if lost_bytes:
-            raise UserError(f"{file}: no piece for {len(lost_bytes)} of the 256 bytes, so some "
-                            "texts could not be spelled; use a tokenizer with byte fallback")
-        self.byte_lengths = byte_lengths
-        self.dummy_prefix = int(byte_lengths[self.encode("a")].sum()) - 1
+        self.spells_every_byte = byte_pieces <= set(pieces)
+        self.unknown, self.byte_lengths = unknown, byte_lengths
+        if unknown is not None:
+            byte_lengths[unknown] = 0
+        self._unspelled: dict[str, bool] = {}  # of each character that was looked up
+        n_bytes = int(byte_lengths[self.encode("a")].sum())
+        if n_bytes < 1:
+            raise UserError(f"{file}: has no token for the letter a; use another model's tokenizer")
+        self.dummy_prefix = n_bytes - 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the file itself, and encodes with one thread."""
@@ -161,8 +170,14 @@ class Tokenizer:
 
     @functools.cached_property
     def _marks(self) -> list[tuple[str, list[int]]]:
-        """What is put before a segment that gets no space of its own, and its ids."""
-        return [(mark, self.encode(mark)) for mark in ("\x01", "\n")]
+        """What is put before a segment that gets no space of its own, and its ids.
+
+        Neighbouring unknown characters become one token, so a mark must not be unknown.
+        """
+        marks = ["\x01", "\n"]
+        if not self.spells_every_byte:
+            marks = [mark for mark in (*marks, ".", "a") if not self._is_unspelled(mark)]
+        return [(mark, self.encode(mark)) for mark in marks]
 
     @functools.cached_property
     def control_names(self) -> re.Pattern[str]:
@@ -191,6 +206,24 @@ class Tokenizer:
         if not len(text_ids):
             return 0
         return max(0, int(self.byte_lengths[text_ids].sum()) - self.dummy_prefix)
+
+    def count_unspelled(self, text: str) -> int:
+        """Characters of a text that the tokenizer cannot spell: they become its unknown token, or
+        are left out."""
+        if self.spells_every_byte:
+            return 0
+        counts = Counter(text)
+        return sum(n for character, n in counts.items() if self._is_unspelled(character))
+
+    def _is_unspelled(self, character: str) -> bool:
+        if character not in self._unspelled:
+            ids = self.encode(character)
+            n_bytes = int(self.byte_lengths[ids].sum()) - self.dummy_prefix
+            if self.unknown is None:
+                self._unspelled[character] = n_bytes < len(character.encode())
+            else:
+                self._unspelled[character] = self.unknown in ids
+        return self._unspelled[character]
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files into a folder."""
@@ -223,7 +256,7 @@ class _SentencePieceTokenizer(Tokenizer):
             content += json.dumps(added).encode()
         super().__init__(
             file, pieces, control, content, _byte_lengths(pieces, control, bytewise=False),
-            {f"<0x{i:02X}>" for i in range(256)} - set(pieces),
+            _byte_alphabet(bytewise=False), unknown=self.sp.unk_id(),
             begins_with=config.get("add_bos_token") is not False, n_threads=n_threads)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -290,6 +323,7 @@ class _JsonTokenizer(Tokenizer):
                     self.tok.decode(self.tok.encode(text, add_special_tokens=False).ids)
         pieces = [self.tok.id_to_token(i) or "" for i in range(n)]
         control = {i for i, a in added.items() if a["special"]}
+        unknown = self.tok.token_to_id(raw["model"].get("unk_token") or "")
         begins_with = _first_token(raw.get("post_processor")) or False
         raw.update(padding=None, truncation=None, post_processor=None)
         bytewise = "ByteLevel" in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
@@ -299,7 +333,7 @@ class _JsonTokenizer(Tokenizer):
                 byte_lengths[i] = len(token["content"].encode())
         super().__init__(
             file, pieces, control, json.dumps(raw, sort_keys=True, ensure_ascii=False).encode(),
-            byte_lengths, _byte_alphabet(bytewise) - set(pieces), begins_with, n_threads)
+            byte_lengths, _byte_alphabet(bytewise), unknown, begins_with, n_threads)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process gets what was read from the file, and does not check the file again."""

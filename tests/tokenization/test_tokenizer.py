@@ -19,8 +19,11 @@ import tokenizers
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import ByteLevel
 
 from helpers import tiny
+from preparation.ledger import format_ledger
+from preparation.text import prepare_text
 from runtime.console import UserError
 from runtime.paths import ROOT
 from tokenization.tokenizer import LINE_PART, Segment, Tokenizer, _JsonTokenizer, learn
@@ -404,23 +407,61 @@ def test_another_kind_of_tokenizer_json_is_refused_by_its_name(tmp_path, kind):
         Tokenizer.open(tmp_path)
 
 
-def test_a_tokenizer_that_would_lose_what_it_cannot_spell_is_refused(json_folder, tmp_path):
-    def refused(folder: Path, n: int) -> None:
-        with pytest.raises(UserError, match=f"no piece for {n} of the 256 bytes"):
-            Tokenizer.open(folder)
+UNUSUAL = "a\x05b\x7f é 🦒 \ue000 z\n\t"
 
-    json_file = tmp_path / "tokenizer.json"
-    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, [])).save(str(json_file))
-    refused(tmp_path, 256)
-    words = json.loads((json_folder / "tokenizer.json").read_text())
-    words["model"]["vocab"]["qq"] = words["model"]["vocab"].pop("Ġ")  # the blank
-    words["model"]["merges"] = []
-    json_file.write_text(json.dumps(words))
-    refused(tmp_path, 1)
+
+def test_characters_that_a_bytewise_tokenizer_cannot_spell_are_left_out_as_by_transformers(
+        json_folder, tmp_path):
+    content = json.loads((json_folder / "tokenizer.json").read_text())
+    model = content["model"]
+    for character in "\x05\x7fé":  # of é the first byte
+        piece = ByteLevel(add_prefix_space=False).pre_tokenize_str(character)[0][0][0]
+        model["vocab"][f"unused {character}"] = model["vocab"].pop(piece)
+        model["merges"] = [pair for pair in model["merges"] if piece not in "".join(pair)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.open(tmp_path)
+    peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode(UNUSUAL) == peer(UNUSUAL, add_special_tokens=False).input_ids
+    assert not tokenizer.spells_every_byte
+    assert tokenizer.count_unspelled(UNUSUAL * 2) == 2 * 3
+    assert tokenizer.count_unspelled("Amazi y'umugezi, n’inka") == 0
+
+
+@pytest.mark.parametrize("segment", ["é é", "na", " é", "🦒é"])
+def test_characters_that_sentencepiece_cannot_spell_become_its_unknown_token(tmp_path, segment):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny.SENTENCES), model_prefix=str(tmp_path / "sp"), vocab_size=60,
-        model_type="bpe", hard_vocab_limit=False, minloglevel=2)
-    refused(tmp_path / "sp.model", 256)
+        sentence_iterator=iter(tiny.SENTENCES), model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=60, model_type="bpe", hard_vocab_limit=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False)
+    tokenizer = Tokenizer.open(tmp_path / "tokenizer.model")
+    peer = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    text = "amazi é 🦒 \n umugezi"
+    assert tokenizer.encode(text) == peer.encode(text)
+    assert tokenizer.unknown == peer.unk_id() and tokenizer.unknown in tokenizer.encode(text)
+    assert tokenizer.count_unspelled(text) == 3
+    assert tokenizer.byte_lengths[tokenizer.unknown] == 0
+    # behind another segment: without the space before it, and without losing its first character
+    first, ids = tokenizer.encode_segments([Segment("amazi", False, True),
+                                            Segment(segment, False, False)])
+    assert first == peer.encode("amazi")
+    assert [*first, *ids] == peer.encode("amazi" + segment)
+
+
+def test_a_ledger_counts_characters_that_cannot_be_spelled(json_folder, tmp_path, capsys):
+    content = json.loads((json_folder / "tokenizer.json").read_text())
+    piece = ByteLevel(add_prefix_space=False).pre_tokenize_str("\x05")[0][0]
+    content["model"]["vocab"]["unused"] = content["model"]["vocab"].pop(piece)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "kin.txt").write_text("amazi\x05 \x05\numugezi\n")
+    bin, ledger = prepare_text([str(tmp_path / "kin.txt")], tmp_path, tmp_path / "bin", unit="line")
+    assert ledger.n_unspelled == 2 and bin.meta["ledger"]["unspelled"] == 2
+    assert "not spelled: 2 characters" in format_ledger(bin.meta["ledger"])
+
+
+def test_a_tokenizer_that_cannot_spell_a_letter_is_refused(tmp_path):
+    tokenizers.Tokenizer(tokenizers.models.BPE({"b": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="has no token for the letter a"):
+        Tokenizer.open(tmp_path)
 
 
 @pytest.mark.parametrize("added", [
