@@ -23,7 +23,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -140,7 +140,6 @@ class Source:
     bin: Bin
     documents: np.ndarray  # (n,) indices into the bin
     weight: float
-    reference: np.ndarray | None = None  # (rows, T) float32: NLL by a reference, row by row
 
     @property
     def sha(self) -> str:
@@ -219,8 +218,30 @@ class Batch:
         return Batch(**tensors, documents=self.documents)
 
 
+class RowStream(Protocol):
+    """One source as an endless list of rows of T predictions; row i is a function of (seed, i)."""
+
+    source: Source
+    T: int
+    seed: tuple[int, ...]
+    rows: int  # in an epoch
+    tokens: int  # predictions in an epoch
+
+    def row(self, i: int) -> np.ndarray:
+        """Row i as (4,T) int64: tokens, targets, doc, pos."""
+
+    def number(self, i: int) -> int:
+        """The number of row i before shuffling, 0 to rows - 1."""
+
+    def tokens_in(self, rows: int) -> int:
+        """How many predictions the first `rows` rows hold, exactly."""
+
+    def documents_in(self, i: int) -> list[int]:
+        """The documents in row i, by their index in the bin."""
+
+
 class TokenStream:
-    """One source as an endless list of rows: `row(i)` is a function of (seed, i)."""
+    """A source of running text, as a RowStream: a document is cut where its row ends."""
 
     def __init__(self, source: Source, T: int, seed: Sequence[int]):
         self.source, self.bin, self.T, self.seed = source, source.bin, T, tuple(seed)
@@ -241,45 +262,53 @@ class TokenStream:
         self.order = rng.permutation(len(self.lengths))
         self.ends = np.cumsum(self.lengths[self.order])  # where each document ends in the epoch
         self.shuffled = rng.permutation(self.rows)
-        self.short_at = int(np.argmax(self.shuffled == self.rows - 1))  # of the row with a tail
+        self.short_position = int(np.argmax(self.shuffled == self.rows - 1))  # has the tail
         self.epoch = epoch
 
     def tokens_in(self, rows: int) -> int:
-        """Predictions in the first `rows` rows, exactly."""
-        epoch, turn = divmod(rows, self.rows)
+        epoch, position = divmod(rows, self.rows)
         self._enter(epoch)
-        tail = self.rows * self.T - self.tokens
-        return epoch * self.tokens + turn * self.T - (tail if turn > self.short_at else 0)
+        tokens = epoch * self.tokens + position * self.T
+        if position > self.short_position:
+            tokens -= self.rows * self.T - self.tokens  # the unused tail
+        return tokens
+
+    def number(self, i: int) -> int:
+        epoch, position = divmod(i, self.rows)
+        self._enter(epoch)
+        return int(self.shuffled[position])
 
     def row(self, i: int) -> np.ndarray:
-        """Row i as (4, T) int64: tokens, targets, doc, pos."""
-        epoch, turn = divmod(i, self.rows)
-        self._enter(epoch)
-        T, out = self.T, _empty(self.T)
-        at = int(self.shuffled[turn]) * T  # where the row begins in the epoch
-        d = int(np.searchsorted(self.ends, at, side="right"))
-        filled, n_doc = 0, 0
+        T, row = self.T, empty_row(self.T)
+        row_start = self.number(i) * T  # in the epoch's list of predictions
+        d = int(np.searchsorted(self.ends, row_start, side="right"))
+        filled, doc = 0, 0
         while filled < T and d < len(self.order):
             k = self.order[d]
-            begin = at + filled - int(self.ends[d] - self.lengths[k])  # > 0 only where it was cut
-            n = min(T - filled, int(self.lengths[k]) - begin)
-            _copy(self.bin, out[:, filled : filled + n], int(self.starts[k]) + begin, n_doc)
-            filled, d, n_doc = filled + n, d + 1, n_doc + 1
-        return out
+            skipped = row_start + filled - int(self.ends[d] - self.lengths[k])  # in earlier rows
+            n = min(T - filled, int(self.lengths[k]) - skipped)
+            _copy(self.bin, row[:, filled : filled + n], int(self.starts[k]) + skipped, doc)
+            filled, d, doc = filled + n, d + 1, doc + 1
+        return row
+
+    def documents_in(self, i: int) -> list[int]:
+        start = self.number(i) * self.T
+        first, last = np.searchsorted(self.ends, (start, start + self.T - 1), side="right")
+        return self.documents[self.order[first : last + 1]].tolist()
 
 
-def _empty(T: int) -> np.ndarray:
-    """A row that holds nothing, (4, T)."""
+def empty_row(T: int) -> np.ndarray:
+    """A row without documents, (4,T): tokens, targets, doc, pos of an unused tail."""
     return np.array([[0], [IGNORE], [-1], [0]], np.int64).repeat(T, axis=1)
 
 
-def _copy(bin: Bin, out: np.ndarray, a: int, n_doc: int) -> None:
-    """The predictions from token `a` on into a part of a row, (4, n)."""
-    n = out.shape[1]
-    out[0], out[1] = bin.tokens[a : a + n], bin.tokens[a + 1 : a + n + 1]
+def _copy(bin: Bin, columns: np.ndarray, start: int, doc: int) -> None:
+    """Write the n predictions from token `start` of a bin on into columns (4,n) of a row."""
+    n = columns.shape[1]
+    columns[0], columns[1] = bin.tokens[start : start + n], bin.tokens[start + 1 : start + n + 1]
     if bin.mask is not None:
-        out[1][bin.mask[a + 1 : a + n + 1] == 0] = IGNORE
-    out[2], out[3] = n_doc, np.arange(n)
+        columns[1][bin.mask[start + 1 : start + n + 1] == 0] = IGNORE
+    columns[2], columns[3] = doc, np.arange(n)
 
 
 class PackedExamples:
@@ -315,25 +344,26 @@ class PackedExamples:
             self.epoch = epoch
 
     def tokens_in(self, rows: int) -> int:
-        """Predictions in the first `rows` rows, exactly."""
-        epoch, turn = divmod(rows, self.rows)
+        epoch, position = divmod(rows, self.rows)
         self._enter(epoch)
-        return epoch * self.tokens + int(self.sums[turn])
+        return epoch * self.tokens + int(self.sums[position])
 
     def number(self, i: int) -> int:
-        """Which of the source's rows row i is, 0 to rows - 1; the same in every epoch."""
-        epoch, turn = divmod(i, self.rows)
+        epoch, position = divmod(i, self.rows)
         self._enter(epoch)
-        return int(self.shuffled[turn])
+        return int(self.shuffled[position])
 
     def row(self, i: int) -> np.ndarray:
-        """Row i as (4, T) int64: tokens, targets, doc, pos."""
-        out, filled = _empty(self.T), 0
-        for n_doc, d in enumerate(self.packed[self.number(i)].flat):
-            a, n = int(self.bin.starts[d]), int(self.bin.starts[d + 1] - self.bin.starts[d]) - 1
-            _copy(self.bin, out[:, filled : filled + n], a, n_doc)
+        row, filled = empty_row(self.T), 0
+        for doc, d in enumerate(self.documents_in(i)):
+            start, end = int(self.bin.starts[d]), int(self.bin.starts[d + 1])
+            n = end - start - 1  # predictions
+            _copy(self.bin, row[:, filled : filled + n], start, doc)
             filled += n
-        return out
+        return row
+
+    def documents_in(self, i: int) -> list[int]:
+        return self.packed[self.number(i)].ravel().tolist()
 
 
 def best_fit_pack(sizes: np.ndarray, T: int, rng: np.random.Generator) -> list[list[int]]:
@@ -354,9 +384,11 @@ def best_fit_pack(sizes: np.ndarray, T: int, rng: np.random.Generator) -> list[l
     return rows
 
 
-def open_stream(source: Source, T: int, seed: Sequence[int]) -> TokenStream | PackedExamples:
-    """A source as rows: text is cut where a row ends, all else is not."""
-    return (TokenStream if source.bin.meta["kind"] == "text" else PackedExamples)(source, T, seed)
+def open_stream(source: Source, T: int, seed: Sequence[int]) -> RowStream:
+    """The rows of a source: only running text is cut where a row ends."""
+    if source.bin.meta["kind"] == "text":
+        return TokenStream(source, T, seed)
+    return PackedExamples(source, T, seed)
 
 
 class Loader:
@@ -364,8 +396,8 @@ class Loader:
     share.
 
     Shares are exact in predictions, to one row. All ranks walk the same list of rows and each reads
-    only its own, so a step of G rows is the same G rows on any number of ranks. `served` is the
-    whole state.
+    only its own, so a step of G rows is the same G rows on any number of ranks. `rows_consumed`,
+    one number per source, is the whole state.
     """
 
     def __init__(self, sources: Sequence[Source], T: int, rows: int, seed: int, rank: int = 0,
@@ -375,26 +407,34 @@ class Loader:
         self.streams = [open_stream(s, T, (seed, i)) for i, s in enumerate(sources)]
         weights = np.array([s.weight for s in sources], float)
         self.shares = weights / weights.sum()  # (sources,)
+        self.references: list[np.ndarray] = []
         self.seek([0] * len(sources))
 
-    def seek(self, served: Sequence[int]) -> None:
-        """Go on as if `served[i]` rows of source i had been given; constant time in rows."""
-        self.rows_consumed = list(served)
-        self.tokens = [s.tokens_in(n) for s, n in zip(self.streams, served, strict=True)]
+    def set_references(self, references: Sequence[np.ndarray]) -> None:
+        """Add a reference model's NLLs to every batch: (rows,T) float32 for each source, by
+        `RowStream.number`."""
+        self.references = list(references)
 
-    def next_row(self) -> tuple[TokenStream | PackedExamples, int]:
-        """The next row of all ranks' list: its source's stream, and its number there."""
+    def seek(self, rows_consumed: Sequence[int]) -> None:
+        """Continue after so many rows of each source; constant time in rows."""
+        self.rows_consumed = list(rows_consumed)
+        self.tokens = [stream.tokens_in(n)
+                       for stream, n in zip(self.streams, rows_consumed, strict=True)]
+
+    def next_row(self) -> tuple[int, int]:
+        """The next row in the list of all ranks: (index of its source, index of the row there)."""
         total = sum(self.tokens) + self.T
         behind = [share * total - n for share, n in zip(self.shares, self.tokens, strict=True)]
         s = int(np.argmax(behind))
         self.rows_consumed[s] += 1
         self.tokens[s] = self.streams[s].tokens_in(self.rows_consumed[s])
-        return self.streams[s], self.rows_consumed[s] - 1
+        return s, self.rows_consumed[s] - 1
 
     def next(self) -> Batch:
         """The next micro-batch of this rank."""
-        turns = [self.next_row() for _ in range(self.rows * self.world)]
-        mine = turns[self.rank * self.rows : (self.rank + 1) * self.rows]
-        kept = [stream.source.reference[stream.number(i)] for stream, i in mine
-                if stream.source.reference is not None]
-        return Batch.of([stream.row(i) for stream, i in mine], kept)
+        rows = [self.next_row() for _ in range(self.rows * self.world)]
+        own_rows = rows[self.rank * self.rows : (self.rank + 1) * self.rows]
+        reference = []
+        if self.references:
+            reference = [self.references[s][self.streams[s].number(i)] for s, i in own_rows]
+        return Batch.of([self.streams[s].row(i) for s, i in own_rows], reference)

@@ -103,7 +103,11 @@ class LoRALinear(nn.Module):
         if dora:
             self.squares = matrix(base, torch.float32).detach().square().sum(1)
         self.lora_magnitude_vector = nn.Parameter(self.squares.sqrt()) if dora else None
-        self.enabled = True  # off: the base model
+        self.enabled = True
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch the adapter on or off; without it this layer is its base layer."""
+        self.enabled = enabled
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -221,7 +225,7 @@ def train_modules(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         if not any(key.rpartition(".")[0].endswith(name) for key in kept):
             raise UserError(f"no module of the model is named {name!r}", FLAGS)
-    model.base_values = kept  # a plain dict: neither a parameter nor a buffer
+    model.set_base_values(kept)
 
 
 def extra_modules(model: nn.Module, embeddings: bool, norms: bool) -> list[str]:
@@ -271,14 +275,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
     saved = {name: model.get_parameter(name) for name in base_values(model)}
     trained = {name: p.data for name, p in saved.items()}
     for m in adapters(model).values():
-        m.enabled = False
+        m.set_enabled(False)
     for name, p in saved.items():
         p.data = base_values(model)[name].to(p)
     try:
         yield
     finally:
         for m in adapters(model).values():
-            m.enabled = True
+            m.set_enabled(True)
         for name, p in saved.items():
             p.data = trained[name]
 
@@ -306,4 +310,4 @@ def merge(model: nn.Module) -> None:
     for name, before in base_values(model).items():
         p = model.get_parameter(name)
         p.data = p.data.to(before.dtype)
-    model.base_values = {}
+    model.set_base_values({})

@@ -269,12 +269,16 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else \
             Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss = LinearCrossEntropy(config.logit_cap)
-        # {parameter: its frozen values} of modules that are trained beside an adapter (lora.py)
         self.base_values: dict[str, Tensor] = {}
 
-    def set_lm_head(self, head: nn.Module) -> None:
+    def set_lm_head(self, lm_head: nn.Module) -> None:
         """Replace the output layer; a model with tied embeddings then has one of its own."""
-        self.lm_head = head
+        self.lm_head = lm_head
+
+    def set_base_values(self, values: dict[str, Tensor]) -> None:
+        """Keep the frozen values of parameters that are trained in addition to an adapter, by name
+        (lora.py). They are neither parameters nor buffers."""
+        self.base_values = values
 
     @property
     def head(self) -> Tensor:

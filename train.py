@@ -174,7 +174,7 @@ def take_step(run: Run, monitor: TrainingMonitor) -> dict:
     peak = peak_flops(ranks.device)
     mfu = None
     if peak:
-        reference_in_step = s.mode == "dpo" and run.loader.sources[0].reference is None
+        reference_in_step = s.mode == "dpo" and not run.loader.references
         flops = np.dot(counts, flops_coefficients(run.model, reference_in_step))
         mfu = float(flops) / (seconds * peak * ranks.world_size)
     tokens_read = dict(zip(run.data, run.loader.tokens, strict=True))

@@ -87,7 +87,7 @@ def load_model(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None 
         # an adapter is merged in float32 before anything is rounded: one product in place of three
         for name, m in lora.adapters(model).items():
             model.set_submodule(name, Int8Linear(m.merged().detach(), m.base_layer.bias))
-        model.base_values = {}
+        model.set_base_values({})
         int8.convert_to_int8(model)
     if not tokenizer:
         return model, None

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from data import IGNORE, Batch
+from data import IGNORE, Batch, empty_row
 
 if TYPE_CHECKING:
     from model import Llama
@@ -137,8 +137,7 @@ def _sum_windows(model: Llama, pieces: Sequence[Window], n_documents: int,
 
 def _row(indices: Sequence[int], pieces: Sequence[Window], width: int) -> np.ndarray:
     """Windows side by side, (4,width): tokens, targets, index of the window as doc, pos."""
-    row = np.empty((4, width), np.int64)
-    row[:] = [[0], [IGNORE], [-1], [0]]
+    row = empty_row(width)
     begin = 0
     for i in indices:
         n = len(pieces[i].inputs)

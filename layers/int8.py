@@ -76,4 +76,4 @@ def convert_to_int8(model: nn.Module) -> None:
         if fits(m):
             model.set_submodule(name, Int8Linear(m.weight, m.bias))
     if model.lm_head is None:
-        model.lm_head = Int8Linear(model.head, None)
+        model.set_lm_head(Int8Linear(model.head, None))

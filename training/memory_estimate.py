@@ -322,8 +322,8 @@ def _place(model: nn.Module, device: torch.device) -> None:
             if isinstance(x, Tensor):
                 setattr(m, name, torch.empty(x.shape, dtype=x.dtype, device=device))
     if whole := lora.base_values(model):
-        model.base_values = {k: torch.empty(x.shape, dtype=x.dtype, device=device)
-                       for k, x in whole.items()}
+        model.set_base_values({name: torch.empty(x.shape, dtype=x.dtype, device=device)
+                               for name, x in whole.items()})
 
 
 def _step(model: Llama, s: Settings, held: _Held, doc: Tensor, pos: Tensor, shared: SharedInputs,

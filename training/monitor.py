@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 
-from data import Loader, PackedExamples, TokenStream
+from data import Loader
 from runtime import console
 from runtime.distributed import Distributed
 
@@ -89,23 +88,13 @@ class TrainingMonitor:
         """Write one line; documents are their numbers in each source's bin."""
         loader = copy.copy(self.loader)
         loader.seek(served)
-        turns = [loader.next_row() for _ in range(max(rows) + 1)]
+        consumed = [loader.next_row() for _ in range(max(rows) + 1)]
         documents: dict[str, list[int]] = {}
         for row in rows:
-            stream, i = turns[row]
-            documents.setdefault(stream.source.name, []).extend(documents_of(stream, i))
+            source, i = consumed[row]
+            stream = loader.streams[source]
+            documents.setdefault(stream.source.name, []).extend(stream.documents_in(i))
         if self.log is None:
             self.log = console.Metrics(self.path, self.first_step)
         self.log.write(step, what=what, why=why,
                        documents={name: sorted(set(x)) for name, x in documents.items()})
-
-
-def documents_of(stream: TokenStream | PackedExamples, i: int) -> list[int]:
-    """The numbers, in its bin, of the documents in row i of a source."""
-    stream.row(i)  # builds the order of its epoch
-    position = i % stream.rows
-    if isinstance(stream, PackedExamples):
-        return stream.packed[stream.shuffled[position]].ravel().tolist()
-    start = int(stream.shuffled[position]) * stream.T
-    first, last = np.searchsorted(stream.ends, (start, start + stream.T - 1), side="right")
-    return stream.documents[stream.order[first : last + 1]].tolist()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lora
-from data import IGNORE, Batch, PackedExamples
+from data import IGNORE, Batch, RowStream
 from model import Llama
 from runtime.console import info
 from runtime.distributed import Distributed
@@ -101,13 +101,15 @@ def count(b: Batch, s: Settings) -> list[int]:
         [pairs, tokens, *[pairs] * len(REPORTED)]
 
 
-def keep_reference(model: Llama, streams: Sequence[PackedExamples], folder: Path, name: str,
-                   rows: int, ranks: Distributed) -> None:
-    """Compute what the model, as it is now, makes of every row, and keep it for the loader.
+def keep_reference(model: Llama, streams: Sequence[RowStream], folder: Path, name: str,
+                   rows: int, ranks: Distributed) -> list[np.ndarray]:
+    """Compute the NLL of every row by the model as it is now, keep it in a file for each stream,
+    and return the files' arrays, (rows,T) float32 each, for `Loader.set_references`.
 
-    `name` says which model it is; each rank does its part, `rows` at a time.
+    `name` says which model it is; each rank computes its share, `rows` at a time.
     """
     model.eval()
+    references: list[np.ndarray] = []
     for stream in streams:
         shape, said = (stream.rows, stream.T), (name, stream.source.sha, stream.T, stream.seed)
         key = hashlib.sha256(repr((*said, stream.source.documents.tolist())).encode()).hexdigest()
@@ -132,6 +134,7 @@ def keep_reference(model: Llama, streams: Sequence[PackedExamples], folder: Path
             if ranks.rank == 0:
                 aside.rename(file)
             ranks.barrier()
-        stream.source.reference = np.memmap(file, "<f4", "r", shape=shape)
+        references.append(np.memmap(file, "<f4", "r", shape=shape))
     for m in ranks.fsdp_modules:
         m.reshard()  # what a pass leaves whole is freed by the next: nobody may hold it
+    return references

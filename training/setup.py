@@ -280,5 +280,5 @@ def keep_reference(s: Settings, model: Llama, loader: Loader, model_dir: Path, r
     if new_adapter and not (ranks.strategy == "fsdp" and saved_modules):
         return
     with uncompiled():
-        preference.keep_reference(model, loader.streams, Path(s.out) / "reference", str(model_dir),
-                                  s.rows, ranks)
+        loader.set_references(preference.keep_reference(
+            model, loader.streams, Path(s.out) / "reference", str(model_dir), s.rows, ranks))

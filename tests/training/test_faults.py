@@ -1084,7 +1084,7 @@ def test_the_documents_of_a_row_are_those_whose_tokens_it_holds(workspace):
         for i in range(3 * stream.rows):
             row = stream.row(i)
             held = sorted({int(t) - 10 for t in row[0][row[2] >= 0]})
-            assert sorted(monitor.documents_of(stream, i)) == held, (source.name, i)
+            assert sorted(stream.documents_in(i)) == held, (source.name, i)
 
 
 def test_the_scale_of_an_fp16_loss_halves_doubles_and_is_off_at_one():

@@ -85,11 +85,12 @@ def test_losses_and_gradients_equal_a_formula_on_separate_sequences(tmp_path, mo
                        arpo=mode == "arpo")
     peer, base = tiny.peer("llama3", seed=1), tiny.peer("llama3", seed=2)
     ours = tiny.ours(peer, "llama3")
-    stream = whole(bin)
+    stream, reference = whole(bin), []
     if tune == "full":
         base_ours = tiny.ours(base, "llama3")
         if mode == "dpo":
-            preference.keep_reference(base_ours, [stream], tmp_path / "ref", "base", 2, ALONE)
+            [reference] = preference.keep_reference(base_ours, [stream], tmp_path / "ref", "base",
+                                                    2, ALONE)
         ours.train()
     else:
         base = tiny.peer("llama3", seed=1)  # the model with its adapter off
@@ -104,8 +105,8 @@ def test_losses_and_gradients_equal_a_formula_on_separate_sequences(tmp_path, mo
             with torch.no_grad():
                 ours.model.embed_tokens.weight += 0.1
                 peer.model.embed_tokens.weight += 0.1
-    rows = [Batch.of([stream.row(i)], [stream.source.reference[stream.number(i)]]
-                     if stream.source.reference is not None else []) for i in range(stream.rows)]
+    rows = [Batch.of([stream.row(i)], [reference[stream.number(i)]] if len(reference) else [])
+            for i in range(stream.rows)]
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], 0.0)
     kept = {}
     optimizer.zero_grad = lambda **_: kept.update(
@@ -160,7 +161,7 @@ def test_losses_and_gradients_of_packed_pairs_equal_trls_own_trainers(tmp_path, 
     stream = whole(writer.close({"documents": {}}, []))
     s = Settings(mode=mode, beta=goldens_trl.BETA,
                        nll_weight=goldens_trl.NLL_WEIGHT if mode == "cpo" else 1.0)
-    ours, names = tiny.ours(tiny.peer("llama3", seed=1), "llama3"), {}
+    ours, names, reference = tiny.ours(tiny.peer("llama3", seed=1), "llama3"), {}, []
     if tune == "lora":
         lora.add_lora(ours, goldens_trl.RANK, goldens_trl.ALPHA, 0.0, ["all-linear"])
         names = {n: f"base_model.model.{n}" for n, _ in ours.named_parameters()}
@@ -170,12 +171,11 @@ def test_losses_and_gradients_of_packed_pairs_equal_trls_own_trainers(tmp_path, 
                     p.copy_(goldens_trl.drawn(names[name], p.shape))
     elif mode == "dpo":
         base = tiny.ours(tiny.peer("llama3", seed=2), "llama3")
-        preference.keep_reference(base, [stream], tmp_path / "ref", "base", 2, ALONE)
+        [reference] = preference.keep_reference(base, [stream], tmp_path / "ref", "base", 2, ALONE)
     rows = [stream.row(i) for i in range(stream.rows)]
     assert 1 < len(rows) < goldens_trl.PAIRS, "several pairs lie in a row"
-    before = stream.source.reference
-    batch = Batch.of(rows, [] if before is None else [
-        before[stream.number(i)] for i in range(stream.rows)])
+    numbers = [stream.number(i) for i in range(stream.rows)]
+    batch = Batch.of(rows, [reference[i] for i in numbers] if len(reference) else [])
     sums, counts = preference.total(ours.train(), batch, s), preference.count(batch, s)
     n = len(counts) - len(preference.REPORTED)
     loss = sum(x / k for x, k in zip(sums[:n], counts[:n], strict=True))
@@ -585,9 +585,9 @@ def test_an_adapter_trained_further_is_its_own_reference(tmp_path):
     stream, cut = whole(bin), []
     part = type("Segment", (), {"reshard": lambda self: cut.append(self)})()
     alone = dataclasses.replace(ALONE, fsdp_modules=[part])
-    preference.keep_reference(model, [stream], tmp_path / "ref", "m", 2, alone)
+    [reference] = preference.keep_reference(model, [stream], tmp_path / "ref", "m", 2, alone)
     assert cut == [part]  # fsdp's: what a pass gathers is freed by the next
-    b = Batch.of([stream.row(0)], [stream.source.reference[stream.number(0)]])
+    b = Batch.of([stream.row(0)], [reference[stream.number(0)]])
     sums = preference.total(model, b, SETTINGS)
     counts = preference.count(b, SETTINGS)
     assert float(sums[0].detach()) / counts[0] == pytest.approx(np.log(2), rel=1e-5)
