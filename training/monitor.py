@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 from data import Loader
 from runtime import console
 from runtime.distributed import Distributed

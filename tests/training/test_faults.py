@@ -51,7 +51,7 @@ from runtime.device import compute_dtype, peak_flops
 from runtime.distributed import Distributed
 from runtime.paths import ROOT
 from training import memory_estimate as memory
-from training import monitor, plan
+from training import plan
 from training import validation as looks
 from training.batch_size import MemoryTrial, largest_fitting
 from training.objective import NLL, Objective
