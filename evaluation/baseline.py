@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from evaluation.results import METRICS_VERSION, MetricResult, SampleLog, read_records
 from evaluation.significance import paired_test
 from runtime.console import FLAGS, UserError, info
 
 if TYPE_CHECKING:
     from evaluation.metrics import Measure
+    from evaluation.results import Comparison
     from evaluation.tasks import Task
 
 # choices in a signature that must be equal
@@ -83,17 +86,26 @@ class Baseline:
                                 f"and {ours[key]} here; evaluate again to compare")
 
     def compare(self, name: str, results: Sequence[MetricResult], measures: Sequence[Measure],
-                task: Task, records: Sequence[SampleLog]) -> None:
-        """Add the comparison with the baseline to each of our results."""
+                task: Task, records: Sequence[SampleLog]) -> list[Measure | None]:
+        """Add the comparison with the baseline to each of our results; return the baseline's
+        measure for each, None if it has none."""
         old_records = self.records(name, parse_signature(results[0]["signature"]), records)
         if old_records is None:
             info(f"{name}: not in the baseline {self.folder}, so not compared")
-            return
-        old_measures = {m.name: m for m in task.metrics(old_records)}
-        for result, measure in zip(results, measures, strict=True):
-            old = old_measures.get(measure.name)
+            return [None] * len(results)
+        by_name = {m.name: m for m in task.metrics(old_records)}
+        old_measures = [by_name.get(measure.name) for measure in measures]
+        for result, measure, old in zip(results, measures, old_measures, strict=True):
             if old is not None:
-                result["baseline"] = {"value": old.value, **paired_test(measure, old)}
+                result["baseline"] = compare_measures([measure], [old])
+        return old_measures
+
+
+def compare_measures(ours: Sequence[Measure], baseline: Sequence[Measure]) -> Comparison:
+    """The mean of the baseline's measures (one for each prompt), and the paired test of ours
+    against it."""
+    value = float(np.mean([m.value for m in baseline]))
+    return {"value": value, **paired_test(ours, baseline)}
 
 
 def parse_signature(signature: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data import sha256
+from evaluation.baseline import compare_measures
 from evaluation.results import (
     METRICS_VERSION,
     TEXT_PREFIX,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from evaluation.baseline import Baseline
     from evaluation.eval_model import EvalModel
     from evaluation.metrics import Measure
+
+    ComparedMeasure = tuple[Measure, Measure | None]  # ours and the baseline's
 
 
 @dataclass
@@ -119,18 +122,19 @@ class Evaluation:
     metric_names: set[str] = field(default_factory=set)  # that any measured suite asked for
     unidentified: set[str] = field(default_factory=set)  # target languages without an identifier
 
-    def add(self, measured: Measurement) -> tuple[list[MetricResult], list[Measure]]:
+    def add(self, measured: Measurement) -> tuple[list[MetricResult], list[ComparedMeasure]]:
         """Score the records, compare them with the baseline's and write them. Returns the results,
-        and the measures that they come from."""
+        and the measures that they come from, each with the baseline's."""
         signature, prompt = measured.signature(), measured.prompt_details()
         measures = measured.task.metrics(measured.records)
         results = [metric_result(measured.suite, measure, signature, **prompt,
                                  partial=measured.partial, **measured.details,
                                  items=measured.name)
                    for measure in measures]
+        old_measures: list[Measure | None] = [None] * len(measures)
         if self.baseline:
-            self.baseline.compare(measured.name, results, measures, measured.task,
-                                  measured.records)
+            old_measures = self.baseline.compare(measured.name, results, measures, measured.task,
+                                                 measured.records)
         if measured.groups:
             results += group_results(measured.suite, measures[0], measured.records,
                                      measured.groups, signature, **prompt,
@@ -143,7 +147,7 @@ class Evaluation:
             if measured.partial:
                 name += ".PARTIAL"
             write_parallel_files(folder, name, measured.records)
-        return results, measures
+        return results, list(zip(measures, old_measures, strict=True))
 
     def _warn_unidentified(self, code: str) -> None:
         """Print once per language that language_rate is left out."""
@@ -272,23 +276,29 @@ def measure_suite(evaluation: Evaluation, suite: Suite, model: EvalModel,
     evaluation.metric_names |= set(suite.metrics)
     results: list[MetricResult] = []
     # measures of one part and metric, of all prompts that count in the mean
-    same_metric: dict[tuple[str, str], list[Measure]] = {}
+    same_metric: dict[tuple[str, str], list[ComparedMeasure]] = {}
     for prompt in suite.prompts:
         prompt_results, measures = _measure_prompt(evaluation, suite, prompt, model, options)
         results += prompt_results
         if not prompt.excluded_from_mean:
-            for measure in measures:
-                same_metric.setdefault((prompt.part, measure.name), []).append(measure)
-    for (part, _), measures in same_metric.items():
-        if len(measures) > 1:
-            signature = f"suite:{suite.name}.{suite.version}|prompts:{len(measures)}"
-            results.append(mean_result(suite.name, measures, signature, part=part, prompt="mean",
-                                       partial=0 < options.limit < len(suite.rows)))
+            for measure, old in measures:
+                same_metric.setdefault((prompt.part, measure.name), []).append((measure, old))
+    for (part, _), pairs in same_metric.items():
+        if len(pairs) < 2:
+            continue
+        signature = f"suite:{suite.name}.{suite.version}|prompts:{len(pairs)}"
+        measures = [measure for measure, _ in pairs]
+        old_measures = [old for _, old in pairs if old is not None]
+        result = mean_result(suite.name, measures, signature, part=part, prompt="mean",
+                             partial=0 < options.limit < len(suite.rows))
+        if len(old_measures) == len(measures):
+            result["baseline"] = compare_measures(measures, old_measures)
+        results.append(result)
     return results
 
 
 def _measure_prompt(evaluation: Evaluation, suite: Suite, prompt: Prompt, model: EvalModel,
-                    options: Options) -> tuple[list[MetricResult], list[Measure]]:
+                    options: Options) -> tuple[list[MetricResult], list[ComparedMeasure]]:
     start = time.perf_counter()
     items = suite.items(prompt, options.shots, options.limit)
     task = suite.task(prompt, options.max_new_tokens, options.beams)

@@ -13,6 +13,7 @@ from typing import Any
 
 from evaluation import metrics
 from evaluation.results import read_records
+from evaluation.significance import LEVEL
 from reports.page import COLOURS, figure, render
 from reports.training_curves import plots, read_metrics
 
@@ -92,10 +93,10 @@ def _partial_mark(r: dict[str, Any]) -> str:
 
 
 def _tone(r: dict[str, Any]) -> str:
-    """Whether a difference is good or bad; neither if p is 0.05 or more."""
+    """Whether a difference is good or bad; neither if p is above 0.05."""
     baseline = r["baseline"]
     difference = baseline["difference"]
-    if baseline["p"] >= 0.05 or not difference or r["metric"] == "length_ratio":
+    if baseline["p"] > LEVEL or not difference or r["metric"] == "length_ratio":
         return ""
     if r["metric"] in LOWER_IS_BETTER:
         difference = -difference

@@ -13,7 +13,7 @@ import pytest
 
 import eval as evaluating
 from evaluation import metrics
-from evaluation.significance import paired_test
+from evaluation.significance import bootstrap, paired_test
 from evaluation.suites import load_suite
 from evaluation.tasks import TASKS
 from helpers import tiny
@@ -63,21 +63,55 @@ def test_spbleu_is_that_of_sacrebleus_command_with_any_tokenizer_in_its_place(
     assert abs(results["spBLEU"]["value"] - results["BLEU"]["value"]) > 0.1
 
 
-def test_the_paired_test_is_that_of_sacrebleu(home):
+def test_the_draws_and_the_score_are_those_of_sacrebleus_paired_test(home):
     from sacrebleu.metrics import CHRF
     from sacrebleu.significance import PairedTest
 
-    score_hypotheses(home, "poor")
-    evaluation = score_hypotheses(home, "good", baseline=str(home / "poor"))
-    results = {r["metric"]: r for r in evaluation["results"]}
     hypotheses = [(home / f"{x}.txt").read_text().splitlines() for x in ("poor", "good")]
     systems = [("poor", hypotheses[0]), ("good", hypotheses[1])]
     _, scores = PairedTest(systems, {"chrF": CHRF()}, [KIN * 4], test_type="bs", n_samples=1000)()
     theirs = scores["chrF2"][1]
-    assert results["chrF2"]["value"] == pytest.approx(theirs.score)
-    assert results["chrF2"]["baseline"]["p"] == pytest.approx(theirs.p_value, abs=0.003)
-    ours = results["chrF2"]["baseline"]
-    assert ours["low"] > 0 and ours["low"] < ours["difference"] < ours["high"] and ours["p"] < 0.05
+    poor, good = (metrics.translation("chrF2", x, KIN * 4) for x in hypotheses)
+    values = bootstrap([good, poor])
+    distances = np.abs(values[:, 0] - values[:, 1])
+    difference = good.value - poor.value
+    beyond = np.sum(distances - distances.mean() > abs(difference))  # sacrebleu's p
+    assert good.value == pytest.approx(theirs.score)
+    assert (beyond + 1) / 1001 == pytest.approx(theirs.p_value, abs=0.003)
+    score_hypotheses(home, "poor")
+    evaluation = score_hypotheses(home, "good", baseline=str(home / "poor"))
+    ours = {r["metric"]: r for r in evaluation["results"]}["chrF2"]["baseline"]
+    assert ours["difference"] == pytest.approx(difference)
+    assert 0 < ours["low"] < ours["difference"] < ours["high"] and ours["p"] < 0.05
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_an_interval_excludes_0_exactly_if_p_is_at_most_5_percent(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(2, 200))
+    ours = metrics.mean("acc", rng.random(n) < 0.55)
+    baseline = metrics.mean("acc", rng.random(n) < 0.45)
+    comparison = paired_test([ours], [baseline])
+    excludes_0 = comparison["low"] > 0 or comparison["high"] < 0
+    assert excludes_0 == (comparison["p"] <= 0.05)
+    assert comparison["low"] <= comparison["difference"] <= comparison["high"]
+
+
+def test_p_is_close_to_that_of_a_permutation_test():
+    rng = np.random.default_rng(5)
+    right = rng.random((500, 2)) < np.array([0.50, 0.53])
+    ours, baseline = (metrics.mean("acc", right[:, i]) for i in (1, 0))
+    difference = right[:, 1].mean() - right[:, 0].mean()
+    signs = rng.choice([-1, 1], (20_000, 500))
+    permuted = signs @ (right[:, 1].astype(float) - right[:, 0]) / 500
+    p = (np.abs(permuted) >= abs(difference) - 1e-12).mean()
+    assert 0.01 < p < 0.3
+    assert paired_test([ours], [baseline])["p"] == pytest.approx(p, abs=0.03)
+
+
+def test_one_item_proves_nothing():
+    comparison = paired_test([metrics.mean("acc", [1.0])], [metrics.mean("acc", [0.0])])
+    assert comparison == {"difference": 1.0, "low": 0.0, "high": 2.0, "p": 1.0}
 
 
 def test_a_system_does_not_differ_from_itself(home):
@@ -91,13 +125,13 @@ def test_known_differences_have_the_right_sign_and_interval():
     rng = np.random.default_rng(3)
     base = rng.random(400) < 0.5
     better = base | (rng.random(400) < 0.2)
-    comparison = paired_test(metrics.mean("acc", better), metrics.mean("acc", base))
+    comparison = paired_test([metrics.mean("acc", better)], [metrics.mean("acc", base)])
     assert comparison["low"] > 0.05 and comparison["high"] < 0.2 and comparison["p"] < 0.01
     assert comparison["difference"] == pytest.approx(better.mean() - base.mean())
-    reverse = paired_test(metrics.mean("acc", base), metrics.mean("acc", better))
+    reverse = paired_test([metrics.mean("acc", base)], [metrics.mean("acc", better)])
     assert reverse["difference"] == -comparison["difference"] and reverse["high"] < 0
-    noise = paired_test(metrics.mean("acc", rng.random(400) < 0.5),
-                           metrics.mean("acc", rng.random(400) < 0.5))
+    noise = paired_test([metrics.mean("acc", rng.random(400) < 0.5)],
+                        [metrics.mean("acc", rng.random(400) < 0.5)])
     assert noise["low"] < 0 < noise["high"] and noise["p"] > 0.01
 
 
