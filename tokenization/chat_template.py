@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import enum
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from runtime.console import UserError
 from tokenization.document import Document
+from tokenization.template_renderer import Rendering, RenderingLimits, shared_renderer
 from tokenization.tokenizer import Segment, Tokenizer, read_json_object
 
 # For a base model without a template: Llammas' tags as plain text, each answer ended by EOS.
@@ -36,7 +35,7 @@ PLAIN = """\
 {{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 
 ROLES = ("system", "user", "assistant", "tool")
-MAX_CHARS = 1 << 26  # that a template may write for one conversation
+MAX_TEMPLATE_CHARS = 1 << 20  # published ones have up to about 30,000
 GREETING = ({"role": "user", "content": "Amakuru?"}, {"role": "assistant", "content": "Ni meza."})
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 # Private-use characters. "\ue0003\ue001" stands for the third control token's name in the messages.
@@ -62,6 +61,8 @@ class ChatTemplate:
     source: str
     special_tokens: Mapping[str, str]
     tokenizer: Tokenizer
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # further variables of the template
+    limits: RenderingLimits = field(default_factory=RenderingLimits)
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -76,10 +77,7 @@ class ChatTemplate:
         tokens = {k: tokens[k] for k in SPECIAL_TOKENS if isinstance(tokens.get(k), str)}
         file = folder / "chat_template.jinja"
         if file.exists():
-            try:
-                return cls(file, file.read_text(encoding="utf-8"), tokens, tokenizer)
-            except (OSError, ValueError) as e:
-                raise UserError(f"{file}: cannot be read ({e}); fetch it again") from None
+            return cls(file, read_template(file), tokens, tokenizer)
         source = config.get("chat_template")
         if isinstance(source, list):  # several, by name
             named = {x.get("name"): x.get("template") for x in source if isinstance(x, dict)}
@@ -88,6 +86,8 @@ class ChatTemplate:
             return None
         if not isinstance(source, str):
             raise UserError(f"{config_file}: chat_template is not a text; fetch it again")
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise UserError(f"{config_file}: a template of more than 1 MB; use another one")
         return cls(config_file, source, tokens, tokenizer)
 
     @classmethod
@@ -103,27 +103,21 @@ class ChatTemplate:
         """A conversation as the template writes it; with `add_generation_prompt` up to the place
         where an answer begins.
 
-        UserError for invalid messages, and for whatever fails in the template.
+        UserError for invalid messages, for whatever fails in the template, and for a limit.
         """
-        import jinja2
+        rendering = self._render(messages, add_generation_prompt)
+        if rendering.error:
+            raise UserError(f"{self.origin}: {rendering.error}")
+        return rendering.text
 
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False,
+                prompts: Sequence[int] = ()) -> Rendering:
+        """Render a conversation, and for each i of `prompts` also messages[:i] with the generation
+        prompt, in one request to the process that renders."""
         checked = [dict(_check_message(message, i)) for i, message in enumerate(messages)]
-        try:
-            parts, length = [], 0
-            for part in _compiled(self.source).generate(
-                    messages=checked, tools=None, documents=None,
-                    add_generation_prompt=add_generation_prompt, **self.special_tokens):
-                parts.append(part)
-                length += len(part)
-                if length > MAX_CHARS:
-                    raise UserError(f"{self.origin}: writes without end")
-            return "".join(parts)
-        except jinja2.TemplateError as e:
-            raise UserError(f"{self.origin}: {' '.join(str(e).split())[:200]}") from None
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError,
-                RecursionError, MemoryError) as e:
-            raise UserError(f"{self.origin}: {type(e).__name__} in the template "
-                            f"({' '.join(str(e).split())[:160]})") from None
+        variables = {"tools": None, "documents": None, **self.special_tokens, **self.kwargs}
+        return shared_renderer(self.limits).render(
+            self.source, checked, variables, add_generation_prompt, prompts)
 
     @property
     def end_of_turn(self) -> int | None:
@@ -151,14 +145,17 @@ class ChatTemplate:
         """
         self._check_answers(messages)
         hidden, names = self._hide_control_names(messages)
-        text = self.render(hidden)
+        answers = [i for i, message in enumerate(hidden) if message["role"] == "assistant"]
+        rendering = self._render(hidden, prompts=answers)
+        text = rendering.text
         rendered = RenderedDocument(sum(len(x["content"].encode()) for x in messages),
                                     train_all=loss_on == "all")
         position = 0
-        for i, message in enumerate(hidden):
-            if message["role"] != "assistant":
-                continue
-            begin, end = self._answer_span(text, hidden, i)
+        for number, i in enumerate(answers):
+            if number == len(rendering.prompt_lengths):
+                raise UserError(f"{self.origin}: {rendering.error}")
+            begin = rendering.prompt_lengths[number]
+            end = self._answer_end(text, begin, hidden, i)
             before = self._split_marks(text[position:begin], names, not rendered.segments)
             rendered.add(before, Loss.FIRST)
             rendered.add(self._split_marks(text[begin:end], names, False), Loss.ALL)
@@ -174,12 +171,11 @@ class ChatTemplate:
         if any(not str(x.get("content", "")).strip() for x in answers):
             raise UserError("a turn of the assistant is empty; fill it, or remove it")
 
-    def _answer_span(self, text: str, messages: Sequence[Message], i: int) -> tuple[int, int]:
-        """Where the answer in message i begins and ends in the rendered conversation."""
-        prompt = self.render(messages[:i], add_generation_prompt=True)
-        begin = len(prompt)
+    def _answer_end(self, text: str, begin: int, messages: Sequence[Message], i: int) -> int:
+        """Where the answer in message i ends in the rendered conversation. It begins at `begin`,
+        where the generation prompt ends; -1: the text does not begin with that prompt."""
         answer = messages[i]["content"].strip()
-        if not text.startswith(prompt) or answer not in text[begin:]:
+        if begin < 0 or answer not in text[begin:]:
             raise UserError(
                 f"{self.origin}: what it writes for turn {i + 1} of a conversation does not "
                 "continue its own generation prompt, so a model would be prompted in another way "
@@ -189,7 +185,7 @@ class ChatTemplate:
             raise UserError(f"{self.origin}: writes no control token behind an answer, so a model "
                             "would not learn to end one; put {{ eos_token }} there, or give "
                             "another template with --template")
-        return begin, closing.start()
+        return closing.start()
 
     def _hide_control_names(self, messages: Sequence[Message]) -> tuple[list[dict], list[str]]:
         """Messages in which a mark stands for each name of a control token, and these names."""
@@ -295,54 +291,22 @@ def encode_rendered(tokenizer: Tokenizer,
     return documents
 
 
+def read_template(file: Path) -> str:
+    """The source of a template; UserError if the file cannot be read or is too large."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            source = f.read(MAX_TEMPLATE_CHARS + 1)
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{file}: cannot be read ({e}); fetch it again") from None
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise UserError(f"{file}: a template of more than 1 MB; use another one")
+    return source
+
+
 def _known_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """The names of BOS and EOS, each if the tokenizer has one."""
     ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     return {name: tokenizer.pieces[i] for name, i in ids.items() if i is not None}
-
-
-@functools.cache
-def _compiled(source: str) -> Any:
-    """The compiled template, in an environment like that of transformers."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """The tag around an assistant's message; its content is written, as in transformers."""
-
-        tags: ClassVar[set[str]] = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    class Environment(ImmutableSandboxedEnvironment):
-        """A sandbox in which `*` and `**` cannot make a value that fills the memory."""
-
-        intercepted_binops = frozenset(("*", "**"))
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
-            if sizes[0] * sizes[1] > MAX_CHARS or (operator == "**" and max(sizes) > 64):
-                raise jinja2.TemplateError(f"{operator} that makes too much")
-            return super().call_binop(context, operator, left, right)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-               separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
-
-    environment = Environment(trim_blocks=True, lstrip_blocks=True,
-                              extensions=[Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment.from_string(source)
 
 
 def _check_message(message: Any, i: int) -> Message:
