@@ -27,9 +27,9 @@ MAX_PRODUCT = 1 << 26  # of the sizes of the two sides of `*`
 MAX_ERROR_CHARS = 200
 FRAME_LENGTH = struct.Struct(">I")  # stands before each frame
 # Modules that jinja2 and Python import only where they use them. Later no file can be opened.
-LATE_IMPORTS = ("asyncio", "encodings.ascii", "encodings.idna", "encodings.latin_1",
-                "encodings.unicode_escape", "encodings.utf_16", "jinja2.constants", "jinja2.debug",
-                "jinja2.ext", "jinja2.sandbox", "linecache", "logging", "pprint", "textwrap",
+LATE_IMPORTS = ("encodings.ascii", "encodings.idna", "encodings.latin_1",
+                "encodings.unicode_escape", "encodings.utf_16", "html", "jinja2.constants",
+                "jinja2.debug", "jinja2.ext", "jinja2.sandbox", "linecache", "pprint", "textwrap",
                 "unicodedata")
 
 
