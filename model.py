@@ -1,18 +1,19 @@
-"""The LLaMA family and its kin in plain PyTorch, with Hugging Face's own names.
+"""The LLaMA family in plain PyTorch, with Hugging Face's names.
 
-Modules are named so that `state_dict()` *is* the checkpoint: there is no converter, so none can be
-wrong. A family is a row of features (families.py): no line here asks which model this is.
+The modules have the names of Hugging Face's, so `state_dict()` is the checkpoint and there is no
+converter. A model family is a set of features in `ModelConfig` (layers/config.py); no line here
+asks which family a model belongs to.
 
-The alphabet, here and everywhere. Capitals are sizes, small letters tensors:
+Sizes, here and in all other files:
     B rows   T tokens in a row   S keys   C width   M MLP width   V vocabulary
     H heads   K key/value heads   D head width   L layers   R LoRA rank   N documents
 
-Rows are packed: `doc` (B,T) says which document a token belongs to (-1: none), `pos` (B,T) where in
-it the token stands. Attention never crosses documents, so a packed row computes what its documents
-would alone.
+Rows are packed with several documents. `doc` (B,T) is the number of each token's document in its
+row, -1 in the unused tail; `pos` (B,T) is the token's position in its document. Attention never
+crosses documents, so every document has the logits that it would have alone.
 
-dtype in one sentence: weights stay in the dtype they are kept in, products run in `compute_dtype`,
-and softmax, norms, rotary and loss run in float32.
+Weights keep the dtype they are stored in. Matrix products run in `compute_dtype`; softmax, norms,
+rotary embeddings and the loss run in float32.
 """
 
 from __future__ import annotations
@@ -43,42 +44,42 @@ from layers.recompute import Recompute, with_recompute
 class KVCache:
     """Keys and values of the tokens read so far: k, v (L,B,S,K,D).
 
-    `lengths` (B,) says how many tokens each row holds, `cache_len` how many the longest row holds
-    (a number of the host, so no device is asked). A token is stored at its own `pos`, so rows may
-    differ in length. Padding on the right (doc -1) is overwritten before any token sees it.
+    `lengths` (B,) is the number of tokens in each row, `cache_len` that of the longest row, kept on
+    the host so that no GPU sync is needed. A token is stored at its own `pos`, so rows may differ
+    in length. Padding on the right (doc -1) is overwritten before a token reads it.
     """
 
-    exact = True  # a pass reads no key beyond the longest row
+    exact = True  # a forward pass reads no keys beyond the longest row
 
     def __init__(self, config: ModelConfig, rows: int, size: int, device: Any, dtype: torch.dtype):
-        # a head's keys are contiguous in memory, because a head reads all of its keys and no others
+        # the keys of one head are contiguous in memory, because they are read together
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3)  # (L,B,S,K,D)
         self.v = torch.zeros(shape, device=device, dtype=dtype).transpose(2, 3)
         self.set_lengths(torch.zeros(rows, dtype=torch.long, device=device), 0)
 
     def set_lengths(self, lengths: Tensor, cache_len: int) -> None:
-        """State how many tokens each row holds, (B,), and the largest of these numbers."""
+        """Set the number of tokens in each row, (B,), and the largest of these numbers."""
         self.lengths, self.cache_len = lengths, cache_len
 
     def begin_pass(self, T: int) -> int | None:
-        """Add T tokens to each row; how many keys S they read. None: only keys of the same pass."""
+        """Make room for T more tokens in each row -> S, the number of keys that they read; None if
+        they read only the keys of the same pass."""
         self.cache_len += T
         return self.cache_len
 
     def update(self, layer: int, k: Tensor, v: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B,T,K,D) of a layer at pos (B,T); return the keys and values to read,
-        (B,S,K,D)."""
+        """Store a layer's k, v (B,T,K,D) at pos (B,T) -> the keys and values to read, (B,S,K,D)."""
         rows = torch.arange(len(pos), device=pos.device)[:, None]
         self.k[layer][rows, pos], self.v[layer][rows, pos] = k, v
         return self.k[layer][:, : self.cache_len], self.v[layer][:, : self.cache_len]
 
     def end_pass(self, doc: Tensor, pos: Tensor) -> None:
-        """Count the tokens of a pass, doc, pos (B,T), that are not padding."""
+        """Add a pass's tokens, doc, pos (B,T), to `lengths`, padding excluded."""
         self.lengths = torch.maximum(self.lengths, torch.where(doc >= 0, pos + 1, 0).amax(1))
 
     def select(self, rows: slice) -> KVCache:
-        """Some of the rows as a cache of their own, in the same memory."""
+        """A cache of some of the rows, which shares its memory with this one."""
         view = copy.copy(self)
         view.k, view.v, view.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
         return view
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, K * D, bias=config.attention_bias)
         self.v_proj = Linear(C, K * D, bias=config.attention_bias)
         self.o_proj = Linear(H * D, C, bias=config.output_bias)
-        self.D, self.normed, self.cap = D, config.qk_norm, config.attention_cap
+        self.D, self.qk_norm, self.softcap = D, config.qk_norm, config.attention_cap
         self.scale = (config.query_scalar or D) ** -0.5
         if config.qk_norm:
             self.q_norm = RMSNorm(D if config.qk_norm == "head" else H * D, config)
@@ -105,18 +106,18 @@ class Attention(nn.Module):
                 attention: AttentionMetadata, pos: Tensor,
                 cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q, k = self.q_proj(x), self.k_proj(x)
-        if self.normed == "width":
+        q, k = self.q_proj(x), self.k_proj(x)  # (B,T,H D), (B,T,K D)
+        if self.qk_norm == "width":  # one norm over all heads (OLMo 2)
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.view(B, T, -1, self.D), k.view(B, T, -1, self.D)  # (B,T,H,D), (B,T,K,D)
-        if self.normed == "head":
+        if self.qk_norm == "head":  # a norm of each head (Qwen3, Gemma 3)
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rotary_emb(q, *rope), apply_rotary_emb(k, *rope)
         v = self.v_proj(x).view(B, T, -1, self.D)  # (B,T,K,D)
         if cache is not None:
-            k, v = cache.update(layer, k, v, pos)
-        y = attention.attend(q, k, v, self.scale, self.cap)  # (B,T,H,D)
+            k, v = cache.update(layer, k, v, pos)  # (B,S,K,D)
+        y = attention.attend(q, k, v, self.scale, self.softcap)  # (B,T,H,D)
         return self.o_proj(y.flatten(2))  # (B,T,C)
 
 
@@ -136,10 +137,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each added to what came in; normed before, after, or both.
+    """One layer: attention and MLP, each with a residual connection and a norm before it (LLaMA),
+    after it (OLMo 2), or both (Gemma 2).
 
-    The norms have HF's names, in which `post_attention_layernorm` is the one *before* the MLP
-    where there is none after attention.
+    The norms have HF's names. `post_attention_layernorm` is the norm before the MLP in LLaMA, but
+    the norm after attention in the other two.
     """
 
     def __init__(self, config: ModelConfig, recompute: Recompute = "none"):
@@ -156,24 +158,26 @@ class Block(nn.Module):
         self.recompute = recompute
 
     def norm(self, which: int, x: Tensor) -> Tensor:
-        return getattr(self, self.names[which])(x) if self.names[which] else x
+        """The norm before attention (0), after it (1), before the MLP (2) or after it (3)."""
+        name = self.names[which]
+        return getattr(self, name)(x) if name else x
 
     def forward(self, x: Tensor, *shared: Any) -> Tensor:
-        """x (B,T,C) and what all layers share -> (B,T,C)."""
+        """x (B,T,C) and the other arguments of `_forward` -> (B,T,C)."""
         return with_recompute(self._forward, self.recompute, x, *shared)
 
     def _forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None,
                  attention: AttentionMetadata, pos: Tensor,
                  cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        seen = self.self_attn(self.norm(0, x), rope, attention, pos, cache, layer)
-        x = x + self.norm(1, seen)
+        attended = self.self_attn(self.norm(0, x), rope, attention, pos, cache, layer)  # (B,T,C)
+        x = x + self.norm(1, attended)
         return x + self.norm(3, self.mlp(self.norm(2, x)))  # (B,T,C)
 
 
 def neftune_noise(x: Tensor, doc: Tensor, alpha: float) -> Tensor:
-    """Uniform noise within alpha / sqrt(n C) for each document of n tokens in a row: (B,T,C).
-
-    NEFTune (Jain et al. 2024, algorithm 1), whose rows hold one example each. x (B,T,C), doc (B,T).
+    """Uniform noise in +-alpha / sqrt(n C), where n is the number of tokens of a token's document:
+    x (B,T,C), doc (B,T) -> (B,T,C). NEFTune (Jain et al. 2024, algorithm 1), by document, because a
+    packed row holds several.
     """
     index = doc + 1  # (B,T); 0 is the unused tail of a row
     counts = F.pad(torch.zeros_like(doc), (0, 1)).scatter_add_(1, index, torch.ones_like(doc))
@@ -183,8 +187,8 @@ def neftune_noise(x: Tensor, doc: Tensor, alpha: float) -> Tensor:
 
 
 class SharedInputs(NamedTuple):
-    """What all layers read: attention's metadata by window, and cos and sin (B,T,1,D/2) of the
-    rotary angles, for layers that see everything and for those with a window."""
+    """Inputs that all layers share: attention's metadata for each window, and cos and sin
+    (B,T,1,D/2) of the rotary angles, for layers without and with a window."""
 
     attention: dict[int, AttentionMetadata]
     rope: tuple[Tensor, Tensor]
@@ -192,7 +196,7 @@ class SharedInputs(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Embeddings, L blocks and the last norm: tokens, doc, pos (B,T) -> (B,T,C)."""
+    """Embedding, L blocks and the last norm: tokens, doc, pos (B,T) -> hidden states (B,T,C)."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype, recompute: Recompute,
                  neftune_alpha: float, backend: Backend):
@@ -208,8 +212,8 @@ class Decoder(nn.Module):
 
     def shared_inputs(self, doc: Tensor, pos: Tensor, cache: KVCache | None = None,
                       documents: RowDocuments | None = None) -> SharedInputs:
-        """What all layers read, for rows doc, pos (B,T). `documents` describes them on the host;
-        without it a GPU is waited for."""
+        """The shared inputs for rows doc, pos (B,T). `documents` describes the rows on the host;
+        without it doc and pos are copied from the device, which is a GPU sync."""
         c = self.config
         windows = set(c.windows) or {0}
         cache_len = None if cache is None else cache.begin_pass(doc.shape[1])
@@ -218,16 +222,17 @@ class Decoder(nn.Module):
             backend = self.attention_backend
             if backend == "auto":
                 backend = attention_backend(doc.device, self.compute_dtype, c.head_dim)
-            attention = {w: attention_metadata(doc, documents.lengths, backend, w,
-                                               bool(c.attention_cap)) for w in windows}
+            has_softcap = bool(c.attention_cap)
+            attention = {w: attention_metadata(doc, documents.lengths, backend, w, has_softcap)
+                         for w in windows}
         else:
             attention = {w: cache_metadata(pos, cache_len, cache.exact, w) for w in windows}
         longest = documents.longest if documents else None
         rope = rope_cos_sin(c.rope, c.head_dim, doc, pos, longest)
-        local = rope
+        local_rope = rope
         if c.local_rope:
-            local = rope_cos_sin(c.local_rope, c.head_dim, doc, pos, longest)
-        return SharedInputs(attention, rope, local)
+            local_rope = rope_cos_sin(c.local_rope, c.head_dim, doc, pos, longest)
+        return SharedInputs(attention, rope, local_rope)
 
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor, cache: KVCache | None = None,
                 documents: RowDocuments | None = None,
@@ -236,7 +241,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens).to(self.compute_dtype)  # (B,T,C)
         if self.training and self.neftune_alpha:
             x = x + neftune_noise(x, doc, self.neftune_alpha)
-        if c.scale_embeddings:  # rounded to the compute dtype, as the published models were
+        if c.scale_embeddings:  # a factor in the compute dtype, as in the published models
             x = x * torch.tensor(c.hidden_size**0.5, dtype=x.dtype)
         if shared is None:
             shared = self.shared_inputs(doc, pos, cache, documents)
@@ -245,7 +250,7 @@ class Decoder(nn.Module):
             rope = shared.local_rope if window else shared.rope
             if i in c.no_rope:
                 rope = None
-            # without a cache all layers get the number 0: one that varies would recompile
+            # without a cache every layer gets 0, because other numbers would each be compiled
             layer = 0 if cache is None else i
             x = block(x, rope, shared.attention[window], pos, cache, layer)
         if cache is not None:
@@ -254,20 +259,24 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A causal language model of the LLaMA family; `state_dict()` has the names and shapes of HF's
-    file."""
+    """A causal language model: decoder, output embedding and loss. `state_dict()` has the names and
+    shapes of HF's file."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32,
                  recompute: Recompute = "none", neftune_alpha: float = 0.0,
                  attention_backend: Backend = "auto"):
-        """`compute_dtype` is that of matrix products and of activations; `recompute`: see
-        layers/recompute.py; `neftune_alpha`: noise on the embeddings in training, 0: none;
-        `attention_backend`: see layers/attention_metadata.py, auto: by device and dtype."""
+        """
+        compute_dtype: the dtype of matrix products and activations.
+        recompute: activation checkpointing, see layers/recompute.py.
+        neftune_alpha: scale of the noise on embeddings in training; 0: none.
+        attention_backend: see layers/attention_metadata.py; auto: chosen by device and dtype.
+        """
         super().__init__()
         self.config = config
         self.model = Decoder(config, compute_dtype, recompute, neftune_alpha, attention_backend)
-        self.lm_head = None if config.tie_word_embeddings else \
-            Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module | None = None  # None: tied to the embedding
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss = LinearCrossEntropy(config.logit_cap)
         self.base_values: dict[str, Tensor] = {}
 
@@ -282,8 +291,7 @@ class Llama(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """What turns hidden states into logits, (V,C): its own weights, or the embedding's if
-        tied."""
+        """The output embedding (V,C): lm_head's weight, or the input embedding if they are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
@@ -297,11 +305,12 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, doc: Tensor, pos: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None, reduction: Literal["none", "sum"] = "none",
                 documents: RowDocuments | None = None, trained: Tensor | None = None) -> Tensor:
-        """With targets their NLL, 0 where ignored: (B,T) float32, or () for `reduction="sum"`.
+        """tokens, doc, pos and targets (B,T) -> NLL of the targets in nats, 0 where they are
+        ignored: (B,T) float32, or () with `reduction="sum"`.
 
-        Without targets the logits of the token that follows each row's last token with doc >= 0:
-        (B,V) float32. tokens, doc, pos, targets (B,T). `documents` and `trained` (n,), the places
-        of the targets that are not ignored, are what a Batch knows of them on the host.
+        Without targets: the logits of the next token after each row's last token with doc >= 0,
+        (B,V) float32. `documents` and `trained` (n,), the indices of the targets that are not
+        ignored, are a Batch's fields; they spare a GPU sync.
         """
         h = self.model(tokens, doc, pos, cache, documents)  # (B,T,C)
         if targets is not None:
@@ -312,42 +321,47 @@ class Llama(nn.Module):
 
     def states(self, tokens: Tensor, doc: Tensor, pos: Tensor,
                cache: KVCache | None = None) -> Tensor:
-        """Hidden states of each token, (B,T) x3 -> (B,T,C): for who asks for logits of his own."""
+        """Hidden states: tokens, doc, pos (B,T) -> (B,T,C). `logits` turns them into logits."""
         return self.model(tokens, doc, pos, cache)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Logits of what follows hidden states (...,C): (...,V) float32."""
-        y = F.linear(h, self.head.to(h.dtype)) if self.lm_head is None else self.lm_head(h)
-        return softcap(y.float(), self.config.logit_cap)
+        """Logits of the next token: hidden states (...,C) -> (...,V) float32."""
+        if self.lm_head is None:
+            logits = F.linear(h, self.head.to(h.dtype))
+        else:
+            logits = self.lm_head(h)
+        return softcap(logits.float(), self.config.logit_cap)
 
     def flops_per_token(self, T: int, gradient: bool = True) -> float:
-        """Products to train one token in documents of T: 2 a weight for y, 2 for dx, 2 for dW where
-        it trains; without a `gradient` those for y alone.
+        """FLOPs to train on one token of a document of T tokens; without `gradient`: to score it.
 
-        Attention adds 2 T H D a layer (its causal half counted), and twice as many for gradients.
-        The embedding is a look-up and costs none.
+        A weight costs 2 FLOPs for y, 2 for dx, and 2 for dW if it is trained. Attention costs
+        2 T H D for each layer (only the causal half is counted), and twice as many for its
+        gradient. The input embedding is a look-up and costs none.
         """
         c = self.config
         matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
-        matrices += [self.head] if self.lm_head is None else []
-        frozen, trains, passes = (4, 6, 3) if gradient else (2, 2, 1)
-        attention = 2 * passes * T * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-        quantised = frozen * sum(m.numel for m in nf4.found(self))
-        return sum((trains if W.requires_grad else frozen) * W.numel() for W in matrices) \
-            + quantised + attention
+        if self.lm_head is None:
+            matrices.append(self.head)
+        n_trained = sum(W.numel() for W in matrices if W.requires_grad)
+        n_frozen = sum(W.numel() for W in matrices if not W.requires_grad)
+        n_frozen += sum(m.numel for m in nf4.nf4_layers(self))
+        attention = 2 * T * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+        if not gradient:
+            return 2 * (n_trained + n_frozen) + attention
+        return 6 * n_trained + 4 * n_frozen + 3 * attention
 
     @torch.no_grad()
     def initialise(self, seed: int, std: float = 0.02) -> None:
-        """Random weights for a model that starts from nothing (GPT-2's rule: outputs to the
-        residual smaller)."""
-        g = torch.Generator(device=self.device).manual_seed(seed)
+        """Draw random weights, for a model that is trained from scratch. As in GPT-2, the weights
+        of the layers that add to the residual stream are smaller, by sqrt(2 L)."""
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, p in self.named_parameters():
             if "norm" in name:
                 p.fill_(1.0 - self.config.norm_offset)
             elif name.endswith("bias"):
                 p.zero_()
             else:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                p.normal_(
-                    0, std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std,
-                    generator=g)
+                adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                p.normal_(0, residual_std if adds_to_residual else std, generator=generator)

@@ -256,7 +256,7 @@ def supports_cuda_graphs(model: Llama, device: torch.device) -> bool:
     ropes = (model.config.rope, model.config.local_rope)
     dynamic = any(rope and rope.kind == "dynamic" for rope in ropes)
     sharded = any(map(is_dtensor, model.parameters()))
-    return device.type == "cuda" and not (dynamic or nf4.found(model) or sharded)
+    return device.type == "cuda" and not (dynamic or nf4.nf4_layers(model) or sharded)
 
 
 def compiled_decode_step(model: Llama) -> CompiledDecodeStep:

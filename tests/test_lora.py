@@ -147,7 +147,7 @@ def test_doras_rows_have_the_lengths_of_the_sum():
     ours, _ = pair("biases", use_dora=True)
     for m in lora.adapters(ours).values():
         wanted = (m.base_layer.weight + m.delta()).norm(dim=1)
-        torch.testing.assert_close(m.lengths(), wanted)
+        torch.testing.assert_close(m.row_norms(), wanted)
         torch.testing.assert_close(m.merged().norm(dim=1), m.lora_magnitude_vector.data.abs())
 
 
@@ -251,7 +251,7 @@ def test_dropout_is_drawn_in_training_only():
 
 @pytest.mark.parametrize(
     "rank, targets, word",
-    [(4, ["q_pro"], "there are down_proj, gate_proj, k_proj"), (0, ["all-linear"], "from 1 to"),
+    [(4, ["q_pro"], "expected down_proj, gate_proj, k_proj"), (0, ["all-linear"], "from 1 to"),
      (99, ["q_proj"], "from 1 to 32"), (4, ["q_proj", "embed_tokens"], "--train-embeddings"),
      (4, ["lm_head"], "--train-embeddings")],
 )

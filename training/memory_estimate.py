@@ -96,9 +96,9 @@ def shaped(config: ModelConfig, s: Settings, dtype: torch.dtype,
             load_adapter(model, adapter)
         elif s.tune != "full":
             lora.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets,
-                          s.rslora, s.dora, lora.indices(s.lora_layers, "lora-layers"), whole)
+                          s.rslora, s.dora, lora.layer_indices(s.lora_layers, "lora-layers"), whole)
         if s.train_layers:
-            lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), whole)
+            lora.train_layers(model, lora.layer_indices(s.train_layers, "train-layers"), whole)
     if s.dtype == "fp8":
         fp8.convert_to_fp8(model)
     return model.train()

@@ -167,7 +167,7 @@ def _print_plan(s: Settings, target: Target, config: ModelConfig, adapter: Path 
                 rows: int, need: Need) -> None:
     model = memory_estimate.shaped(config, s, target.dtype, adapter)
     parameters = sum(p.numel() for p in model.parameters())
-    parameters += sum(m.numel for m in nf4.found(model))
+    parameters += sum(m.numel for m in nf4.nf4_layers(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = flops_per_token(model, s)
     tokens_per_second = target.peak_flops * s.plan_share * target.count / flops

@@ -184,11 +184,11 @@ def choose_trained(s: Settings, model: Llama) -> tuple[bool, list[str]]:
     new_adapter = s.tune != "full" and not lora.adapters(model)
     if new_adapter:
         lora.add_lora(model, s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets, s.rslora,
-                    s.dora, lora.indices(s.lora_layers, "lora-layers"), saved_modules)
+                    s.dora, lora.layer_indices(s.lora_layers, "lora-layers"), saved_modules)
     elif s.tune != "full":
         check_adapter(s, adapter_config(model, ""))
     if s.train_layers:
-        lora.train_layers(model, lora.indices(s.train_layers, "train-layers"), saved_modules)
+        lora.train_layers(model, lora.layer_indices(s.train_layers, "train-layers"), saved_modules)
     if model.lm_head is None and model.head.requires_grad:
         console.info("the head is tied to the embeddings: one tensor, trained and saved once")
     return new_adapter, saved_modules

@@ -91,7 +91,8 @@ class Run:
     def parameters(self) -> dict[str, int]:
         """The number of parameters: all, and those that are trained."""
         parameters = list(self.model.parameters())
-        total = sum(p.numel() for p in parameters) + sum(m.numel for m in nf4.found(self.model))
+        total = sum(p.numel() for p in parameters)
+        total += sum(m.numel for m in nf4.nf4_layers(self.model))
         return {"total": total, "trained": sum(p.numel() for p in parameters if p.requires_grad)}
 
     @property

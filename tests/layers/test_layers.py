@@ -83,7 +83,7 @@ def test_an_adapter_in_one_piece_has_the_gradient_of_its_formula(dtype, biased):
     wrapped = lora.LoRALinear(base, 4, 8.0, 0.0, False, False)
 
     def ours(x, A, B):
-        return lora._Adapted.apply(x, A, B, base.bias, wrapped.scale, None, base.weight)
+        return lora._LoRAFunction.apply(x, A, B, base.bias, wrapped.scale, None, base.weight)
 
     def plain(x, A, B):
         return base(x) + F.linear(F.linear(x, A.to(dtype)) * wrapped.scale, B.to(dtype))

@@ -67,7 +67,7 @@ def test_double_quantisation_is_bitsandbytes_too(shape):
            for c in (codes8, state.absmax)]
     assert odd.float().mean() < 0.005 and (far[0] <= far[1]).all(), "ours is the nearer one"
     assert (far[1] - far[0]).max() < 1e-4, "by a hair"
-    restored = nf4.restored_scales(state.absmax, largest, mean)
+    restored = nf4.dequantise_scales(state.absmax, largest, mean)
     assert torch.equal(
         restored, bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset)
 
@@ -79,7 +79,8 @@ def test_the_sixteen_values_are_the_papers_quantiles_and_scales_have_bitsandbyte
     down = -normal(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
     values = torch.cat((up, down, torch.zeros(1))).sort().values
     torch.testing.assert_close(
-        torch.tensor(nf4.NORMAL, dtype=torch.float64), values / values.max(), atol=1e-6, rtol=1e-6)
+        torch.tensor(nf4.NF4_VALUES, dtype=torch.float64), values / values.max(),
+        atol=1e-6, rtol=1e-6)
     assert torch.equal(nf4.DYNAMIC, bnb.create_dynamic_map())
 
 
@@ -157,15 +158,15 @@ def test_step_zero_is_the_dequantised_base_and_only_matrices_of_blocks_are_quant
     kept = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert {n.rsplit(".", 1)[-1] for n in kept} == {"weight", "bias"}
     assert all("norm" in n or "embed" in n or n.endswith("bias") for n in kept)
-    assert len(nf4.found(model)) == 14
+    assert len(nf4.nf4_layers(model)) == 14
     assert not any("codes" in n or "scales" in n for n, _ in model.named_parameters())
 
 
 def test_no_cast_of_the_model_touches_codes_or_scales(folder):
     model, _ = load_model(folder, quant="nf4", double=True)
-    before = [m.dense(torch.float32) for m in nf4.found(model)]
+    before = [m.dense(torch.float32) for m in nf4.nf4_layers(model)]
     model.to(torch.bfloat16).half()
-    after = [m.dense(torch.float32) for m in nf4.found(model)]
+    after = [m.dense(torch.float32) for m in nf4.nf4_layers(model)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -218,13 +219,15 @@ def test_a_quantised_base_is_neither_merged_into_nor_written(folder, tmp_path):
     with pytest.raises(UserError, match="NF4, with less precision than its files"):
         save_model(model, tmp_path / "out", folder)
     lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"])
-    with pytest.raises(UserError, match=r"ruin the model; merge into the base's own files"):
+    with pytest.raises(UserError,
+                       match=r"lose most of what was learned; merge into the base's own files"):
         lora.merge(model)
     assert not (tmp_path / "out").exists() and lora.adapters(model)
 
 
 def test_a_matrix_of_no_whole_blocks_is_refused():
-    with pytest.raises(UserError, match="3 x 5 is no multiple of 64"):
+    with pytest.raises(UserError,
+                       match="3 x 5 numbers cannot be kept in NF4: expected a multiple of 64"):
         NF4Linear(torch.ones(3, 5), None, False)
 
 
@@ -241,9 +244,9 @@ def test_a_library_without_kernels_for_this_cuda_is_not_asked(monkeypatch):
     monkeypatch.setattr(cextension, "lib", found)
     with pytest.raises(RuntimeError, match="not available"):
         found.cdequantize_blockwise_bf16_nf4(None)
-    nf4.kernels.cache_clear()
-    assert not nf4.kernels()
-    nf4.kernels.cache_clear()
+    nf4.has_cuda_kernels.cache_clear()
+    assert not nf4.has_cuda_kernels()
+    nf4.has_cuda_kernels.cache_clear()
 
 
 @pytest.mark.gpu
@@ -253,7 +256,7 @@ def test_on_a_gpu_the_kernel_and_the_table_agree(dtype, monkeypatch):
     codes, scales = nf4.quantise(W)
     theirs, state = bnb.quantize_4bit(W, blocksize=64, quant_type="nf4")
     assert torch.equal(codes, theirs.flatten()) and torch.equal(scales, state.absmax)
-    assert nf4.kernels()
+    assert nf4.has_cuda_kernels()
     by_kernel = nf4.dequantise(codes, scales, 512, 2048, dtype)
-    monkeypatch.setattr(nf4, "kernels", lambda: False)
+    monkeypatch.setattr(nf4, "has_cuda_kernels", lambda: False)
     assert torch.equal(by_kernel, nf4.dequantise(codes, scales, 512, 2048, dtype))
