@@ -1,18 +1,19 @@
 """Token bins, and the packed rows that training reads from them.
 
-A *bin* is a folder: `tokens.bin` (little-endian u16 or u32), `starts.bin` (i64, one more than there
-are documents), `mask.bin` (u8, absent where every token is trained), `groups.bin` (u64, documents
-with one number are held out together) and `meta.json`. Three lines of numpy read it.
+A *bin* is a folder of `tokens.bin` (little-endian u16 or u32), `starts.bin` (i64, the start of each
+document and the end of the last), `mask.bin` (u8; absent if every token is trained), `groups.bin`
+(u64; documents with the same number are held out together) and `meta.json`. A damaged bin, or one
+of another tokenizer, is refused.
 
-A document of n tokens gives n - 1 predictions. A *row* is T predictions of one or more documents.
-`doc` and `pos` travel with the tokens; attention's mask and the rotary positions come from them.
-Nothing is padded but the unused tail of a row.
+A document of n tokens gives n - 1 predictions. A *row* holds T predictions of one or more documents
+with their `doc` and `pos`, from which attention's mask and the rotary angles are computed. Only the
+unused tail of a row is padding.
 
-    TokenStream      text; documents are cut where a row ends, and the next row goes on there
-    PackedExamples   conversations, translations, preference pairs; none of them is ever cut
+    TokenStream      text: documents are cut where a row ends and continue in a later row
+    PackedExamples   conversations, translations, preference pairs: documents are never cut
 
-Row i of a source is a function of (seed, i). So a loader's state is one integer per source, seeking
-is a division, and any number of ranks reads the same rows.
+Row i of a source is a function of (seed, i). So the state of a loader is one integer per source,
+seeking takes constant time, and any number of ranks reads the same rows.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ if TYPE_CHECKING:  # preparing text must not wait for torch
     from torch import Tensor
 
 FORMAT = 1
-IGNORE = -100  # a target that is not trained: torch's own ignore_index
-OPEN_ROWS = 64  # rows that are filled at a time
+IGNORE = -100  # a target that is not trained; torch's default ignore_index
+OPEN_ROWS = 64  # rows that `best_fit_pack` fills at the same time
 
 
 def sha256(file: Path) -> str:
@@ -44,38 +45,44 @@ def sha256(file: Path) -> str:
 
 
 class Bin:
-    """A bin opened for reading: `tokens` and `mask` are memory maps, `starts` is (N+1,)."""
+    """A bin that is open for reading: `tokens` and `mask` (n,), `starts` (N+1,), memory-mapped."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            wanted = {
-                k: self.meta[k] for k in ("format", "dtype", "vocabulary", "tokenizer", "sha256")}
+            format_version, dtype = self.meta["format"], self.meta["dtype"]
+            n_documents, n_tokens = self.meta["documents"], self.meta["tokens"]
+            for key in ("vocabulary", "tokenizer", "sha256"):
+                self.meta[key]
         except FileNotFoundError:
-            raise UserError(f"{folder}: no meta.json here, so this is not a bin; make one with "
+            raise UserError(f"{folder}: not a bin, because it has no meta.json; make a bin with "
                             "prepare.py") from None
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{folder}/meta.json: damaged ({e}); prepare the bin again") from None
-        if wanted["format"] != FORMAT or wanted["dtype"] not in ("u16", "u32"):
-            raise UserError(f"{folder}: bin format {wanted['format']} {wanted['dtype']}, this "
-                            f"program reads format {FORMAT} u16 or u32; prepare the bin again")
-        dtype = np.dtype({"u16": "<u2", "u32": "<u4"}[wanted["dtype"]])
-        self.starts = self._read("starts.bin", np.dtype("<i8"), self.meta["documents"] + 1)
-        self.tokens = self._read("tokens.bin", dtype, self.meta["tokens"])
-        self.mask, self.groups = (
-            self._read(name, np.dtype(kind), self.meta[n]) if name in self.meta["sha256"] else None
-            for name, kind, n in (("mask.bin", "u1", "tokens"), ("groups.bin", "<u8", "documents")))
-        if (self.starts[0] != 0 or self.starts[-1] != len(self.tokens)
-            or (np.diff(self.starts) < 0).any()):
-            raise UserError(f"{folder}/starts.bin: offsets do not fit tokens.bin; prepare it again")
+        if format_version != FORMAT or dtype not in ("u16", "u32"):
+            raise UserError(f"{folder}: bin format {format_version} {dtype}, expected format "
+                            f"{FORMAT} u16 or u32; prepare the bin again")
+        self.starts = self._read("starts.bin", "<i8", n_documents + 1)
+        self.tokens = self._read("tokens.bin", {"u16": "<u2", "u32": "<u4"}[dtype], n_tokens)
+        self.mask = self.groups = None
+        if "mask.bin" in self.meta["sha256"]:
+            self.mask = self._read("mask.bin", "u1", n_tokens)
+        if "groups.bin" in self.meta["sha256"]:
+            self.groups = self._read("groups.bin", "<u8", n_documents)
+        if (self.starts[0] != 0 or self.starts[-1] != n_tokens
+                or (np.diff(self.starts) < 0).any()):
+            raise UserError(f"{folder}/starts.bin: offsets do not fit tokens.bin; prepare the bin "
+                            "again")
 
-    def _read(self, name: str, dtype: np.dtype, n: int) -> np.ndarray:
+    def _read(self, name: str, dtype: str, n: int) -> np.ndarray:
+        """A file of n numbers, memory-mapped: (n,)."""
         path = self.folder / name
-        found = path.stat().st_size if path.exists() else 0
-        if found != n * dtype.itemsize:
-            raise UserError(f"{path}: {found} bytes, expected {n * dtype.itemsize}; the bin was "
-                            "cut short, prepare it again")
+        size = path.stat().st_size if path.exists() else 0
+        expected = n * np.dtype(dtype).itemsize
+        if size != expected:
+            raise UserError(f"{path}: {size} bytes, expected {expected}; the file is incomplete, "
+                            "prepare the bin again")
         return np.memmap(path, dtype, "r") if n else np.zeros(0, dtype)
 
     def __len__(self) -> int:
@@ -87,11 +94,14 @@ class Bin:
 
     def trained(self, i: int) -> np.ndarray:
         """Which tokens of document i are trained, (n,) bool."""
-        at = slice(self.starts[i], self.starts[i + 1])
-        return np.ones(at.stop - at.start, bool) if self.mask is None else self.mask[at] > 0
+        start, end = self.starts[i], self.starts[i + 1]
+        if self.mask is None:
+            return np.ones(end - start, bool)
+        return self.mask[start:end] > 0
 
     def check(self, tokenizer_sha: str, vocab_size: int) -> None:
-        """Refuse a bin of another tokenizer, damaged, or with ids the model has no row for."""
+        """UserError if the bin was changed, has no token to train on, or does not belong to a model
+        with this tokenizer and vocabulary."""
         if self.meta["tokenizer"] != tokenizer_sha:
             raise UserError(
                 f"{self.folder}: made with tokenizer {self.meta['tokenizer'][:12]}, the model has "
@@ -100,41 +110,48 @@ class Bin:
             if sha256(self.folder / name) != digest:
                 raise UserError(f"{self.folder / name}: its sha256 is not the one in meta.json; "
                                 "the file was changed, prepare the bin again")
-        top = int(self.tokens.max()) if len(self.tokens) else -1
-        if top >= vocab_size:
-            raise UserError(f"{self.folder}: holds id {top}, the model's vocabulary ends at "
+        largest = int(self.tokens.max()) if len(self.tokens) else -1
+        if largest >= vocab_size:
+            raise UserError(f"{self.folder}: holds id {largest}, but the model's last id is "
                             f"{vocab_size - 1}; prepare the text again with this model's tokenizer")
         if self.meta["trained"] == 0:
             raise UserError(f"{self.folder}: no token to train on in {len(self)} documents: the "
-                            "mask trains none, or no document has two; prepare it again")
+                            "mask excludes all tokens, or no document has two; prepare it again")
 
 
 def validation_split(bin: Bin, share: float) -> np.ndarray:
-    """Which documents are kept for evaluation, (N,) bool: those whose hash falls below `share`.
+    """Which documents are held out for validation, (N,) bool: those whose hash is in the lowest
+    `share` of all hashes, and at least one.
 
-    A hash, not a draw: a document stays on its side when others come or go. Only the beginning is
-    hashed, so that two versions of one article fall on the same side: 64 tokens, but all of an
-    example before its first answer, as many may begin with one long system prompt. All there is is
-    never held out. Both documents of a preference pair are one, as are a pair's two directions.
+    A document's side does not depend on the other documents. Documents with the same number in
+    `groups.bin` are on the same side, as are the two documents of a preference pair. If all
+    documents have the same hash, none is held out.
     """
-    def beginning(i: int) -> np.ndarray:
-        asked = 0 if kind == "text" else bin.trained(i).argmax() or bin.starts[-1]  # all is trained
-        return bin.document(i)[: max(64, asked)]
-
-    kind, h = bin.meta["kind"], bin.groups
-    each = 2 if kind == "pairs" else 1
-    if share > 0 and h is None:
-        digests = (hashlib.blake2b(beginning(i).tobytes(), digest_size=8).digest()
-                   for i in range(0, len(bin), each))
-        h = np.frombuffer(b"".join(digests), "<u8")
-    if share <= 0 or (h == h[:1]).all():
+    unit = 2 if bin.meta["kind"] == "pairs" else 1  # documents that belong together
+    hashes = bin.groups
+    if share > 0 and hashes is None:
+        digests = (hashlib.blake2b(_hashed_tokens(bin, i).tobytes(), digest_size=8).digest()
+                   for i in range(0, len(bin), unit))
+        hashes = np.frombuffer(b"".join(digests), "<u8")
+    if share <= 0 or (hashes == hashes[:1]).all():
         return np.zeros(len(bin), bool)
-    return np.repeat(h <= max(np.uint64(share * 2.0**64), h.min()), each)
+    return np.repeat(hashes <= max(np.uint64(share * 2.0**64), hashes.min()), unit)
+
+
+def _hashed_tokens(bin: Bin, i: int) -> np.ndarray:
+    """The beginning of document i, so that two versions of an article get the same hash: 64 tokens;
+    of an example at least all before its first trained token, because many examples may begin with
+    the same long system prompt."""
+    n = 64
+    if bin.meta["kind"] != "text":
+        first_trained = int(bin.trained(i).argmax())
+        n = max(n, first_trained or len(bin.tokens))  # 0: every token is trained, so hash them all
+    return bin.document(i)[:n]
 
 
 @dataclass
 class Source:
-    """Documents of one bin that are mixed in at `weight` (shares are weights over their sum)."""
+    """Documents of one bin, and their weight in the mixture (shares are weights over their sum)."""
 
     name: str
     bin: Bin
@@ -143,17 +160,20 @@ class Source:
 
     @property
     def sha(self) -> str:
-        """What the source holds, in one word; what is held out of it hangs on its groups."""
-        files = self.bin.meta["sha256"]
-        said = "".join(files[x] for x in ("tokens.bin", "groups.bin") if x in files)
-        return said if len(said) == 64 else hashlib.sha256(said.encode()).hexdigest()
+        """A fingerprint of the tokens, and of the groups where there are any, because they decide
+        which documents are held out."""
+        digests = self.bin.meta["sha256"]
+        if "groups.bin" not in digests:
+            return digests["tokens.bin"]
+        both = digests["tokens.bin"] + digests["groups.bin"]
+        return hashlib.sha256(both.encode()).hexdigest()
 
 
 class RowDocuments(NamedTuple):
-    """What the host knows of the documents in packed rows, so that no GPU is asked for it."""
+    """The documents of packed rows, described on the host, so that no GPU sync is needed."""
 
     doc: Tensor  # (B,T), on the CPU
-    lengths: list[int]  # of documents end to end over all rows; an unused tail counts as one
+    lengths: list[int]  # of all documents, row after row; an unused tail counts as a document
     longest: int  # the largest position + 1
 
     @classmethod
@@ -170,11 +190,11 @@ class RowDocuments(NamedTuple):
 
 @dataclass
 class Batch:
-    """Rows of packed documents; fields (B,T) int64. `doc` is -1 and `targets` IGNORE in an unused
-    tail. A batch is made on the CPU, where it finds `documents` and `trained` by itself.
+    """Rows of packed documents: tokens, targets, doc, pos (B,T) int64.
 
-    `reference` (B,T) float32: a reference's NLL of each target, where one is kept. `trained` (n,):
-    the places, among B T, of the targets that are not IGNORE.
+    In an unused tail `doc` is -1 and `targets` is IGNORE. `reference` (B,T) float32: the NLL of
+    each target by a reference model, if there is one. `trained` (n,): the indices, among B T, of
+    the targets that are not IGNORE. `documents` and `trained` are computed if they are not given.
     """
 
     tokens: Tensor
@@ -193,15 +213,15 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[np.ndarray], reference: Sequence[np.ndarray] = ()) -> Batch:
-        """From rows of (4,T): tokens, targets, doc, pos."""
+        """A batch of rows (4,T): tokens, targets, doc, pos; and of reference NLLs (T,), if any."""
         import torch
 
-        kept = torch.from_numpy(np.stack(reference)) if len(reference) else None
-        return cls(*torch.from_numpy(np.stack(rows, axis=1)), kept)
+        nll = torch.from_numpy(np.stack(reference)) if len(reference) else None
+        return cls(*torch.from_numpy(np.stack(rows, axis=1)), nll)
 
     @property
     def n_trained(self) -> int:
-        """How many targets are trained; known without asking the device."""
+        """How many targets are trained; read from a shape, so without a GPU sync."""
         return len(self.trained)
 
     def inputs(self) -> dict[str, Any]:
@@ -255,7 +275,7 @@ class TokenStream:
         self.epoch = -1
 
     def _enter(self, epoch: int) -> None:
-        """Lay out an epoch: O(documents), reads no token."""
+        """Set the order of an epoch, in O(documents); no token is read."""
         if epoch == self.epoch:
             return
         rng = np.random.default_rng([*self.seed, epoch])
@@ -312,32 +332,35 @@ def _copy(bin: Bin, columns: np.ndarray, start: int, doc: int) -> None:
 
 
 class PackedExamples:
-    """A source whose documents are never cut, as an endless list of rows.
+    """A source of examples, as a RowStream: a document is never cut.
 
-    What lies in one row stays together in every epoch; the rows come in another order each time.
-    Both documents of a preference pair lie in one row, side by side, the chosen one first.
+    The documents of a row are the same in every epoch; the order of the rows changes. The two
+    documents of a preference pair are next to each other in one row, the chosen one first.
     """
 
     def __init__(self, source: Source, T: int, seed: Sequence[int]):
         self.source, self.bin, self.T, self.seed = source, source.bin, T, tuple(seed)
-        each = 2 if source.bin.meta["kind"] == "pairs" else 1
-        units = np.asarray(source.documents).reshape(-1, each)
+        is_pairs = source.bin.meta["kind"] == "pairs"
+        units = np.asarray(source.documents).reshape(-1, 2 if is_pairs else 1)  # examples or pairs
         lengths = (self.bin.starts[units + 1] - self.bin.starts[units] - 1).clip(0)  # predictions
-        units, sizes = units[lengths.sum(1) > 0], lengths.sum(1)[lengths.sum(1) > 0]
-        what, a_unit = ("pair", "a pair") if each == 2 else ("example", "an example")
+        sizes = lengths.sum(1)
+        units, sizes = units[sizes > 0], sizes[sizes > 0]
+        noun = "pairs" if is_pairs else "examples"
         if not len(units):
-            raise UserError(f"{self.bin.folder}: no {what} to train on")
-        if long := int((sizes > T).sum()):
+            raise UserError(f"{self.bin.folder}: no {noun} to train on")
+        if n_long := int((sizes > T).sum()):
             raise UserError(
-                f"{self.bin.folder}: {long} of {len(sizes)} {what}s are longer than a row of {T}, "
-                f"the longest {sizes.max()}; {a_unit} is never cut here: raise --seq-len, or "
+                f"{self.bin.folder}: {n_long} of {len(sizes)} {noun} are longer than a row of {T}, "
+                f"the longest {sizes.max()}; {noun} are never cut here: raise --seq-len, or "
                 f"prepare the bin with --max-tokens {T} --too-long drop (or cut)")
         self.tokens = int(sizes.sum())  # predictions in an epoch
         rows = best_fit_pack(sizes, T, np.random.default_rng(self.seed))
-        self.packed, self.sizes = [units[x] for x in rows], np.array([sizes[x].sum() for x in rows])
+        self.packed = [units[row] for row in rows]
+        self.sizes = np.array([sizes[row].sum() for row in rows])  # predictions of each row
         self.rows, self.epoch = len(rows), -1
 
     def _enter(self, epoch: int) -> None:
+        """Set the order of an epoch's rows, and the predictions before each of them."""
         if epoch != self.epoch:
             self.shuffled = np.random.default_rng([*self.seed, epoch]).permutation(self.rows)
             self.sums = np.concatenate([[0], np.cumsum(self.sizes[self.shuffled])])
@@ -367,20 +390,25 @@ class PackedExamples:
 
 
 def best_fit_pack(sizes: np.ndarray, T: int, rng: np.random.Generator) -> list[list[int]]:
-    """Units of at most T into rows of T: in random order, each into the open row it fills best."""
+    """Pack units of at most T tokens into rows of T -> the units of each row.
+
+    Best fit: each unit, in random order, goes into the open row whose free space it leaves the
+    smallest.
+    """
     rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room, row), the fullest first
+    open_rows: list[tuple[int, int]] = []  # (free space, index of the row), the fullest first
     for unit in rng.permutation(len(sizes)).tolist():
-        at = bisect_left(rooms, (int(sizes[unit]), -1))
-        if at < len(rooms):
-            room, row = rooms.pop(at)
+        size = int(sizes[unit])
+        best = bisect_left(open_rows, (size, -1))
+        if best < len(open_rows):
+            space, row = open_rows.pop(best)
         else:
-            room, row = T, len(rows)
+            space, row = T, len(rows)
             rows.append([])
-            if len(rooms) == OPEN_ROWS:
-                rooms.pop(0)
+            if len(open_rows) == OPEN_ROWS:
+                open_rows.pop(0)
         rows[row].append(unit)
-        insort(rooms, (room - int(sizes[unit]), row))
+        insort(open_rows, (space - size, row))
     return rows
 
 
@@ -392,12 +420,12 @@ def open_stream(source: Source, T: int, seed: Sequence[int]) -> RowStream:
 
 
 class Loader:
-    """Endless micro-batches from a mixture; each row comes from the source furthest behind its
-    share.
+    """Endless micro-batches from a mixture of sources.
 
-    Shares are exact in predictions, to one row. All ranks walk the same list of rows and each reads
-    only its own, so a step of G rows is the same G rows on any number of ranks. `rows_consumed`,
-    one number per source, is the whole state.
+    Each row comes from the source that is furthest behind its share, so shares of predictions are
+    exact to one row. All ranks go through the same list of rows, and each rank reads only its own.
+    So a step of G rows has the same rows on any number of ranks. The state is `rows_consumed`, one
+    number per source.
     """
 
     def __init__(self, sources: Sequence[Source], T: int, rows: int, seed: int, rank: int = 0,

@@ -1,13 +1,13 @@
-"""Who sees whom in a batch of packed rows, and which backend computes attention for it.
+"""Attention metadata of a batch of packed rows: its mask, and the backend that computes attention.
 
 The metadata is built once per batch (and per window) and is used by all layers. Each class is one
-way to compute attention; `attention_metadata` and `cache_metadata` choose among them:
+backend; `attention_metadata` and `cache_metadata` choose among them:
 
     Causal      each row is one document
-    DenseMask   a mask of all pairs, which every device can take
-    VarlenFlash a GPU, bf16 or fp16: one flash kernel over documents end to end
-    CpuBlocks   a CPU, short documents: blocks of queries and only the keys that they see
-    PerDocument a CPU, long documents: torch's kernel on one after the other
+    DenseMask   a mask over all pairs of tokens, on any device
+    VarlenFlash a GPU in bf16 or fp16: one flash kernel for all documents
+    CpuBlocks   a CPU, short documents: blocks of queries and the keys that they attend to
+    PerDocument a CPU, long documents: torch's kernel for each document
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 
 class AttentionMetadata(Protocol):
-    """q (B,T,H,D) over k, v (B,S,K,D) -> (B,T,H,D); `tensors`: what it holds on the device."""
+    """What all layers need to compute attention for one batch."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float,
-               softcap: float = 0.0) -> Tensor: ...
+               softcap: float = 0.0) -> Tensor:
+        """q (B,T,H,D) over k, v (B,S,K,D) -> (B,T,H,D)."""
 
     @property
-    def tensors(self) -> list[Tensor]: ...
+    def tensors(self) -> list[Tensor]:
+        """Its tensors on the device; the memory estimate counts them."""
 
 
 @dataclass
 class Causal:
-    """Each row is one document; a token sees `window` tokens back, its own included; 0: all."""
+    """Each row is one document; a token attends to `window` tokens, itself included; 0: to all."""
 
     window: int = 0
 
@@ -54,7 +56,7 @@ class Causal:
 
 @dataclass
 class DenseMask:
-    """`mask` (B,1,T,S) is True where a key is seen."""
+    """`mask` (B,1,T,S) is True where a query attends to a key."""
 
     mask: Tensor
 
@@ -69,14 +71,14 @@ class DenseMask:
 
 @dataclass
 class VarlenFlash:
-    """`cu_seqlens` (N+1,) int32: where each document begins, over all rows end to end."""
+    """`cu_seqlens` (N+1,) int32: where each document begins, rows one after the other."""
 
     cu_seqlens: Tensor
     window: int = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float,
                softcap: float = 0.0) -> Tensor:
-        assert not softcap, "the flash kernel caps no scores"
+        assert not softcap, "the flash kernel has no soft-capping"
         return varlen_flash(q, k, v, self.cu_seqlens, self.window, scale)
 
     @property
@@ -86,7 +88,7 @@ class VarlenFlash:
 
 @dataclass
 class PerDocument:
-    """`lengths` of the documents, over all rows end to end."""
+    """`lengths` of the documents, rows one after the other."""
 
     lengths: list[int]
     window: int = 0
@@ -102,10 +104,10 @@ class PerDocument:
 
 @dataclass
 class CpuBlocks:
-    """Blocks of one of `side` equal parts of the documents, whose `lengths` are over all rows.
+    """The blocks of one of `side` equal parts of the documents; `lengths` of all documents.
 
-    `has_amx`: whether the CPU multiplies tiles (Intel's AMX). torch's kernel then has the faster
-    forward pass in bf16, because it lays keys out once for all its queries.
+    `has_amx`: whether the CPU has Intel's AMX. torch's kernel then has the faster forward pass in
+    bf16, because it packs the keys once for all queries.
     """
 
     blocks: list[Block]
@@ -116,16 +118,16 @@ class CpuBlocks:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float,
                softcap: float = 0.0) -> Tensor:
-        assert not softcap, "blocks cap no scores"
+        assert not softcap, "blocks have no soft-capping"
         return attend_blocks(q, k, v, self.blocks, self.lengths, self.window, self.side,
                              self.fused_forward(q.dtype), scale)
 
     def fused_forward(self, dtype: torch.dtype) -> bool:
-        """Whether torch's kernel computes the forward pass: not where a window would need a mask,
-        nor where a block holds many documents."""
-        sees_all = not self.window or max(self.lengths) <= self.window
-        few = len(self.lengths) <= 4 * len(self.blocks) * self.side
-        return self.has_amx and dtype == torch.bfloat16 and sees_all and few
+        """Whether torch's kernel computes the forward pass: not if a window needs a mask, nor if
+        the blocks hold many documents each."""
+        needs_no_mask = not self.window or max(self.lengths) <= self.window
+        has_few_documents = len(self.lengths) <= 4 * len(self.blocks) * self.side
+        return (self.has_amx and dtype == torch.bfloat16 and needs_no_mask and has_few_documents)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -143,7 +145,7 @@ def attention_metadata(doc: Tensor, lengths: list[int], backend: Backend, window
                        softcap: bool = False, max_block_length: int = 1024) -> AttentionMetadata:
     """The metadata of packed rows doc (B,T), whose documents have these lengths.
 
-    `softcap`: scores are capped, which no kernel of packed rows does. A CPU takes blocks where no
+    `softcap`: scores are capped, so no kernel for packed rows can be used. A CPU uses blocks if no
     document is longer than `max_block_length`.
     """
     B, T = doc.shape
@@ -152,19 +154,19 @@ def attention_metadata(doc: Tensor, lengths: list[int], backend: Backend, window
             return _blocks(lengths, window)
         return PerDocument(lengths, window) if len(lengths) > B else Causal(window)
     varlen = backend == "varlen_flash" and not softcap
-    # torch's causal kernel knows no window; the varlen kernel does, also where rows are documents
+    # torch's causal kernel has no window, but the varlen kernel has, also for rows of one document
     if len(lengths) == B and not (varlen and 0 < window < T):
         return Causal(window)
     if varlen:
         return VarlenFlash(to_device_async(padded_cu_seqlens(lengths), doc.device), window)
-    seen = causal_mask(T, window, doc.device)
-    return DenseMask(((doc[:, :, None] == doc[:, None, :]) & seen)[:, None])
+    same_document = doc[:, :, None] == doc[:, None, :]  # (B,T,T)
+    return DenseMask((same_document & causal_mask(T, window, doc.device))[:, None])
 
 
 def padded_cu_seqlens(lengths: list[int]) -> Tensor:
-    """Where each document begins and the last one ends: (n,) int32 with n a power of two.
+    """The start of each document and the end of the last: (n,) int32, where n is a power of two.
 
-    It is filled up with empty documents, so that a compiled graph serves many batches.
+    Empty documents fill it, so that one compiled graph is used for many batches.
     """
     ends = torch.tensor(lengths).cumsum(0)
     padded = ends.new_full((1 << len(lengths).bit_length(),), int(ends[-1]))
@@ -173,22 +175,23 @@ def padded_cu_seqlens(lengths: list[int]) -> Tensor:
 
 
 def cache_metadata(pos: Tensor, cache_len: int, exact: bool, window: int = 0) -> AttentionMetadata:
-    """The metadata of tokens at pos (B,T) that read `cache_len` keys of a cache; `exact`: no more
-    than the longest row holds."""
+    """The metadata of tokens at pos (B,T) that read `cache_len` keys of a cache. `exact`: that is
+    the length of the longest row."""
     B, T = pos.shape
-    sees_all = not window or cache_len <= window
-    if exact and (cache_len == T or (B == 1 and T == 1 and sees_all)):
-        return Causal(window)  # the first tokens; or one token that sees all keys
-    keys = torch.arange(cache_len, device=pos.device)
+    needs_window = 0 < window < cache_len
+    if exact and (cache_len == T or (B == 1 and T == 1 and not needs_window)):
+        return Causal(window)  # the first tokens; or one token that attends to all keys
+    keys = torch.arange(cache_len, device=pos.device)  # (S,)
     mask = keys <= pos[..., None]  # (B,T,S)
-    if not sees_all:
+    if needs_window:
         mask = mask & (keys > pos[..., None] - window)
     return DenseMask(mask[:, None])
 
 
 def _blocks(lengths: list[int], window: int) -> CpuBlocks:
-    """Blocks; up to four parts of documents of one length go through one product."""
-    alike = len(set(lengths)) == 1 and 2 * lengths[0] >= BLOCK
-    side = next(n for n in range(4 if alike else 1, 0, -1) if len(lengths) % n == 0)
-    part = lengths[: len(lengths) // side]
-    return CpuBlocks(cpu_blocks(part, window, BLOCK), lengths, window, side)
+    """Blocks of the documents; if all have one length, of up to four equal parts at once."""
+    side = 1
+    if len(set(lengths)) == 1 and 2 * lengths[0] >= BLOCK:
+        side = max(n for n in (1, 2, 3, 4) if len(lengths) % n == 0)
+    first_part = lengths[: len(lengths) // side]
+    return CpuBlocks(cpu_blocks(first_part, window, BLOCK), lengths, window, side)

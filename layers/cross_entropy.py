@@ -106,8 +106,8 @@ def _chunk(logits: Tensor, h: Tensor, W: Tensor, targets: Tensor, options: _Opti
     if options.compiled is not None and needs_gradient:
         return options.compiled(logits, targets, options.cap, True)
     n = options.sizes.float32
-    return torch.cat([chunk_nll_(part, target, options.cap, needs_gradient)
-                      for part, target in zip(logits.split(n), targets.split(n), strict=True)])
+    return torch.cat([chunk_nll_(x, y, options.cap, needs_gradient)
+                      for x, y in zip(logits.split(n), targets.split(n), strict=True)])
 
 
 def _nll_and_dh(h: Tensor, W: Tensor, targets: Tensor, options: _Options,

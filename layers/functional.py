@@ -1,10 +1,9 @@
-"""The parts of a block: linear layers, RMSNorm, rotary embeddings, SwiGLU.
+"""Linear layers, RMSNorm, rotary embeddings and SwiGLU, with gradients that keep little memory.
 
 Autograd keeps the inputs of each small operation, float32 copies included; for a norm in bf16 that
-is several times its input. The autograd functions here compute their own gradient and keep only
-their inputs, which the graph holds anyway, and one number a token. Tests compare each with
-autograd's result. Without a gradient the plain computation runs: a decoding step is so short that
-the call of an autograd function would be noticeable.
+is several times its input. The autograd functions here keep only their inputs, which the graph
+holds anyway, and one number per token. Tests compare each with autograd's result. Without a
+gradient the plain computation runs, because calling an autograd function would slow down decoding.
 """
 
 from __future__ import annotations
@@ -95,11 +94,11 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         unit, g32 = x.float() * r, g.float()  # (B,T,C)
         product = g32 * unit
-        # the part of the gradient along x would only change its length, which the norm removes
-        along = (product @ weight / x.shape[-1])[..., None]  # (B,T,1)
+        # the component of the gradient along x changes only the length of x, and so not the norm
+        along_x = (product @ weight / x.shape[-1])[..., None]  # (B,T,1)
         dweight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         dunit = torch.mul(g32, weight, out=product)
-        return dunit.addcmul_(unit, along, value=-1).mul_(r).to(x.dtype), dweight, None
+        return dunit.addcmul_(unit, along_x, value=-1).mul_(r).to(x.dtype), dweight, None
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -124,7 +123,7 @@ def rope_frequencies(rope: Rope, D: int, device: Any, length: Tensor | None = No
     frequencies = 1.0 / theta ** (even / D)
     if rope.kind == "linear":
         return frequencies / rope.factor
-    if rope.kind == "llama3":  # low frequencies are divided, high ones kept, others blended
+    if rope.kind == "llama3":  # divide low frequencies, keep high ones, blend those between
         rotations = rope.original * frequencies / (2 * math.pi)  # within the original context
         keep = ((rotations - rope.low) / (rope.high - rope.low)).clamp(0, 1)
     elif rope.kind == "yarn":  # the same, blended by the pair's index (Peng et al. 2023, 3.2)

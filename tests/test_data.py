@@ -93,7 +93,7 @@ def test_a_bin_is_checked_against_tokenizer_vocabulary_and_its_own_sums(tmp_path
     bin.check("a" * 64, 51)
     with pytest.raises(UserError, match="tokenizer"):
         bin.check("b" * 64, 100)
-    with pytest.raises(UserError, match="holds id 50, the model's vocabulary ends at 49"):
+    with pytest.raises(UserError, match="holds id 50, but the model's last id is 49"):
         bin.check("a" * 64, 50)
     raw = bytearray((tmp_path / "b/tokens.bin").read_bytes())
     raw[2] ^= 1

@@ -542,7 +542,7 @@ def test_a_bad_input_is_one_line_and_an_exit_code(tmp_path, tok, name):
 
 @pytest.mark.parametrize("args, code, why", [
     (["txet"], 2, "unknown command 'txet'; did you mean text?"),
-    (["show", "nowhere", "--tokenizer", "TOK"], 3, "no meta.json here"),
+    (["show", "nowhere", "--tokenizer", "TOK"], 3, "it has no meta.json"),
     (["vocab", "x.txt", "--out", "o", "--size", "100000"], 3, "no such file"),
     (["fertility", "--tokenizers", "TOK"], 2, "fertility")])
 def test_a_bad_command_is_one_line_too(tok, args, code, why):

@@ -475,8 +475,8 @@ def test_a_bin_that_trains_no_token_is_refused_by_the_run(place, tmp_path):
                    "--data", f"{tmp_path}/bin", "--out", f"{tmp_path}/out", "--steps", "2",
                    "--seq-len", "48", "--device", "cpu", code=3)
     assert told.splitlines()[-1] == (
-        f"error: {tmp_path}/bin: no token to train on in 9 documents: the mask trains none, or no "
-        "document has two; prepare it again")
+        f"error: {tmp_path}/bin: no token to train on in 9 documents: the mask excludes all "
+        "tokens, or no document has two; prepare it again")
 
 
 def test_text_conversations_and_translations_mix_under_a_cap_as_the_plan_says(place, tmp_path):
