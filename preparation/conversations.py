@@ -21,9 +21,9 @@ from preparation.examples import (
     LengthLimit,
     example_key,
     open_template,
+    render_conversations,
     require_utf8,
     text_cell,
-    with_location,
     write_examples,
 )
 from preparation.ledger import Ledger
@@ -82,17 +82,24 @@ class ConversationEncoder:
     normalise: Normaliser | None = None
 
     def __call__(self, rows: Sequence[Row]) -> list[Example]:
-        rendered, examples = [], []
+        conversations, examples = [], []
+        fault = None
         for row in rows:
-            messages = parse_conversation(row)
+            try:
+                messages = parse_conversation(row)
+            except UserError as e:  # raised below: an earlier conversation may be refused
+                fault = e
+                break
             changes: Counter[str] = Counter()
             if self.normalise:
                 for message in messages:
                     message["content"], counts = self.normalise(message["content"])
                     changes.update(counts)
-            with with_location(row):
-                rendered.append(self.template.render_with_mask(messages, self.loss_on))
+            conversations.append(messages)
             examples.append(Example([], example_key(messages), changes=changes))
+        rendered = render_conversations(self.template, rows, conversations, self.loss_on)
+        if fault:
+            raise fault
         encoded = encode_rendered(self.template.tokenizer, rendered)
         for example, document in zip(examples, encoded, strict=True):
             example.documents = [document]

@@ -27,7 +27,7 @@ from preparation.readers import Row
 from preparation.text import describe_sources
 from preparation.workers import Workers
 from runtime.console import FLAGS, UserError
-from tokenization.chat_template import ChatTemplate
+from tokenization.chat_template import ChatTemplate, Message, RenderedDocument
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 
@@ -115,6 +115,19 @@ def open_template(name: str, folder: Path, tokenizer: Tokenizer) -> ChatTemplate
         raise UserError(f"--template {name}: cannot be read ({e}); expected model, plain, or a "
                         ".jinja file", FLAGS) from None
     return dataclasses.replace(ChatTemplate.plain(tokenizer), origin=Path(name), source=source)
+
+
+def render_conversations(template: ChatTemplate, rows: Sequence[Row],
+                         conversations: Sequence[Sequence[Message]],
+                         loss_on: str = "assistant") -> list[RenderedDocument]:
+    """Render conversations with their loss. The conversations may be fewer than their rows; a
+    refusal names the row."""
+    documents = template.render_all_with_mask(conversations, loss_on)
+    rendered = []
+    for row, _ in zip(rows, conversations, strict=False):
+        with with_location(row):
+            rendered.append(next(documents))
+    return rendered
 
 
 def write_examples(rows: Iterable[Row], encoder: Encoder, out: Path | str, tokenizer: Tokenizer,

@@ -73,8 +73,7 @@ class PreferenceEncoder:
             try:
                 question, *answers = self._parse(row)
                 with with_location(row):
-                    for answer in answers:
-                        rendered.append(self._render(question, answer))
+                    rendered += self._render(question, answers)
             except UserError as e:  # raised below: an earlier row may have two equal answers
                 fault = e
                 break
@@ -90,11 +89,11 @@ class PreferenceEncoder:
             raise fault
         return examples
 
-    def _render(self, question: Question, answer: str) -> RenderedDocument:
+    def _render(self, question: Question, answers: Sequence[str]) -> list[RenderedDocument]:
         if isinstance(question, str):
-            return render_answer(self.tokenizer, question, answer)
-        messages = [*question, {"role": "assistant", "content": answer}]
-        return self.template.render_with_mask(messages)
+            return [render_answer(self.tokenizer, question, answer) for answer in answers]
+        return list(self.template.render_all_with_mask(
+            [*question, {"role": "assistant", "content": answer}] for answer in answers))
 
     def _parse(self, row: Row) -> tuple[Question, str, str]:
         """The question of a row, and its two answers."""

@@ -23,6 +23,7 @@ from preparation.examples import (
     LengthLimit,
     example_key,
     open_template,
+    render_conversations,
     text_cell,
     with_location,
     write_examples,
@@ -160,18 +161,28 @@ class TranslationEncoder:
     def __call__(self, rows: Sequence[Row]) -> list[Example]:
         earlier: list[dict[str, str]] = []
         examples, rendered = [], []
+        conversations, origins = [], []  # with a template; the row of each
         for row in rows:
             sides, changes = self._clean_sides(row)
             fault = self._fault(sides)
             rng = random.Random(f"{self.seed} {row.number}")
             directions = () if fault else self._draw_directions(rng)
             for direction in directions:
+                if self.template:
+                    question = self._question(sides, direction, earlier, rng)
+                    conversations.append([
+                        {"role": "user", "content": question.rstrip()},
+                        {"role": "assistant", "content": sides[direction.split("-")[1]]}])
+                    origins.append(row)
+                    continue
                 with with_location(row):
                     rendered.append(self._render(sides, direction, earlier, rng))
             key = example_key([sides[code] for code in self.pair])
             examples.append(Example([], key, fault, directions, changes))
             if self.shots and not fault:
                 earlier = [*earlier[-(MAX_SHOT_CANDIDATES - 1):], sides]
+        if self.template:
+            rendered = render_conversations(self.template, origins, conversations)
         encoded = iter(encode_rendered(self.tokenizer, rendered))
         for example in examples:
             example.documents = [next(encoded) for _ in example.directions]
@@ -211,6 +222,13 @@ class TranslationEncoder:
         source, target = direction.split("-")
         if self.as_text:
             return self._render_text(sides, source, target)
+        question = self._question(sides, direction, earlier, rng)
+        return render_answer(self.tokenizer, question, sides[target])
+
+    def _question(self, sides: Mapping[str, str], direction: str,
+                  earlier: Sequence[Mapping[str, str]], rng: random.Random) -> str:
+        """The prompt of a pair, behind its solved examples."""
+        source, target = direction.split("-")
         prompts, weights = zip(*self.prompts, strict=True)
         prompt = rng.choices(prompts, weights)[0] if len(prompts) > 1 else prompts[0]
         shots = []
@@ -218,11 +236,7 @@ class TranslationEncoder:
             shots = rng.sample(earlier, min(self.shots, len(earlier)))
         question = "".join(
             prompt.fill(x[source], direction) + x[target] + "\n\n" for x in shots)
-        question += prompt.fill(sides[source], direction)
-        if self.template:
-            return self.template.render_with_mask([{"role": "user", "content": question.rstrip()},
-                                          {"role": "assistant", "content": sides[target]}])
-        return render_answer(self.tokenizer, question, sides[target])
+        return question + prompt.fill(sides[source], direction)
 
     def _render_text(self, sides: Mapping[str, str], source: str, target: str) -> RenderedDocument:
         """Both sides as plain text, all of it trained."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 
 from runtime.console import UserError
 from tokenization.document import Document
-from tokenization.template_renderer import Rendering, RenderingLimits, shared_renderer
+from tokenization.template_renderer import Rendering, RenderingLimits, Request, shared_renderer
 from tokenization.tokenizer import Segment, Tokenizer, read_json_object
 
 # For a base model without a template: Llammas' tags as plain text, each answer ended by EOS.
@@ -105,19 +105,17 @@ class ChatTemplate:
 
         UserError for invalid messages, for whatever fails in the template, and for a limit.
         """
-        rendering = self._render(messages, add_generation_prompt)
+        checked = [dict(_check_message(message, i)) for i, message in enumerate(messages)]
+        rendering = shared_renderer(self.limits).render(
+            self.source, self._variables, Request(checked, add_generation_prompt))
         if rendering.error:
             raise UserError(f"{self.origin}: {rendering.error}")
         return rendering.text
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False,
-                prompts: Sequence[int] = ()) -> Rendering:
-        """Render a conversation, and for each i of `prompts` also messages[:i] with the generation
-        prompt, in one request to the process that renders."""
-        checked = [dict(_check_message(message, i)) for i, message in enumerate(messages)]
-        variables = {"tools": None, "documents": None, **self.special_tokens, **self.kwargs}
-        return shared_renderer(self.limits).render(
-            self.source, checked, variables, add_generation_prompt, prompts)
+    @property
+    def _variables(self) -> dict[str, Any]:
+        """What the template can use in addition to the messages."""
+        return {"tools": None, "documents": None, **self.special_tokens, **self.kwargs}
 
     @property
     def end_of_turn(self) -> int | None:
@@ -143,25 +141,53 @@ class ChatTemplate:
         UserError for a conversation that does not end with the assistant, for an empty answer, and
         for a template that cannot be trained on (see the head of this file).
         """
-        self._check_answers(messages)
-        hidden, names = self._hide_control_names(messages)
-        answers = [i for i, message in enumerate(hidden) if message["role"] == "assistant"]
-        rendering = self._render(hidden, prompts=answers)
+        return next(self.render_all_with_mask([messages], loss_on))
+
+    def render_all_with_mask(self, conversations: Iterable[Sequence[Message]],
+                             loss_on: str = "assistant") -> Iterator[RenderedDocument]:
+        """`render_with_mask` for each conversation, faster than one by one. The UserError of a
+        conversation is raised in its place."""
+        begun: list[tuple[RenderedDocument, list[dict], list[str]]] = []
+        fault = None
+
+        def requests() -> Iterator[Request]:
+            nonlocal fault
+            for messages in conversations:
+                try:
+                    self._check_answers(messages)
+                    hidden, names = self._hide_control_names(messages)
+                except UserError as e:
+                    fault = e
+                    return
+                n_bytes = sum(len(message["content"].encode()) for message in messages)
+                begun.append((RenderedDocument(n_bytes, train_all=loss_on == "all"), hidden, names))
+                yield Request(hidden, prompts=_answers(hidden))
+
+        renderings = shared_renderer(self.limits).render_all(
+            self.source, self._variables, requests())
+        # a rendering with an error is the last one, and _add_segments raises it
+        for (document, hidden, names), rendering in zip(begun, renderings, strict=False):
+            self._add_segments(document, rendering, hidden, names)
+            yield document
+        if fault:
+            raise fault
+
+    def _add_segments(self, document: RenderedDocument, rendering: Rendering,
+                      messages: Sequence[Message], names: Sequence[str]) -> None:
+        """Divide a rendered conversation into segments with their loss. `messages` and `names` are
+        those of `_hide_control_names`."""
         text = rendering.text
-        rendered = RenderedDocument(sum(len(x["content"].encode()) for x in messages),
-                                    train_all=loss_on == "all")
         position = 0
-        for number, i in enumerate(answers):
+        for number, i in enumerate(_answers(messages)):
             if number == len(rendering.prompt_lengths):
                 raise UserError(f"{self.origin}: {rendering.error}")
             begin = rendering.prompt_lengths[number]
-            end = self._answer_end(text, begin, hidden, i)
-            before = self._split_marks(text[position:begin], names, not rendered.segments)
-            rendered.add(before, Loss.FIRST)
-            rendered.add(self._split_marks(text[begin:end], names, False), Loss.ALL)
+            end = self._answer_end(text, begin, messages[i], i)
+            before = self._split_marks(text[position:begin], names, not document.segments)
+            document.add(before, Loss.FIRST)
+            document.add(self._split_marks(text[begin:end], names, False), Loss.ALL)
             position = end
-        rendered.add(self._split_marks(text[position:], names, False), Loss.FIRST)
-        return rendered
+        document.add(self._split_marks(text[position:], names, False), Loss.FIRST)
 
     def _check_answers(self, messages: Sequence[Message]) -> None:
         answers = [x for x in messages if x.get("role") == "assistant"]
@@ -171,11 +197,11 @@ class ChatTemplate:
         if any(not str(x.get("content", "")).strip() for x in answers):
             raise UserError("a turn of the assistant is empty; fill it, or remove it")
 
-    def _answer_end(self, text: str, begin: int, messages: Sequence[Message], i: int) -> int:
+    def _answer_end(self, text: str, begin: int, message: Message, i: int) -> int:
         """Where the answer in message i ends in the rendered conversation. It begins at `begin`,
         where the generation prompt ends; -1: the text does not begin with that prompt."""
-        answer = messages[i]["content"].strip()
-        if begin < 0 or answer not in text[begin:]:
+        answer = message["content"].strip()
+        if begin < 0 or text.find(answer, begin) < 0:
             raise UserError(
                 f"{self.origin}: what it writes for turn {i + 1} of a conversation does not "
                 "continue its own generation prompt, so a model would be prompted in another way "
@@ -307,6 +333,11 @@ def _known_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """The names of BOS and EOS, each if the tokenizer has one."""
     ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     return {name: tokenizer.pieces[i] for name, i in ids.items() if i is not None}
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    """The numbers of the assistant's messages."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _check_message(message: Any, i: int) -> Message:

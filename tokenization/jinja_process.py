@@ -49,16 +49,14 @@ def main(parent: int, packages: str, cpu_seconds: float, memory_bytes: int,
             return
     import_jinja(packages)
     limit_resources(memory_bytes)
-    renderer = Renderer(max_chars)
+    renderer = Renderer(cpu_seconds, max_chars)
     write_frame(b"{}")  # ready
     while True:
         try:
             request = read_frame()
             if request is None:
                 return
-            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-            answer = encode_answer(renderer.answer(request))
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            answer = renderer.answer(request)
         except MemoryError:
             write_frame(b'{"limit": "memory"}')
             return
@@ -115,61 +113,73 @@ def write_frame(content: bytes) -> None:
         rest = rest[os.write(1, rest):]
 
 
-def encode_answer(answer: dict[str, Any]) -> bytes:
-    """An answer as JSON in UTF-8, which cannot hold half of a surrogate pair."""
-    try:
-        return json.dumps(answer, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return b'{"error": "writes half a character (a lone surrogate)"}'
-
-
 class Renderer:
     """Answers requests with the template that was sent last."""
 
-    def __init__(self, max_chars: int):
-        self.max_chars = max_chars
+    def __init__(self, cpu_seconds: float, max_chars: int):
+        self.cpu_seconds, self.max_chars = cpu_seconds, max_chars
         self.source = ""
         self.template: Any = None  # compiled from the source
         self.date = ""  # for strftime_now; "": today
 
-    def answer(self, request: bytes) -> dict[str, Any]:
-        """Render a conversation: {"text", "prompt_lengths", "error"}.
+    def answer(self, request: bytes) -> bytes:
+        """Render the conversations of a request: {"renderings": [...]}, in JSON.
 
-        For each i of the request's `prompts` also messages[:i] are rendered with the generation
-        prompt. `prompt_lengths` holds the length of each, or -1 as the last item if the text of the
-        conversation does not begin with it. With an `error`, what was rendered before it is there.
+        There are fewer renderings than conversations if one has an error, or if they are long.
+        """
+        fields = json.loads(request)
+        if "source" in fields:
+            self.source, self.template = fields["source"], None
+        self.date = str(fields["variables"].get("date_string", ""))
+        renderings, n_chars = [], 0
+        for conversation in fields["conversations"]:
+            signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)
+            rendering = self.render_conversation(fields["variables"], **conversation)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            n_chars += len(rendering.get("text", ""))
+            if renderings and n_chars > self.max_chars:
+                break
+            renderings.append(rendering)
+            if "error" in rendering:
+                break
+        return json.dumps({"renderings": renderings}, ensure_ascii=False).encode()
+
+    def render_conversation(self, variables: dict[str, Any], messages: list[Any],
+                            add_generation_prompt: bool, prompts: list[int]) -> dict[str, Any]:
+        """Render a conversation, and for each i of `prompts` messages[:i] with the generation
+        prompt: {"text", "prompt_lengths", "error"}.
+
+        `prompt_lengths` holds the length of each prompt, or -1 as the last item if the text does
+        not begin with that prompt. With an "error", what was rendered before it is there.
         """
         import jinja2
 
-        answer: dict[str, Any] = {}
+        rendering: dict[str, Any] = {}
         try:
-            fields = json.loads(request)
-            if "source" in fields:
-                self.source, self.template = fields["source"], None
             if self.template is None:
                 self.template = compile_template(self.source, self.strftime_now)
-            self.date = fields["variables"].get("date_string", "")
-            messages, variables = fields["messages"], fields["variables"]
-            text = self.render(messages, variables, fields["add_generation_prompt"])
-            answer["text"] = text
-            answer["prompt_lengths"] = []
-            for i in fields["prompts"]:
-                prompt = self.render(messages[:i], variables, True)
+            text = self.render(variables, messages, add_generation_prompt)
+            text.encode()  # refuses half of a surrogate pair
+            rendering |= {"text": text, "prompt_lengths": []}
+            for i in prompts:
+                prompt = self.render(variables, messages[:i], True)
                 if not text.startswith(prompt):
-                    answer["prompt_lengths"].append(-1)
+                    rendering["prompt_lengths"].append(-1)
                     break
-                answer["prompt_lengths"].append(len(prompt))
+                rendering["prompt_lengths"].append(len(prompt))
         except MemoryError:
             raise
         except OutputLimitError:
-            answer["error"] = f"writes without end (more than {self.max_chars:,} characters)"
+            rendering["error"] = f"writes without end (more than {self.max_chars:,} characters)"
+        except UnicodeEncodeError as e:
+            rendering["error"] = f"writes half a character ({first_words(e, 160)})"
         except jinja2.TemplateError as e:
-            answer["error"] = first_words(e, MAX_ERROR_CHARS)
+            rendering["error"] = first_words(e, MAX_ERROR_CHARS)
         except Exception as e:
-            answer["error"] = f"{type(e).__name__} in the template ({first_words(e, 160)})"
-        return answer
+            rendering["error"] = f"{type(e).__name__} in the template ({first_words(e, 160)})"
+        return rendering
 
-    def render(self, messages: list[Any], variables: dict[str, Any], generate: bool) -> str:
+    def render(self, variables: dict[str, Any], messages: list[Any], generate: bool) -> str:
         """A conversation as the template writes it."""
         parts, length = [], 0
         for part in self.template.generate(**variables, messages=messages,

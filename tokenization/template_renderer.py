@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ PROGRAM = Path(__file__).parent / "jinja_process.py"
 FRAME_LENGTH = struct.Struct(">I")  # stands before each frame
 MAX_JSON_BYTES = 6  # of a character in a JSON string: \u0000
 READ_BYTES = 1 << 16
+MAX_BATCH_CHARS = 20_000  # of the messages of the conversations that are sent together
 # Variables of the environment that Python needs to start, and the time zone.
 ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 
@@ -40,6 +41,16 @@ class RenderingLimits:
     cpu_seconds: float = 10.0
     memory_bytes: int = 512 << 20
     max_chars: int = 1 << 24
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to render; for each i of `prompts` also messages[:i] are rendered, with the
+    generation prompt."""
+
+    messages: Sequence[Any]
+    add_generation_prompt: bool = False
+    prompts: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -66,39 +77,58 @@ class TemplateRenderer:
         self.process: _Process | None = None
         self.source = ""  # of the template that the process has
 
-    def render(self, source: str, messages: Sequence[Any], variables: Mapping[str, Any],
-               add_generation_prompt: bool = False, prompts: Sequence[int] = ()) -> Rendering:
-        """Render a conversation; for each i of `prompts` also messages[:i] with the generation
-        prompt."""
-        fields: dict[str, Any] = {
-            "messages": messages, "variables": variables, "prompts": prompts,
-            "add_generation_prompt": add_generation_prompt}
+    def render(self, source: str, variables: Mapping[str, Any], request: Request) -> Rendering:
+        """Render one conversation with a template and its variables."""
+        return self.render_all(source, variables, [request])[0]
+
+    def render_all(self, source: str, variables: Mapping[str, Any],
+                   requests: Iterable[Request]) -> list[Rendering]:
+        """Render conversations, in order, up to the first one with an error. One by one they would
+        need more time: each exchange switches between two processes."""
+        renderings: list[Rendering] = []
         with self.lock:
-            process = self._running_process()
-            if source != self.source:
-                fields["source"] = self.source = source
-            done = False
-            try:
-                process.write(_encode(fields))
-                answer = process.read(self.max_frame_bytes)
-                done = answer is not None and "limit" not in answer
-            finally:
-                if not done:  # also after an interruption: the answer would be read by the next one
-                    self.process = None
-                    process.kill()
+            for batch in _batches(requests):
+                answers = self._exchange(source, variables, batch)
+                while len(answers) < len(batch) and not (answers and answers[-1].error):
+                    # the batch reached a limit, perhaps as a whole
+                    answers += self._exchange(source, variables, [batch[len(answers)]])
+                renderings += answers
+                if answers[-1].error:
+                    break
+        return renderings
+
+    def _exchange(self, source: str, variables: Mapping[str, Any],
+                  batch: Sequence[Request]) -> list[Rendering]:
+        """The renderings of a batch, or of its first conversations: up to the first error, or as
+        many as one answer may hold. Of one conversation, its rendering is always returned."""
+        fields = {"variables": variables, "conversations": [vars(request) for request in batch]}
+        process = self._running_process()
+        if source != self.source:
+            fields["source"] = self.source = source
+        answer = None
+        try:
+            process.write(_to_json(fields))
+            answer = process.read(self.max_frame_bytes)
+        finally:
+            if answer is None or "limit" in answer:  # also if this was interrupted
+                self._end_process()
+        if answer is not None and "limit" not in answer:
+            return [Rendering(**rendering) for rendering in answer["renderings"]]
+        if len(batch) > 1:
+            return []
         if answer is None:
-            return Rendering(error=self._describe_end(process.wait()))
-        if "limit" in answer:
-            return Rendering(error=self._describe_limit(answer["limit"]))
-        return Rendering(answer.get("text", ""), answer.get("prompt_lengths", ()),
-                         answer.get("error", ""))
+            return [Rendering(error=self._describe_end(process.wait()))]
+        return [Rendering(error=self._describe_limit(answer["limit"]))]
+
+    def _end_process(self) -> None:
+        if self.process:
+            self.process.kill()
+        self.process = None
 
     def close(self) -> None:
         """End the process; the next rendering starts another one."""
         with self.lock:
-            if self.process:
-                self.process.kill()
-            self.process = None
+            self._end_process()
 
     def _running_process(self) -> _Process:
         """The process, started if there is none, if it has ended, or if this is a fork."""
@@ -147,6 +177,7 @@ class _Process:
                    str(packages), str(limits.cpu_seconds), str(limits.memory_bytes),
                    str(limits.max_chars)]
         self.owner = os.getpid()
+        self.buffer = bytearray()  # what was read of the next frames
         started: Future[subprocess.Popen] = Future()
         self.thread = threading.Thread(target=_start_and_wait, args=(command, started), daemon=True)
         self.thread.start()
@@ -172,18 +203,26 @@ class _Process:
     def read(self, max_bytes: int) -> dict[str, Any] | None:
         """The next frame; None if the process ends before. {"limit": "output"} in place of a frame
         that is longer than `max_bytes`."""
-        content = bytearray()
-        size = FRAME_LENGTH.size
-        while len(content) < size:
-            part = os.read(self.popen.stdout.fileno(), READ_BYTES)
-            if not part:
-                return None
-            content += part
-            if size == FRAME_LENGTH.size <= len(content):
-                size += FRAME_LENGTH.unpack_from(content)[0]
-                if size > max_bytes:
-                    return {"limit": "output"}
-        return json.loads(content[FRAME_LENGTH.size:])
+        head = FRAME_LENGTH.size
+        if not self._fill(head):
+            return None
+        size = head + FRAME_LENGTH.unpack_from(self.buffer)[0]
+        if size > max_bytes:
+            return {"limit": "output"}
+        if not self._fill(size):
+            return None
+        frame = self.buffer[head:size]
+        del self.buffer[:size]
+        return json.loads(frame)
+
+    def _fill(self, n_bytes: int) -> bool:
+        """Read until the buffer holds `n_bytes`; whether it does before the process ends."""
+        while len(self.buffer) < n_bytes:
+            content = os.read(self.popen.stdout.fileno(), READ_BYTES)
+            if not content:
+                return False
+            self.buffer += content
+        return True
 
     def kill(self) -> None:
         """End it and close the pipes."""
@@ -196,6 +235,28 @@ class _Process:
         self.popen.stdin.close()
         self.popen.stdout.close()
         return self.popen.returncode
+
+
+def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """Requests in batches of about MAX_BATCH_CHARS."""
+    batch: list[Request] = []
+    n_chars = 0
+    for request in requests:
+        batch.append(request)
+        n_chars += sum(len(message["content"]) for message in request.messages)
+        if n_chars >= MAX_BATCH_CHARS:
+            yield batch
+            batch, n_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _to_json(fields: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    except (TypeError, ValueError, RecursionError) as e:
+        raise UserError(f"a message cannot be given to a chat template ({e}); expected texts, "
+                        "numbers, lists and objects") from None
 
 
 def _start_and_wait(command: Sequence[str], started: Future[subprocess.Popen]) -> None:
@@ -215,10 +276,3 @@ def _start_and_wait(command: Sequence[str], started: Future[subprocess.Popen]) -
     started.set_result(process)
     process.wait()
 
-
-def _encode(fields: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    except (TypeError, ValueError, RecursionError) as e:
-        raise UserError(f"a message cannot be given to a chat template ({e}); expected texts, "
-                        "numbers, lists and objects") from None

@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chat_templates import KINDS, QWEN, byte_level, said
+from helpers.chat_templates import KINDS, QWEN, TEMPLATES, byte_level, said
 from runtime.console import UserError
 from tokenization.chat_template import ChatTemplate
-from tokenization.template_renderer import RenderingLimits, TemplateRenderer, shared_renderer
+from tokenization.template_renderer import (
+    RenderingLimits,
+    Request,
+    TemplateRenderer,
+    shared_renderer,
+)
 from tokenization.tokenizer import Tokenizer
 
 SMALL = RenderingLimits(cpu_seconds=0.05, memory_bytes=96 << 20, max_chars=1 << 18)
@@ -219,7 +224,7 @@ def check_contained(renderer: TemplateRenderer, name: str) -> None:
     used no more CPU time than it may."""
     source, refusals = CASES[name]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    rendering = renderer.render(source, MESSAGES, {"eos_token": "</s>"}, prompts=[1])
+    rendering = renderer.render(source, {"eos_token": "</s>"}, Request(MESSAGES, prompts=[1]))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < renderer.limits.cpu_seconds + START_SECONDS
@@ -288,3 +293,36 @@ def test_a_template_of_100_mb_is_refused_before_it_is_read(folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"tokenizer_config\.json: .* 1 MB"):
         ChatTemplate.from_folder(tmp_path, tokenizer)
+
+
+WORK = ("{% for m in messages %}{{ m.content }}{% for i in range(m.n) %}{% for j in range(900) %}"
+        "{% endfor %}{% endfor %}{% endfor %}")
+
+
+def test_a_batch_is_refused_for_one_conversation_and_not_for_their_sum():
+    renderer = TemplateRenderer(replace(SMALL, cpu_seconds=0.25))
+    requests = [Request([{"content": str(i), "n": 300}]) for i in range(60)]  # about 8 ms each
+    batch = renderer.render_all(WORK, {}, requests)
+    assert [x.text for x in batch] == [str(i) for i in range(60)]
+    requests[7] = Request([{"content": "7", "n": 99999}])
+    batch = renderer.render_all(WORK, {}, requests)
+    assert [x.text for x in batch] == [*map(str, range(7)), ""]
+    assert TIME in batch[7].error and not any(x.error for x in batch[:7])
+    requests[7] = Request([{"content": "x" * 200000, "n": 0}] * 4)
+    batch = renderer.render_all(WORK, {}, requests)
+    assert "without end" in batch[7].error and len(batch) == 8
+    long = [Request([{"content": "x" * 200000, "n": 0}])] * 5  # more than one answer may hold
+    assert [len(x.text) for x in renderer.render_all(WORK, {}, long)] == [200000] * 5
+    renderer.close()
+
+
+def test_an_error_is_that_of_the_first_conversation_that_has_one(folder):
+    template = open_template(folder, TEMPLATES["qwen"])
+    good, empty = MESSAGES, said(("u", "Amakuru?"), ("a", " "))
+    for bad, words in ((empty, "is empty"), (good[:1], "does not end"),
+                       ([{"role": "king", "content": ""}, *good], "message 1")):
+        documents = template.render_all_with_mask([good, good, bad, empty])
+        first = [next(documents), next(documents)]
+        assert first == [template.render_with_mask(good)] * 2
+        with pytest.raises(UserError, match=words):
+            next(documents)

@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from helpers.chat_templates import said
 from runtime.paths import ROOT
-from tokenization.template_renderer import RenderingLimits, TemplateRenderer
+from tokenization.template_renderer import Rendering, RenderingLimits, Request, TemplateRenderer
 
 LIMITS = RenderingLimits(cpu_seconds=5, memory_bytes=128 << 20, max_chars=1 << 20)
 MESSAGES = said(("u", "Amakuru?"), ("a", "Ni meza."))
@@ -27,11 +27,11 @@ WAIT_SECONDS = 20  # until a process must have ended; mostly a few milliseconds 
 # A program that starts a renderer, prints its process id, and lets it render a template.
 PARENT = """
 import sys
-from tokenization.template_renderer import RenderingLimits, TemplateRenderer
+from tokenization.template_renderer import RenderingLimits, Request, TemplateRenderer
 renderer = TemplateRenderer(RenderingLimits(cpu_seconds=100))
-renderer.render("x", [], {})
+renderer.render("x", {}, Request([]))
 print(renderer.process.popen.pid, flush=True)
-renderer.render(sys.argv[1], [], {})
+renderer.render(sys.argv[1], {}, Request([]))
 sys.stdin.read()
 """
 
@@ -75,8 +75,12 @@ def has_ended_as_an_orphan(pid: int) -> bool:
     return False
 
 
+def render(renderer: TemplateRenderer, source: str, **variables: object) -> Rendering:
+    return renderer.render(source, variables, Request(MESSAGES))
+
+
 def echo(renderer: TemplateRenderer, n: int) -> None:
-    assert renderer.render(ECHO, MESSAGES, {"n": n}).text == f"Amakuru?{n}"
+    assert render(renderer, ECHO, n=n).text == f"Amakuru?{n}"
 
 
 @linux
@@ -115,7 +119,7 @@ def test_it_ends_with_its_parent():
 def test_no_zombie_is_left(renderer):
     echo(renderer, 1)
     pid = renderer.process.popen.pid
-    assert "memory" in renderer.render("{{ 'a' | center(10 ** 12) }}", MESSAGES, {}).error
+    assert "memory" in render(renderer, "{{ 'a' | center(10 ** 12) }}").error
     assert has_ended(pid)
     echo(renderer, 2)
     pid = renderer.process.popen.pid
@@ -146,7 +150,7 @@ def test_a_killed_rendering_says_so(renderer):
     pid = renderer.process.popen.pid
     timer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
     timer.start()
-    assert "was killed" in renderer.render(ENDLESS, MESSAGES, {}).error
+    assert "was killed" in render(renderer, ENDLESS).error
     timer.join()
     echo(renderer, 2)
 
@@ -171,7 +175,7 @@ def test_every_conversation_has_the_whole_cpu_time():
     echo(renderer, 1)
     pid, ticks = renderer.process.popen.pid, 0
     while ticks < os.sysconf("SC_CLK_TCK"):  # one second in all
-        assert renderer.render("{% for i in range(99999) %}{% endfor %}", [], {}).error == ""
+        assert render(renderer, "{% for i in range(99999) %}{% endfor %}").error == ""
         ticks = sum(map(int, process_fields(pid)[11:13]))  # in user mode and in the kernel
     assert renderer.process.popen.pid == pid
     renderer.close()
@@ -187,7 +191,7 @@ def test_an_interrupted_rendering_leaves_no_answer_for_the_next(renderer):
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         with pytest.raises(KeyboardInterrupt):
-            renderer.render(ENDLESS, MESSAGES, {})
+            render(renderer, ENDLESS)
     finally:
         signal.signal(signal.SIGALRM, handler)
     echo(renderer, 2)
@@ -234,12 +238,12 @@ def test_every_filter_test_and_function_of_jinja2_works_without_files(renderer):
         try:
             expected = environment.from_string(call).render(messages=MESSAGES)
         except Exception as e:
-            error = renderer.render(call, MESSAGES, {}).error
+            error = render(renderer, call).error
             expected = str(e) if isinstance(e, jinja2.TemplateError) else type(e).__name__
             assert " ".join(expected.split())[:100] in error, call
             continue
         if " at 0x" not in expected:  # a generator
-            assert renderer.render(call, MESSAGES, {}).text == expected, call
+            assert render(renderer, call).text == expected, call
 
 
 def test_dates_are_those_of_this_process(renderer, monkeypatch):
@@ -247,7 +251,7 @@ def test_dates_are_those_of_this_process(renderer, monkeypatch):
     time.tzset()
     try:
         before = time.strftime("%d %B %Y %H %Z")
-        text = renderer.render("{{ strftime_now('%d %B %Y %H') }}", [], {}).text
+        text = render(renderer, "{{ strftime_now('%d %B %Y %H') }}").text
         assert text in (before.rpartition(" ")[0], time.strftime("%d %B %Y %H"))
     finally:
         monkeypatch.undo()
