@@ -61,7 +61,7 @@ def test_all_recipes_are_there_and_say_where_they_come_from():
     for recipe in RECIPES:
         head = re.match(r"(?:#.*\n)+", recipe.read_text())[0]
         told = "Ours:" in head or "Source: none" in head
-        assert told or ("As theirs:" in head and "Adapted:" in head), recipe.name
+        assert told or ("Same as the source:" in head and "Changed:" in head), recipe.name
 
 
 def test_every_setting_of_a_recipe_is_one_that_the_code_reads():
