@@ -43,7 +43,7 @@ def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> f
 
     config = ModelConfig(**shape)
     s = dataclasses.replace(Settings(), recompute="full", seq_len=seq_len, rows=rows, **way)
-    return memory.need(config, s, torch.bfloat16, backend="varlen_flash").total / 2**30
+    return memory.estimate(config, s, torch.bfloat16, backend="varlen_flash").total / 2**30
 
 
 def smallest(x: float) -> str:

@@ -129,7 +129,7 @@ def predict(name: str) -> dict[str, float]:
     from training import memory_estimate as memory
 
     case = CASES[name]
-    found = memory.need(ModelConfig.from_hf(words(case)), settings(case), torch.bfloat16,
+    found = memory.estimate(ModelConfig.from_hf(words(case)), settings(case), torch.bfloat16,
                         backend="varlen_flash")
     return {"total": found.total / 2**30}
 

@@ -73,9 +73,9 @@ def predict(case: str, name: str, folder: str) -> dict[str, float]:
     from checkpoints.model_folder import read_config
     from training import memory_estimate as memory
 
-    need = memory.need(read_config(Path(folder, name)), settings(case, name),
+    estimate = memory.estimate(read_config(Path(folder, name)), settings(case, name),
                        torch.bfloat16)
-    return {part: getattr(need, part) / 2**30 for part in (*memory.PARTS, "total")}
+    return {part: getattr(estimate, part) / 2**30 for part in (*memory.CATEGORIES, "total")}
 
 
 def measured(take: Callable[[str], float], name: str) -> dict[str, float]:

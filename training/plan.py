@@ -22,7 +22,7 @@ from runtime.console import STORAGE, UserError, coloured, is_rank_zero
 from runtime.device import GiB, memory_limit_gb, peak_memory_gb, synchronize
 from training import memory_estimate
 from training import optimizer as optim
-from training.memory_estimate import Need
+from training.memory_estimate import MemoryEstimate
 from training.objective import Objective
 from training.settings import Settings
 from training.state import Run
@@ -45,16 +45,16 @@ def show(run: Run, origins: dict[str, str], objective: Objective) -> None:
     batch = run.loader.next()
     measured = _measure(run, objective, batch)
     base = base_model_dir(run.model_dir)
-    need = memory_estimate.on(
+    estimate = memory_estimate.estimate_on(
         run.ranks, run.model.config, s, run.model.compute_dtype, run.micro_batches,
         run.model_dir if run.model_dir != base else None)
     if is_rank_zero():
-        print(_answer(run, need, measured))
+        print(_answer(run, estimate, measured))
         print(_settings_lines(s, origins))
         print(_details(run))
         print("\nthe first row; trained tokens are in colour:")
         _print_row(run, batch)
-    memory_estimate.willing(run.model.config, s, run.ranks)
+    memory_estimate.check_cpu_is_intended(run.model.config, s, run.ranks)
     check_disk(run)
 
 
@@ -65,13 +65,13 @@ def _measure(run: Run, objective: Objective, batch: Batch) -> Measurement:
     return Measurement(time.perf_counter() - start, peak_memory_gb(run.ranks.device))
 
 
-def _answer(run: Run, need: Need, measured: Measurement) -> str:
+def _answer(run: Run, estimate: MemoryEstimate, measured: Measurement) -> str:
     """Does it fit; memory, time, disk, data and steps."""
     s = run.settings
     limit = memory_limit_gb(run.ranks.device)
     free = shutil.disk_usage(run.out).free
     obstacles = []
-    if need.total > limit * GiB:
+    if estimate.total > limit * GiB:
         obstacles.append("memory")
     if free < disk_needed(run):
         obstacles.append("disk")
@@ -87,7 +87,7 @@ def _answer(run: Run, need: Need, measured: Measurement) -> str:
         files += ", --best"
     return (
         f"plan         {verdict}\n"
-        f"memory       {need.total / GiB:.2f} GB of tensors needed at most ({need}), of "
+        f"memory       {estimate.total / GiB:.2f} GB of tensors needed at most ({estimate}), of "
         f"{limit:.1f} GB here\n"
         f"             {measured.memory_gb + optimizer_gb:.2f} GB measured on one micro-batch: of "
         f"{of_what}, with {optimizer_gb:.2f} GB for the optimizer\n"

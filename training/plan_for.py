@@ -30,7 +30,7 @@ from runtime.device import PEAK_FLOPS, GiB, compute_dtype, device_name, memory_l
 from training import memory_estimate
 from training.batch_size import largest_fitting
 from training.flops import flops_per_token
-from training.memory_estimate import Need
+from training.memory_estimate import MemoryEstimate
 from training.settings import Settings, resolve_auto
 
 GPUS = {  # name for --plan-for: (name in PEAK_FLOPS, GB as sold)
@@ -120,8 +120,8 @@ def plan_for(s: Settings, target: Target | None = None) -> None:
                         f"{config.max_position_embeddings}; lower --seq-len", FLAGS)
     tokens = _tokens_per_step(s, target)
     rows = _choose_rows(s, target, config, adapter, tokens)
-    need = _need(s, target, config, adapter, tokens, rows)
-    _print_plan(s, target, config, adapter, tokens, rows, need)
+    estimate = _estimate(s, target, config, adapter, tokens, rows)
+    _print_plan(s, target, config, adapter, tokens, rows, estimate)
 
 
 def _read_shape(s: Settings) -> tuple[ModelConfig, Path | None]:
@@ -145,11 +145,11 @@ def _tokens_per_step(s: Settings, target: Target) -> int:
     return tokens
 
 
-def _need(s: Settings, target: Target, config: ModelConfig, adapter: Path | None, tokens: int,
-          rows: int) -> Need:
+def _estimate(s: Settings, target: Target, config: ModelConfig, adapter: Path | None, tokens: int,
+          rows: int) -> MemoryEstimate:
     """Memory of a step on one device with so many rows."""
     passes = 2 if tokens > rows * s.seq_len * target.count else 1
-    return memory_estimate.need(config, replace(s, rows=rows), target.dtype, passes, adapter,
+    return memory_estimate.estimate(config, replace(s, rows=rows), target.dtype, passes, adapter,
                                 target.attention_backend, target.count, target.memory_gb)
 
 
@@ -160,19 +160,19 @@ def _choose_rows(s: Settings, target: Target, config: ModelConfig, adapter: Path
         return s.rows
     limit = target.usable_gb * GiB
     return largest_fitting(tokens // (s.seq_len * target.count),
-                     lambda n: _need(s, target, config, adapter, tokens, n).total <= limit)
+                     lambda n: _estimate(s, target, config, adapter, tokens, n).total <= limit)
 
 
 def _print_plan(s: Settings, target: Target, config: ModelConfig, adapter: Path | None, tokens: int,
-                rows: int, need: Need) -> None:
-    model = memory_estimate.shaped(config, s, target.dtype, adapter)
+                rows: int, estimate: MemoryEstimate) -> None:
+    model = memory_estimate.meta_model(config, s, target.dtype, adapter)
     parameters = sum(p.numel() for p in model.parameters())
     parameters += sum(m.numel for m in nf4.nf4_layers(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = flops_per_token(model, s)
     tokens_per_second = target.peak_flops * s.plan_share * target.count / flops
     hours = tokens * s.steps / tokens_per_second / 3600
-    fits = "fits" if need.total <= target.usable_gb * GiB else "does not fit"
+    fits = "fits" if estimate.total <= target.usable_gb * GiB else "does not fit"
     cost = f"unknown; --plan-price gives the price of a {target.kind} for one hour"
     if s.plan_price:
         cost = (f"{hours * target.count * s.plan_price:,.2f} at {s.plan_price:g} for an hour of "
@@ -183,7 +183,7 @@ def _print_plan(s: Settings, target: Target, config: ModelConfig, adapter: Path 
     if s.tune == "qlora":
         not_counted += ", dequantizing NF4"
     print(
-        f"memory       {need.total / GiB:.2f} GB needed at most ({need}); {fits}: "
+        f"memory       {estimate.total / GiB:.2f} GB needed at most ({estimate}); {fits}: "
         f"{target.usable_gb:.1f} GB are usable\n"
         f"time         {hours:,.1f} hours, {tokens_per_second:,.0f} tokens/s: "
         f"{flops / 1e9:,.1f} GFLOP for a token at {s.plan_share:.0%} of the peak, which is assumed "

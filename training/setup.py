@@ -127,9 +127,10 @@ def check_memory(s: Settings, model_dir: Path, dtype: torch.dtype, ranks: Distri
     base = base_model_dir(model_dir)
     config = read_config(base)
     if not s.plan:  # --plan prints its table first
-        memory_estimate.willing(config, s, ranks)
-    memory_estimate.check(config, s, dtype, ranks, passes=2 if s.tokens_per_step else 1,
-                          adapter=model_dir if base != model_dir else None)
+        memory_estimate.check_cpu_is_intended(config, s, ranks)
+    memory_estimate.check_memory(config, s, dtype, ranks,
+                                 micro_batches=2 if s.tokens_per_step else 1,
+                                 adapter=model_dir if base != model_dir else None)
 
 
 def load_suites_and_conditions(s: Settings) -> tuple[list[Suite], EarlyStopping]:

@@ -124,6 +124,6 @@ def test_what_is_predicted_for_a_gpu_is_what_plan_says_of_these_flags(monkeypatc
         monkeypatch.setitem(gpu.SHAPES, shape, gpu.SHAPES["tiny"])
     s, _ = read_settings([*flags, "--rows", "1"])
     config = ModelConfig.from_hf(gpu.words(gpu.CASES[name]))
-    said = memory.need(config, s, torch.bfloat16, backend="varlen_flash").total / 2**30
+    said = memory.estimate(config, s, torch.bfloat16, backend="varlen_flash").total / 2**30
     assert gpu.settings(gpu.CASES[name]) == s
     assert gpu.predict(name)["total"] == said

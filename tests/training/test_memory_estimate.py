@@ -68,7 +68,7 @@ def really(shape: str, s: Settings, dtype: torch.dtype, passes: int,
     if s.mode == "dpo" and s.tune == "full":
         batch.reference = torch.zeros(ids.shape)
     objective = objective_of(s)
-    with memory._Held() as held, torch.no_grad():
+    with memory.TensorTracker() as tracker, torch.no_grad():
         kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
         kept = kept if s.tune == "full" and not s.train_layers else dtype
         for m in model.modules():  # made anew, so that all are seen
@@ -89,14 +89,14 @@ def really(shape: str, s: Settings, dtype: torch.dtype, passes: int,
         optimizer = optim.adamw(model.train(), 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
         for step in range(2):
             if step == 1:
-                held.most = dict(held.bytes)
+                tracker.peak = dict(tracker.bytes)
             for _ in range(passes):
                 with torch.enable_grad():
                     objective.sums(model, batch).reshape(-1)[: 1 + (s.mode == "cpo")].sum() \
                         .backward()
             optimizer.step()
             optimizer.zero_grad()
-    return sum(held.most.values())
+    return sum(tracker.peak.values())
 
 
 @pytest.mark.parametrize("way", [*(x for x in WAYS if x != "eight bits"), pytest.param(
@@ -107,13 +107,13 @@ def test_the_prediction_is_what_a_real_steps_tensors_hold(shape, way):
     s = settings(**WAYS[way])
     config = ModelConfig.from_hf(tiny.config(shape, **WIDE))
     for dtype, passes in ((torch.float32, 1), (torch.bfloat16, 2)):
-        said = memory.need(config, s, dtype, passes).total
+        said = memory.estimate(config, s, dtype, passes).total
         assert said == pytest.approx(really(shape, s, dtype, passes), rel=0.05), (dtype, passes)
 
 
 def test_documents_one_after_the_other_are_predicted_too():
     s, config = settings(), ModelConfig.from_hf(tiny.config("llama32", **WIDE))
-    predicted = memory.need(config, s, torch.bfloat16, backend="cpu_documents").total
+    predicted = memory.estimate(config, s, torch.bfloat16, backend="cpu_documents").total
     real = really("llama32", s, torch.bfloat16, 1, backend="cpu_documents")
     assert predicted == pytest.approx(real, rel=0.05)
 
@@ -123,7 +123,7 @@ def test_the_rows_of_many_threads_are_predicted_too(monkeypatch):
     for threads in (1, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         sizes = loss.chunk_sizes("cpu", tiny.V, WIDE["hidden_size"], cached_numel=1 << 12)
-        said = memory.need(config, s, torch.bfloat16, sizes=sizes)
+        said = memory.estimate(config, s, torch.bfloat16, sizes=sizes)
         real = really("llama32", s, torch.bfloat16, 1, sizes)
         assert said.total == pytest.approx(real, rel=0.01)
         found.append(said.logits)
@@ -134,12 +134,12 @@ def test_parts_are_exact_where_shapes_alone_decide():
     words = dict(WIDE, vocab_size=tiny.V)
     config = ModelConfig.from_hf(tiny.config("llama3", **words))
     n = sum(p.numel() for p in tiny.peer("llama3", **words).parameters())
-    full = memory.need(config, settings(recompute="full"), torch.float32)
+    full = memory.estimate(config, settings(recompute="full"), torch.float32)
     assert (full.weights, full.optimizer) == (4 * n, 8 * n) and full.total > 12 * n
-    narrow = memory.need(config, settings(optimizer="adamw-bf16"), torch.bfloat16)
+    narrow = memory.estimate(config, settings(optimizer="adamw-bf16"), torch.bfloat16)
     assert (narrow.weights, narrow.optimizer) == (2 * n, 4 * n)
-    again = memory.need(config, settings(), torch.float32, passes=2)
-    assert again.total > memory.need(config, settings(), torch.float32).total, (
+    again = memory.estimate(config, settings(), torch.float32, micro_batches=2)
+    assert again.total > memory.estimate(config, settings(), torch.float32).total, (
         "gradients stand while the next micro-batch is on its way")
 
 
@@ -153,7 +153,7 @@ from layers.config import ModelConfig
 from training import memory_estimate as memory
 from training.settings import Settings
 s = Settings(rows=1, seq_len=16, tune="qlora", double_quant=True)
-memory.need(ModelConfig.from_hf(tiny.config("llama3")), s, torch.float32)
+memory.estimate(ModelConfig.from_hf(tiny.config("llama3")), s, torch.float32)
 W = torch.randn(64, 64)
 scales = nf4.quantise_scales(nf4.quantise(W)[1])
 layer = nf4.NF4Linear(W, None, double=True)
@@ -174,7 +174,7 @@ def test_a_model_of_eight_billion_is_planned_without_its_weights():
         max_position_embeddings=8192))
     s = Settings(rows=1, seq_len=1024, tune="qlora", recompute="full")
     before = Distributed.start("cpu").memory_gb()
-    found = memory.need(config, s, torch.bfloat16)
+    found = memory.estimate(config, s, torch.bfloat16)
     matrices, rest = 6_979_321_856, 2 * 128256 * 4096 + 65 * 4096
     small = 41_943_040 * 4  # LoRA of rank 16 on all linear layers, float32
     assert found.weights == matrices * 4.5 / 8 + rest * 2 + small
@@ -185,28 +185,28 @@ def test_a_model_of_eight_billion_is_planned_without_its_weights():
 def test_what_cannot_fit_is_refused_in_one_line_and_what_fits_is_not_measured():
     config = ModelConfig.from_hf(tiny.config("llama3", **WIDE))
     one = Distributed.start("cpu")
-    memory.check(config, settings(), torch.float32, one, 1)
-    exact = memory.need(config, settings(), torch.float32).total
+    memory.check_memory(config, settings(), torch.float32, one, 1)
+    exact = memory.estimate(config, settings(), torch.float32).total
     less, more = exact / GiB * 0.99, exact / GiB * 1.01
     with pytest.raises(UserError, match=r"a step needs .*\(weights .*logits .*--recompute") as e:
-        memory.check(config, settings(), torch.float32, one, 1, limit_gb=less)
+        memory.check_memory(config, settings(), torch.float32, one, 1, limit_gb=less)
     assert e.value.code == 2 and "\n" not in str(e.value)
     for s in (settings(ignore_memory=True), dataclasses.replace(settings(), rows="auto")):
-        memory.check(config, s, torch.float32, one, 1, limit_gb=less)
-    memory.check(config, settings(), torch.float32, one, 1, limit_gb=more)
+        memory.check_memory(config, s, torch.float32, one, 1, limit_gb=less)
+    memory.check_memory(config, settings(), torch.float32, one, 1, limit_gb=more)
 
 
 def test_what_cannot_fit_a_rank_is_refused_too():
     config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
     two = Distributed(0, 2, torch.device("cpu"))
     s = Settings(rows=1, seq_len=64, shard="fsdp")
-    exact = memory.need(config, s, torch.float32, world=2).total
+    exact = memory.estimate(config, s, torch.float32, world_size=2).total
     less, more = exact / GiB * 0.99, exact / GiB * 1.01
     with pytest.raises(UserError, match=r"a step needs [\d.]+ GB on each of 2 ranks \(weights"):
-        memory.check(config, s, torch.float32, two, 1, limit_gb=less)
-    memory.check(config, s, torch.float32, two, 1, limit_gb=more)
+        memory.check_memory(config, s, torch.float32, two, 1, limit_gb=less)
+    memory.check_memory(config, s, torch.float32, two, 1, limit_gb=more)
     with pytest.raises(UserError, match="ranks"):
-        memory.check(config, dataclasses.replace(s, shard="ddp"), torch.float32, two, 1,
+        memory.check_memory(config, dataclasses.replace(s, shard="ddp"), torch.float32, two, 1,
                      limit_gb=more)
 
 
@@ -215,11 +215,11 @@ def test_of_qlora_a_rank_cuts_what_trains_whole_alone(embeddings):
     """Blocks in four bits have no matrix that is cut, and adapters stay whole."""
     config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
     s = Settings(rows=1, seq_len=64, tune="qlora", shard="fsdp", train_embeddings=embeddings)
-    one, two = (memory.need(config, s, torch.bfloat16, world=n).total for n in (1, 2))
+    one, two = (memory.estimate(config, s, torch.bfloat16, world_size=n).total for n in (1, 2))
     assert 0.5 * one < two < 1.2 * one
     if embeddings:  # apart from the adapters' buckets, in which DDP keeps their gradients
         with torch.device("meta"):
-            model = memory.shaped(config, s, torch.bfloat16)
+            model = memory.meta_model(config, s, torch.bfloat16)
         buckets = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name)
         assert two - buckets < one
 
@@ -300,7 +300,7 @@ def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, wor
     """The least of some steps: gloo's threads let go of what they sent when they come to it."""
     s = Settings(rows=2, seq_len=128, lora_rank=8, shard=shard, **words)
     config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
-    said = memory.need(config, s, dtype, passes, world=2).total
+    said = memory.estimate(config, s, dtype, passes, world_size=2).total
     ends = fork.ends(fork.together(2, of_a_rank(s, dtype, passes, tmp_path / "found"),
                                    tmp_path / "said"))
     assert ends == [0, 0], (tmp_path / "said-0").read_text()[-2000:]
@@ -314,8 +314,8 @@ def test_a_ranks_prediction_holds_where_gradients_meet_after_every_micro_batch(
         tmp_path, dtype):
     s = Settings(rows=2, seq_len=128, shard="fsdp")
     config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
-    seldom = memory.need(config, s, dtype, 3, world=2)
-    often = memory.need(config, s, dtype, 3, world=2, gb=1e-6)
+    seldom = memory.estimate(config, s, dtype, 3, world_size=2)
+    often = memory.estimate(config, s, dtype, 3, world_size=2, gpu_gb=1e-6)
     assert often.gradients < 0.75 * seldom.gradients and often.total < seldom.total
     ends = fork.ends(fork.together(2, of_a_rank(s, dtype, 3, tmp_path / "found", often=True),
                                    tmp_path / "said"))
@@ -326,7 +326,7 @@ def test_a_ranks_prediction_holds_where_gradients_meet_after_every_micro_batch(
 def test_of_a_model_that_is_cut_a_rank_holds_its_part_and_what_is_whole():
     config = ModelConfig.from_hf(tiny.config("llama3", **BIG))
     s = Settings(rows=2, seq_len=128, shard="fsdp")
-    one, *more = (memory.need(config, s, torch.bfloat16, 1, world=n) for n in (1, 2, 4, 8))
+    one, *more = (memory.estimate(config, s, torch.bfloat16, 1, world_size=n) for n in (1, 2, 4, 8))
     norms = 128 * (2 * 16 + 1)
     for n, found in zip((2, 4, 8), more, strict=True):
         assert found.optimizer == (one.optimizer - 8 * norms) / n + 8 * norms
@@ -334,5 +334,6 @@ def test_of_a_model_that_is_cut_a_rank_holds_its_part_and_what_is_whole():
     auto = dataclasses.replace(s, shard="auto")
     numbers = one.optimizer / 8
     for gb, how in ((33 * numbers / GiB, "ddp"), (31 * numbers / GiB, "fsdp")):
-        assert memory.need(config, auto, torch.bfloat16, 1, world=2, gb=gb) == memory.need(
-            config, dataclasses.replace(s, shard=how), torch.bfloat16, 1, world=2)
+        chosen = memory.estimate(config, auto, torch.bfloat16, 1, world_size=2, gpu_gb=gb)
+        assert chosen == memory.estimate(config, dataclasses.replace(s, shard=how), torch.bfloat16,
+                                         1, world_size=2)

@@ -65,7 +65,7 @@ def test_hours_and_cost_are_the_work_over_a_share_of_the_peak(folder, capsys):
     s = settings(folder, steps=2_000_000, plan_share=0.5, plan_price=2.0)
     text, found = said(s, capsys)
     config = ModelConfig.from_hf(tiny.config("llama32", **WIDE))
-    work = flops_per_token(memory.shaped(config, s, torch.bfloat16), s) * found["tokens"]
+    work = flops_per_token(memory.meta_model(config, s, torch.bfloat16), s) * found["tokens"]
     assert found["tokens"] == 2 * 32 * 2_000_000
     assert found["hours"] == pytest.approx(work / (PEAK_FLOPS["H100"] * 0.5) / 3600, abs=0.06)
     assert found["cost"] == pytest.approx(2 * work / (PEAK_FLOPS["H100"] * 0.5) / 3600, abs=0.01)
@@ -76,7 +76,7 @@ def test_rows_are_as_many_as_the_card_holds_and_what_does_not_fit_is_said(
         folder, capsys):
     s = settings(folder, rows="auto", tokens_per_step=32 * 64, plan_for="t4")
     config = ModelConfig.from_hf(tiny.config("llama32", **WIDE))
-    sizes = [memory.need(config, settings(folder, rows=n), torch.float16, 2,
+    sizes = [memory.estimate(config, settings(folder, rows=n), torch.float16, 2,
                          backend="sdpa_mask").total
              for n in (8, 16)]
     between = replace(target_of(s), usable_gb=sum(sizes) / 2 / GiB)
@@ -95,11 +95,11 @@ def test_for_a_cpu_the_memory_is_this_machines_and_the_speed_is_measured(folder,
     slow = replace(target, peak_flops=1e6)
     text, found = said(s, capsys, slow)
     config = ModelConfig.from_hf(tiny.config("llama32", **WIDE))
-    work = flops_per_token(memory.shaped(config, s, slow.dtype), s) * found["tokens"]
+    work = flops_per_token(memory.meta_model(config, s, slow.dtype), s) * found["tokens"]
     assert found["hours"] == pytest.approx(work / (1e6 * 0.5) / 3600, rel=0.01)
     assert "measured here" in text and "50% of the peak, which is assumed" in text
     assert found["gb"] == pytest.approx(
-        memory.need(config, s, slow.dtype, 1, backend="cpu").total / GiB, abs=0.006)
+        memory.estimate(config, s, slow.dtype, 1, backend="cpu").total / GiB, abs=0.006)
 
 
 @pytest.mark.parametrize("words, match", [
