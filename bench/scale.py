@@ -60,7 +60,7 @@ def ours(how: str, folder: str) -> Callable[[Any], float]:
         return train.train_step(model, NLL, [batch], optimizer, ranks, CLIP)[0]
 
     step.parts = lambda: {  # type: ignore[attr-defined]
-        "model": dict(model.named_parameters()), "optimizer": optim.state(model, optimizer)}
+        "model": dict(model.named_parameters()), "optimizer": optim.state_tensors(model, optimizer)}
     step.ranks = ranks  # type: ignore[attr-defined]
     return step
 

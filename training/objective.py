@@ -39,5 +39,5 @@ def objective_of(settings: Settings) -> Objective:
     """The objective of a run's mode."""
     if BIN_KINDS[settings.mode] != "pairs":
         return NLL
-    return Objective(lambda model, b: preference.total(model, b, settings),
-                     lambda b: preference.count(b, settings), preference.REPORTED)
+    return Objective(lambda model, b: preference.loss_sums(model, b, settings),
+                     lambda b: preference.loss_counts(b, settings), preference.REPORTED)

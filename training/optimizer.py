@@ -1,12 +1,15 @@
-"""What moves the weights: parameter groups, AdamW, the scale of an fp16
-loss, and the optimizer's state by name.
+"""Optimizers: parameter groups, AdamW in three precisions, the scale of an fp16 loss, and the
+optimizer's state by parameter name.
 
-AdamW costs 16 bytes a trained number: weight, gradient and two moments in float32. Where that is
-too much there are two more. `adamw8bit` (Dettmers et al. 2022, by bitsandbytes) keeps the moments
-of matrices in eight bits: 10 bytes; those of embeddings stay in 32, as its authors advise, for most
-of an embedding's rows are seldom moved. `adamw-bf16` keeps all four in bf16: 8 bytes, and 7 billion
-weights fit an 80 GB card whole. bf16 has eight bits, so a small step would round away to nothing,
-always; rounded at random, up as often as it is near, it arrives on average (Gupta et al. 2015).
+AdamW in float32 holds 16 bytes for each trained parameter: weight, gradient and two moments. Two
+variants hold less:
+
+- `adamw8bit` (Dettmers et al. 2022, by bitsandbytes) holds the moments of matrices in 8 bits: 10
+  bytes. The moments of embeddings stay in float32, as its authors advise, because most rows of an
+  embedding are seldom updated.
+- `adamw-bf16` holds all four in bf16: 8 bytes, so that 7B parameters fit an 80 GB card. bf16 has 8
+  significant bits, so nearest rounding would lose every small update. Stochastic rounding keeps
+  them on average (Gupta et al. 2015).
 """
 
 from __future__ import annotations
@@ -23,91 +26,96 @@ from torch import Tensor, nn
 from runtime.console import FLAGS, UserError
 from runtime.distributed import local_shard
 
-CHUNK = 1 << 24  # numbers that stand in float32 at once while bf16 ones are moved
+CHUNK = 1 << 24  # elements that are in float32 at once during a step of adamw-bf16
 EPS = 1e-8
-TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # of bitsandbytes: the values eight bits name
-LEAST = 2.0  # of an fp16 loss's scale; 1 is none
-NARROW = 4096  # bitsandbytes keeps smaller tensors' moments in float32
+# bitsandbytes' tables of the values that the 8-bit codes stand for; not saved in checkpoints
+QUANTISATION_TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
+MIN_LOSS_SCALE = 2.0  # of an fp16 loss; 1 means no scaling
+MIN_8BIT_NUMEL = 4096  # bitsandbytes holds the moments of smaller tensors in float32
+GROWTH_INTERVAL = 2000  # steps without an overflow after which the loss scale is doubled
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def groups(model: nn.Module, weight_decay: float, embeddings: float = 1.0,
-           lora_B: float = 1.0) -> list[dict]:
-    """What trains, by its weight decay and its share of the learning rate (`scale`).
+def parameter_groups(model: nn.Module, weight_decay: float, embedding_scale: float = 1.0,
+                     lora_B_scale: float = 1.0) -> list[dict]:
+    """The trained parameters by weight decay and by `scale`, their share of the learning rate.
 
-    Matrices decay; norms, biases and lengths (one number a channel) do not. `embeddings` is the
-    share of embed_tokens and lm_head, `lora_B` that of LoRA's B (LoRA+, Hayou et al. 2024).
+    Matrices decay; vectors (norms, biases, DoRA's magnitudes) do not. `embedding_scale`: of
+    embed_tokens and lm_head. `lora_B_scale`: of LoRA's B (LoRA+, Hayou et al. 2024).
     """
-    found: dict[tuple, dict] = {}
+    groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        scale = lora_B if ".lora_B." in name else 1.0
+        scale = lora_B_scale if ".lora_B." in name else 1.0
         if name in EMBEDDINGS:
-            scale = embeddings
+            scale = embedding_scale
         decay = weight_decay if p.dim() >= 2 else 0.0
-        # a tensor cut among ranks (FSDP) and a whole one cannot go through one fused kernel
-        group = found.setdefault((scale, decay, type(p)), {"params": [], "names": [],
-                                                           "scale": scale, "weight_decay": decay})
+        # one fused kernel cannot update sharded (FSDP) and replicated tensors together
+        group = groups.setdefault((scale, decay, type(p)), {
+            "params": [], "names": [], "scale": scale, "weight_decay": decay})
         group["params"].append(p)
         group["names"].append(name)
-    return list(found.values())
+    return list(groups.values())
 
 
 def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float,
-          embeddings: float = 1.0, lora_B: float = 1.0, kind: str = "adamw",
+          embedding_scale: float = 1.0, lora_B_scale: float = 1.0, kind: str = "adamw",
           seed: int = 0) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over the trained parameters. `kind`: adamw, one fused
-    kernel for all tensors; adamw8bit; adamw-bf16, whose rounding is seeded by `seed`."""
-    parts = groups(model, weight_decay, embeddings, lora_B)
-    for part in parts:
-        part["lr"] = lr * part["scale"]
+    """AdamW (Loshchilov & Hutter 2019) over the trained parameters. `kind`: adamw (one fused kernel
+    for all tensors), adamw8bit, or adamw-bf16, whose rounding is seeded by `seed`."""
+    groups = parameter_groups(model, weight_decay, embedding_scale, lora_B_scale)
+    for group in groups:
+        group["lr"] = lr * group["scale"]
     if kind == "adamw-bf16":
-        return BF16AdamW(parts, {"lr": lr, "betas": betas, "seed": seed})
-    for part in parts:
-        del part["names"]
+        return BF16AdamW(groups, {"lr": lr, "betas": betas, "seed": seed})
+    for group in groups:
+        del group["names"]
     if kind == "adamw8bit":
-        return _adamw8bit(model, parts, lr, betas)
-    return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=EPS, fused=True)
+        return _adamw8bit(model, groups, lr, betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=EPS, fused=True)
 
 
 def bytes_held(name: str, p: Tensor, kind: str) -> int:
-    """Bytes of the optimizer's moments of a trained tensor."""
-    if kind == "adamw8bit" and p.numel() >= NARROW and name not in EMBEDDINGS:
-        return 2 * (p.numel() + 4 * -(p.numel() // -256))  # a float32 for every 256
+    """Bytes of the optimizer's moments of a trained parameter."""
+    if kind == "adamw8bit" and p.numel() >= MIN_8BIT_NUMEL and name not in EMBEDDINGS:
+        return 2 * (p.numel() + 4 * -(p.numel() // -256))  # a float32 scale for every 256 codes
     return 2 * p.numel() * (2 if kind == "adamw-bf16" else 4)
 
 
-def _adamw8bit(model: nn.Module, parts: list[dict], lr: float,
+def _adamw8bit(model: nn.Module, groups: list[dict], lr: float,
                betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW; small tensors, and embeddings, keep float32 moments.
-    UserError where it does not work."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that are not needed
-    probe = nn.Parameter(torch.ones(NARROW, device=next(model.parameters()).device))
+    """bitsandbytes' AdamW; the moments of small tensors and of embeddings are in float32. UserError
+    if it does not work on the model's device."""
+    # it warns of missing kernels that are not needed here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    probe = nn.Parameter(torch.ones(MIN_8BIT_NUMEL, device=next(model.parameters()).device))
     probe.grad = torch.ones_like(probe)
     try:
         from bitsandbytes.optim import AdamW
 
         AdamW([probe], lr=1.0, optim_bits=8).step()
     except (ImportError, OSError, RuntimeError, AttributeError) as e:  # no library, or no kernels
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(f"--optimizer adamw8bit: bitsandbytes does not work on {probe.device} here "
-                        f"({why}); pip install bitsandbytes, or take --optimizer adamw",
+                        f"({reason}); pip install bitsandbytes, or use --optimizer adamw",
                         FLAGS) from None
-    found = AdamW(parts, lr=lr, betas=betas, eps=EPS, optim_bits=8, min_8bit_size=NARROW)
+    optimizer = AdamW(groups, lr=lr, betas=betas, eps=EPS, optim_bits=8,
+                      min_8bit_size=MIN_8BIT_NUMEL)
     for name, p in model.named_parameters():
-        if p.requires_grad and name in EMBEDDINGS:  # a state that is there is not made in 8 bits
-            found.state[p] = {"step": 0, **{x: torch.zeros_like(p, dtype=torch.float32)
-                                            for x in ("state1", "state2")}}
-    return found
+        if p.requires_grad and name in EMBEDDINGS:
+            # bitsandbytes creates 8-bit moments only for a parameter without a state
+            optimizer.state[p] = {"step": 0, "state1": torch.zeros_like(p, dtype=torch.float32),
+                                  "state2": torch.zeros_like(p, dtype=torch.float32)}
+    return optimizer
 
 
 class BF16AdamW(torch.optim.Optimizer):
-    """AdamW whose weights and moments are bf16, computed in float32 and rounded at random.
+    """AdamW with weights and moments in bf16: computed in float32, then rounded stochastically.
 
-    The random numbers are a function of the seed, the step, the tensor's name and a number's place
-    in it: a resumed run rounds alike, and so do ranks, each for the part that it holds. Gradients
-    are bf16 too, as autograd adds them up over micro-batches.
+    The random bits are a function of the seed, the step, the parameter's name and the element's
+    index. So a resumed run rounds in the same way, and each rank of FSDP rounds its shard as one
+    rank would. Gradients are in bf16 too, in which autograd sums micro-batches.
     """
 
     @torch.no_grad()
@@ -122,58 +130,59 @@ class BF16AdamW(torch.optim.Optimizer):
                     state |= {"step": 0, "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
                 state["step"] += 1
-                at = local_shard(p)[0] * math.prod(p.shape[1:])
-                flat = [local_shard(x)[1].view(-1).split(CHUNK)
-                        for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
-                for part in zip(*flat, strict=True):
-                    _move(*part, group, state["step"], name, at)
-                    at += CHUNK
+                offset = local_shard(p)[0] * math.prod(p.shape[1:])
+                chunks = [local_shard(x)[1].view(-1).split(CHUNK)
+                          for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+                for chunk in zip(*chunks, strict=True):
+                    _update(*chunk, group, state["step"], name, offset)
+                    offset += CHUNK
 
 
-def _move(w: Tensor, g: Tensor, m: Tensor, v: Tensor, group: dict, t: int, name: str,
-          at: int) -> None:
-    """Step t of AdamW on bf16 weights, gradient and moments, all (n,), in place (algorithm 2); they
-    are a tensor's numbers from place `at` on."""
+def _update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, group: dict, t: int, name: str,
+            offset: int) -> None:
+    """Step t of AdamW (Loshchilov & Hutter 2019, algorithm 2) on bf16 weights, gradients and
+    moments, all (n,), in place; `offset`: the index of their first element in the parameter."""
     beta1, beta2 = group["betas"]
     g = g.float()
     m32 = m.float().lerp_(g, 1 - beta1)
     v32 = v.float().lerp_(g.square(), 1 - beta2)
-    length = (v32 / (1 - beta2**t)).sqrt_().add_(EPS)
+    denominator = (v32 / (1 - beta2**t)).sqrt_().add_(EPS)
     w32 = w.float().mul_(1 - group["lr"] * group["weight_decay"])
-    w32.addcdiv_(m32, length, value=-group["lr"] / (1 - beta1**t))
-    for what, kept, x in (("w", w, w32), ("m", m, m32), ("v", v, v32)):
-        start = zlib.crc32(f"{group['seed']} {name} {what} {t}".encode()) + at
-        kept.copy_(rounded(x, hashed(start, len(x), x.device)))
+    w32.addcdiv_(m32, denominator, value=-group["lr"] / (1 - beta1**t))
+    for label, target, x in (("w", w, w32), ("m", m, m32), ("v", v, v32)):
+        start = zlib.crc32(f"{group['seed']} {name} {label} {t}".encode()) + offset
+        target.copy_(round_stochastically(x, random_bits(start, len(x), x.device)))
 
 
-def hashed(start: int, n: int, device: Any = "cpu") -> Tensor:
-    """16 bits of a hash of start, start + 1, ...: (n,) int32, as good as drawn.
+def random_bits(start: int, n: int, device: Any = "cpu") -> Tensor:
+    """16 pseudo-random bits for each of start, start + 1, ...: (n,) int32.
 
-    The hash is C. Wellons' lowbias32 without its last line, which changes the lower bits only.
+    They are the upper bits of the hash lowbias32 (C. Wellons), without its last line, which changes
+    only lower bits.
     """
-    start = (start + 2**31) % 2**32 - 2**31  # as an int32 wraps
+    start = (start + 2**31) % 2**32 - 2**31  # wrap around as int32 does
     x = torch.arange(n, dtype=torch.int32, device=device).add_(start)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
         x.bitwise_xor_((x >> shift) & (2 ** (32 - shift) - 1)).mul_(factor)
     return (x >> 16) & 0xFFFF
 
 
-def rounded(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 -> a bf16 neighbour, up or down at random, so that the mean is x.
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """Round float32 to one of the two nearest bf16 values, at random so that the mean is x.
 
-    bf16 is the upper half of a float32's bits; what the lower half and 16 random bits add up to
-    carries over, or is cut off.
+    bf16 is the upper half of the bits of a float32. 16 random bits are added to the lower half,
+    which then carries into the upper half or is dropped.
     """
-    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+    return ((x.view(torch.int32) + bits) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 @dataclass
 class LossScale:
-    """What the loss is multiplied by before an fp16 backward pass, whose gradients would else fall
-    below fp16's smallest number (Micikevicius et al. 2018, 3.2). Always 1: off.
+    """The factor of the loss in an fp16 backward pass, without which small gradients would be 0 in
+    fp16 (Micikevicius et al. 2018, section 3.2). A value of 1 means no scaling and stays 1.
 
-    Halved when a gradient overflows, doubled after 2,000 steps in which none did. At 2 it has given
-    way as far as it can: what overflows then is no fault of the scale.
+    The scale is halved when a gradient overflows, and doubled after GROWTH_INTERVAL steps without
+    an overflow. It does not go below MIN_LOSS_SCALE: an overflow there has another cause.
     """
 
     value: float = 1.0
@@ -181,34 +190,41 @@ class LossScale:
 
     @property
     def can_shrink(self) -> bool:
-        """Whether a smaller scale is left to try."""
-        return self.value > LEAST
+        """Whether the scale can still be halved."""
+        return self.value > MIN_LOSS_SCALE
 
     def update(self, finite: bool) -> None:
+        """Adapt the scale to a step; `finite`: whether all its gradients were finite."""
         if self.value == 1.0:
             return
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite or self.good_steps == 2000:
-            self.value, self.good_steps = max(LEAST, self.value * (2.0 if finite else 0.5)), 0
+        if not finite:
+            self.value, self.good_steps = max(MIN_LOSS_SCALE, self.value / 2), 0
+            return
+        self.good_steps += 1
+        if self.good_steps == GROWTH_INTERVAL:
+            self.value, self.good_steps = self.value * 2, 0
 
 
-def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as `parameter name/what`, for a checkpoint; a count is a tensor too.
-    """
-    return {f"{name}/{what}": torch.tensor(x) if type(x) is int else x
-            for name, p in model.named_parameters()
-            for what, x in optimizer.state.get(p, {}).items() if what not in TABLES}
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state for a checkpoint, as tensors named `PARAMETER/KEY`; integers become
+    tensors too."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        for key, x in optimizer.state.get(p, {}).items():
+            if key not in QUANTISATION_TABLES:
+                tensors[f"{name}/{key}"] = torch.tensor(x) if type(x) is int else x
+    return tensors
 
 
-def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str,
-               Tensor]) -> None:
-    """Put a checkpoint's tensors back, on each parameter's device. AdamW's `step` counts stay where
-    they were kept."""
-    named = dict(model.named_parameters())
-    for key, x in saved.items():
-        name, what = key.rsplit("/", 1)
-        kept = optimizer.state[named[name]]
-        kept[what] = x.item() if x.dtype == torch.int64 else x.to(named[name].device)
-        if what in ("absmax1", "absmax2"):  # eight bits' values, one table for all tensors
-            table = TABLES[f"qmap{what[-1]}"]
-            kept[f"qmap{what[-1]}"] = optimizer.name2qmap[table].to(named[name].device)
+def load_state(model: nn.Module, optimizer: torch.optim.Optimizer,
+               tensors: dict[str, Tensor]) -> None:
+    """Set the optimizer's state to that of `state_tensors`, on each parameter's device."""
+    parameters = dict(model.named_parameters())
+    for full_name, x in tensors.items():
+        name, key = full_name.rsplit("/", 1)
+        device = parameters[name].device
+        state = optimizer.state[parameters[name]]
+        state[key] = x.item() if x.dtype == torch.int64 else x.to(device)
+        if key in ("absmax1", "absmax2"):  # 8-bit moments need bitsandbytes' tables too
+            qmap = f"qmap{key[-1]}"
+            state[qmap] = optimizer.name2qmap[QUANTISATION_TABLES[qmap]].to(device)

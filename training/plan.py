@@ -139,7 +139,9 @@ def _parameter_groups(run: Run) -> str:
     s = run.settings
     tied = run.model.lm_head is None
     lines = []
-    for group in optim.groups(run.model, s.weight_decay, s.embedding_lr / s.lr or 1.0, s.lora_plus):
+    groups = optim.parameter_groups(run.model, s.weight_decay, s.embedding_lr / s.lr or 1.0,
+                                    s.lora_plus)
+    for group in groups:
         names = set()
         for name in group["names"]:
             note = " (also the head, which is tied)" if tied and name == optim.EMBEDDINGS[0] else ""

@@ -124,7 +124,7 @@ class Run:
     def save(self) -> None:
         """Start to write a checkpoint: trained parameters, optimizer state, and data position."""
         parts = {"model": self.trained_tensors,
-                 "optimizer": optim.state(self.model, self.optimizer)}
+                 "optimizer": optim.state_tensors(self.model, self.optimizer)}
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped,
                  "settings": dataclasses.asdict(self.settings),
                  "served": self.loader.rows_consumed, "data": self.data,

@@ -55,7 +55,7 @@ def test_a_rate_lies_between_zero_and_the_peak_and_ends_at_the_floor(schedule, s
 
 def test_norms_and_biases_do_not_decay_and_nothing_is_left_out():
     model = tiny.ours(tiny.peer("biases"), "biases")
-    decayed, plain = sorted(optim.groups(model, 0.1), key=lambda x: -x["weight_decay"])
+    decayed, plain = sorted(optim.parameter_groups(model, 0.1), key=lambda x: -x["weight_decay"])
     names = {id(p): n for n, p in model.named_parameters()}
     assert {names[id(p)].rsplit(".", 1)[-1] for p in decayed["params"]} == {"weight"}
     assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in plain["params"])
@@ -100,7 +100,7 @@ def test_narrow_optimizers_learn_as_adamw_does(kind):
 def test_a_state_that_was_written_and_read_goes_on_bit_for_bit(kind, tmp_path):
     """By a file, as a resume point is: what was not in it would be missed."""
     def through_a_file(model, optimizer):
-        tensors = {k: x.contiguous() for k, x in optim.state(model, optimizer).items()}
+        tensors = {k: x.contiguous() for k, x in optim.state_tensors(model, optimizer).items()}
         save_file(tensors, tmp_path / "optimizer.safetensors")
         fresh = copy.deepcopy(model)
         again = optim.adamw(fresh, 3e-3, (0.9, 0.95), 0.1, kind=kind, seed=1)
@@ -166,7 +166,7 @@ def test_a_machine_without_bitsandbytes_says_so_in_one_line(monkeypatch):
 @settings(deadline=None, max_examples=200)
 def test_a_number_is_rounded_to_one_of_its_two_neighbours(x, seed):
     x = torch.full((64,), x)
-    found = optim.rounded(x, optim.hashed(seed, 64)).float()
+    found = optim.round_stochastically(x, optim.random_bits(seed, 64)).float()
     down = (x.view(torch.int32) & -65536).view(torch.float32)  # towards 0
     up = ((x.view(torch.int32) & -65536) + 65536).view(torch.float32)
     assert ((found == down) | (found == up)).all()
@@ -176,7 +176,7 @@ def test_a_number_is_rounded_to_one_of_its_two_neighbours(x, seed):
 def test_rounding_is_right_on_average_and_small_steps_arrive():
     for value in (1.001, -3.14159, 1e-20):
         x = torch.full((200_000,), value)
-        mean = optim.rounded(x, optim.hashed(0, len(x))).double().mean().item()
+        mean = optim.round_stochastically(x, optim.random_bits(0, len(x))).double().mean().item()
         assert mean == pytest.approx(value, rel=1e-4)
     w = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
     move = optim.BF16AdamW([{"params": [w], "names": ["w"]}],
@@ -194,24 +194,24 @@ def test_rounding_is_right_on_average_and_small_steps_arrive():
 def test_hashed_bits_are_even_and_unlike_their_neighbours():
     """Every bit is set half of the time, whatever bit of the place, or whichever step, changes."""
     n = 1 << 16
-    bits = (optim.hashed(7, n)[:, None] >> torch.arange(16)) & 1  # (n,16)
+    bits = (optim.random_bits(7, n)[:, None] >> torch.arange(16)) & 1  # (n,16)
     far = 5 * 0.5 / n**0.5  # five deviations of a mean of as many tosses
     assert (bits.double().mean(0) - 0.5).abs().max() < far
     for step in (1, 2, 64, 768, 4096, 2**20, 2**31):
-        other = (optim.hashed(7 + step, n)[:, None] >> torch.arange(16)) & 1
+        other = (optim.random_bits(7 + step, n)[:, None] >> torch.arange(16)) & 1
         assert ((bits ^ other).double().mean(0) - 0.5).abs().max() < far, step
-    both = torch.stack((optim.hashed(7, n), optim.hashed(8, n))).double()
+    both = torch.stack((optim.random_bits(7, n), optim.random_bits(8, n))).double()
     assert torch.corrcoef(both)[0, 1].abs() < 5 / n**0.5
-    assert len(optim.hashed(7, n).unique()) > 0.6 * n  # 1 - 1/e of all, as if drawn
+    assert len(optim.random_bits(7, n).unique()) > 0.6 * n  # 1 - 1/e of all, as if drawn
 
 
 @given(st.integers(0, 2**33), st.integers(1, 500), st.integers(0, 499))
 @settings(deadline=None, max_examples=50)
 def test_a_part_of_a_tensor_is_rounded_as_in_the_whole(start, n, cut):
     cut = min(cut, n)
-    assert torch.equal(optim.hashed(start, n), torch.cat((
-        optim.hashed(start, cut), optim.hashed(start + cut, n - cut))))
-    assert 0 <= optim.hashed(start, n).min() and optim.hashed(start, n).max() < 1 << 16
+    assert torch.equal(optim.random_bits(start, n), torch.cat((
+        optim.random_bits(start, cut), optim.random_bits(start + cut, n - cut))))
+    assert 0 <= optim.random_bits(start, n).min() and optim.random_bits(start, n).max() < 1 << 16
 
 
 def test_bf16_adamw_takes_adamws_steps():

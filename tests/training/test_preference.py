@@ -176,7 +176,7 @@ def test_losses_and_gradients_of_packed_pairs_equal_trls_own_trainers(tmp_path, 
     assert 1 < len(rows) < goldens_trl.PAIRS, "several pairs lie in a row"
     numbers = [stream.number(i) for i in range(stream.rows)]
     batch = Batch.of(rows, [reference[i] for i in numbers] if len(reference) else [])
-    sums, counts = preference.total(ours.train(), batch, s), preference.count(batch, s)
+    sums, counts = preference.loss_sums(ours.train(), batch, s), preference.loss_counts(batch, s)
     n = len(counts) - len(preference.REPORTED)
     loss = sum(x / k for x, k in zip(sums[:n], counts[:n], strict=True))
     loss.backward()
@@ -588,7 +588,7 @@ def test_an_adapter_trained_further_is_its_own_reference(tmp_path):
     [reference] = preference.keep_reference(model, [stream], tmp_path / "ref", "m", 2, alone)
     assert cut == [part]  # fsdp's: what a pass gathers is freed by the next
     b = Batch.of([stream.row(0)], [reference[stream.number(0)]])
-    sums = preference.total(model, b, SETTINGS)
-    counts = preference.count(b, SETTINGS)
+    sums = preference.loss_sums(model, b, SETTINGS)
+    counts = preference.loss_counts(b, SETTINGS)
     assert float(sums[0].detach()) / counts[0] == pytest.approx(np.log(2), rel=1e-5)
     assert (b.targets != IGNORE).sum() > 0 and F.relu(sums[1]).abs() < 1e-4
