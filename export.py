@@ -88,7 +88,6 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
         dict(COMMANDS), sys.argv[1:], "export.py", (__doc__ or "").strip()))
 
 import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -117,8 +116,9 @@ from checkpoints.safetensors_header import (  # noqa: E402
     INDEX_FILE,
     TensorInfo,
     first_five,
+    open_safetensors,
     read_header,
-    resolve_inside,
+    read_index,
 )
 from data import sha256  # noqa: E402
 from inference.generate import completions  # noqa: E402
@@ -129,10 +129,15 @@ from reports.model_card import (  # noqa: E402
     WRITTEN_BY_US,
     model_card,
     public_name,
+    read_card,
     read_merge_record,
 )
 from runtime.dtypes import FLAG_DTYPES, SAFETENSORS_FLOATS  # noqa: E402
-from runtime.strict_json import read_json  # noqa: E402
+from runtime.model_files import (  # noqa: E402
+    check_model_file,
+    has_model_file,
+    read_model_json,
+)
 from tokenization.chat_template import GREETING, ChatTemplate  # noqa: E402
 from tokenization.tokenizer import FILES, Tokenizer  # noqa: E402
 
@@ -142,14 +147,14 @@ TEXT = "Umwana ajya ku ishuri. The child goes to school."
 def merge(s: Merge) -> None:
     """Write base + adapter as a folder laid out like the base; each sum is rounded once."""
     folder = resolve_model_dir(s.model)
-    if not (folder / ADAPTER_CONFIG).exists():
+    if not has_model_file(folder, ADAPTER_CONFIG):
         raise UserError(f"{folder}: no {ADAPTER_CONFIG}, so this is no adapter; name the folder of "
                         "one, as --tune lora writes it")
     base, out = base_model_dir(folder), Path(s.out).expanduser().resolve()
     if out in (folder.resolve(), base.resolve()):
         raise UserError(f"--out {s.out}: is the {'base' if out == base.resolve() else 'adapter'} "
                         "itself; name another folder", FLAGS)
-    adapter = sha256(resolve_inside(folder, ADAPTER_WEIGHTS))
+    adapter = sha256(check_model_file(folder, ADAPTER_WEIGHTS))
     earlier = read_merge_record(base)
     if adapter in [x.get("merged_adapter") for x in earlier]:
         raise UserError(f"{folder}: this adapter is already merged into {base} ({MERGE_RECORD} "
@@ -160,13 +165,13 @@ def merge(s: Merge) -> None:
     with replace_folder(out, (*MODEL_FILES, "README.md")) as new:
         write_merged(model, base, new, s.dtype)
         copy_model_files(base, new)
-        if any((folder / x).exists() for x in FILES[:2]):  # one tokenizer, never halves of two
+        if any(has_model_file(folder, x) for x in FILES[:2]):  # one tokenizer, never halves of two
             for x in (*FILES[:4], "added_tokens.json"):
                 (new / x).unlink(missing_ok=True)
         copy_model_files(folder, new)
-        mine = out / "README.md"
-        if mine.exists() and WRITTEN_BY_US not in (text := mine.read_text("utf-8", "replace")):
-            (new / mine.name).write_text(text, encoding="utf-8")  # a person's stays
+        text = read_card(out)
+        if text and WRITTEN_BY_US not in text:
+            (new / "README.md").write_text(text, encoding="utf-8")  # a person's card is kept
         record = {"merged_adapter": adapter, "base": name, "revision": revision}
         (new / MERGE_RECORD).write_text(json.dumps({"merges": [*earlier, record]}, indent=1) + "\n")
     print(f"{out}: an adapter of {len(lora.adapters(model))} layers merged into {base}, "
@@ -223,9 +228,9 @@ def write_merged(model: Llama, base: Path, out: Path, dtype: str) -> None:
                 size += part[k].nbytes
                 move(1)
             save_file(part, out / file, metadata={"format": "pt"})
-    if (base / INDEX_FILE).exists():
-        index = read_json(resolve_inside(base, INDEX_FILE))
-        index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+    if has_model_file(base, INDEX_FILE):
+        index = read_index(base)
+        index["metadata"] = {**index["metadata"], "total_size": size}
         index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -243,7 +248,7 @@ def read(slot: TensorInfo) -> Tensor:
     if slot.dtype not in SAFETENSORS_FLOATS:
         raise UserError(f"{slot.file}: {slot.name} is {slot.dtype}, expected "
                         f"{' '.join(SAFETENSORS_FLOATS)}; take the model in its original precision")
-    return safe_open(slot.file, "pt").get_tensor(slot.name)
+    return open_safetensors(slot.file).get_tensor(slot.name)
 
 
 @torch.inference_mode()
@@ -277,7 +282,7 @@ def findings(folder: Path) -> Iterator[Finding]:
     with torch.device("meta"):
         model = Llama(config)
     wanted, infos = dict(model.named_parameters()), slots(base, model)
-    has_own = any((folder / x).exists() for x in FILES[:2])
+    has_own = any(has_model_file(folder, x) for x in FILES[:2])
     tokenizer = Tokenizer.open(folder if has_own else base)
     stops, _ = configured_stop_ids(folder)
     required = [*_tensor_findings(wanted, infos), _number_finding(folder, base, infos)]
@@ -317,7 +322,7 @@ def _number_finding(folder: Path, base: Path, infos: dict[str, TensorInfo]) -> F
     """Whether all numbers of the model, and of the adapter if there is one, are finite."""
     adapter = {}
     if folder != base:
-        adapter = read_header(resolve_inside(folder, ADAPTER_WEIGHTS))
+        adapter = read_header(folder / ADAPTER_WEIGHTS)
     wrong = []
     for name, info in [*infos.items(), *adapter.items()]:
         try:
@@ -411,7 +416,8 @@ def card(s: Card) -> None:
     """Write README.md into the model's folder; one that a person wrote stays."""
     folder = resolve_model_dir(s.model)
     file = folder / "README.md"
-    if file.exists() and WRITTEN_BY_US not in file.read_text("utf-8", "replace") and not s.force:
+    text = read_card(folder)
+    if text and WRITTEN_BY_US not in text and not s.force:
         raise UserError(f"{file}: not written by this command, so it stays; move it, or --force",
                         STORAGE)
     if s.licence and not re.fullmatch(r"[\w.-]+", s.licence):
@@ -436,7 +442,7 @@ def push(s: Push) -> None:
     folder = resolve_model_dir(folder)
     known = (*MODEL_FILES, MERGE_RECORD, "README.md")
     here = sorted(f for f in folder.iterdir())
-    files = [resolve_inside(folder, f.name) for f in here if any(f.match(p) for p in known)]
+    files = [check_model_file(folder, f.name) for f in here if any(f.match(p) for p in known)]
     for f in files:
         print(f"{f.stat().st_size:>16,}  {f.name}")
     if left := [f.name for f in here if f not in files]:
@@ -446,7 +452,7 @@ def push(s: Push) -> None:
     if folder / "README.md" not in files:
         console.info("no README.md: python export.py card writes one")
     if folder / ADAPTER_CONFIG in files:
-        name = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+        name = str(read_model_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path"))
         if Path(name).is_absolute():
             console.info(
                 f"{ADAPTER_CONFIG} names its base {name}, a folder that nobody else has; name "

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,7 +40,8 @@ from checkpoints.safetensors_header import (
     WEIGHTS_FILE,
     TensorInfo,
     first_five,
-    resolve_inside,
+    open_safetensors,
+    read_index,
 )
 from layers import config as families
 from layers import int8, nf4
@@ -54,7 +53,7 @@ from model import Llama
 from runtime.console import UserError
 from runtime.distributed import full_tensor
 from runtime.dtypes import SAFETENSORS_FLOATS
-from runtime.strict_json import read_json
+from runtime.model_files import copy_model_file, has_model_file, read_model_json
 from tokenization.tokenizer import Tokenizer
 
 
@@ -97,7 +96,7 @@ def load_model(name: str | Path, device: Any = "cpu", dtype: torch.dtype | None 
 def _load_tokenizer(folder: Path, base: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a folder, or of its base. UserError if it gives ids that the model has no
     embedding for."""
-    has_own = any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model"))
+    has_own = any(has_model_file(folder, x) for x in ("tokenizer.json", "tokenizer.model"))
     tokenizer = Tokenizer.open(folder if has_own else base)
     # An unused control token beyond the vocabulary, such as <pad>, is common and harmless: no text
     # is encoded to it. So only the ids that text, BOS and EOS use are compared.
@@ -128,7 +127,7 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype | None, q
     shard = file = None
     for name, info in infos.items():
         if file != info.file:
-            shard, file = safe_open(info.file, "pt"), info.file
+            shard, file = open_safetensors(info.file), info.file
         x = shard.get_tensor(info.name)
         copied = _place_tensor(model, name, x, device, dtype, quant, double, file)
         if copied:
@@ -176,7 +175,7 @@ def _place_tensor(model: Llama, name: str, x: Tensor, device: torch.device,
 
 def _check_tied_head(folder: Path, model: Llama, head: TensorInfo, device: torch.device) -> None:
     """UserError if a tied head is stored too, with other numbers than the embeddings."""
-    x = safe_open(head.file, "pt").get_tensor(head.name)
+    x = open_safetensors(head.file).get_tensor(head.name)
     if not torch.equal(x.to(device, model.head.dtype), model.head):
         raise UserError(f"{folder}: tie_word_embeddings in config.json is true, but lm_head.weight "
                         "is not equal to model.embed_tokens.weight; set it to false to use both")
@@ -246,8 +245,8 @@ def save_model(model: Llama, folder: Path | str, source: Path | str,
                         "files, so it is not written")
     source = base_model_dir(resolve_model_dir(source))
     index = None
-    if (source / INDEX_FILE).exists():
-        index = read_json(resolve_inside(source, INDEX_FILE))
+    if has_model_file(source, INDEX_FILE):
+        index = read_index(source)
     infos = _stored_tensors(source)
     state = {k: p.detach() for k, p in model.named_parameters()}
     dtypes = _dtypes_to_write(model, infos, dtype)
@@ -276,7 +275,7 @@ def save_model(model: Llama, folder: Path | str, source: Path | str,
 def write_index(folder: Path, index: dict[str, Any], shards: dict[str, list[str]],
                 total_size: int) -> None:
     """Write the index of a sharded model: that of its source, with these shards and bytes."""
-    index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
+    index["metadata"] = {**index["metadata"], "total_size": total_size}
     index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -289,7 +288,7 @@ def saved_bytes(model: Llama, source: Path) -> int:
 
 def _stored_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of a folder; empty if it has no weights."""
-    if (folder / INDEX_FILE).exists() or (folder / WEIGHTS_FILE).exists():
+    if has_model_file(folder, INDEX_FILE) or has_model_file(folder, WEIGHTS_FILE):
         return tensor_infos(folder)
     return {}
 
@@ -335,7 +334,7 @@ def write_config(out: Path, source: Path, config: ModelConfig, dtype: torch.dtyp
     The file is copied byte for byte if nothing changed. Of a vision-language model only the text
     part is written.
     """
-    original = read_json(resolve_inside(source, CONFIG_FILE))
+    original = read_model_json(source, CONFIG_FILE)
     text_config = families.text_words(original)
     changed: dict[str, Any] = {}
     if config != ModelConfig.from_hf(text_config):
@@ -348,4 +347,4 @@ def write_config(out: Path, source: Path, config: ModelConfig, dtype: torch.dtyp
         text = json.dumps({**text_config, **changed}, indent=2, ensure_ascii=False) + "\n"
         (out / CONFIG_FILE).write_text(text, encoding="utf-8")
     else:
-        shutil.copyfile(source / CONFIG_FILE, out / CONFIG_FILE)
+        copy_model_file(source, CONFIG_FILE, out / CONFIG_FILE)

@@ -3,17 +3,22 @@
 A parameter's name in the model is its name in the file, after `PEFT_PREFIX`. Refused: a value in
 adapter_config.json that would change what is computed, a tensor that is missing, unknown or of
 another shape, and a base model with other weights than those the adapter was trained on.
+
+A pattern in adapter_config.json is a program from a stranger: Python's `re` needs hours for some.
+Patterns are therefore matched by RE2, in time linear in the length of a name.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoints.atomic_write import replace_folder
@@ -25,13 +30,18 @@ from checkpoints.model_folder import (
     resolve_model_dir,
     tensor_infos,
 )
-from checkpoints.safetensors_header import read_header, resolve_inside, weights_fingerprint
+from checkpoints.safetensors_header import open_safetensors, read_header, weights_fingerprint
 from lora import EMBEDDINGS, Base, LoRALinear, adapters, add_lora, base_values, layer_of
 from model import Llama
 from runtime import hub
 from runtime.console import UserError
 from runtime.distributed import full_tensor
+from runtime.model_files import read_model_json
+from runtime.strict_json import shorten
 
+MAX_ALPHA = 1_000_000
+MAX_LIST = 100_000  # entries of a list in adapter_config.json
+PLAIN_NAME = re.compile(r"[\w.-]+")  # of a module; anything else is a pattern
 PEFT_PREFIX = "base_model.model."  # PEFT puts this before the names of the model that it wraps
 SUPPORTED_VALUES = {  # values in adapter_config.json that are supported, besides empty ones
     "bias": ["none"],
@@ -116,64 +126,109 @@ def _modules_to_save(model: nn.Module) -> dict[str, Any]:
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Attach the adapter of a folder and load its weights. UserError if it is not supported."""
     file = folder / ADAPTER_CONFIG
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_model_json(folder, ADAPTER_CONFIG)
     _check_supported(config, file)
-    targets, layers, modules_to_save = _read_lists(config, file)
+    _check_values(config, file)
+    targets = _read_targets(config, model, file)
+    modules_to_save = config.get("modules_to_save") or []
     if getattr(model, "lm_head", None) is None and "lm_head" in modules_to_save:
         if "embed_tokens" not in modules_to_save or not config.get("ensure_weight_tying"):
             raise UserError(f"{file}: modules_to_save has its own lm_head, but the base's lm_head "
                             "is tied to the embeddings; untie the base first")
         modules_to_save = [x for x in modules_to_save if x != "lm_head"]
+    layers = config.get("layers_to_transform")
+    if layers is None:
+        layers = []
+    elif type(layers) is int:
+        layers = [layers]
     try:
         add_lora(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets,
-               bool(config.get("use_rslora")), bool(config.get("use_dora")), layers,
-               modules_to_save)
+                 bool(config.get("use_rslora")), bool(config.get("use_dora")), layers,
+                 modules_to_save)
     except UserError as e:
         reason = str(e).replace("--lora-", "")
         raise UserError(f"{file}: {reason}; the adapter belongs to another base") from None
-    try:
-        state = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{folder / ADAPTER_WEIGHTS}: cannot be read ({e})") from None
-    load_adapter_state(model, state, str(folder))
+    read_header(folder / ADAPTER_WEIGHTS)
+    weights = open_safetensors(folder / ADAPTER_WEIGHTS)
+    load_adapter_state(model, {k: weights.get_tensor(k) for k in weights.keys()}, str(folder))
 
 
 def _check_supported(config: dict[str, Any], file: Path) -> None:
     """UserError if adapter_config.json asks for a computation that is not supported."""
-    unsupported = [f"{key} {config[key]!r}" for key, values in SUPPORTED_VALUES.items()
-                   if config.get(key) and config[key] not in values]
+    unsupported = [f"{key} {shorten(config[key])}" for key, values in SUPPORTED_VALUES.items()
+                   if config.get(key) and not any(_is_same(config[key], x) for x in values)]
     if config.get("peft_type") != "LORA" or unsupported:
-        raise UserError(f"{file}: {', '.join(unsupported) or config.get('peft_type')} is not "
-                        "supported; LoRA, rsLoRA and DoRA are")
+        reason = ", ".join(unsupported) or f"peft_type {shorten(config.get('peft_type'))}"
+        raise UserError(f"{file}: {reason} is not supported; LoRA, rsLoRA and DoRA are")
 
 
-def _read_lists(config: dict[str, Any], file: Path) -> tuple[list[str], list[int], list[str]]:
-    """target_modules, layers_to_transform and modules_to_save, after all types are checked."""
+def _is_same(x: Any, y: Any) -> bool:
+    """Whether two values are equal and of one type: 1 is not true."""
+    return type(x) is type(y) and x == y
+
+
+def _check_values(config: dict[str, Any], file: Path) -> None:
+    """UserError unless each value that describes the adapter has its type, and a sensible size."""
     r, alpha, dropout = (config.get("r"), config.get("lora_alpha"),
                          config.get("lora_dropout", 0.0))
-    targets, layers = config.get("target_modules"), config.get("layers_to_transform") or []
-    modules_to_save = config.get("modules_to_save") or []
-    if isinstance(targets, str):
-        targets = [targets]
-    if type(layers) is int:
-        layers = [layers]
-    valid = (type(r) is int and r >= 1 and type(alpha) in (int, float)
-             and type(dropout) in (int, float) and 0 <= dropout < 1
-             and _is_list_of(str, targets) and _is_list_of(int, layers)
-             and _is_list_of(str, modules_to_save))
-    if not valid:
-        raise UserError(f"{file}: r {r!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}, "
-                        f"target_modules {targets!r}, layers_to_transform {layers!r}, "
-                        f"modules_to_save {modules_to_save!r} do not describe an adapter; "
-                        "download it again")
-    if embeddings := [x for x in targets if x in EMBEDDINGS]:
-        raise UserError(f"{file}: an adapter on {embeddings[0]} is not supported; adapters on "
-                        "linear layers and modules_to_save are")
-    return targets, layers, modules_to_save
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    modules_to_save = config.get("modules_to_save")
+    is_alpha = type(alpha) in (int, float) and math.isfinite(alpha) and 0 <= alpha <= MAX_ALPHA
+    is_layers = layers is None or type(layers) is int or _is_list_of(int, layers)
+    for key, value, valid, expected in (
+        ("r", r, type(r) is int and r >= 1, "a whole number of at least 1"),
+        ("lora_alpha", alpha, is_alpha, f"a number from 0 to {MAX_ALPHA:,}"),
+        ("lora_dropout", dropout, type(dropout) in (int, float) and 0 <= dropout < 1,
+         "a number from 0 to below 1"),
+        ("target_modules", targets, type(targets) is str or _is_list_of(str, targets),
+         "a list of names, or a pattern"),
+        ("layers_to_transform", layers, is_layers, "a list of layers"),
+        ("modules_to_save", modules_to_save,
+         modules_to_save is None or _is_list_of(str, modules_to_save), "a list of names")):
+        if not valid:
+            raise UserError(f"{file}: {key} is {shorten(value)}, expected {expected}; such values "
+                            "do not describe an adapter, download it again")
 
 
 def _is_list_of(kind: type, x: Any) -> bool:
-    return isinstance(x, list) and all(type(i) is kind for i in x)
+    return isinstance(x, list) and len(x) <= MAX_LIST and all(type(i) is kind for i in x)
+
+
+def _read_targets(config: dict[str, Any], model: nn.Module, file: Path) -> list[str]:
+    """target_modules as names. A pattern selects the modules whose whole name it matches."""
+    targets = config["target_modules"]
+    if type(targets) is str and targets != "all-linear" and not PLAIN_NAME.fullmatch(targets):
+        if config.get("layers_to_transform") is not None:
+            raise UserError(f"{file}: layers_to_transform cannot be used with a pattern in "
+                            "target_modules; write the names of the modules as a list")
+        modules = [name for name, m in model.named_modules()
+                   if isinstance(m, Base | nn.Embedding) or name in EMBEDDINGS]
+        targets = _match_names(targets, modules, file)
+    elif type(targets) is str:
+        targets = [targets]
+    if embeddings := [x for x in targets if x.rpartition(".")[2] in EMBEDDINGS]:
+        raise UserError(f"{file}: an adapter on {embeddings[0]} is not supported; adapters on "
+                        "linear layers and modules_to_save are")
+    return targets
+
+
+def _match_names(pattern: str, names: Sequence[str], file: Path) -> list[str]:
+    """The names that a pattern matches as a whole, in time linear in their length (RE2)."""
+    import pyarrow
+    from pyarrow.compute import match_substring_regex
+
+    try:
+        match_substring_regex(pyarrow.array([""]), pattern)  # "a)|(b" is not a pattern
+        matched = match_substring_regex(pyarrow.array(names), f"^(?:{pattern})$").to_pylist()
+    except pyarrow.ArrowInvalid as e:
+        reason = " ".join(str(e).split())[:120]
+        raise UserError(f"{file}: target_modules is {shorten(pattern)}, a pattern that cannot be "
+                        f"used ({reason}); write the names of the modules as a list") from None
+    selected = [name for name, is_match in zip(names, matched, strict=True) if is_match]
+    if not selected:
+        raise UserError(f"{file}: target_modules is {shorten(pattern)}, a pattern that matches no "
+                        "module of the model; the adapter belongs to another base")
+    return selected
 
 
 @torch.no_grad()
@@ -193,8 +248,8 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -
 
 def check_adapter_base(folder: Path, base: Path) -> None:
     """UserError if an adapter's file is damaged, or names the fingerprint of another base."""
-    read_header(resolve_inside(folder, ADAPTER_WEIGHTS))
-    metadata = safe_open(folder / ADAPTER_WEIGHTS, "pt").metadata() or {}
+    read_header(folder / ADAPTER_WEIGHTS)
+    metadata = open_safetensors(folder / ADAPTER_WEIGHTS).metadata() or {}
     fingerprint = metadata.get("base")
     if fingerprint is not None and fingerprint != weights_fingerprint(tensor_infos(base)):
         raise UserError(f"{folder}: was trained on other weights than those of {base}, which have "

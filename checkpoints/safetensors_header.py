@@ -1,14 +1,15 @@
 """Headers of safetensors files: one file, or several shards with an index.
 
 A file is accepted only if its header, its size and the index agree, if its name stays inside the
-model folder, and if each tensor is stored once. No tensor is read here, except by
+model folder, and if each tensor is stored once. Lengths, names, shapes and offsets are bounded and
+checked here, before the library reads them. No tensor is read here, except by
 `weights_fingerprint`, which reads a few rows of each.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from runtime.console import UserError
-from runtime.strict_json import read_json, strict_json
+from runtime.model_files import (
+    check_file_name,
+    check_model_file,
+    has_model_file,
+    open_model_file,
+    read_model_json,
+)
+from runtime.strict_json import shorten, strict_json
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 UNSAFE_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")  # never opened
-MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors library
+MAX_HEADER = 16 << 20  # bytes: 130,000 tensors; a published file has at most some 10,000
+MAX_TENSORS = 1 << 17  # in a file
+MAX_DIMENSIONS = 8
+MAX_TENSOR_NAME = 512  # characters
+DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2,
+               "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8,
+               "F64": 8, "C64": 8}
 
 
 @dataclass(frozen=True)
@@ -36,33 +50,20 @@ class TensorInfo:
     name: str  # its name in the file
 
 
-def resolve_inside(folder: Path, name: Any) -> Path:
-    """The path of a file in a folder. UserError if the name leaves the folder, or if there is no
-    such file.
-
-    Links of the hub's cache, from a snapshot to the blobs of the same model, are allowed.
-    """
-    if type(name) is not str or not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise UserError(f"{folder}: the file name {name!r} leads outside the model folder; it is "
-                        "not opened. Download the model again")
-    root, file = folder.resolve(), (folder / name).resolve()
-    roots = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        roots.append(root.parent.parent / "blobs")
-    if not any(file.is_relative_to(r) for r in roots):
-        raise UserError(f"{folder / name}: a link that leads outside the model folder; copy the "
-                        "file into the folder")
-    if not file.is_file():
-        raise UserError(f"{folder / name}: no such file; the model is incomplete, download it "
-                        "again")
-    return folder / name
+def open_safetensors(file: Path) -> Any:
+    """Map a safetensors file of a model's folder into memory; the reader of the library."""
+    try:
+        return safe_open(check_model_file(file.parent, file.name), "pt")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file}: its header is damaged ({e}); download it again") from None
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, from its header. UserError if the file is truncated,
     damaged or not a safetensors file."""
-    size = file.stat().st_size
-    with open(file, "rb") as f:
+    with open_model_file(file.parent, file.name) as f:
+        size = f.seek(0, 2)
+        f.seek(0)
         header_size = int.from_bytes(f.read(8), "little")
         if size < 8 or header_size > MAX_HEADER:
             raise UserError(f"{file}: not a safetensors file ({size} bytes); download it again")
@@ -71,41 +72,77 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise UserError(f"{file}: {size} bytes, expected {data_start} for its header alone; "
                             "the file is truncated, download it again")
         header = strict_json(f.read(header_size), f"{file}, header")
+    header.pop("__metadata__", None)  # the library checks it
+    if len(header) > MAX_TENSORS:
+        raise UserError(f"{file}: {len(header):,} tensors, expected at most {MAX_TENSORS:,}; "
+                        "download it again")
     infos: dict[str, TensorInfo] = {}
-    data_end = 0
+    offsets = []
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            shape = tuple(map(int, entry["shape"]))
-            _, end = map(int, entry["data_offsets"])
-            infos[name] = TensorInfo(file, str(entry["dtype"]), shape, name)
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise UserError(f"{file}: its header is damaged at {name!r}; download it again"
-                            ) from None
-        data_end = max(data_end, end)
+        fault = _entry_fault(name, entry)
+        if fault:
+            raise UserError(f"{file}: its header is damaged at {shorten(name)}: {fault}; download "
+                            "it again")
+        infos[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), name)
+        offsets.append((*entry["data_offsets"], name))
+    data_end = max((end for _, end, _ in offsets), default=0)
     expected = data_start + data_end
     if size != expected:
         change = "truncated" if size < expected else "longer than its header says"
         raise UserError(f"{file}: {size} bytes, expected {expected}; the file is {change}, "
                         "download it again")
-    try:
-        safe_open(file, "pt")  # the library checks gaps, overlaps, and sizes against shapes
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{file}: its header is damaged ({e}); download it again") from None
+    _check_offsets(file, offsets)
+    open_safetensors(file)  # the library agrees
     return infos
+
+
+def _entry_fault(name: str, entry: Any) -> str | None:
+    """What is wrong with a tensor's entry in a header; None if its name, dtype, shape and number
+    of bytes agree."""
+    if not re.fullmatch(r"[!-~]+", name) or len(name) > MAX_TENSOR_NAME:
+        return (f"a name of {len(name):,} characters, expected 1 to {MAX_TENSOR_NAME}, letters and "
+                "signs of ASCII")
+    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return f"{shorten(entry)}, expected dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or dtype not in DTYPE_BYTES:
+        return f"dtype is {shorten(dtype)}, expected one of {', '.join(DTYPE_BYTES)}"
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        return f"shape is {shorten(shape)}, expected up to {MAX_DIMENSIONS} sizes"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"data_offsets is {shorten(offsets)}, expected where its bytes begin and end"
+    n_bytes = math.prod(shape) * DTYPE_BYTES[dtype]  # an int of Python does not overflow
+    if offsets[1] - offsets[0] != n_bytes:
+        return f"{offsets[1] - offsets[0]} bytes, expected {n_bytes} for {dtype} {shape}"
+    return None
+
+
+def _are_sizes(x: Any) -> bool:
+    """Whether x is a list of whole numbers from 0 to 2^63."""
+    return type(x) is list and all(type(i) is int and 0 <= i < 1 << 63 for i in x)
+
+
+def _check_offsets(file: Path, offsets: list[tuple[int, int, str]]) -> None:
+    """UserError if two tensors share bytes, or if bytes belong to no tensor."""
+    position = 0
+    for begin, end, name in sorted(offsets):
+        if begin != position:
+            fault = "overlaps another tensor" if begin < position else "follows unused bytes"
+            raise UserError(f"{file}: its header is damaged at {name!r}: it begins at byte "
+                            f"{begin}, expected {position}, so it {fault}; download it again")
+        position = end
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of a model folder. UserError if the index and the shards disagree."""
     weight_map = _weight_map(folder)
     files = sorted(set(weight_map.values())) if weight_map else [WEIGHTS_FILE]
-    if WEIGHTS_FILE not in files and os.path.lexists(folder / WEIGHTS_FILE):
+    if WEIGHTS_FILE not in files and has_model_file(folder, WEIGHTS_FILE):
         raise UserError(f"{folder}: contains both {WEIGHTS_FILE} and the shards of {INDEX_FILE}; "
                         "remove the one that you do not want")
     infos: dict[str, TensorInfo] = {}
     for file in files:
-        shard = read_header(resolve_inside(folder, file))
+        shard = read_header(check_model_file(folder, file))
         if twice := [k for k in shard if k in infos]:
             raise UserError(f"{folder}: {first_five(twice)} in {infos[twice[0]].file.name} and "
                             f"again in {file}; download the model again")
@@ -121,20 +158,31 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file, from the index; empty for a model in one file."""
-    if not os.path.lexists(folder / INDEX_FILE):
-        if not os.path.lexists(folder / WEIGHTS_FILE):
-            raise UserError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE} here, "
-                            f"{_why_no_weights(folder)}")
-        return {}
-    weight_map = read_json(resolve_inside(folder, INDEX_FILE)).get("weight_map")
+    if has_model_file(folder, INDEX_FILE):
+        return read_index(folder)["weight_map"]
+    if not has_model_file(folder, WEIGHTS_FILE):
+        raise UserError(f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE} here, "
+                        f"{_why_no_weights(folder)}")
+    return {}
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a sharded model. UserError unless it names plain .safetensors files."""
+    index = read_model_json(folder, INDEX_FILE)
+    weight_map, metadata = index.get("weight_map"), index.setdefault("metadata", {})
     if type(weight_map) is not dict or not weight_map:
         raise UserError(f"{folder / INDEX_FILE}: weight_map is missing or empty; download it "
                         "again")
+    if type(metadata) is not dict:
+        raise UserError(f"{folder / INDEX_FILE}: metadata is {shorten(metadata)}, expected an "
+                        "object; download it again")
     for file in weight_map.values():
         if type(file) is not str or not file.endswith(".safetensors"):
-            raise UserError(f"{folder / INDEX_FILE}: names {file!r}, expected .safetensors files; "
-                            "download the model again")
-    return weight_map
+            raise UserError(f"{folder / INDEX_FILE}: names {shorten(file)}, expected .safetensors "
+                            "files; download the model again")
+    for file in set(weight_map.values()):
+        check_file_name(folder, file)
+    return index
 
 
 def _why_no_weights(folder: Path) -> str:
@@ -158,7 +206,7 @@ def weights_fingerprint(infos: Mapping[str, TensorInfo]) -> str:
         info = infos[name]
         if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" or not info.shape:
             continue
-        tensor = safe_open(info.file, "pt").get_slice(info.name)
+        tensor = open_safetensors(info.file).get_slice(info.name)
         rows: list[int | slice] = [slice(None)]
         if len(info.shape) > 1:
             rows = sorted({0, info.shape[0] // 2, info.shape[0] - 1})
@@ -172,7 +220,7 @@ def weights_fingerprint(infos: Mapping[str, TensorInfo]) -> str:
 def first_five(names: Iterable[str]) -> str:
     """Up to five names, and the number of the others."""
     names = list(names)
-    text = ", ".join(names[:5])
+    text = ", ".join(name if len(name) <= 80 else name[:77] + "..." for name in names[:5])
     if len(names) > 5:
         text += f" and {len(names) - 5} more"
     return text

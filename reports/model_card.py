@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from checkpoints.model_folder import ADAPTER_CONFIG, CONFIG_FILE, MERGE_RECORD, tensor_infos
-from checkpoints.safetensors_header import resolve_inside
 from reports.page import render
 from reports.training_curves import read_metrics
 from runtime.console import UserError, printable
+from runtime.model_files import has_model_file, read_model_file, read_model_json
 from runtime.strict_json import read_json, strict_json
 from tokenization.tokenizer import FILES
 
@@ -39,8 +39,8 @@ def model_card(folder: Path, run_dir: str, results: Sequence[str], languages: Se
     base's."""
     run = read_json(run_file(run_dir, "run.json")) if run_dir else {}
     adapter = {}
-    if (folder / ADAPTER_CONFIG).exists():
-        adapter = read_json(folder / ADAPTER_CONFIG)
+    if has_model_file(folder, ADAPTER_CONFIG):
+        adapter = read_model_json(folder, ADAPTER_CONFIG)
     merged = read_merge_record(folder)
     base = _base_facts(folder, run, adapter, merged)
     licence_note = ""
@@ -56,7 +56,7 @@ def model_card(folder: Path, run_dir: str, results: Sequence[str], languages: Se
     parameters, architecture = 0, ""
     if not adapter:
         parameters = sum(torch.Size(x.shape).numel() for x in tensor_infos(folder).values())
-        names = read_json(folder / CONFIG_FILE).get("architectures")
+        names = read_model_json(folder, CONFIG_FILE).get("architectures")
         architecture = (names or ["unknown"])[0]
     return render(
         "model_card.md", {"cell": cell}, written_by_us=WRITTEN_BY_US,
@@ -67,7 +67,7 @@ def model_card(folder: Path, run_dir: str, results: Sequence[str], languages: Se
         base_is_local=bool(base["name"] and not base["hub_id"]),
         base_commit=base["commit"] or "unknown", licence_note=licence_note,
         results=[results_section(Path(x)) for x in results],
-        has_tokenizer=any((folder / x).exists() for x in FILES[:2]),
+        has_tokenizer=any(has_model_file(folder, x) for x in FILES[:2]),
         **(_run_facts(Path(run_dir), run) if run else {"run": None}))
 
 
@@ -116,20 +116,27 @@ def licence_of(base: Path, folder: Path) -> tuple[str, str]:
     if base.is_dir() and str(base) != ".":
         folders = [base, folder]
     for candidate in folders:
-        licence = _licence_in_card(candidate / "README.md")
+        licence = _licence_in_card(candidate)
         if licence and candidate == base:
             return licence, f"The base's card says its licence is {licence}."
         for file in sorted(candidate.glob("LICENSE*")):
-            start = file.read_text("utf-8", "replace")[:3000]
+            start = read_model_file(candidate, file.name).decode("utf-8", "replace")[:3000]
             for pattern, name in LICENCES.items():
                 if re.search(pattern, start):
                     return name, f"Its licence is the base's, by {file.name}: {name}."
     return "other", "The base's licence is not known here; find it before using or sharing this."
 
 
-def _licence_in_card(card: Path) -> str | None:
+def read_card(folder: Path) -> str:
+    """The text of README.md in a folder; "" if there is none."""
+    if not has_model_file(folder, "README.md"):
+        return ""
+    return read_model_file(folder, "README.md").decode("utf-8", "replace")
+
+
+def _licence_in_card(folder: Path) -> str | None:
     """The licence in the front matter of a card that we did not write."""
-    text = card.read_text("utf-8", "replace") if card.exists() else ""
+    text = read_card(folder)
     front_matter = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     if not front_matter or WRITTEN_BY_US in text:
         return None
@@ -282,9 +289,9 @@ def _contamination(report: dict[str, Any]) -> str:
 
 def read_merge_record(folder: Path) -> list[dict[str, Any]]:
     """The adapters that were merged into a folder's model, oldest first."""
-    if not (folder / MERGE_RECORD).exists():
+    if not has_model_file(folder, MERGE_RECORD):
         return []
-    merges = read_json(resolve_inside(folder, MERGE_RECORD)).get("merges")
+    merges = read_model_json(folder, MERGE_RECORD).get("merges")
     if type(merges) is not list or not all(type(x) is dict for x in merges):
         raise UserError(f"{folder / MERGE_RECORD}: `merges` is not a list of objects; download it "
                         "again")
