@@ -1,8 +1,8 @@
 """Strict reading of JSON objects from files that we did not write.
 
-Refused: more than 4 million objects and lists, duplicate keys, NaN and infinities, numbers that no program means (`1e999`, 65 digits),
-text that is not UTF-8 or not Unicode, nesting deeper than 64, and values that are not objects.
-Python's own reader accepts most of these.
+Refused: duplicate keys, NaN and infinities, numbers that no program means (`1e999`, 65 digits),
+text that is not UTF-8 or not Unicode, nesting deeper than 64, more than 4 million objects and
+lists, and values that are not objects. Python's own reader accepts most of these.
 """
 
 from __future__ import annotations
