@@ -236,9 +236,9 @@ def train(s: Settings, origins: dict[str, str]) -> int:
 def main(s: Settings, origins: dict[str, str]) -> int:
     """One run; or the demo, which is two: a tiny base on English, then that base on Kinyarwanda."""
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # each machine counts its own restarts
-        own = torchrun_restarts()
-        highest = Distributed.start(s.device, s.rank_timeout).all_reduce_max(own)[0]
-        if highest != own:
+        own_restarts = torchrun_restarts()
+        highest = Distributed.start(s.device, s.rank_timeout).all_reduce_max(own_restarts)[0]
+        if highest != own_restarts:
             s, origins = read_settings(sys.argv[1:], highest)
     if s.model == "demo" and not s.plan_for:
         from training import demo

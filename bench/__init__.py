@@ -1,13 +1,13 @@
-"""The frame of every benchmark: sides in processes of their own, in turn; medians; one page.
+"""The common part of all benchmarks: sides in processes of their own, in turn; medians; one page.
 
-A program here is one job (a training step, loading, ...). It names functions that run in a child
-process, and one `job` that calls them in turn and returns Markdown; `main` does the rest: flags,
-the section in docs/benchmarks.md, the exit code. README.md in this folder shows one whole.
+Each program here measures one job (a training step, loading, ...). It has functions that run in
+child processes, and a `job` that calls them in turn and returns Markdown. `main` does the rest:
+flags, the section in docs/benchmarks.md, the exit code. README.md in this folder has an example.
 
-A slow minute is slow for all sides because they run in turn: `in_turn` one process behind the
-other, `alternate` a turn of each, of processes that stand side by side, so that what is compared is
-seconds apart. The parent stays small, for a child's peak of memory begins with its parent's:
-nothing heavy is imported at the top of a benchmark.
+Sides run in turn, so that a slow minute of the machine is slow for all of them: `in_turn` runs one
+process after the other; `alternate` keeps one process per side and gives each a turn, so that
+compared measurements are seconds apart. A child's peak memory begins with its parent's, therefore
+no benchmark imports a heavy library at its top.
 """
 
 from __future__ import annotations
@@ -41,25 +41,24 @@ UNIT = 2**30 if sys.platform == "darwin" else 2**20  # of the system's peak of m
 
 @dataclass
 class Settings:
-    """How a job is run. `size`: full; quick, so that all jobs end in ten minutes; tiny: does it
-    run?"""
+    """The options of a job. `size`: full; quick (all jobs in ten minutes); tiny (a test that the
+    benchmark runs)."""
 
     size: str
-    rounds: int  # processes a side, or turns of one
-    cases: list[str]  # of the job's own, empty: all
-    write: bool = False  # into the page, pictures too
+    rounds: int  # processes per side, or turns of each process
+    cases: list[str]  # empty: all
+    write: bool = False  # into docs/benchmarks.md and docs/plots/
     faults: list[str] = field(default_factory=list)  # sides that disagree: the program fails
 
 
 def main(module: str, title: str, children: dict[str, Callable[..., Any]],
          job: Callable[[Settings], str], cases: Sequence[str] = (), rounds: int = 2,
          quick: int = 1, unit: str = "processes") -> int:
-    """A benchmark's whole program: answer as a child, or run the job, print and write its section.
+    """The program of a benchmark: answer as a child, or run the job, print and write its section.
 
-    `children` are the functions that may run in a process of their own, by name; `job` returns
-    Markdown and adds to `faults` what makes its figures worthless. Only options that the job has a
-    use for are offered: --cases where it has some, --rounds, so many `unit` a side (`quick` of them
-    with --quick), where these are not 0.
+    `children` are the functions that may run in a child process, by name. `job` returns Markdown
+    and adds to `faults` what makes its figures invalid. `--cases` exists if the job has cases,
+    `--rounds` if `rounds` is not 0: the number of `unit` per side, `quick` of them with --quick.
     """
     if sys.argv[1:2] == ["--child"]:
         answer(children[sys.argv[2]], json.loads(sys.argv[3]))
@@ -100,20 +99,20 @@ def main(module: str, title: str, children: dict[str, Callable[..., Any]],
 
 
 def answer(function: Callable[..., Any], args: list) -> None:
-    """As a child: a line of JSON for each line read, what the function returns or, of a generator,
-    what it yields next. ValueError, and so the program's end, if a number of it is not finite."""
-    with os.fdopen(os.dup(1), "w") as said:
-        os.dup2(2, 1)  # what a library prints is no result
-        found = function(*args)
-        given = found if isinstance(found, Iterator) else iter([found])
+    """Run in a child process: for each line read, print a line of JSON with the function's result,
+    or with the next value of a generator. ValueError if a number in it is not finite."""
+    with os.fdopen(os.dup(1), "w") as output:
+        os.dup2(2, 1)  # what a library prints must not be read as a result
+        result = function(*args)
+        results = result if isinstance(result, Iterator) else iter([result])
         for _ in sys.stdin:
-            line = json.dumps(next(given), allow_nan=False)  # NaN passes every comparison
-            print(line, file=said, flush=True)
+            line = json.dumps(next(results), allow_nan=False)  # NaN passes every comparison
+            print(line, file=output, flush=True)
 
 
 class Child:
-    """A function of a benchmark in a new process; the program ends with what it said if it fails.
-    """
+    """A function of a benchmark in a new process. If it fails, the program ends and prints the
+    child's standard error."""
 
     def __init__(self, module: str, name: str, *args: Any, **environment: str):
         self.what = " ".join(map(str, (name, *args)))
@@ -124,7 +123,7 @@ class Child:
             env=os.environ | environment)
 
     def turn(self) -> Any:
-        """What it returns, or yields next."""
+        """The function's result, or the next value of a generator."""
         with suppress(BrokenPipeError):
             print(file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()  # type: ignore[union-attr]
@@ -133,8 +132,8 @@ class Child:
         return json.loads(line)
 
     def end(self) -> float:
-        """Let it go; the most memory it held as the system counts it, in GB of 2^30 bytes, pages of
-        mapped files included."""
+        """End the process -> its peak memory in GB of 2^30 bytes, pages of mapped files included.
+        """
         with suppress(BrokenPipeError):
             self.process.stdin.close()  # type: ignore[union-attr]
         _, status, usage = os.wait4(self.process.pid, 0)
@@ -148,50 +147,50 @@ class Child:
 
 
 def child(module: str, name: str, *args: Any) -> Any:
-    """What a function of a benchmark gives in a new process; a dict also gets `gb`, as `Child.end`
-    says."""
+    """The result of a benchmark's function in a new process; a dict also gets `gb`, its peak."""
     one = Child(module, name, *args)
-    found, gb = one.turn(), one.end()
-    return {"gb": gb, **found} if isinstance(found, dict) else found
+    result, gb = one.turn(), one.end()
+    return {"gb": gb, **result} if isinstance(result, dict) else result
 
 
 def in_turn(module: str, rounds: int, sides: dict[str, tuple[str, list]]) -> dict[str, list[dict]]:
-    """{side: (child's name, its arguments)} -> {side: its results}, `rounds` times all in turn."""
-    found: dict[str, list[dict]] = {side: [] for side in sides}
+    """Run all sides in turn, `rounds` times: {side: (child's name, its arguments)} -> {side: its
+    results}."""
+    results: dict[str, list[dict]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, (name, args) in sides.items():
-            found[side].append(child(module, name, *args))
+            results[side].append(child(module, name, *args))
             print(f"{module}: {side} done", file=sys.stderr, flush=True)
-    return found
+    return results
 
 
 def alternate(module: str, turns: int,
               sides: dict[str, tuple[str, list]]) -> dict[str, tuple[dict, list[dict]]]:
     """{side: (generator's name, its arguments)} -> {side: (what it yields first, its turns)}.
 
-    All sides' processes are there at once and wait while others work: the first of each, which is
-    its setting up and gets `gb`, then `turns` times a turn of each.
+    All processes exist at the same time, and all but one wait. The first value of each comes from
+    its setup and gets `gb`; after that each side has `turns` turns.
     """
-    processes, found = {}, {}
+    processes, results = {}, {}
     for side, (name, args) in sides.items():
         processes[side] = Child(module, name, *args)
-        found[side] = processes[side].turn(), []
+        results[side] = processes[side].turn(), []
         print(f"{module}: {side} ready", file=sys.stderr, flush=True)
     for _ in range(turns):
         for side, process in processes.items():
-            found[side][1].append(process.turn())
+            results[side][1].append(process.turn())
     for side, process in processes.items():
-        found[side][0]["gb"] = process.end()
-    return found
+        results[side][0]["gb"] = process.end()
+    return results
 
 
 @dataclass
 class Spread:
-    """Median, least and most of what was measured, and how often."""
+    """The median, the smallest and the largest of n measurements."""
 
     median: float
-    least: float
-    most: float
+    low: float
+    high: float
     n: int
 
     @classmethod
@@ -200,22 +199,24 @@ class Spread:
 
 
 def ratio(above: Sequence[float], below: Sequence[float], unit: str = "") -> str:
-    """`1.44 (quartiles 1.38, 1.52)`: what was measured above over what was below, `unit` behind it.
+    """`1.44 (quartiles 1.38, 1.52)`: the median of the ratios of two series, followed by `unit`.
 
-    Each round, or turn, has a ratio, for in it the sides ran one behind the other; the median of
-    these, and between what its middle half lies: of two or three the least and the most.
+    Each round (or turn) has its own ratio, because its measurements follow each other directly.
+    With two or three rounds, the smallest and the largest ratio are given in place of quartiles.
     """
     each = sorted(a / b for a, b in zip(above, below, strict=True))
-    said = f"{statistics.median(each):.2f}{unit}"
+    median = f"{statistics.median(each):.2f}{unit}"
     if len(each) > 3:
         low, _, high = statistics.quantiles(each, n=4)
-        return f"{said} (quartiles {low:.2f}, {high:.2f})"
-    return f"{said} ({each[0]:.2f} to {each[-1]:.2f} by round)" if len(each) > 1 else said
+        return f"{median} (quartiles {low:.2f}, {high:.2f})"
+    if len(each) > 1:
+        return f"{median} ({each[0]:.2f} to {each[-1]:.2f} by round)"
+    return median
 
 
 def std(width: int) -> float:
-    """Of a random model's weights: transformers' own; larger where --tiny makes them so few that
-    another rope, or an MLP left out, would not show in a loss."""
+    """The standard deviation of a random model's weights: transformers' default. For --tiny it is
+    larger, so that an error in the rotary embedding or the MLP is visible in the loss."""
     return 0.02 if width > 64 else 0.15
 
 
@@ -225,18 +226,18 @@ def installed(library: str) -> bool:
 
 
 def versions(*libraries: str) -> str:
-    """`torch 2.13.0, ...`, of those that are installed; of the others, that they are not."""
+    """The versions of libraries, such as `torch 2.13.0, litgpt not installed`."""
     return ", ".join(f"{x} {version(x)}" if installed(x) else f"{x} not installed"
                      for x in libraries)
 
 
 def peak_gb() -> float:
-    """The most memory this process has held so far, in GB of 2^30 bytes."""
+    """The peak memory of this process so far, in GB of 2^30 bytes."""
     return getrusage(RUSAGE_SELF).ru_maxrss / UNIT
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown; a column of numbers only is set to the right."""
+    """A Markdown table. A column that holds only numbers is aligned to the right."""
     cells = [[str(x) for x in row] for row in rows]
     numeric = [all(c[i][:1].isdigit() or c[i] in ("", "-") for c in cells)
                for i in range(len(head))]
@@ -273,13 +274,13 @@ def plot(name: str, lines: dict[str, tuple[Sequence[float], Sequence[float]]], a
 
 
 def write(name: str, text: str) -> None:
-    """Put a section between its marks in docs/benchmarks.md, in place of what stood there; what a
-    person wrote stands behind them."""
+    """Replace the section between its marks in docs/benchmarks.md. Text outside the marks, written
+    by hand, is not changed."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(begin)
+    head, _, rest = page.partition(begin)
     _, ended, after = rest.partition(end)
     if rest and not ended:
         sys.exit(f"{PAGE}: {begin.strip()} has no {end.strip()} behind it; nothing is written")
-    PAGE.write_text(f"{before if rest else page.rstrip() + chr(10) * 2}{begin}{text}{end}{after}",
+    PAGE.write_text(f"{head if rest else page.rstrip() + chr(10) * 2}{begin}{text}{end}{after}",
                     encoding="utf-8")

@@ -35,15 +35,16 @@ def read(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def table(runs: list[Path]) -> str:
     """Markdown: a line for each run, before and after for each text."""
-    found = {run.name: read(run) for run in runs}
-    texts = list(dict.fromkeys(k for _, looks in found.values() for k in looks[0]["bits_per_byte"]))
+    by_run = {run.name: read(run) for run in runs}
+    texts = list(dict.fromkeys(
+        text for _, looks in by_run.values() for text in looks[0]["bits_per_byte"]))
     head = ["run", "tokens", *(f"{k} before | {k} after | change" for k in texts), "minutes"]
     lines = ["| " + " | ".join(head) + " |", "|---|--:|" + "--:|" * (3 * len(texts) + 1)]
-    for name, (steps, looks) in found.items():
+    for name, (steps, looks) in by_run.items():
         cells = [name, f"{steps[-1]['tokens'] / 1e6:.2f} M"]
         for k in texts:
-            before, after = (x["bits_per_byte"][k] for x in (looks[0], looks[-1]))
-            cells += [f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.1%}"]
+            first, last = (x["bits_per_byte"][k] for x in (looks[0], looks[-1]))
+            cells += [f"{first:.4f}", f"{last:.4f}", f"{last / first - 1:+.1%}"]
         counts = [b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *steps[:-1]], steps,
                                                             strict=True)]
         seconds = sum(n / x["tokens_per_second"] for n, x in zip(counts, steps, strict=True))
@@ -58,11 +59,11 @@ def draw(runs: list[Path], svg: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    found = {run.name: read(run)[1] for run in runs}
-    texts = list(dict.fromkeys(k for looks in found.values() for k in looks[0]["bits_per_byte"]))
+    by_run = {run.name: read(run)[1] for run in runs}
+    texts = list(dict.fromkeys(k for looks in by_run.values() for k in looks[0]["bits_per_byte"]))
     figure, panels = plt.subplots(1, len(texts), figsize=(5 * len(texts), 3.6), squeeze=False)
     for panel, text in zip(panels[0], texts, strict=True):
-        for name, looks in found.items():
+        for name, looks in by_run.items():
             panel.plot([x["tokens"] / 1e6 for x in looks],
                        [x["bits_per_byte"][text] for x in looks], label=name, marker=".")
         panel.set(title=text, xlabel="million trained tokens", ylabel="bits per byte")

@@ -220,7 +220,7 @@ def table_rows(name: str, runs: dict[str, list[dict[str, Any]]]) -> list[list[st
         x = spread[side]
         times = ratio(seconds[best], seconds[side]) if best else "-"
         rows.append([f"{name}: {len(logp)} items of {len(logp[0])} choices", side,
-                     f"{x.median:.2f}", f"{x.least:.2f} to {x.most:.2f}",
+                     f"{x.median:.2f}", f"{x.low:.2f} to {x.high:.2f}",
                      f"{len(logp) / x.median:.1f}", times,
                      f"{max(run['gb'] for run in side_runs):.2f}"])
     return rows

@@ -42,14 +42,13 @@ SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabular
 
 @dataclass
 class Case:
-    """What is asked: of which model, how many prompts of how many ids, how many answered side by
-    side."""
+    """A model, prompts and their lengths, and how many of them are answered at once (rows)."""
 
     shape: str
     dtype: str
     prompts: int
-    least: int
-    most: int
+    shortest: int
+    longest: int
     rows: int
     new: int
     beams: int = 1
@@ -74,8 +73,9 @@ def case_of(name: str, size: str) -> Case:
     """A case, in the size that is asked for."""
     case = CASES[name]
     if size == "tiny":
-        case = Case("tiny", case.dtype, min(case.prompts, 12), 4, 4 if case.least == case.most else
-                    16, min(case.rows, 4 * case.beams), 8, case.beams, case.temperature)
+        longest = 4 if case.shortest == case.longest else 16
+        case = Case("tiny", case.dtype, min(case.prompts, 12), 4, longest,
+                    min(case.rows, 4 * case.beams), 8, case.beams, case.temperature)
     elif size == "quick":
         case = replace(case, prompts=min(case.prompts, 24), new=case.new // 4,
                        rows=min(case.rows, 24 if case.together else 8 * case.beams))
@@ -100,7 +100,7 @@ def draw(shape: str, folder: str) -> None:
 def asked_of(case: Case) -> tuple[list[list[int]], list[int]]:
     """The prompts and the ids that end an answer, the same in every process."""
     V, chance = SHAPES[case.shape][-1], random.Random(1)
-    prompts = [[chance.randrange(3, V) for _ in range(chance.randint(case.least, case.most))]
+    prompts = [[chance.randrange(3, V) for _ in range(chance.randint(case.shortest, case.longest))]
                for _ in range(case.prompts)]
     return prompts, chance.sample(range(V), V // 64)
 
@@ -139,19 +139,19 @@ def theirs(case: Case, folder: str, ends: list[int]) -> Any:
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        n, found = max(1, case.rows // case.beams), {}
-        for at in range(0, len(order), n):
-            part = order[at : at + n]
-            T = max(len(prompts[i]) for i in part)
-            pads = [T - len(prompts[i]) for i in part]
-            ids = torch.tensor([[0] * p + prompts[i] for p, i in zip(pads, part, strict=True)])
+        n, answers = max(1, case.rows // case.beams), {}
+        for start in range(0, len(order), n):
+            indices = order[start : start + n]
+            T = max(len(prompts[i]) for i in indices)
+            pads = [T - len(prompts[i]) for i in indices]
+            ids = torch.tensor([[0] * p + prompts[i] for p, i in zip(pads, indices, strict=True)])
             mask = torch.tensor([[0] * p + [1] * (T - p) for p in pads])
             out = model.generate(ids, attention_mask=mask, num_beams=case.beams, pad_token_id=0,
                                  max_new_tokens=new, eos_token_id=ends, **drawn)[:, T:].tolist()
-            for i, row in zip(part, out, strict=True):
+            for i, row in zip(indices, out, strict=True):
                 end = next((k for k, x in enumerate(row) if x in ending), len(row) - 1)
-                found[i] = row[: end + 1]
-        return [found[i] for i in range(len(prompts))]
+                answers[i] = row[: end + 1]
+        return [answers[i] for i in range(len(prompts))]
 
     return run
 
@@ -164,14 +164,14 @@ def continuous(case: Case, folder: str, ends: list[int]) -> Any:
     model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, case.dtype)).eval()
     page = 256  # tokens
     room = ContinuousBatchingConfig(
-        page_size=page, num_blocks=case.rows * -(-(case.most + case.new) // page) + case.rows,
+        page_size=page, num_blocks=case.rows * -(-(case.longest + case.new) // page) + case.rows,
         max_requests_per_batch=case.rows, max_batch_tokens=512)
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
         drawn = GenerationConfig(max_new_tokens=new, eos_token_id=ends, pad_token_id=0, top_k=0,
                                  do_sample=case.temperature > 0, temperature=case.temperature)
-        found = model.generate_batch(prompts, drawn, room).values()  # in the order of the prompts
-        return [x.generated_tokens for x in found]
+        outputs = model.generate_batch(prompts, drawn, room).values()  # in the order of the prompts
+        return [x.generated_tokens for x in outputs]
 
     return run
 
@@ -190,12 +190,12 @@ def measure(side: str, name: str, size: str, folder: str) -> Iterator[dict[str, 
     run(prompts[:1], 2)  # every weight is in memory, every thread has begun
     yield {}
     while True:
-        found = {}
+        seconds = {}
         for key, new in (("first", 1), ("whole", case.new)):
             begun = time.perf_counter()
             ids = run(prompts, new)
-            found[key] = time.perf_counter() - begun
-        yield {**found, "ids": ids}
+            seconds[key] = time.perf_counter() - begun
+        yield {**seconds, "ids": ids}
 
 
 def likely(name: str, size: str, folder: str, int8: bool = False) -> list[list[int]]:
@@ -208,7 +208,7 @@ def likely(name: str, size: str, folder: str, int8: bool = False) -> list[list[i
     case = case_of(name, size)
     dtype = torch.float32 if int8 else getattr(torch, case.dtype)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    found = []
+    candidates = []
     with torch.inference_mode():
         for m in model.modules():
             if int8 and isinstance(m, torch.nn.Linear):
@@ -216,9 +216,9 @@ def likely(name: str, size: str, folder: str, int8: bool = False) -> list[list[i
                 m.weight.copy_((m.weight / step).round() * step)
         for ids in asked_of(case)[0]:
             logits = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float()  # (V,)
-            most = logits.max()
-            found.append((logits >= most - most.abs() / 64).nonzero()[:, 0].tolist())
-    return found
+            largest = logits.max()
+            candidates.append((logits >= largest - largest.abs() / 64).nonzero()[:, 0].tolist())
+    return candidates
 
 
 def agree(case: Case, runs: dict[str, list[dict]],
@@ -226,18 +226,18 @@ def agree(case: Case, runs: dict[str, list[dict]],
     """Whether the sides gave the same answers, as far as they can: one to each prompt, and nine in
     ten the same, for of two equal logits either side may take either. In bf16 an answer soon goes
     its own way: every first id must be one that `may` come first on that side."""
-    if not all(len(run["ids"]) == case.prompts and all(run["ids"]) for done in runs.values()
-               for run in done):
+    if not all(len(run["ids"]) == case.prompts and all(run["ids"]) for turns in runs.values()
+               for run in turns):
         return False  # a side that logs its faults and goes on
     if case.temperature:
         return True
     if may:
-        return all(ids[0] in ok for side, done in runs.items() for run in done
+        return all(ids[0] in ok for side, turns in runs.items() for run in turns
                    for ids, ok in zip(run["ids"], may[side], strict=True))
     n = 1 if case.dtype == "bfloat16" else case.new
     first = runs["ours"][0]["ids"]
     return all(sum(a[:n] == b[:n] for a, b in zip(first, run["ids"], strict=True))
-               >= 0.9 * len(first) for done in runs.values() for run in done)
+               >= 0.9 * len(first) for turns in runs.values() for run in turns)
 
 
 def job(s: Settings) -> str:
@@ -252,13 +252,18 @@ def job(s: Settings) -> str:
                 child(HERE, "draw", case.shape, folder)
                 drawn.add(case.shape)
             narrow = case.dtype == "bfloat16"
-            here = [*sides, *["ours, int8"] * narrow,
-                    *["transformers, continuous"] * (name == "ragged" and len(sides) > 1)]
-            before = limits.measured(s.size)["read"] if case.together and rows else peaks["read"]
-            done = alternate(HERE, s.rounds, {side: ("measure", [side, name, s.size, folder])
-                                              for side in here})
-            runs, gb = ({side: x[i] for side, x in done.items()} for i in (1, 0))
-            after = limits.measured(s.size)["read"] if case.together else before
+            case_sides = list(sides)
+            if narrow:
+                case_sides.append("ours, int8")
+            if name == "ragged" and "transformers" in sides:
+                case_sides.append("transformers, continuous")
+            read_before = peaks["read"]
+            if case.together and rows:
+                read_before = limits.measured(s.size)["read"]
+            measured = alternate(HERE, s.rounds, {side: ("measure", [side, name, s.size, folder])
+                                              for side in case_sides})
+            runs, gb = ({side: x[i] for side, x in measured.items()} for i in (1, 0))
+            read_after = limits.measured(s.size)["read"] if case.together else read_before
             may = None
             if narrow and "transformers" in sides:
                 plain, rounded = (child(HERE, "likely", name, s.size, folder, x)
@@ -266,7 +271,7 @@ def job(s: Settings) -> str:
                 may = {side: rounded if side == "ours, int8" else plain for side in runs}
             if not agree(case, runs, may):
                 s.faults.append(f"{name}: the sides give different ids")
-            rows += lines(name, case, runs, gb, max(before, after))
+            rows += lines(name, case, runs, gb, max(read_before, read_after))
     head = ["case", "", "prompts, side by side", "ids/s", "range",
             "times transformers' best", "ms a step", "of the read limit, GB/s", "peak GB"]
     return table(head, rows) + "\n\n" + limits.words(peaks, "transformers")
@@ -277,27 +282,27 @@ def lines(name: str, case: Case, runs: dict[str, list[dict]], held: dict[str, di
     """A case's rows of the table."""
     C, M, L, H, K, V = SHAPES[case.shape]
     matrices = V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M)  # the head, not the table
-    speeds = {side: [sum(map(len, x["ids"])) / x["whole"] for x in done]
-              for side, done in runs.items()}
+    speeds = {side: [sum(map(len, x["ids"])) / x["whole"] for x in turns]
+              for side, turns in runs.items()}
     peers = [side for side in runs if side.startswith("transformers")]
     best = max(peers, key=lambda side: statistics.median(speeds[side]), default=None)
-    found = []
-    for side, done in runs.items():
+    rows = []
+    for side, turns in runs.items():
         speed = Spread.of(speeds[side])
         bytes_per_weight = 2 if case.dtype == "bfloat16" else 4
         if side == "ours, int8":
             bytes_per_weight = 1
         size = matrices * bytes_per_weight
-        step = statistics.median((x["whole"] - x["first"]) / (case.new - 1) for x in done)
+        step = statistics.median((x["whole"] - x["first"]) / (case.new - 1) for x in turns)
         times = ratio(speeds[side], speeds[best]) if best else "-"
         beams = f" x {case.beams} beams" if case.beams > 1 else ""
-        found.append([f"{name}: {case.shape}, {case.dtype}", side,
+        rows.append([f"{name}: {case.shape}, {case.dtype}", side,
                       f"{case.prompts}, {case.rows // case.beams}{beams}", f"{speed.median:.1f}",
-                      f"{speed.least:.1f} to {speed.most:.1f}", times,
+                      f"{speed.low:.1f} to {speed.high:.1f}", times,
                       f"{1000 * step:.1f}" if case.together else "-",
                       f"{size / step / 1e9 / read:.0%} of {read:.1f}" if case.together else "-",
                       f"{held[side]['gb']:.2f}"])
-    return found
+    return rows
 
 
 if __name__ == "__main__":

@@ -36,15 +36,15 @@ def peaks(size: str) -> dict[str, Any]:
             seconds.append(time.perf_counter() - begun)
         return min(seconds)
 
-    n, found = N[size], {"threads": torch.get_num_threads()}
+    n, result = N[size], {"threads": torch.get_num_threads()}
     for name in ("bfloat16", "float32"):
         a = torch.randn(n // 2, n).to(getattr(torch, name))
         b = torch.randn(n, n).to(a.dtype)
-        found[name] = n**3 / best(lambda a=a, b=b: a @ b.T, 6) / 1e9
+        result[name] = n**3 / best(lambda a=a, b=b: a @ b.T, 6) / 1e9
     x = torch.ones((1 << 28) if size != "tiny" else 1 << 20)  # 1 GiB: no cache holds it
     rows, v = x.view(-1, 4096), torch.ones(4096)
-    found["read"] = x.numel() * 4 / min(best(x.sum, 4), best(lambda: rows @ v, 4)) / 1e9
-    return found
+    result["read"] = x.numel() * 4 / min(best(x.sum, 4), best(lambda: rows @ v, 4)) / 1e9
+    return result
 
 
 def measured(size: str) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def memory() -> str:
 
 
 def job(s: Settings) -> str:
-    found = measured(s.size)
-    rows = [("product, bf16", f"{found['bfloat16']:,.0f} GFLOP/s"),
-            ("product, float32", f"{found['float32']:,.0f} GFLOP/s"),
-            ("read", f"{found['read']:.1f} GB/s")]
-    return table(["limit", "measured"], rows) + "\n\n" + words(found)
+    result = measured(s.size)
+    rows = [("product, bf16", f"{result['bfloat16']:,.0f} GFLOP/s"),
+            ("product, float32", f"{result['float32']:,.0f} GFLOP/s"),
+            ("read", f"{result['read']:.1f} GB/s")]
+    return table(["limit", "measured"], rows) + "\n\n" + words(result)
 
 
 if __name__ == "__main__":

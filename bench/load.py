@@ -46,13 +46,13 @@ def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
 
     from checkpoints.huggingface import load_model
 
-    kept = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     ids = torch.tensor([[7]])
-    before, begun = peak_gb(), time.perf_counter()
+    gb_of_imports, begun = peak_gb(), time.perf_counter()
     if side == "ours":
-        model, _ = load_model(folder, dtype=kept, tokenizer=False)
+        model, _ = load_model(folder, dtype=torch_dtype, tokenizer=False)
     else:
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=kept)
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch_dtype)
     loaded = time.perf_counter()
     with torch.inference_mode():
         if side == "ours":
@@ -60,7 +60,7 @@ def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
         else:
             logits = model(ids).logits[0, -1]
     return {"load": loaded - begun, "ready": time.perf_counter() - begun,
-            "above": peak_gb() - before, "top": int(logits.argmax())}
+            "above": peak_gb() - gb_of_imports, "top": int(logits.argmax())}
 
 
 def job(s: Settings) -> str:
@@ -71,13 +71,13 @@ def job(s: Settings) -> str:
         for dtype, weights_gb in (("bfloat16", size / 2**30), ("float32", 2 * size / 2**30)):
             runs = in_turn(HERE, s.rounds, {
                 side: ("measure", [side, dtype, folder]) for side in ("ours", "transformers")})
-            for side, done in runs.items():
-                load, ready = (Spread.of([x[k] for x in done]) for k in ("load", "ready"))
-                gb = max(x["above"] for x in done)
+            for side, results in runs.items():
+                load, ready = (Spread.of([x[k] for x in results]) for k in ("load", "ready"))
+                gb = max(x["above"] for x in results)
                 rows.append([dtype, side, f"{load.median:.2f}", f"{ready.median:.2f}",
-                             f"{ready.least:.2f} to {ready.most:.2f}", f"{gb:.2f}",
+                             f"{ready.low:.2f} to {ready.high:.2f}", f"{gb:.2f}",
                              f"{gb / weights_gb:.2f}"])
-            if len({x["top"] for done in runs.values() for x in done}) > 1:
+            if len({x["top"] for results in runs.values() for x in results}) > 1:
                 s.faults.append(f"{dtype}: the sides disagree about the next token")
     head = ["kept as", "", "seconds to load", "to the first token", "range",
             "peak GB above imports", "of the weights"]

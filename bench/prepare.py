@@ -62,14 +62,14 @@ def write_text(file: str, kind: str, mb: int, folder: str) -> str:
     tokenizer learned from them in `folder`, unless it is there; what the text is."""
     from tokenization.tokenizer import learn
 
-    found = texts(kind, folder)
+    documents = texts(kind, folder)
     real = (DATA / "cpt").is_dir()
     if not Path(folder, "tokenizer.model").exists():
-        learn(found[:20000], 8000 if real else 600, Path(folder))
+        learn(documents[:20000], 8000 if real else 600, Path(folder))
     size = n = 0
     with open(file, "wb") as f:
-        while size < mb * 10**6 if mb else n < len(found):
-            text = f"{n}. {found[n % len(found)]}" if mb else found[n]
+        while size < mb * 10**6 if mb else n < len(documents):
+            text = f"{n}. {documents[n % len(documents)]}" if mb else documents[n]
             size += f.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
             n += 1
     what = "../shared/data/cpt" if real else "sentences of the demo's grammar"
@@ -164,22 +164,23 @@ def beside(s: Settings, case: str, file: str, what: str) -> str:
         sides[f"ours, {by}, cleaning too"] = ("ours", [file, tokenizer, n, True])
         sides |= {f"datasets.map, {by}": ("theirs", [file, tokenizer, n])} if peer else {}
     runs, rows = in_turn(HERE, s.rounds, sides), []
-    took = {side: Spread.of([x["seconds"] for x in done]) for side, done in runs.items()}
+    took = {side: Spread.of([x["seconds"] for x in results]) for side, results in runs.items()}
     best = min((side for side in sides if sides[side][0] == "theirs"),
                key=lambda side: took[side].median, default=None)
-    seconds = {side: [x["seconds"] for x in done] for side, done in runs.items()}
-    for side, done in runs.items():
+    seconds = {side: [x["seconds"] for x in results] for side, results in runs.items()}
+    for side, results in runs.items():
         x = took[side]
-        rows.append([side, f"{mb / x.median:.1f}", f"{x.least:.1f} to {x.most:.1f}",
+        rows.append([side, f"{mb / x.median:.1f}", f"{x.low:.1f} to {x.high:.1f}",
                      ratio(seconds[best], seconds[side]) if best else "-",
-                     f"{max(r['gb'] for r in done):.2f}",
-                     f"{done[0]['disk'] / 1e6:.0f}", f"{done[0]['tokens']:,}"])
-    if len({x["tokens"] for side, done in runs.items() if "cleaning" not in side
-            for x in done}) > 1:
+                     f"{max(r['gb'] for r in results):.2f}",
+                     f"{results[0]['disk'] / 1e6:.0f}", f"{results[0]['tokens']:,}"])
+    if len({x["tokens"] for side, results in runs.items() if "cleaning" not in side
+            for x in results}) > 1:
         s.faults.append(f"{case}: the sides give different numbers of tokens")
-    whole = max((x["whole"] for done in runs.values() for x in done if "whole" in x), default=0)
+    cached = max((x["whole"] for results in runs.values() for x in results if "whole" in x),
+                 default=0)
     left = (" MB on disk: the bin, or the files of the peer's last map; with its copy of the text "
-            f"and its first map its cache is {whole / 1e6:.0f} MB.") if peer else ""
+            f"and its first map its cache is {cached / 1e6:.0f} MB.") if peer else ""
     return f"{case}: {what}.{left}\n\n" + table(
         ["", "MB/s", "seconds", "times datasets.map's best", "peak GB of a process", "MB on disk",
          "tokens"], rows)
@@ -204,21 +205,21 @@ def job(s: Settings) -> str:
                   for case in cases if case in BESIDE]
         if "loader" in cases:
             file, _ = text(kind)
-            done = in_turn(HERE, s.rounds, {"loader": ("load", [
+            results = in_turn(HERE, s.rounds, {"loader": ("load", [
                 f"{home}/bin", file, f"{home}/{kind}"])})["loader"]
-            rows = Spread.of([x["rows"] for x in done])
-            parts.append(f"The loader gives {rows.median:,.0f} ({rows.least:,.0f} to "
-                         f"{rows.most:,.0f}) packed rows of 1,024 tokens a second; a training step "
+            rows = Spread.of([x["rows"] for x in results])
+            parts.append(f"The loader gives {rows.median:,.0f} ({rows.low:,.0f} to "
+                         f"{rows.high:,.0f}) packed rows of 1,024 tokens a second; a training step "
                          "asks for a few.")
         if "gigabyte" in cases:
             mb = GIGABYTE[s.size]
             file, _ = text(kind, mb)
-            done = in_turn(HERE, s.rounds, {"gigabyte": ("ours", [
+            results = in_turn(HERE, s.rounds, {"gigabyte": ("ours", [
                 file, f"{home}/{kind}", 2])})["gigabyte"]
-            rate = Spread.of([mb / x["seconds"] for x in done])
-            parts.append(f"{mb:,} MB by two processes: {rate.median:.1f} ({rate.least:.1f} to "
-                         f"{rate.most:.1f}) MB/s, no process above "
-                         f"{max(x['gb'] for x in done):.2f} GB.")
+            rate = Spread.of([mb / x["seconds"] for x in results])
+            parts.append(f"{mb:,} MB by two processes: {rate.median:.1f} ({rate.low:.1f} to "
+                         f"{rate.high:.1f}) MB/s, no process above "
+                         f"{max(x['gb'] for x in results):.2f} GB.")
     return "\n\n".join([*parts, limits.words(limits.measured(s.size), "datasets", "sentencepiece",
                                              "tokenizers")])
 

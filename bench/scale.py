@@ -149,16 +149,16 @@ def measure(side: str, how: str, model: str, folder: str, threads: int,
     def rank() -> list[list[float]]:
         step = {"ours": ours, "accelerate": accelerate}[side](how, folder)
         rows = tokens.chunk(world)[int(os.environ.get("RANK", 0))]
-        found = []
+        results = []
         for _ in range(2 + steps):
             begun = time.perf_counter()
             loss = step(rows)
-            found.append([time.perf_counter() - begun, loss])
-        return found
+            results.append([time.perf_counter() - begun, loss])
+        return results
 
-    found = on_ranks(world, threads, rank)
-    return {"seconds": [max(rank[i][0] for rank in found) for i in range(2, 2 + steps)],
-            "first": found[0][0][1], "last": found[0][-1][1]}
+    results = on_ranks(world, threads, rank)
+    return {"seconds": [max(rank[i][0] for rank in results) for i in range(2, 2 + steps)],
+            "first": results[0][0][1], "last": results[0][-1][1]}
 
 
 def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[str, Any]:
@@ -181,24 +181,24 @@ def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[s
                 saver.poll()
             return time.perf_counter() - begun
 
-        found: dict[str, Any] = {"plain": [], "beside": [], "copy": [], "written": []}
+        seconds: dict[str, Any] = {"plain": [], "beside": [], "copy": [], "written": []}
         for _ in range(3):
             turn()
         for i in range(saves):
-            found["plain"] += [turn() for _ in range(4)]
+            seconds["plain"] += [turn() for _ in range(4)]
             begun = time.perf_counter()
             saver.save(i, step.parts(), {})
-            found["copy"].append(time.perf_counter() - begun)
+            seconds["copy"].append(time.perf_counter() - begun)
             while saver.pending is not None:
-                found["beside"].append(turn())
-            found["written"].append(time.perf_counter() - begun)
-        found["plain"] += [turn() for _ in range(4)]  # before and after: machines drift
+                seconds["beside"].append(turn())
+            seconds["written"].append(time.perf_counter() - begun)
+        seconds["plain"] += [turn() for _ in range(4)]  # before and after: machines drift
         begun = time.perf_counter()
         saver.save(saves, step.parts(), {})
         saver.finish()
-        return {**found, "waited": [time.perf_counter() - begun],
-                "bytes": sum(x.numel() * x.element_size() for part in step.parts().values()
-                             for x in part.values())}
+        return {**seconds, "waited": [time.perf_counter() - begun],
+                "bytes": sum(x.numel() * x.element_size() for tensors in step.parts().values()
+                             for x in tensors.values())}
 
     return on_ranks(world, threads, rank)[0]  # all ranks take each turn together
 
@@ -233,7 +233,7 @@ def beside(s: Settings) -> str:
                     for program in programs:
                         program.end()
                 rows.append([side, f"{spins:,}",
-                             *(f"{x.median:.3f} ({x.least:.3f} to {x.most:.3f})" for x in took),
+                             *(f"{x.median:.3f} ({x.low:.3f} to {x.high:.3f})" for x in took),
                              f"{took[1].median / took[0].median:.1f}"])
     return (
         f"Two programs on the same cores ({model}), one rank each. Spins: how often a thread looks "
@@ -252,21 +252,21 @@ def speeds(s: Settings, ways: list[str]) -> str:
     *_, B, T = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
         numbers = child(HERE, "draw", model, folder, "float32")
-        found = in_turn(HERE, s.rounds, {
+        results = in_turn(HERE, s.rounds, {
             f"{how}, {side}": ("measure", [side, how, model, folder, threads, steps])
             for how in ways for side in ("ours", "accelerate")
             if side == "ours" or installed("accelerate")})
     rows = []
-    for side, runs in found.items():
+    for side, runs in results.items():
         how, who = side.split(", ")
         spread = Spread.of([x for run in runs for x in run["seconds"]])
         rows.append([WAYS[how], who, f"{spread.median:.3f}",
-                     f"{spread.least:.3f} to {spread.most:.3f}", f"{B * T / spread.median:.0f}",
+                     f"{spread.low:.3f} to {spread.high:.3f}", f"{B * T / spread.median:.0f}",
                      f"{runs[0]['first']:.5f}", f"{runs[0]['last']:.5f}"])
-    for at, which in (("first", 5), ("last", 6)):
+    for name, which in (("first", 5), ("last", 6)):
         losses = [float(row[which]) for row in rows]
         if max(losses) - min(losses) > APART * max(losses):
-            s.faults.append(f"the {at} losses are {min(losses)} to {max(losses)}")
+            s.faults.append(f"the {name} losses are {min(losses)} to {max(losses)}")
     return (
         f"{numbers / 1e6:.1f}M parameters, {B} x {T} tokens a step in float32, threads a rank: "
         f"{threads}. Median of {s.rounds} x {steps} steps after two. The ranks of one machine "
@@ -283,18 +283,18 @@ def stalls(s: Settings, ways: list[str]) -> str:
     cores = os.cpu_count() or 2
     with tempfile.TemporaryDirectory() as folder:
         numbers = child(HERE, "draw", model, folder, "float32")
-        found = in_turn(HERE, s.rounds, {
+        results = in_turn(HERE, s.rounds, {
             how: ("stall", [how, model, folder, cores if how == "none" else cores // 2, saves])
             for how in ways})
     rows = []
-    for how, runs in found.items():
+    for how, runs in results.items():
         x = {k: [v for run in runs for v in run[k]]
              for k in ("plain", "beside", "copy", "written", "waited")}
         plain, beside = Spread.of(x["plain"]), Spread.of(x["beside"])
         rows.append([
             WAYS[how], f"{runs[0]['bytes'] / 2**30:.2f}",
-            f"{plain.median:.3f} ({plain.least:.3f} to {plain.most:.3f})",
-            f"{beside.median:.3f} ({beside.least:.3f} to {beside.most:.3f})",
+            f"{plain.median:.3f} ({plain.low:.3f} to {plain.high:.3f})",
+            f"{beside.median:.3f} ({beside.low:.3f} to {beside.high:.3f})",
             f"{beside.median / plain.median - 1:+.1%}",
             f"{statistics.fmean(x['beside']) / statistics.fmean(x['plain']) - 1:+.1%}",
             f"{beside.n} of {len(x['copy'])}",

@@ -73,7 +73,7 @@ def draw(size: str, folder: str) -> dict:
     from tokenization.chat_template import ChatTemplate, encode_rendered
     from tokenization.tokenizer import Tokenizer
 
-    name, most, _, T = SIZES[size]
+    name, n_rows, _, T = SIZES[size]
     C, M, L, H, K = SHAPES[name]
     tokenizer = Tokenizer.open(TOKENIZER)
     V = len(tokenizer.pieces)
@@ -83,29 +83,30 @@ def draw(size: str, folder: str) -> dict:
         num_attention_heads=H, num_key_value_heads=K, max_position_embeddings=T))
     model.save_pretrained(folder)
     shutil.copy(TOKENIZER / "tokenizer.model", folder)
-    words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
              "unk_token": "<unk>"}
-    Path(folder, "tokenizer_config.json").write_text(json.dumps(words))
+    Path(folder, "tokenizer_config.json").write_text(json.dumps(config))
 
-    template, kept, long = ChatTemplate.plain(tokenizer), [], 0
+    template, examples, n_long = ChatTemplate.plain(tokenizer), [], 0
     writer = BinWriter(Path(folder, "bin"), "none", V, "chat")
-    for x in json.loads(TEXT.read_text(encoding="utf-8"))[:most]:
-        asked = "\n\n".join(filter(None, [x["instruction"], x["input"]]))
+    for x in json.loads(TEXT.read_text(encoding="utf-8"))[:n_rows]:
+        prompt = "\n\n".join(filter(None, [x["instruction"], x["input"]]))
         [document] = encode_rendered(tokenizer, [template.render_with_mask([
-            {"role": "user", "content": asked}, {"role": "assistant", "content": x["output"]}])])
+            {"role": "user", "content": prompt}, {"role": "assistant", "content": x["output"]}])])
         if len(document.ids) > T:
-            long += 1
+            n_long += 1
             continue
         writer.add(document)
         mask = [False, *list(document.mask)[1:]]
-        kept.append({"input_ids": [int(i) for i in document.ids],
+        examples.append({"input_ids": [int(i) for i in document.ids],
                      "labels": [int(i) if on else -100
                                 for i, on in zip(document.ids, mask, strict=True)]})
     writer.close({}, [])
-    Path(folder, "list.json").write_text(json.dumps(kept))
-    lengths = [len(x["input_ids"]) for x in kept]
-    return {"parameters": model.num_parameters(), "real": sum(lengths), "long": long,
-            "conversations": len(kept), "median": statistics.median(lengths), "most": max(lengths)}
+    Path(folder, "list.json").write_text(json.dumps(examples))
+    lengths = [len(x["input_ids"]) for x in examples]
+    return {"parameters": model.num_parameters(), "real": sum(lengths), "long": n_long,
+            "conversations": len(examples), "median": statistics.median(lengths),
+            "most": max(lengths)}
 
 
 def ours(case: str, folder: str, B: int, T: int, _: int) -> dict:
@@ -152,23 +153,23 @@ def theirs(side: str, case: str, folder: str, B: int, T: int, padded: int) -> di
 
     keep_freed_memory()  # as Distributed.start does for ours
     imports = peak_gb()
-    found: dict[str, Any] = {"loss": 0.0, "trained": 0, "slots": 0, "steps": 0}
+    counts: dict[str, Any] = {"loss": 0.0, "trained": 0, "slots": 0, "steps": 0}
 
     class Counted(SFTTrainer):
         def compute_loss(self, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
             n = int((inputs["labels"][..., 1:] != -100).sum())
-            found["slots"] += inputs["input_ids"].numel()
+            counts["slots"] += inputs["input_ids"].numel()
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-            found["loss"] += loss.item() * n
-            found["trained"], found["steps"] = found["trained"] + n, found["steps"] + 1
+            counts["loss"] += loss.item() * n
+            counts["trained"], counts["steps"] = counts["trained"] + n, counts["steps"] + 1
             return loss
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            found.setdefault("begun", time.perf_counter())
+            counts.setdefault("begun", time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            found["ended"] = time.perf_counter()
+            counts["ended"] = time.perf_counter()
 
     options = PEERS[side]
     peft = None
@@ -189,41 +190,43 @@ def theirs(side: str, case: str, folder: str, B: int, T: int, padded: int) -> di
         weight_decay=DECAY, max_grad_norm=CLIP, seed=1, save_strategy="no",
         logging_strategy="no", report_to="none", disable_tqdm=True, **options))
     trainer.train()
-    return {"seconds": found["ended"] - found["begun"], "loss": found["loss"] / found["trained"],
-            "imports": imports, **{k: found[k] for k in ("trained", "slots", "steps")}}
+    return {"seconds": counts["ended"] - counts["begun"],
+            "loss": counts["loss"] / counts["trained"], "imports": imports,
+            **{key: counts[key] for key in ("trained", "slots", "steps")}}
 
 
-def compare(case: str, s: Settings, folder: str, made: dict) -> tuple[list, str]:
+def compare(case: str, s: Settings, folder: str, info: dict) -> tuple[list, str]:
     """All sides of a case in turn: the table's rows, and a line that compares ours with theirs."""
     _, _, B, T = SIZES[s.size]
-    padded = max(1, B * T * made["conversations"] // made["real"])  # as many tokens as B rows hold
+    padded = max(1, B * T * info["conversations"] // info["real"])  # as many tokens as B rows hold
     sides = {"ours": ("ours", [case, folder, B, T, padded])}
     if installed("trl"):
         peers = QUICK if s.size == "quick" else PEERS
         sides |= {peer: ("theirs", [peer, case, folder, B, T, padded]) for peer in peers}
     runs = in_turn(HERE, s.rounds, sides)
-    rows, found = [], {}
-    for side, done in runs.items():
-        took = Spread.of([x["seconds"] for x in done])
-        one, gb = done[0], statistics.median(x["gb"] for x in done)
-        found[side] = [x["seconds"] for x in done], gb
+    rows, measured = [], {}
+    for side, results in runs.items():
+        took = Spread.of([x["seconds"] for x in results])
+        one, gb = results[0], statistics.median(x["gb"] for x in results)
+        measured[side] = [x["seconds"] for x in results], gb
         rows.append([
             CASES[case], side, f"{one['trained'] / took.median:,.0f}",
-            f"{made['real'] / took.median:,.0f}", f"{took.median:.1f}",
-            f"{took.least:.1f} to {took.most:.1f}", one["steps"],
-            f"{made['real'] / one['slots']:.0%}", f"{gb:.2f}",
-            f"{statistics.median(x['gb'] - x['imports'] for x in done):.2f}", f"{one['loss']:.4f}"])
-    counts = {side: done[0]["trained"] for side, done in runs.items()}
-    losses = [x["loss"] for done in runs.values() for x in done]
+            f"{info['real'] / took.median:,.0f}", f"{took.median:.1f}",
+            f"{took.low:.1f} to {took.high:.1f}", one["steps"],
+            f"{info['real'] / one['slots']:.0%}", f"{gb:.2f}",
+            f"{statistics.median(x['gb'] - x['imports'] for x in results):.2f}",
+            f"{one['loss']:.4f}"])
+    counts = {side: results[0]["trained"] for side, results in runs.items()}
+    losses = [x["loss"] for results in runs.values() for x in results]
     if len(set(counts.values())) > 1:
         s.faults.append(f"{case}: the sides train other numbers of tokens: {counts}")
     if (apart := max(losses) / min(losses) - 1) > APART:
         s.faults.append(f"{case}: mean losses {apart:.1e} apart, so not the same was measured")
-    seconds, most = found.pop("ours")
-    said = [f"{ratio(took, seconds, ' times')} the speed of {side}, in {most / gb:.2f} of its "
+    seconds, our_gb = measured.pop("ours")
+    lines = [f"{ratio(took, seconds, ' times')} the speed of {side}, in {our_gb / gb:.2f} of its "
             "memory"
-            for side, (took, gb) in found.items()]
-    return rows, (f"- {CASES[case]}: {'; '.join(said) or 'no peer beside it'}. "
+            for side, (took, gb) in measured.items()]
+    return rows, (f"- {CASES[case]}: {'; '.join(lines) or 'no peer beside it'}. "
                   f"Mean losses at most {apart:.0e} apart.")
 
 
@@ -234,29 +237,29 @@ def job(s: Settings) -> str:
             sys.exit(0)  # nothing was measured, so nothing is written
     if not installed("trl"):
         print(f"{HERE}: trl is not installed, so its rows are left out", file=sys.stderr)
-    rows, said = [], []
+    rows, summaries = [], []
     peaks = limits.measured(s.size)
     for case in s.cases or list(CASES)[: 1 if s.size == "quick" else None]:
         with tempfile.TemporaryDirectory() as folder:
-            made = child(HERE, "draw", s.size, folder)
-            more, line = compare(case, s, folder, made)
-        rows += more
-        said.append(line)
+            info = child(HERE, "draw", s.size, folder)
+            case_rows, line = compare(case, s, folder, info)
+        rows += case_rows
+        summaries.append(line)
     _, _, B, T = SIZES[s.size]
     head = ["", "", "trained tokens/s", "real tokens/s", "seconds an epoch", "range", "steps",
             "real of all slots", "peak GB", "above imports", "mean loss"]
-    long = f" ({made['long']} longer than a row were left out)" if made["long"] else ""
+    long = f" ({info['long']} longer than a row were left out)" if info["long"] else ""
     return (
-        f"{made['conversations']:,} instructions with answers{long}, {made['real']:,} tokens, "
-        f"{made['median']:.0f} in the median and {made['most']} at most; a random LLaMA of "
-        f"{made['parameters'] / 1e6:.0f}M; {s.rounds} process{'es' if s.rounds > 1 else ''} a "
+        f"{info['conversations']:,} instructions with answers{long}, {info['real']:,} tokens, "
+        f"{info['median']:.0f} in the median and {info['most']} at most; a random LLaMA of "
+        f"{info['parameters'] / 1e6:.0f}M; {s.rounds} process{'es' if s.rounds > 1 else ''} a "
         f"side, one epoch each, first step included. Rows of {T}, {B} a step; TRL's padded steps "
         f"hold as many conversations as hold these tokens. Trained tokens are the targets that "
         f"have a loss, counted in each side's own batches: equal, or the program fails. \"As it "
         f"comes\", TRL recomputes activations; its other rows do not, as we do not; \"by length\", "
         f"a step's conversations are about as long as each other. One allocator's settings for "
         f"all.\n\n"
-        f"{table(head, rows)}\n\n" + "\n".join(said)
+        f"{table(head, rows)}\n\n" + "\n".join(summaries)
         + f"\n\n{limits.words(peaks, 'transformers', 'peft', 'trl')}")
 
 

@@ -58,12 +58,12 @@ def draw(model: str, folder: str, dtype: str) -> int:
     C, M, L, H, K, V, _, T = MODELS[model]
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))
-    made = LlamaForCausalLM(LlamaConfig(
+    lm = LlamaForCausalLM(LlamaConfig(
         vocab_size=V, hidden_size=C, intermediate_size=M, num_hidden_layers=L,
         num_attention_heads=H, num_key_value_heads=K, max_position_embeddings=T,
         initializer_range=std(C)))
-    made.save_pretrained(folder)
-    return made.num_parameters()
+    lm.save_pretrained(folder)
+    return lm.num_parameters()
 
 
 def tokens_of(model: str) -> Any:
@@ -289,55 +289,57 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
     *_, B, T = MODELS[name]
     draw_as = "bfloat16" if name == "1.1B" else "float32"
     n = child(HERE, "draw", name, folder, draw_as)
-    done = alternate(HERE, s.rounds, {side: ("measure", [side, case, name, folder])
+    measured = alternate(HERE, s.rounds, {side: ("measure", [side, case, name, folder])
                                       for side in sides})
-    rows, found, ends = [], {}, {}
-    flops = done["ours"][0]["flops"]
+    rows, speeds, ends = [], {}, {}
+    flops = measured["ours"][0]["flops"]
     peak = peaks["float32" if case == "fp32" else "bfloat16"] * 1e9
-    for side, (first, steps) in done.items():
+    for side, (first, steps) in measured.items():
         seconds, gb = [x["seconds"] for x in steps], first["gb"]
         took = Spread.of(seconds)
-        ends[side], found[side] = (first["losses"][0], steps[:LATER][-1]["loss"]), (seconds, gb)
+        ends[side], speeds[side] = (first["losses"][0], steps[:LATER][-1]["loss"]), (seconds, gb)
         rows.append([f"{what}, {n / 1e6:,.0f}M, {B} x {T}", side, f"{took.median:.3f}",
-                     f"{took.least:.3f} to {took.most:.3f}", f"{B * T / took.median:,.0f}",
+                     f"{took.low:.3f} to {took.high:.3f}", f"{B * T / took.median:,.0f}",
                      f"{flops / took.median / peak:.0%}", f"{gb:.2f}",
                      *(f"{x:.5f}" for x in ends[side])])
-    apart, own = (max((abs(x / y - 1) for side in ends
+    apart, apart_rounded = (max((abs(x / y - 1) for side in ends
                        for i, (x, y) in enumerate(zip(ends[side], ends["ours"], strict=True))
                        if (i == 1 and rounds(side)) == rounded), default=0.0)
                   for rounded in (False, True))
-    if apart > APART[case] or own > OWN or len({x["trained"] for x, _ in done.values()}) > 1:
-        s.faults.append(f"{case}: losses {apart:.1e} apart, the later of a {ROUNDED} {own:.1e}, so "
-                        "not the same was measured")
-    said = f"Losses at most {apart:.0e} apart"
-    said += f", the later with a {ROUNDED} {own:.0e}" if own else ""
-    return rows, f"- {what}, {n / 1e6:,.0f}M: {ratios(found)}. {said}."
+    n_trained = {setup["trained"] for setup, _ in measured.values()}
+    if apart > APART[case] or apart_rounded > OWN or len(n_trained) > 1:
+        s.faults.append(f"{case}: losses {apart:.1e} apart, the later of a {ROUNDED} "
+                        f"{apart_rounded:.1e}, so not the same was measured")
+    summary = f"Losses at most {apart:.0e} apart"
+    summary += f", the later with a {ROUNDED} {apart_rounded:.0e}" if apart_rounded else ""
+    return rows, f"- {what}, {n / 1e6:,.0f}M: {ratios(speeds)}. {summary}."
 
 
 def ratios(found: dict[str, tuple[list[float], float]]) -> str:
     """Speed and memory of ours beside each peer, the fastest first, eager with eager and compiled
     with compiled; {side: (each step's seconds, GB)}."""
-    said = []
+    lines = []
     for kind in ("eager", "compiled"):
         alike = {k: v for k, v in found.items() if ("compile" in k) == (kind == "compiled")}
         mine = next((k for k in alike if k.startswith("ours")), None)
         if mine is None:
             continue
         seconds, gb = alike.pop(mine)
-        said += [f"{kind} {ratio(took, seconds, ' times')} the speed of {side}, in {gb / more:.2f} "
-                 f"of its memory" for side, (took, more) in
-                 sorted(alike.items(), key=lambda x: statistics.median(x[1][0]))]
-    return "; ".join(said)
+        for side, (took, its_gb) in sorted(alike.items(),
+                                           key=lambda x: statistics.median(x[1][0])):
+            lines.append(f"{kind} {ratio(took, seconds, ' times')} the speed of {side}, in "
+                         f"{gb / its_gb:.2f} of its memory")
+    return "; ".join(lines)
 
 
 def job(s: Settings) -> str:
     cases = s.cases or list(QUICK if s.size == "quick" else CASES)
-    peaks, rows, said = limits.measured(s.size), [], []
+    peaks, rows, summaries = limits.measured(s.size), [], []
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
-            more, line = compare(case, s, folder, peaks)
-        rows += more
-        said.append(line)
+            case_rows, line = compare(case, s, folder, peaks)
+        rows += case_rows
+        summaries.append(line)
     head = ["", "", "seconds a step", "range", "tokens/s", "of the product peak", "peak GB",
             "loss of step 1", f"of step {WARM + min(LATER, s.rounds)}"]
     return (f"All sides start from the same weights, take the same tokens and step in turn, "
@@ -345,7 +347,7 @@ def job(s: Settings) -> str:
             f"losses are apart stands below. peft keeps its adapter in float32, as we do; with "
             f"\"{ROUNDED}\", and in litgpt, it is in bf16, and so each update is rounded. One "
             f"allocator's settings for all.\n\n{table(head, rows)}\n\n"
-            + "\n".join(said) + f"\n\n{limits.words(peaks, 'transformers', 'peft', 'litgpt')}")
+            + "\n".join(summaries) + f"\n\n{limits.words(peaks, 'transformers', 'peft', 'litgpt')}")
 
 
 CHILDREN: dict[str, Callable[..., Any]] = {"draw": draw, "measure": measure}

@@ -143,9 +143,9 @@ def beam_search(decode_step: DecodeStep, prompts: Sequence[list[int]], sampling:
         keep: list[int] = []
         for slot, (search, scores, hypotheses, tokens) in enumerate(
                 zip(active, *candidates, strict=True)):
-            sources, done = search.advance(scores, hypotheses, tokens, sampling, stopping)
+            sources, is_done = search.advance(scores, hypotheses, tokens, sampling, stopping)
             start = slot * beams
-            if not done:
+            if not is_done:
                 source_rows += [start + beam for beam in sources]
                 keep += range(start, start + beams)
                 continue

@@ -153,7 +153,7 @@ def share_of_words(texts: Iterable[str], vocabulary: frozenset[str]) -> float:
     """Return the share of the words of texts that are in a vocabulary; 0 without words."""
     n_known = n_words = 0
     for text in texts:
-        words = WORD.findall(text.lower())
-        n_known += sum(word in vocabulary for word in words)
-        n_words += len(words)
+        text_words = WORD.findall(text.lower())
+        n_known += sum(word in vocabulary for word in text_words)
+        n_words += len(text_words)
     return n_known / max(1, n_words)

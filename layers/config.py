@@ -146,7 +146,7 @@ class ModelConfig:
                             "must be a multiple of key/value heads, and the width even")
         rope, local = _ropes(words)
         biased = _flag(words, "attention_bias")
-        found = {
+        fields = {
             "attention_bias": biased, "output_bias": biased, "mlp_bias": _flag(words, "mlp_bias"),
             "windows": _windows(words, family), "no_rope": _without_rope(words),
             "query_scalar": _number(words, "query_pre_attn_scalar", 0.0),
@@ -160,7 +160,7 @@ class ModelConfig:
             max_position_embeddings=_size(words, "max_position_embeddings", 2048),
             rms_norm_eps=_number(words, "rms_norm_eps", 1e-6),
             tie_word_embeddings=_flag(words, "tie_word_embeddings"),
-            activation=ACTIVATIONS[activation], rope=rope, local_rope=local, **found)
+            activation=ACTIVATIONS[activation], rope=rope, local_rope=local, **fields)
 
     def to_hf(self) -> dict[str, Any]:
         """config.json for a LLaMA of this shape, as transformers 4 and 5 both read it."""
@@ -202,9 +202,9 @@ def text_name(name: str) -> str | None:
     if name.startswith(("vision_tower.", "multi_modal_projector.", "model.vision_tower.",
                         "model.multi_modal_projector.")):
         return None
-    for before, now in (("model.language_model.", "model."), ("language_model.", "")):
-        if name.startswith(before):
-            return now + name.removeprefix(before)
+    for prefix, replacement in (("model.language_model.", "model."), ("language_model.", "")):
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
     return name
 
 
@@ -229,8 +229,8 @@ def _ropes(words: dict[str, Any]) -> tuple[Rope, Rope | None]:
         return _rope(raw, words, "rope_theta"), None
     if raw and words.get("rope_parameters") and not raw.keys() & {LOCAL, GLOBAL}:
         raise UserError(f"config.json: rope_parameters name no {LOCAL} and {GLOBAL}")
-    whole = raw.get(GLOBAL) or {} if raw.keys() & {LOCAL, GLOBAL} else raw
-    return (_rope(whole, words, "rope_theta"),
+    full = raw.get(GLOBAL) or {} if raw.keys() & {LOCAL, GLOBAL} else raw
+    return (_rope(full, words, "rope_theta"),
             _rope(raw.get(LOCAL) or {}, words, "rope_local_base_freq"))
 
 

@@ -78,9 +78,9 @@ class ContaminationIndex:
             for sentence in {line, behind_colon, *SENTENCE_END.split(line),
                              *SENTENCE_END.split(behind_colon)}:
                 by_sentence |= self.sentences.get(words_of(sentence), set())
-        words = words_of(text)
-        for start in range(len(words) - NGRAM + 1):
-            by_ngram |= self.ngrams.get(words[start : start + NGRAM], set())
+        text_words = words_of(text)
+        for start in range(len(text_words) - NGRAM + 1):
+            by_ngram |= self.ngrams.get(text_words[start : start + NGRAM], set())
         return by_sentence, by_ngram
 
     def __call__(self, text: str) -> bool:

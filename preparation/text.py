@@ -54,7 +54,7 @@ def prepare_text(specs: Sequence[str], tokenizer_path: Path | str, out: Path | s
     workers = workers or Workers()
     sources = list_files(specs)
     ledger = Ledger()
-    seen: set[bytes] = set()  # digests of the documents that are kept
+    digests: set[bytes] = set()  # digests of the documents that are kept
     encoder = _TextEncoder(tokenizer, normalise, is_contaminated)
     writer = BinWriter(Path(out), tokenizer.fingerprint, tokenizer.vocab_size)
     try:
@@ -68,11 +68,11 @@ def prepare_text(specs: Sequence[str], tokenizer_path: Path | str, out: Path | s
                     if document.fault:
                         outcomes.append(document.fault)
                         continue
-                    outcome = _outcome(encoded, position, min_chars, seen)
+                    outcome = _outcome(encoded, position, min_chars, digests)
                     if outcome == "kept":
                         is_kept[position] = True
                         if not keep_duplicates:
-                            seen.add(encoded.digests[position])
+                            digests.add(encoded.digests[position])
                     outcomes.append(outcome)
                     position += 1
                 ledger.add(outcomes, [document.n_bytes for document in documents])

@@ -43,8 +43,8 @@ class Workers:
         is bounded. A UserError of `chunks` is raised after the results of all earlier chunks.
         """
         chunks, start = iter(chunks), time.monotonic()
-        for kept, job_input in chunks:
-            yield kept, job(job_input)
+        for parent_data, job_input in chunks:
+            yield parent_data, job(job_input)
             if self.processes > 1 and time.monotonic() - start >= self.serial_seconds:
                 break
         else:
@@ -59,7 +59,7 @@ class Workers:
             error = None
             while True:
                 try:
-                    kept, job_input = next(chunks)
+                    parent_data, job_input = next(chunks)
                 except StopIteration:
                     break
                 except UserError as e:
@@ -67,7 +67,7 @@ class Workers:
                     break
                 while len(pending) > 2 * self.processes:
                     yield _first_result(pending)
-                pending.append((kept, pool.submit(_run_job, job_input)))
+                pending.append((parent_data, pool.submit(_run_job, job_input)))
             while pending:
                 yield _first_result(pending)
             if error:
@@ -75,8 +75,8 @@ class Workers:
 
 
 def _first_result(pending: deque[tuple[Any, Future]]) -> tuple[Any, Any]:
-    kept, future = pending.popleft()
-    return kept, future.result()
+    parent_data, future = pending.popleft()
+    return parent_data, future.result()
 
 
 def _start_worker(job: Callable[[Any], Any]) -> None:

@@ -153,10 +153,10 @@ def distance(target: Target) -> int:
 
 def pair(target: Target, noun: Form, other: Form, choices: list[str], label: int) -> dict[str, Any]:
     """One minimal pair as a row of the suite's agreement.jsonl."""
-    words = [target.frame, noun.word, target.between]
-    before = " ".join(filter(None, words))
-    return {"before": before[0].upper() + before[1:], "choices": choices, "label": label,
-            "part": target.part, "class": noun.cls, "against": other.cls,
+    left_words = [target.frame, noun.word, target.between]
+    left_context = " ".join(filter(None, left_words))
+    return {"before": left_context[0].upper() + left_context[1:], "choices": choices,
+            "label": label, "part": target.part, "class": noun.cls, "against": other.cls,
             "distance": distance(target)}
 
 
@@ -172,7 +172,7 @@ def pairs() -> list[dict[str, Any]]:
         by_class[form.cls].append(form)
     everything = {(t.part, distance(t)) for kind in PLACES for t in (
         *_verbs([kind]), *_adjectives([kind]), *_numerals(), *_possessives())}
-    rows, seen = [], set()
+    rows, used = [], set()
     for cell in sorted(everything):
         cell_rows: list[dict[str, Any]] = []
         for _ in range(100_000):
@@ -189,8 +189,8 @@ def pairs() -> list[dict[str, Any]]:
             choices = [t.forms[a.cls] + t.rest, t.forms[b.cls] + t.rest]
             both = [pair(t, a, b, choices, 0), pair(t, b, a, choices, 1)]
             keys = {(r["before"], *sorted(choices)) for r in both}
-            if not keys & seen:
-                seen |= keys
+            if not keys & used:
+                used |= keys
                 cell_rows += both
         rows += cell_rows
     return rows
@@ -208,12 +208,12 @@ def attest(sources: Iterable[str], rows: list[dict[str, Any]]) -> tuple[Counter[
     count_of = Counter(dict.fromkeys(forms(rows), 0))
     wanted = {(r["before"].split()[-1].lower(), r["choices"][r["label"]].split()[0].strip("."))
               for r in rows if r["distance"] == 0}
-    seen = set()
+    attested = set()
     for source in sources:
         text = list(words(source))
         count_of.update(w for w in text if w in count_of)
-        seen |= wanted & set(pairwise(text))
-    return count_of, len(seen)
+        attested |= wanted & set(pairwise(text))
+    return count_of, len(attested)
 
 
 def main() -> None:

@@ -34,14 +34,15 @@ KINYARWANDA_SPELLINGS = re.compile(
 def identify(text: str) -> str:
     """Return "kin", "eng", "swa" or "fra", or "unknown" if the evidence is weak."""
     text = apostrophe(text.lower())[0]
-    words = WORD.findall(text)
-    if not words:
+    text_words = WORD.findall(text)
+    if not text_words:
         return "unknown"
-    votes = {lang: float(sum(w in known for w in words)) for lang, known in FUNCTION_WORDS.items()}
+    votes = {lang: float(sum(word in known for word in text_words))
+             for lang, known in FUNCTION_WORDS.items()}
     votes["kin"] += 0.7 * len(KINYARWANDA_SPELLINGS.findall(text))
-    long = [w for w in words if len(w) > 3 and not w.endswith("'")]
+    long = [w for w in text_words if len(w) > 3 and not w.endswith("'")]
     if sum(w[-1] in "aeiou" for w in long) < 0.6 * len(long):
         votes["kin"] = votes["swa"] = 0.0
     best = max(votes, key=votes.__getitem__)
     others = max(v for lang, v in votes.items() if lang != best)
-    return best if votes[best] > others and votes[best] >= 0.08 * len(words) else "unknown"
+    return best if votes[best] > others and votes[best] >= 0.08 * len(text_words) else "unknown"
