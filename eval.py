@@ -65,6 +65,9 @@ class Settings:
     chat_template: bool = False
     """Ask the suites as conversations, in the model's chat template (lm-eval's
     --apply_chat_template): for models that were trained on conversations."""
+    template_kwargs: list[str] = field(default_factory=list)
+    """With --chat-template: variables of the template, KEY=VALUE or a JSON object, as in
+    enable_thinking=false. Default: those that the model was trained with."""
     beams: int = bounded(1, at_least=1)
     """Number of beams for answers and translations. 1: greedy, as for published figures."""
     max_new_tokens: int = bounded(0, at_least=0)
@@ -158,6 +161,13 @@ def check_settings(s: Settings) -> None:
     if s.chat_template and not (s.model and s.suites):
         raise UserError("--chat-template: goes with --model and --suites (a text is measured "
                         "without a template); remove it", FLAGS)
+    if s.template_kwargs and not s.chat_template:
+        raise UserError("--template-kwargs: has no effect without --chat-template; give that too",
+                        FLAGS)
+    if s.template_kwargs:
+        from tokenization.chat_template import read_template_kwargs
+
+        read_template_kwargs(s.template_kwargs)
 
 
 @contextmanager
@@ -191,6 +201,7 @@ def open_model(s: Settings) -> EvalModel:
     from inference.prompt_format import PromptFormat
     from runtime.device import compute_dtype
     from runtime.distributed import Distributed
+    from tokenization.chat_template import read_template_kwargs
 
     ranks = Distributed.start(s.device)
     dtype = compute_dtype(ranks.device, s.dtype)
@@ -205,7 +216,8 @@ def open_model(s: Settings) -> EvalModel:
     template = None
     if s.chat_template:
         folders = (folder, base_model_dir(folder))
-        template = PromptFormat(folders, tokenizer).own_template
+        kwargs = read_template_kwargs(s.template_kwargs)
+        template = PromptFormat(folders, tokenizer, template_kwargs=kwargs).own_template
         if template is None:
             raise UserError(f"--chat-template: {s.model} has no chat template; remove the flag, or "
                             "use a model that was trained on conversations", FLAGS)

@@ -53,6 +53,7 @@ from preparation.translation import Prompt, prepare_translation
 from preparation.workers import Workers
 from runtime import console, flags
 from runtime.console import FLAGS, STORAGE, UserError
+from tokenization.chat_template import read_template_kwargs
 from tokenization.tokenizer import Tokenizer, learn
 
 
@@ -101,6 +102,9 @@ class Chat:
     """The bin's folder; an older bin there is replaced."""
     template: str = "model"
     """model: the model's own, or ours if it has none; plain: ours; or a .jinja file."""
+    template_kwargs: list[str] = field(default_factory=list)
+    """Variables of the template, KEY=VALUE or a JSON object, as in enable_thinking=false. A date
+    that the template writes is given by date_string=2024-07-26."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """What is trained: the assistant's messages and the token that ends each, or every token."""
     language: str = DEFAULT_LANGUAGE
@@ -154,6 +158,8 @@ class Mt:
     the names of the languages."""
     template: str = "model"
     """With --as-chat: model, plain, or a .jinja file."""
+    template_kwargs: list[str] = field(default_factory=list)
+    """With --as-chat: variables of the template, KEY=VALUE or a JSON object."""
     shots: int = 0
     """Solved examples before each question."""
     join: int = 1
@@ -189,6 +195,9 @@ class Pairs:
     """A prompt that is a text is a user's message; without this the answer follows it directly."""
     template: str = "model"
     """For messages: model, plain, or a .jinja file."""
+    template_kwargs: list[str] = field(default_factory=list)
+    """Variables of the template, KEY=VALUE or a JSON object, as in enable_thinking=false. A date
+    that the template writes is given by date_string=2024-07-26."""
     max_tokens: int = 0
     """The row that both documents of a pair must fit together, as --seq-len of the run; 0: no
     limit."""
@@ -285,8 +294,10 @@ def text(s: Text, workers: Workers | None = None) -> None:
 def chat(s: Chat, workers: Workers | None = None) -> None:
     normalise = build_normaliser(s.normalise, [language_of(s.language)], omitted=("spaces",))
     bin, ledger = prepare_conversations(
-        s.files, s.tokenizer, s.out, template=s.template, loss_on=s.loss_on, normalise=normalise,
-        limit=LengthLimit(s.max_tokens, s.too_long), keep_duplicates=s.keep_duplicates,
+        s.files, s.tokenizer, s.out, template=s.template,
+        template_kwargs=read_template_kwargs(s.template_kwargs), loss_on=s.loss_on,
+        normalise=normalise, limit=LengthLimit(s.max_tokens, s.too_long),
+        keep_duplicates=s.keep_duplicates,
         workers=workers or Workers(s.processes))
     print_examples(bin, ledger)
 
@@ -297,6 +308,8 @@ def mt(s: Mt, workers: Workers | None = None) -> None:
     if s.as_text and (s.shots or s.max_tokens or s.too_long != "stop"):
         raise UserError("prepare.py mt: --as-text goes without --shots, --max-tokens and "
                         "--too-long: no example stands before a text, and a row may cut it", FLAGS)
+    if s.template_kwargs and not s.as_chat:
+        raise UserError("--template-kwargs: give --as-chat with it", FLAGS)
     if s.template != "model" and not s.as_chat:
         raise UserError(f"--template {s.template}: give --as-chat with it", FLAGS)
     if len(set(s.languages)) != 2 or len(s.languages) != 2:
@@ -308,8 +321,9 @@ def mt(s: Mt, workers: Workers | None = None) -> None:
         s.files, s.tokenizer, s.out, languages=(first, second),
         prompts=read_prompts(s.prompts, translation_prompts(s.languages, names)),
         columns=read_columns(s), aligned=s.aligned, directions=s.directions, as_chat=s.as_chat,
-        as_text=s.as_text, template=s.template, shots=s.shots, join=s.join, max_ratio=s.max_ratio,
-        normalise=build_normaliser(s.normalise, [first, second]),
+        as_text=s.as_text, template=s.template,
+        template_kwargs=read_template_kwargs(s.template_kwargs), shots=s.shots, join=s.join,
+        max_ratio=s.max_ratio, normalise=build_normaliser(s.normalise, [first, second]),
         limit=LengthLimit(s.max_tokens, s.too_long), keep_duplicates=s.keep_duplicates, seed=s.seed,
         workers=workers or Workers(s.processes))
     print_examples(bin, ledger)
@@ -346,6 +360,7 @@ def read_prompts(words: list[str],
 def pairs(s: Pairs, workers: Workers | None = None) -> None:
     bin, ledger = prepare_preferences(
         s.files, s.tokenizer, s.out, as_chat=s.as_chat, template=s.template,
+        template_kwargs=read_template_kwargs(s.template_kwargs),
         limit=LengthLimit(s.max_tokens, s.too_long), keep_duplicates=s.keep_duplicates,
         workers=workers or Workers(s.processes))
     print_examples(bin, ledger)

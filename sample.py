@@ -103,6 +103,9 @@ class Settings:
     (from 1)."""
     language_names: list[str] = field(default_factory=list)
     """With --translate: English names of languages, CODE=NAME, as in lug=Luganda."""
+    template_kwargs: list[str] = field(default_factory=list)
+    """Variables of the chat template, KEY=VALUE or a JSON object, as in enable_thinking=false.
+    Default: those that the model was trained with."""
     address: str = "127.0.0.1:8000"
     """Address of the page. From another machine: ssh -L 8000:127.0.0.1:8000 HOST, then open it."""
     rows: Annotated[int, Group("Speed and memory")] = bounded(32, at_least=1)
@@ -163,6 +166,13 @@ def check_settings(s: Settings) -> None:
         raise UserError(f"--address {s.address} needs --web", FLAGS)
     if s.web and (s.json or s.samples > 1):
         raise UserError("--web cannot be used with --json or --samples", FLAGS)
+    if s.template_kwargs:
+        from tokenization.chat_template import read_template_kwargs
+
+        read_template_kwargs(s.template_kwargs)
+        if s.prompt and not s.translate:
+            raise UserError("--template-kwargs has no effect on --prompt, which is a text; use "
+                            "--chat, or --file with messages", FLAGS)
     if s.samples > 1 and temperature_of(s, bool(s.translate)) == 0:
         raise UserError(f"--samples {s.samples}: at temperature 0 all samples are equal. Give "
                         "--temperature above 0", FLAGS)
@@ -275,6 +285,7 @@ class Answerer:
         from inference.prompt_format import PromptFormat
         from runtime.device import compute_dtype
         from runtime.distributed import Distributed
+        from tokenization.chat_template import read_template_kwargs
 
         ranks = Distributed.start(s.device)
         dtype = compute_dtype(ranks.device, s.dtype)
@@ -288,7 +299,8 @@ class Answerer:
         folder = resolve_model_dir(s.model)
         folders = (folder, base_model_dir(folder))
         prompt_format = PromptFormat.load(folders, tokenizer, s.translate,
-                                          read_names(s.language_names))
+                                          read_names(s.language_names),
+                                          read_template_kwargs(s.template_kwargs))
         return cls(s, folder, model, prompt_format, stop_ids(folder, tokenizer),
                    decode_step)
 
@@ -540,7 +552,7 @@ def serve_page(answerer: Answerer) -> None:
 
     s, chosen = answerer.settings, answerer.prompt_format
     formats = {s.translate: chosen} if s.translate else {}
-    formats |= PromptFormat.load_all(chosen.folders, chosen.tokenizer)
+    formats |= PromptFormat.load_all(chosen.folders, chosen.tokenizer, chosen.template_kwargs)
     configs = page_configs(answerer, formats)
     replier = make_replier(answerer.model, configs, answerer.decode_step)
     asyncio.run(serve(s.address, replier, page_facts(s.model, configs)))

@@ -11,6 +11,7 @@ continuation follows without a delimiter.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -144,10 +145,13 @@ class EvalModel:
         return choices
 
     def chat_signature(self) -> dict[str, str]:
-        """Return the hash of the chat template, if suites are asked with one."""
+        """Return the hash of the chat template and its variables, if suites are asked with one."""
         if self.chat_template is None:
             return {}
-        return {"chat": hashlib.sha256(self.chat_template.source.encode()).hexdigest()[:8]}
+        text = self.chat_template.source
+        if self.chat_template.kwargs:
+            text += json.dumps(self.chat_template.kwargs, sort_keys=True)
+        return {"chat": hashlib.sha256(text.encode()).hexdigest()[:8]}
 
     def contexts(self, items: Sequence[Item]) -> list[str]:
         """Return the context of each item: its text, or its turns as the chat template writes them,

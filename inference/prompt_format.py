@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from inference.sampling import SamplingParams, StoppingCriteria
 from languages.language import ALMA, language_of
@@ -90,12 +90,15 @@ class PromptFormat:
     tokenizer: Tokenizer
     direction: str = ""  # of a translation, such as eng-kin
     translation: TranslationPrompt = TranslationPrompt()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
 
     @classmethod
     def load(cls, folders: Sequence[Path], tokenizer: Tokenizer, direction: str = "",
-             names: Mapping[str, str] | None = None) -> PromptFormat:
+             names: Mapping[str, str] | None = None,
+             template_kwargs: Mapping[str, Any] | None = None) -> PromptFormat:
         """The format that the folders say; ALMA's prompt for a model that was not trained to
-        translate. `names`: names of languages by code, given by the user."""
+        translate. Given by the user: `names`, names of languages by code, and `template_kwargs`,
+        variables of the chat template."""
         translation = TranslationPrompt()
         if direction:
             translation = read_translation_prompt(folders) or translation
@@ -103,13 +106,14 @@ class PromptFormat:
             translation = replace(translation, languages=languages)
             for code in direction.split("-"):
                 translation.name_of(code)  # refuses an unknown one
-        return cls(tuple(folders), tokenizer, direction, translation)
+        return cls(tuple(folders), tokenizer, direction, translation, template_kwargs or {})
 
     @classmethod
-    def load_all(cls, folders: Sequence[Path], tokenizer: Tokenizer) -> dict[str, PromptFormat]:
+    def load_all(cls, folders: Sequence[Path], tokenizer: Tokenizer,
+                 template_kwargs: Mapping[str, Any] | None = None) -> dict[str, PromptFormat]:
         """All formats that a model was trained for, by name: directions of translation, chat; and
         text, which every model continues."""
-        text = cls.load(folders, tokenizer)
+        text = cls.load(folders, tokenizer, template_kwargs=template_kwargs)
         translation = read_translation_prompt(folders)
         formats = {}
         if translation:
@@ -126,13 +130,14 @@ class PromptFormat:
         for folder in self.folders:
             template = ChatTemplate.from_folder(folder, self.tokenizer)
             if template:
-                return template
+                return template.with_kwargs(self.template_kwargs)
         return None
 
     @cached_property
     def template(self) -> ChatTemplate:
         """The model's own template, else our plain one."""
-        return self.own_template or ChatTemplate.plain(self.tokenizer)
+        plain = ChatTemplate.plain(self.tokenizer)
+        return self.own_template or plain.with_kwargs(self.template_kwargs)
 
     def render(self, prompt: PromptOrMessages) -> str:
         """The text that the model reads: a prompt, or a conversation as its template writes it."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,22 +43,23 @@ Message = dict[str, str]
 
 
 def prepare_conversations(specs: Sequence[str], tokenizer_path: Path | str, out: Path | str, *,
-                          template: str = "model", loss_on: str = "assistant",
-                          normalise: Normaliser | None = None, limit: LengthLimit | None = None,
-                          keep_duplicates: bool = False,
+                          template: str = "model",
+                          template_kwargs: Mapping[str, Any] | None = None,
+                          loss_on: str = "assistant", normalise: Normaliser | None = None,
+                          limit: LengthLimit | None = None, keep_duplicates: bool = False,
                           workers: Workers | None = None) -> tuple[Bin, Ledger]:
     """Prepare files of conversations into a bin of kind "chat".
 
-    `template`: "model", "plain" or a .jinja file; `loss_on`: "assistant" (the assistant's messages
-    and the token that ends each) or "all".
+    `template`: "model", "plain" or a .jinja file; `template_kwargs`: its variables; `loss_on`:
+    "assistant" (the assistant's messages and the token that ends each) or "all".
     """
     tokenizer = Tokenizer.open(tokenizer_path)
-    chat_template = open_template(template, Path(tokenizer_path), tokenizer)
+    chat_template = open_template(template, Path(tokenizer_path), tokenizer, template_kwargs)
     paths = list_files(specs, ROW_FORMATS)
     encoder = ConversationEncoder(chat_template, loss_on, normalise)
     bin, ledger, _ = write_examples(
         read_conversations(paths), encoder, out, tokenizer, "chat", paths,
-        {"chat": chat_template.source}, limit or LengthLimit(), keep_duplicates, workers)
+        chat_template.to_prompt(), limit or LengthLimit(), keep_duplicates, workers)
     return bin, ledger
 
 

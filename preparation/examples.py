@@ -27,7 +27,12 @@ from preparation.readers import Row
 from preparation.text import describe_sources
 from preparation.workers import Workers
 from runtime.console import FLAGS, UserError
-from tokenization.chat_template import ChatTemplate, Message, RenderedDocument
+from tokenization.chat_template import (
+    MAX_TEMPLATE_CHARS,
+    ChatTemplate,
+    Message,
+    RenderedDocument,
+)
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 
@@ -99,9 +104,14 @@ def require_utf8(row: Row, text: str) -> str:
     return text
 
 
-def open_template(name: str, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+def open_template(name: str, folder: Path, tokenizer: Tokenizer,
+                  kwargs: Mapping[str, Any] | None = None) -> ChatTemplate:
     """The chat template that --template names: "model" (the model's own, or ours if it has none),
-    "plain" (ours), or a .jinja file."""
+    "plain" (ours), or a .jinja file; with the variables of --template-kwargs."""
+    return _open_template(name, folder, tokenizer).with_kwargs(kwargs or {})
+
+
+def _open_template(name: str, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
     template = None
     if name == "model" and folder.is_dir():
         template = ChatTemplate.from_folder(folder, tokenizer)
@@ -110,10 +120,13 @@ def open_template(name: str, folder: Path, tokenizer: Tokenizer) -> ChatTemplate
     if name in ("model", "plain"):
         return ChatTemplate.plain(tokenizer)
     try:
-        source = Path(name).read_text(encoding="utf-8")
+        with open(name, encoding="utf-8") as file:
+            source = file.read(MAX_TEMPLATE_CHARS + 1)
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--template {name}: cannot be read ({e}); expected model, plain, or a "
                         ".jinja file", FLAGS) from None
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise UserError(f"--template {name}: a template of more than 1 MB; name another one", FLAGS)
     return dataclasses.replace(ChatTemplate.plain(tokenizer), origin=Path(name), source=source)
 
 

@@ -7,7 +7,7 @@ A preference pair is one prompt with two answers, the chosen and the rejected on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ Question = str | list[Message]  # a text, or the messages of a conversation
 
 def prepare_preferences(specs: Sequence[str], tokenizer_path: Path | str, out: Path | str, *,
                         as_chat: bool = False, template: str = "model",
+                        template_kwargs: Mapping[str, Any] | None = None,
                         limit: LengthLimit | None = None, keep_duplicates: bool = False,
                         workers: Workers | None = None) -> tuple[Bin, Ledger]:
     """Prepare files of preference pairs into a bin of kind "pairs".
@@ -45,11 +46,14 @@ def prepare_preferences(specs: Sequence[str], tokenizer_path: Path | str, out: P
     directly.
     """
     tokenizer = Tokenizer.open(tokenizer_path)
-    chat_template = open_template(template, Path(tokenizer_path), tokenizer)
+    chat_template = open_template(template, Path(tokenizer_path), tokenizer, template_kwargs)
     paths = list_files(specs, ROW_FORMATS)
     rows = (row for path in paths for row in read_rows(path))
     encoder = PreferenceEncoder(tokenizer, chat_template, as_chat)
-    bin, ledger, _ = write_examples(rows, encoder, out, tokenizer, "pairs", paths, {},
+    prompt = {}
+    if chat_template.kwargs:
+        prompt["template_kwargs"] = dict(chat_template.kwargs)
+    bin, ledger, _ = write_examples(rows, encoder, out, tokenizer, "pairs", paths, prompt,
                                     limit or LengthLimit(), keep_duplicates, workers)
     return bin, ledger
 

@@ -65,7 +65,8 @@ def prepare_translation(specs: Sequence[str], tokenizer_path: Path | str, out: P
                         prompts: Sequence[tuple[Prompt, float]],
                         columns: Mapping[str, str] | None = None, aligned: bool = False,
                         directions: Sequence[str] = ("both",), as_chat: bool = False,
-                        as_text: bool = False, template: str = "model", shots: int = 0,
+                        as_text: bool = False, template: str = "model",
+                        template_kwargs: Mapping[str, Any] | None = None, shots: int = 0,
                         join: int = 1, max_ratio: float = 3.0,
                         normalise: Normaliser | None = None, limit: LengthLimit | None = None,
                         keep_duplicates: bool = False, seed: int = 1,
@@ -82,7 +83,7 @@ def prepare_translation(specs: Sequence[str], tokenizer_path: Path | str, out: P
     tokenizer = Tokenizer.open(tokenizer_path)
     chat_template = None
     if as_chat:
-        chat_template = open_template(template, Path(tokenizer_path), tokenizer)
+        chat_template = open_template(template, Path(tokenizer_path), tokenizer, template_kwargs)
     paths = list_files(specs, (".txt",) if aligned else ROW_FORMATS)
     if aligned and len(paths) % 2:
         raise UserError(
@@ -97,7 +98,7 @@ def prepare_translation(specs: Sequence[str], tokenizer_path: Path | str, out: P
     if not as_text:
         meta_prompt["translate"] = [{**x.to_json(), "as_chat": as_chat} for x, _ in prompts]
         if chat_template:
-            meta_prompt["chat"] = chat_template.source
+            meta_prompt |= chat_template.to_prompt()
     return write_examples(
         join_pairs(rows, columns, max(1, join)), encoder, out, tokenizer,
         "text" if as_text else "mt", paths, meta_prompt, limit or LengthLimit(), keep_duplicates,

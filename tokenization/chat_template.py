@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import enum
 import functools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.console import UserError
+from runtime.console import BAD_INPUT, FLAGS, UserError
+from runtime.model_files import has_model_file, read_model_json_if_present, read_model_text
 from tokenization.document import Document
 from tokenization.template_renderer import Rendering, RenderingLimits, Request, shared_renderer
-from tokenization.tokenizer import Segment, Tokenizer, read_json_object
+from tokenization.tokenizer import Segment, Tokenizer
 
 # For a base model without a template: Llammas' tags as plain text, each answer ended by EOS.
 PLAIN = """\
@@ -38,6 +40,8 @@ ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 1 << 20  # published ones have up to about 30,000
 GREETING = ({"role": "user", "content": "Amakuru?"}, {"role": "assistant", "content": "Ni meza."})
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+# Variables that we give to each template, and a template's own names.
+RESERVED_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "self")
 # Private-use characters. "\ue0003\ue001" stands for the third control token's name in the messages.
 MARK_BEGIN, MARK_END = "\ue000", "\ue001"
 
@@ -67,18 +71,21 @@ class ChatTemplate:
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The template of a model's folder: chat_template.jinja, else the one in
-        tokenizer_config.json; None if there is none."""
-        config_file = folder / "tokenizer_config.json"
-        config = read_json_object(config_file)
+        tokenizer_config.json; None if there is none. With the variables that it was taught with:
+        `template_kwargs` of prompt.json."""
+        config = read_model_json_if_present(folder, "tokenizer_config.json")
         tokens: dict[str, Any] = {
-            **_known_tokens(tokenizer), **read_json_object(folder / "special_tokens_map.json"),
-            **config}
+            **_known_tokens(tokenizer),
+            **read_model_json_if_present(folder, "special_tokens_map.json"), **config}
         tokens = {k: x.get("content") if isinstance(x, dict) else x for k, x in tokens.items()}
         tokens = {k: tokens[k] for k in SPECIAL_TOKENS if isinstance(tokens.get(k), str)}
-        file = folder / "chat_template.jinja"
-        if file.exists():
-            return cls(file, read_template(file), tokens, tokenizer)
-        source = config.get("chat_template")
+        kwargs = read_model_json_if_present(folder, "prompt.json").get("template_kwargs") or {}
+        _check_kwargs(kwargs, f"{folder / 'prompt.json'}: template_kwargs")
+        if has_model_file(folder, "chat_template.jinja"):
+            source = read_model_text(folder, "chat_template.jinja")
+            source = source.replace("\r\n", "\n").replace("\r", "\n")  # as text files are read
+            return cls(folder / "chat_template.jinja", source, tokens, tokenizer, kwargs)
+        config_file, source = folder / "tokenizer_config.json", config.get("chat_template")
         if isinstance(source, list):  # several, by name
             named = {x.get("name"): x.get("template") for x in source if isinstance(x, dict)}
             source = named.get("default")
@@ -88,7 +95,7 @@ class ChatTemplate:
             raise UserError(f"{config_file}: chat_template is not a text; fetch it again")
         if len(source) > MAX_TEMPLATE_CHARS:
             raise UserError(f"{config_file}: a template of more than 1 MB; use another one")
-        return cls(config_file, source, tokens, tokenizer)
+        return cls(config_file, source, tokens, tokenizer, kwargs)
 
     @classmethod
     def plain(cls, tokenizer: Tokenizer) -> ChatTemplate:
@@ -116,6 +123,17 @@ class ChatTemplate:
     def _variables(self) -> dict[str, Any]:
         """What the template can use in addition to the messages."""
         return {"tools": None, "documents": None, **self.special_tokens, **self.kwargs}
+
+    def with_kwargs(self, kwargs: Mapping[str, Any]) -> ChatTemplate:
+        """The same template with further variables, which replace those of the same names."""
+        return replace(self, kwargs={**self.kwargs, **kwargs})
+
+    def to_prompt(self) -> dict[str, Any]:
+        """The template and its variables, as meta.json and a model's prompt.json hold them."""
+        prompt: dict[str, Any] = {"chat": self.source}
+        if self.kwargs:
+            prompt["template_kwargs"] = dict(self.kwargs)
+        return prompt
 
     @property
     def end_of_turn(self) -> int | None:
@@ -317,16 +335,47 @@ def encode_rendered(tokenizer: Tokenizer,
     return documents
 
 
-def read_template(file: Path) -> str:
-    """The source of a template; UserError if the file cannot be read or is too large."""
+def read_template_kwargs(words: Sequence[str]) -> dict[str, Any]:
+    """The variables of a template that --template-kwargs gives: KEY=VALUE, or a JSON object.
+
+    A value that is JSON (false, 3, "a text") is read as such; any other value is a text.
+    """
+    kwargs: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word.lstrip().startswith("{"):
+            values = _json_or_text(word)
+        elif equals:
+            values = {key: _json_or_text(value)}
+        else:
+            values = word
+        if not isinstance(values, dict):
+            raise UserError(f"--template-kwargs {word[:80]}: expected KEY=VALUE, as in "
+                            "enable_thinking=false, or a JSON object", FLAGS)
+        kwargs |= values
+    _check_kwargs(kwargs, "--template-kwargs", FLAGS)
+    return kwargs
+
+
+def _json_or_text(word: str) -> Any:
     try:
-        with open(file, encoding="utf-8") as f:
-            source = f.read(MAX_TEMPLATE_CHARS + 1)
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: cannot be read ({e}); fetch it again") from None
-    if len(source) > MAX_TEMPLATE_CHARS:
-        raise UserError(f"{file}: a template of more than 1 MB; use another one")
-    return source
+        return json.loads(word)
+    except (ValueError, RecursionError):
+        return word
+
+
+def _check_kwargs(kwargs: Any, where: str, code: int = BAD_INPUT) -> None:
+    """UserError unless `kwargs` can be variables of a template, by name."""
+    if not isinstance(kwargs, dict):
+        raise UserError(f"{where}: {str(kwargs)[:80]!r}; expected an object", code)
+    for name in kwargs:
+        if not name.isidentifier() or name in RESERVED_NAMES:
+            raise UserError(f"{where}: {name[:80]!r} cannot be given to a template; expected the "
+                            "name of a variable, as in enable_thinking", code)
+    try:
+        json.dumps(kwargs, allow_nan=False).encode()
+    except ValueError:
+        raise UserError(f"{where}: holds a number that is not finite", code) from None
 
 
 def _known_tokens(tokenizer: Tokenizer) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from data import Bin, Source, sha256, validation_split
 from languages.language import DEFAULT_LANGUAGE, DEFAULT_PAIR, language_of, translation_prompts
 from preparation.conversations import prepare_conversations
-from preparation.examples import LengthLimit
+from preparation.examples import LengthLimit, open_template
 from preparation.ledger import Ledger, format_ledger
 from preparation.preferences import prepare_preferences
 from preparation.readers import TEXT_FORMATS, file_format, list_files
@@ -29,10 +29,12 @@ from preparation.workers import Workers
 from runtime import console
 from runtime.console import FLAGS, UserError
 from runtime.distributed import Distributed
+from tokenization.chat_template import read_template_kwargs
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training.settings import BIN_KINDS, Settings
 
+RENDERED = ("chat", "pairs")  # kinds of bins that a chat template writes
 MIXED = ("text", "chat", "mt")  # the kinds of bins that may be mixed: trained by their NLL
 
 # Held-out documents by name: ids of texts, or documents with their loss mask.
@@ -108,13 +110,27 @@ class _Opener:
         folder = Path(spec)
         if not (folder / "meta.json").exists():
             folder = self.out / "bins" / name
-            if self.ranks.rank == 0 \
-                    and not is_fresh(folder, spec, self.tokenizer, kind, self.s.seq_len):
-                prepare_files(kind, spec, self.model_dir, folder, self.s.seq_len, is_val)
+            if self.ranks.rank == 0:
+                kwargs = self.s.template_kwargs if kind in RENDERED else ()
+                prompt = self._template_prompt(kind)
+                if not is_fresh(folder, spec, self.tokenizer, kind, self.s.seq_len, prompt):
+                    prepare_files(
+                        kind, spec, self.model_dir, folder, self.s.seq_len, is_val, kwargs)
             self.ranks.barrier()
         bin = Bin(folder)
         bin.check(self.tokenizer.fingerprint, self.vocab_size)
         return bin
+
+    def _template_prompt(self, kind: str) -> dict[str, Any] | None:
+        """What the meta.json of a bin of this kind says of its chat template; None for kinds that
+        are not rendered by one."""
+        if kind not in RENDERED:
+            return None
+        prompt = open_template("model", self.model_dir, self.tokenizer,
+                               read_template_kwargs(self.s.template_kwargs)).to_prompt()
+        if kind == "pairs":  # a pair may be text alone
+            del prompt["chat"]
+        return prompt
 
     def _check_kind(self, bin: Bin, kinds: Sequence[str]) -> Bin:
         if bin.meta["kind"] not in kinds:
@@ -141,15 +157,18 @@ def kind_of_val(spec: str, kind: str) -> str:
 
 
 def prepare_files(kind: str, spec: str, model_dir: Path, out: Path, seq_len: int,
-                  is_val: bool = False) -> None:
+                  is_val: bool = False, template_kwargs: Sequence[str] = ()) -> None:
     """Prepare files into a bin as prepare.py does by default, and print the command that is equal.
 
     Examples must fit a row of `seq_len`. Held-out text is neither cleaned nor deduplicated.
+    `template_kwargs`: the words of --template-kwargs, for chat and pairs.
     """
     is_raw = is_val and kind == "text"
     argv = [kind, spec, "--tokenizer", str(model_dir), "--out", str(out)]
     if kind != "text":
         argv += ["--max-tokens", str(seq_len)]
+    if template_kwargs:
+        argv += ["--template-kwargs", *template_kwargs]
     if is_raw:
         argv += ["--normalise", "none", "--keep-duplicates"]
     console.info("preparing: " + shlex.join(["python", "prepare.py", *argv]))
@@ -162,7 +181,9 @@ def prepare_files(kind: str, spec: str, model_dir: Path, out: Path, seq_len: int
         bin, ledger = prepare_text(**common, normalise=normaliser, keep_duplicates=is_raw)
     elif kind == "chat":
         normaliser = build_normaliser(normalised, [language], omitted=("spaces",))
-        bin, ledger = prepare_conversations(**common, normalise=normaliser, limit=limit)
+        bin, ledger = prepare_conversations(
+            **common, template_kwargs=read_template_kwargs(template_kwargs), normalise=normaliser,
+            limit=limit)
     elif kind == "mt":
         first, second = map(language_of, DEFAULT_PAIR)
         name, prompt = next(iter(translation_prompts(DEFAULT_PAIR).items()))
@@ -170,7 +191,8 @@ def prepare_files(kind: str, spec: str, model_dir: Path, out: Path, seq_len: int
             **common, languages=(first, second), prompts=[(Prompt(name, *prompt), 1.0)],
             normalise=build_normaliser(normalised, [first, second]), limit=limit)
     else:
-        bin, ledger = prepare_preferences(**common, limit=limit)
+        bin, ledger = prepare_preferences(
+            **common, template_kwargs=read_template_kwargs(template_kwargs), limit=limit)
     _print_ledger(bin, ledger)
 
 
@@ -180,17 +202,20 @@ def _print_ledger(bin: Bin, ledger: Ledger) -> None:
     console.info(f"{bin.folder}: {len(bin):,} documents, {bin.meta['tokens']:,} tokens")
 
 
-def is_fresh(folder: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int) -> bool:
+def is_fresh(folder: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int,
+             prompt: Mapping[str, Any] | None = None) -> bool:
     """Whether the bin in a folder is the one that preparing `spec` now would give.
 
     Compares the sizes of the source files and, for files that changed after the bin was made, the
     sha256. A bin of examples that was made for another row length is still fresh if all of its
-    examples fit both.
+    examples fit both. `prompt`: the chat template and its variables as they must be in meta.json.
     """
     if not (folder / "meta.json").exists():
         return False
     bin = Bin(folder)
     if (bin.meta["tokenizer"], bin.meta["kind"]) != (tokenizer.fingerprint, kind):
+        return False
+    if prompt is not None and bin.meta.get("prompt", {}) != prompt:
         return False
     formats = TEXT_FORMATS if kind == "text" else (*TEXT_FORMATS, ".json")
     files = [(str(p), p.stat().st_size) for p in list_files([spec], formats)]
@@ -245,11 +270,16 @@ def read_answers(bin: Bin, documents: Sequence[int], max_tokens: int) -> list[Do
 
 
 def prompts_of(sources: Sequence[Source]) -> dict[str, Any]:
-    """How the sources' prompts were written: {"translate": [...], "chat": template}.
+    """How the sources' prompts were written: {"translate": [...], "chat": template,
+    "template_kwargs": its variables}.
 
-    If several sources have a key, the first one counts.
+    If several sources have a key, the first one counts. A template without variables has empty
+    ones here, so that those of another template are not used with it.
     """
     prompts: dict[str, Any] = {}
     for source in sources:
-        prompts = {**source.bin.meta.get("prompt", {}), **prompts}
+        prompt = source.bin.meta.get("prompt", {})
+        if "chat" in prompt:
+            prompt = {"template_kwargs": {}, **prompt}
+        prompts = {**prompt, **prompts}
     return prompts

@@ -107,6 +107,8 @@ def write_prompt(run: Run) -> None:
     base, result = run.model_dir / "prompt.json", run.out / "model"
     prompt = json.loads(base.read_text(encoding="utf-8")) if base.exists() else {}
     prompt |= prompts_of(run.loader.sources)
+    if not prompt.get("template_kwargs", True):  # empty: in place of those of the base
+        del prompt["template_kwargs"]
     if prompt:
         text = json.dumps(prompt, indent=1, ensure_ascii=False)
         (result / "prompt.json").write_text(text + "\n", encoding="utf-8")

@@ -155,6 +155,10 @@ class Settings:
     """With --steps: the most epochs of any source. Tokens that a small source cannot give are taken
     from the others in proportion to their weights (UniMax if the weights are equal). 0: no
     limit."""
+    template_kwargs: list[str] = field(default_factory=list)
+    """sft, dpo, cpo: variables of the chat template for files in --data, KEY=VALUE or a JSON
+    object, as in enable_thinking=false. They are kept with the model. A date that the template
+    writes is given by date_string=2024-07-26."""
     hold_out: float = bounded(0.01, at_least=0, below=1)
     """Share of each source's documents that is set aside for validation, if there is no --val."""
 
@@ -303,6 +307,10 @@ def check_settings(s: Settings) -> None:
     skip = NOT_CHECKED_ON_RESUME if s.resume else ()
     flags.check_bounds(s, skip=skip, allow_infinite=s.resume)
     check_combinations(s)
+    if s.template_kwargs:
+        from tokenization.chat_template import read_template_kwargs
+
+        read_template_kwargs(s.template_kwargs)
     for names, reason in without_effect(s):
         for name in changed_settings(s, names):
             raise UserError(f"{flag(name)}: has no effect {reason}; remove it", FLAGS)
@@ -334,6 +342,8 @@ def without_effect(s: Settings) -> Iterable[tuple[tuple[str, ...], str]]:
         yield ("train_layers",), f"with --tune {s.tune}"
     if s.tune != "qlora":
         yield ("double_quant",), f"with --tune {s.tune}"
+    if s.mode in ("cpt", "mt"):
+        yield ("template_kwargs",), f"with --mode {s.mode}"
     if preferences:
         yield ("neftune",), f"with --mode {s.mode}"
     if s.tune == "full" and not s.resume:

@@ -181,7 +181,7 @@ def test_a_template_is_found_where_transformers_finds_it(folders, tmp_path):
     (folder / "chat_template.jinja").write_text("a file, é")
     assert told("one") == "a file, é"
     (folder / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"chat_template\.jinja: cannot be read"):
+    with pytest.raises(UserError, match=r"chat_template\.jinja: not UTF-8"):
         ChatTemplate.from_folder(folder, tok)
     (folder / "chat_template.jinja").unlink()
     for odd in (7, {"a": 1}):
