@@ -43,9 +43,8 @@ from checkpoints.safetensors_header import (
     open_safetensors,
     read_index,
 )
-from layers import config as families
 from layers import int8, nf4
-from layers.config import ModelConfig
+from layers.config import ModelConfig, text_config
 from layers.int8 import Int8Linear
 from layers.nf4 import NF4Linear
 from layers.recompute import Recompute
@@ -335,16 +334,16 @@ def write_config(out: Path, source: Path, config: ModelConfig, dtype: torch.dtyp
     part is written.
     """
     original = read_model_json(source, CONFIG_FILE)
-    text_config = families.text_words(original)
+    hf_config = text_config(original)
     changed: dict[str, Any] = {}
-    if config != ModelConfig.from_hf(text_config):
+    if config != ModelConfig.from_hf(hf_config):
         changed["vocab_size"] = config.vocab_size
-        assert config == ModelConfig.from_hf({**text_config, **changed}), "not the source's model"
-    key = "dtype" if "dtype" in text_config else "torch_dtype"  # transformers 5 and 4
-    if dtype is not None and text_config.get(key) != str(dtype)[6:]:
+        assert config == ModelConfig.from_hf({**hf_config, **changed}), "not the source's model"
+    key = "dtype" if "dtype" in hf_config else "torch_dtype"  # transformers 5 and 4
+    if dtype is not None and hf_config.get(key) != str(dtype)[6:]:
         changed[key] = str(dtype)[6:]
-    if changed or text_config is not original:
-        text = json.dumps({**text_config, **changed}, indent=2, ensure_ascii=False) + "\n"
+    if changed or hf_config is not original:
+        text = json.dumps({**hf_config, **changed}, indent=2, ensure_ascii=False) + "\n"
         (out / CONFIG_FILE).write_text(text, encoding="utf-8")
     else:
         copy_model_file(source, CONFIG_FILE, out / CONFIG_FILE)

@@ -21,8 +21,7 @@ from checkpoints.safetensors_header import (
     read_headers,
     weights_fingerprint,
 )
-from layers import config as families
-from layers.config import ModelConfig
+from layers.config import ModelConfig, text_config, text_tensor_name
 from runtime import hub
 from runtime.console import UserError
 from runtime.model_files import (
@@ -125,11 +124,11 @@ def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of a model, by our names; only the text part of a vision-language model."""
     infos = read_headers(folder)
     config = read_model_json(folder, CONFIG_FILE)
-    if families.text_words(config) is config:
+    if text_config(config) is config:
         return infos
     by_our_name = {}
     for name, info in infos.items():
-        ours = families.text_name(name)
+        ours = text_tensor_name(name)
         if ours is not None:
             by_our_name[ours] = info
     return by_our_name
