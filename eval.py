@@ -126,6 +126,8 @@ def main(s: Settings) -> None:
             hypotheses += evaluate.measure_hypotheses(evaluation, spec, s.suites, s.suite_data,
                                                       s.limit)
         results, settings, contamination = [], dataclasses.asdict(s), None
+        if baseline:
+            settings["baseline_model"] = baseline.model
         if s.model:
             if s.overlap:
                 check_training_text(s)
@@ -142,7 +144,7 @@ def main(s: Settings) -> None:
         results += hypotheses
         write({"model": s.model or "hypotheses", "command": shlex.join(["python", *sys.argv]),
                "settings": settings, "results": results, "contamination": contamination})
-    print_results(results, contamination, s.limit)
+    print_results(results, contamination, s.limit, settings.get("baseline_model", ""))
     warn_missing_spbleu(evaluation.metric_names)
     console.info(f"wrote {Path(s.out) / 'results.json'} and {write_evaluation_report(Path(s.out))}")
 
@@ -255,11 +257,12 @@ def find_contamination(s: Settings, texts: Sequence[EvalText], suites: Sequence[
 
 
 def print_results(results: Sequence[MetricResult], contamination: Mapping[str, Any] | None,
-                  limit: int) -> None:
-    """Print the table, contaminated items, and whether the results are partial."""
+                  limit: int, baseline: str) -> None:
+    """Print the table, contaminated items, and whether the results are partial. `baseline`: the
+    model that the baseline measured."""
     from evaluation.results import format_table
 
-    print(console.printable(format_table(results)))
+    print(console.printable(format_table(results, baseline)))
     for name, n in (contamination or {}).get("tests", {}).items():
         if n["any"]:
             print(console.printable(

@@ -293,6 +293,10 @@ def measure_suite(evaluation: Evaluation, suite: Suite, model: EvalModel,
                              partial=0 < options.limit < len(suite.rows))
         if len(old_measures) == len(measures):
             result["baseline"] = compare_measures(measures, old_measures)
+        elif old_measures:
+            name = " ".join(filter(None, (suite.name, part, measures[0].name)))
+            info(f"{name}: the baseline has {len(old_measures)} of {len(measures)} prompts, so the "
+                 "mean is not compared")
         results.append(result)
     return results
 

@@ -31,23 +31,36 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric of a set of items: counts (N,k) float64, and the metric of their sum (k,)."""
+    """One metric of a set of items: counts (N,k) float64, and the metric of their sum (k,).
+
+    `guess_counts` (N,k) are the counts to expect if each answer is guessed, all choices alike; None
+    if there is nothing to guess.
+    """
 
     name: str
     counts: np.ndarray
     of_sums: Callable[[np.ndarray], float]
     signature: str = ""
     higher_is_better: bool = True
+    guess_counts: np.ndarray | None = None
 
     @property
     def value(self) -> float:
         """The metric of all items."""
         return self.of_sums(self.counts.sum(0))
 
+    @property
+    def chance(self) -> float | None:
+        """The metric of guessed answers; None if there is nothing to guess."""
+        if self.guess_counts is None:
+            return None
+        return self.of_sums(self.guess_counts.sum(0))
+
     def subset(self, mask: np.ndarray) -> Measure:
         """Return the same metric of some of the items; `mask` (N,) bool."""
+        guess_counts = None if self.guess_counts is None else self.guess_counts[mask]
         return Measure(self.name, self.counts[mask], self.of_sums, self.signature,
-                       self.higher_is_better)
+                       self.higher_is_better, guess_counts)
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
@@ -64,9 +77,17 @@ def bits_per_byte_of(nats: np.ndarray, n_bytes: np.ndarray) -> Measure:
 
 
 def mean(name: str, values: Sequence[float], higher_is_better: bool = True) -> Measure:
-    """The mean of one number per item, as accuracy is."""
+    """The mean of one number per item."""
     counts = np.stack([np.asarray(values, np.float64), np.ones(len(values))], 1)
     return Measure(name, counts, _ratio, higher_is_better=higher_is_better)
+
+
+def accuracy(name: str, correct: Sequence[float], n_choices: Sequence[int]) -> Measure:
+    """The share of correct answers to multiple-choice items; `n_choices`: of each item."""
+    ones = np.ones(len(correct))
+    counts = np.stack([np.asarray(correct, np.float64), ones], 1)
+    guess_counts = np.stack([ones / np.asarray(n_choices), ones], 1)
+    return Measure(name, counts, _ratio, guess_counts=guess_counts)
 
 
 def ratio(name: str, numerators: Sequence[float], denominators: Sequence[float]) -> Measure:
@@ -79,9 +100,11 @@ def _ratio(sums: np.ndarray) -> float:
     return float(sums[0] / sums[1]) if sums[1] else math.nan
 
 
-def weighted_f1(gold: Sequence[int], predictions: Sequence[int]) -> Measure:
+def weighted_f1(gold: Sequence[int], predictions: Sequence[int],
+                n_choices: Sequence[int] | None = None) -> Measure:
     """F1 of each class, weighted by how often it is true: scikit-learn's f1_score(average=
-    "weighted"). A class that is never predicted or never true has F1 0."""
+    "weighted"). A class that is never predicted or never true has F1 0. With `n_choices` (of each
+    item) the chance level is that of the expected counts of guesses."""
     gold, predictions = np.asarray(gold), np.asarray(predictions)
     n_classes = int(max(gold.max(initial=0), predictions.max(initial=0))) + 1
     true, predicted = np.eye(n_classes)[gold], np.eye(n_classes)[predictions]  # (N, n_classes)
@@ -92,7 +115,13 @@ def weighted_f1(gold: Sequence[int], predictions: Sequence[int]) -> Measure:
         f1 = np.divide(2 * hits, both, out=np.zeros(n_classes), where=both > 0)
         return float((f1 * true).sum() / true.sum())
 
-    return Measure("f1", np.concatenate([true * predicted, predicted, true], 1), f1_of_sums)
+    guess_counts = None
+    if n_choices is not None:
+        n = np.asarray(n_choices)[:, None]  # classes that are never true have no weight in F1
+        guessed = np.where(np.arange(n_classes) < n, 1 / n, 0.0)
+        guess_counts = np.concatenate([true * guessed, guessed, true], 1)
+    return Measure("f1", np.concatenate([true * predicted, predicted, true], 1), f1_of_sums,
+                   guess_counts=guess_counts)
 
 
 def exact_match(gold: str, answer: str) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from evaluation.significance import confidence_interval
+from evaluation.significance import LEVEL, confidence_interval
 from runtime.console import FLAGS, UserError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class MetricResult(TypedDict, total=False):
     low: float | None  # 95 % interval; None for a single item
     high: float | None
     n: int  # items
+    chance: float  # what guessing gives; only if answers are chosen from several
     signature: str
     part: str  # a direction of translation
     prompt: str
@@ -115,7 +116,8 @@ def metric_result(suite: str, measure: Measure, signature: str,
     low, high = confidence_interval([measure]) or (None, None)
     signature = "|".join(filter(None, (signature, measure.signature)))
     return {"suite": suite, "metric": measure.name, "value": measure.value, "low": low,
-            "high": high, "n": len(measure.counts), "signature": signature, **details}
+            "high": high, "n": len(measure.counts), **_chance([measure]), "signature": signature,
+            **details}
 
 
 def mean_result(suite: str, measures: Sequence[Measure], signature: str,
@@ -124,8 +126,20 @@ def mean_result(suite: str, measures: Sequence[Measure], signature: str,
     values = [m.value for m in measures]
     low, high = confidence_interval(measures) or (None, None)
     return {"suite": suite, "metric": measures[0].name, "value": float(np.mean(values)),
-            "low": low, "high": high, "n": len(measures[0].counts), "least": min(values),
-            "most": max(values), "prompts": len(values), "signature": signature, **details}
+            "low": low, "high": high, "n": len(measures[0].counts), **_chance(measures),
+            "least": min(values), "most": max(values), "prompts": len(values),
+            "signature": signature, **details}
+
+
+def _chance(measures: Sequence[Measure]) -> dict[str, float]:
+    """Return the key `chance` of a mean of measures; no key if there is nothing to guess."""
+    levels = [m.chance for m in measures if m.chance is not None]
+    return {"chance": float(np.mean(levels))} if len(levels) == len(measures) else {}
+
+
+def is_above_chance(r: MetricResult) -> bool:
+    """Return True if the interval of a result is above chance, or if there is no chance level."""
+    return "chance" not in r or (r["low"] is not None and r["low"] > r["chance"])
 
 
 def group_results(suite: str, measure: Measure, records: Sequence[Mapping], columns: Sequence[str],
@@ -140,16 +154,31 @@ def group_results(suite: str, measure: Measure, records: Sequence[Mapping], colu
     return results
 
 
-def format_table(results: Sequence[MetricResult]) -> str:
-    """Return the results as lines of text: a table, the lengths of texts, what no mean includes."""
-    rows = [("suite", "prompt", "metric", "value", "95 % interval", "items", "against baseline")]
+def describe_comparisons(results: Sequence[MetricResult], baseline: str) -> str:
+    """Return how many results are compared with the baseline, and how many of so many comparisons
+    would have p <= 0.05 by chance; "" if none is."""
+    n = sum("baseline" in r for r in results)
+    if n < 2:
+        return f"1 comparison with {baseline}." if n == 1 else ""
+    return (f"{n} comparisons with {baseline}. Between equal models {LEVEL * n:.2g} of {n} would "
+            f"have p <= {LEVEL} on average.")
+
+
+def format_table(results: Sequence[MetricResult], baseline: str = "the baseline") -> str:
+    """Return the results as lines of text: a table, the number of comparisons with the baseline,
+    the lengths of texts, what no mean includes. Columns that no result fills are left out."""
+    rows = [("suite", "prompt", "metric", "value", "95 % interval", "chance", "items",
+             "difference", "95 % interval", "p")]
     rows += [_table_row(r) for r in results]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
     lines = []
-    for row in rows:
-        cells = [cell.ljust(width) if column in (0, 2) else cell.rjust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+    for row in zip(*columns, strict=True):
+        cells = [cell.ljust(width) if columns[i][0] in ("suite", "metric") else cell.rjust(width)
+                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
+    if comparisons := describe_comparisons(results, baseline):
+        lines.append(comparisons)
     for r in results:
         if "tokens" in r:
             lines.append(f"{r['suite']}: {r['bytes']:,} bytes, {r['tokens']:,} tokens, "
@@ -173,11 +202,15 @@ def _table_row(r: MetricResult) -> tuple[str, ...]:
         prompt = f"mean of {r['prompts']}"
     interval = "-"
     if r["low"] is not None:
-        interval = f"{r['low']:.4f} - {r['high']:.4f}"
-    comparison = ""
+        interval = f"{r['low']:.4f} to {r['high']:.4f}"
+    chance = f"{r['chance']:.4f}" if "chance" in r else ""
+    comparison = ("", "", "")
     if "baseline" in r:
-        comparison = f"{r['baseline']['difference']:+.4f} (p {r['baseline']['p']:.3f})"
-    return name, prompt, r["metric"], f"{r['value']:.4f}", interval, f"{r['n']:,}", comparison
+        b = r["baseline"]
+        comparison = (f"{b['difference']:+.4f}", f"{b['low']:+.4f} to {b['high']:+.4f}",
+                      f"{b['p']:.3f}")
+    return (name, prompt, r["metric"], f"{r['value']:.4f}", interval, chance, f"{r['n']:,}",
+            *comparison)
 
 
 def write_records(file: Path, records: Sequence[SampleLog]) -> None:

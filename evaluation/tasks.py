@@ -175,14 +175,15 @@ class MultipleChoice(SuiteTask):
 
     def metrics(self, records: Sequence[ChoiceRecord]) -> list[Measure]:
         gold = [r["gold"] for r in records]
+        n_choices = [len(r["choices"]) for r in records]
         measures = {}
         for name, length in CHOICE_LENGTHS.items():
             predictions = [best_choice(r["logp"], [length(c) for c in r["choices"]])
                            for r in records]
             correct = [float(a == b) for a, b in zip(gold, predictions, strict=True)]
-            measures[name] = metrics.mean(name, correct)
+            measures[name] = metrics.accuracy(name, correct, n_choices)
             if name == "acc":
-                measures["f1"] = metrics.weighted_f1(gold, predictions)
+                measures["f1"] = metrics.weighted_f1(gold, predictions, n_choices)
         return [measures[name] for name in self.suite.metrics]
 
     def example_record(self) -> ChoiceRecord:

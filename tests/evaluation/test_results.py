@@ -109,6 +109,51 @@ def test_p_is_close_to_that_of_a_permutation_test():
     assert paired_test([ours], [baseline])["p"] == pytest.approx(p, abs=0.03)
 
 
+def test_a_mean_over_prompts_is_tested_as_the_mean_of_each_item():
+    rng = np.random.default_rng(7)
+    ours, baseline = rng.random((3, 200)) < 0.6, rng.random((3, 200)) < 0.5  # (prompts,items)
+    comparison = paired_test(*([metrics.mean("acc", prompt) for prompt in system]
+                               for system in (ours, baseline)))
+    of_items = paired_test([metrics.mean("acc", ours.mean(0))],
+                           [metrics.mean("acc", baseline.mean(0))])
+    assert comparison == pytest.approx(of_items, abs=1e-12)
+    assert 0 < comparison["p"] < 0.05
+
+
+def test_the_mean_over_prompts_is_compared_with_a_baseline_that_has_all_prompts(home, capsys):
+    settings = {"model": str(home / "model"), "max_new_tokens": 4, "overlap": False, "limit": 4}
+    for prompts, name in ((["1", "2"], "both"), (["1"], "one")):
+        run_eval(home, **settings, prompts=prompts, out=str(home / name))
+    both, one = (run_eval(home, **settings, prompts=["1", "2"], baseline=str(home / name))
+                 for name in ("both", "one"))
+    means = [r for r in both["results"] if "prompts" in r]
+    assert len(means) >= 4 and all(r["baseline"]["value"] == r["value"] for r in means)
+    n = sum("baseline" in r for r in both["results"])
+    printed = capsys.readouterr()
+    assert f"{n} comparisons with {home}/model. Between equal models" in printed.out
+    assert n == len(both["results"])
+    assert not any("baseline" in r for r in one["results"] if "prompts" in r)
+    assert "the baseline has 1 of 2 prompts, so the mean is not compared" in printed.err
+
+
+def test_chance_is_what_guessing_gives():
+    rng = np.random.default_rng(11)
+    n_choices = rng.integers(2, 5, 600)
+    gold = (rng.random(600) ** 2 * n_choices).astype(int)  # classes are not equally frequent
+    accuracies, f1s = [], []
+    for _ in range(200):
+        guesses = (rng.random(600) * n_choices).astype(int)
+        accuracy = metrics.accuracy("acc", guesses == gold, n_choices)
+        f1 = metrics.weighted_f1(gold, guesses, n_choices)
+        accuracies.append(accuracy.value)
+        f1s.append(f1.value)
+    assert accuracy.chance == pytest.approx((1 / n_choices).mean())
+    assert accuracy.chance == pytest.approx(np.mean(accuracies), abs=0.005)
+    assert f1.chance == pytest.approx(np.mean(f1s), abs=0.005)
+    few = n_choices == 2
+    assert accuracy.subset(few).chance == 0.5 and metrics.mean("eos_rate", [1.0]).chance is None
+
+
 def test_one_item_proves_nothing():
     comparison = paired_test([metrics.mean("acc", [1.0])], [metrics.mean("acc", [0.0])])
     assert comparison == {"difference": 1.0, "low": 0.0, "high": 2.0, "p": 1.0}
