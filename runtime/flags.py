@@ -19,11 +19,11 @@ import os
 import tomllib
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from runtime import console
 from runtime.console import FLAGS, UserError
-from runtime.flag_help import help_text
+from runtime.flag_help import help_text, is_positional
 from runtime.openmp import shorten_spin_wait
 from runtime.paths import version
 from runtime.setting_metadata import flag_name, settings_of
@@ -66,6 +66,7 @@ def read(cls: type[T], argv: list[str], prog: str,
                 name = name.removeprefix("no_")
             _check_known(cls, name, flag_name(name), prog)
             origins[name] = "flag"
+    _check_stray_words(cls, argv, prog)
     settings = _parse(cls, argv, prog, settings, f"{prog}: ")
     if check:
         check_bounds(settings, origins)
@@ -204,6 +205,33 @@ def _check_known(cls: type, name: str, shown: str, where: str) -> None:
     if hint is not None and hint.startswith("--"):
         hint = f"here it is {hint}"
     raise UserError(f"{where}: unknown setting {shown}; {hint or _nearest(name, names)}", FLAGS)
+
+
+def _check_stray_words(cls: type, argv: list[str], prog: str) -> None:
+    """Raise a UserError for a word that is neither a flag nor the value of one.
+
+    tyro names such a word only if no required flag is missing.
+    """
+    settings = {x.flag: x for x in settings_of(cls)}
+    if any(is_positional(x) for x in settings.values()):
+        return
+    capacity = 0.0  # how many words may still follow the last flag as its values
+    for word in argv:
+        flag, _, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if word.startswith("--") and len(word) > 2:
+            setting = settings.get(flag)
+            capacity = 1
+            if value or setting is None or setting.type is bool:  # None: --no-NAME
+                capacity = 0
+            elif get_origin(setting.type) in (list, tuple):
+                capacity = math.inf
+        elif capacity == 0:
+            hint = "a recipe stands before all flags" if word.endswith(".toml") else "see --help"
+            raise UserError(f"{prog}: {word!r} is neither a flag nor the value of one; {hint}",
+                            FLAGS)
+        else:
+            capacity -= 1
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -82,6 +82,43 @@ def test_settings_written_as_a_recipe_come_back(tmp_path_factory, settings):
     assert flags.read(Settings, [str(path)], "x.py")[0] == settings
 
 
+@dataclass
+class Required:
+    """Something with a setting that must be given."""
+
+    model: str
+    out: str
+    rows: float | None = None
+    data: list[str] = field(default_factory=list)
+    fast: bool = False
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["stray"], ["stray", "--model", "x"], ["--model", "x", "stray"], ["--model=x", "stray"],
+     ["--fast", "stray"], ["--no-fast", "stray"], ["--rows", "3", "stray"],
+     ["--data", "a", "b", "--fast", "stray"], ["--model", "x", "--out", "y", "stray"]],
+)
+def test_a_stray_word_is_named_even_if_a_required_flag_is_missing(argv):
+    with pytest.raises(UserError, match=r"^x[.]py merge: 'stray' is neither") as e:
+        flags.read_subcommand({"merge": Required}, ["merge", *argv], "x.py", "")
+    assert e.value.code == FLAGS
+
+
+def test_a_recipe_behind_a_flag_is_named():
+    with pytest.raises(UserError, match=r"'late\.toml' .*; a recipe stands before all flags"):
+        flags.read(Settings, ["--fast", "late.toml"], "x.py")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--steps", "-3"], ["--lr", "-1e-3"], ["--name", "-"], ["--name", ""], ["--name=a=b"],
+     ["--data", "a", "b", "-"], ["--data", "--fast"], ["--name", "late.toml"]],
+)
+def test_the_values_of_flags_are_not_stray_words(argv):
+    flags.read(Settings, argv, "x.py")
+
+
 def test_the_first_argument_names_a_subcommand(capsys):
     name, settings = flags.read_subcommand(
         {"one": Settings}, ["one", "--steps", "4"], "x.py", "about"
