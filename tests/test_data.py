@@ -119,7 +119,7 @@ def test_every_prediction_of_every_document_comes_once_in_each_epoch(tmp_path_fa
                                                                      seed, epoch):
     bin = make(tmp_path_factory.mktemp("bin") / "b", unique(lengths))
     stream = TokenStream(Source("b", bin, np.arange(len(bin)), 1), T, (seed, 0))
-    seen = []
+    predictions = []
     for i in range(epoch * stream.rows, (epoch + 1) * stream.rows):
         tokens, targets, doc, pos = stream.row(i)
         inside = doc >= 0
@@ -128,9 +128,9 @@ def test_every_prediction_of_every_document_comes_once_in_each_epoch(tmp_path_fa
         assert (targets[inside] == tokens[inside] + 1).all(), "the next id of the same document"
         begins = np.r_[True, np.diff(doc[inside]) != 0]
         assert (pos[inside][begins] == 0).all() and (np.diff(pos[inside])[~begins[1:]] == 1).all()
-        seen += tokens[inside].tolist()
+        predictions += tokens[inside].tolist()
     wanted = [i for ids in unique(lengths) for i in ids[:-1]]
-    assert sorted(seen) == wanted
+    assert sorted(predictions) == wanted
     assert stream.tokens_in((epoch + 1) * stream.rows) == (epoch + 1) * len(wanted)
 
 
@@ -171,13 +171,13 @@ def test_a_step_holds_the_same_rows_on_any_number_of_ranks(tmp_path, world, rows
     sources = two(tmp_path)
 
     def step(world: int, rows: int) -> list[list[int]]:
-        found = {}
+        rows_by_rank = {}
         for rank in range(world):
             loader = Loader(sources, 16, rows, seed=3, rank=rank, world=world)
             for micro in range(8 // (rows * world)):
                 for i, row in enumerate(loader.next().tokens.tolist()):
-                    found[micro, rank, i] = row
-        return [found[k] for k in sorted(found)]
+                    rows_by_rank[micro, rank, i] = row
+        return [rows_by_rank[k] for k in sorted(rows_by_rank)]
 
     assert step(world, rows) == step(1, 8)
 
@@ -192,8 +192,8 @@ def test_a_held_out_document_stays_held_out_when_others_come(tmp_path):
     draw = np.random.default_rng(1)
     documents = [draw.integers(0, 1000, 20).tolist() for _ in range(400)]
     few, many = make(tmp_path / "few", documents[:200]), make(tmp_path / "many", documents)
-    before, after = validation_split(few, 0.05), validation_split(many, 0.05)
-    assert (after[:200] == before).all() and 0 < after.sum() < 60
+    split_of_few, split_of_many = validation_split(few, 0.05), validation_split(many, 0.05)
+    assert (split_of_many[:200] == split_of_few).all() and 0 < split_of_many.sum() < 60
     two, one = make(tmp_path / "two", documents[:2]), make(tmp_path / "one", documents[:1])
     assert validation_split(two, 1e-9).sum() == 1, "never none of several"
     assert validation_split(one, 0.5).sum() == 0, "never the only one"
@@ -213,18 +213,18 @@ def test_conversations_under_one_long_system_prompt_are_held_out_by_what_is_aske
         return [x <= max(int(0.05 * 2**64), min(h)) for x in h]
 
     for systems in ([said(100)], [said(70), said(80)], [said(3)]):
-        asked = [systems[i % len(systems)] + said(5) for i in range(400)]
-        twice = [x for x in asked for _ in range(2)]
+        prompts = [systems[i % len(systems)] + said(5) for i in range(400)]
+        twice = [x for x in prompts for _ in range(2)]
         answered = [x + said(4) for x in twice]
         masks = [[0] * len(x) + [1] * 4 for x in twice]
         name = str(len(systems[0]))
         ends = [max(64, len(x)) for x in twice]
         chat = make(tmp_path / name, answered, masks=masks, kind="chat")
-        held = validation_split(chat, 0.05)
-        assert held.tolist() == sides(answered, ends)
-        assert 10 < held.sum() < 80
+        is_held_out = validation_split(chat, 0.05)
+        assert is_held_out.tolist() == sides(answered, ends)
+        assert 10 < is_held_out.sum() < 80
         if len(systems[0]) > 64:
-            assert (held[::2] == held[1::2]).all(), "one question lies on one side"
+            assert (is_held_out[::2] == is_held_out[1::2]).all(), "one question lies on one side"
         both = make(tmp_path / f"{name}-pairs", answered, masks=masks, kind="pairs")
         assert validation_split(both, 0.05)[::2].tolist() == sides(answered[::2], ends[::2])
         every = make(tmp_path / f"{name}-all", answered, kind="chat")  # --loss-on all
@@ -257,8 +257,8 @@ def test_held_out_text_is_text_in_every_mode_packed_or_not(spec, kind, tmp_path)
     s = SimpleNamespace(data=[f"{tmp_path}/chat"], val=[f"kin={tmp_path}/{kind}"], hold_out=0.1,
                         seq_len=64, mode="sft", eval_tokens=99)
     tokenizer = SimpleNamespace(fingerprint="a" * 64, bos=1, eos=3)
-    _, held = datasets.open_data(s, tmp_path, tokenizer, 60000, tmp_path, None)
-    assert isinstance(held["kin"][0], Document) == (kind == "chat")
+    _, val_sets = datasets.open_data(s, tmp_path, tokenizer, 60000, tmp_path, None)
+    assert isinstance(val_sets["kin"][0], Document) == (kind == "chat")
 
 
 def test_held_out_texts_of_one_file_name_have_bins_of_their_own(tmp_path, capfd):
@@ -272,8 +272,8 @@ def test_held_out_texts_of_one_file_name_have_bins_of_their_own(tmp_path, capfd)
                         eval_tokens=999)
     tokenizer, ranks = Tokenizer.open(folder), SimpleNamespace(rank=0, barrier=lambda: None)
     for prepared in (3, 0):  # once, and not again
-        _, held = datasets.open_data(s, folder, tokenizer, 60000, tmp_path / "out", ranks)
-        assert {k: tokenizer.decode(x[0].tolist()) for k, x in held.items()} == {
+        _, val_sets = datasets.open_data(s, folder, tokenizer, 60000, tmp_path / "out", ranks)
+        assert {k: tokenizer.decode(x[0].tolist()) for k, x in val_sets.items()} == {
             "kin": "Inka kin", "eng": "Inka eng"}
         assert capfd.readouterr().err.count("preparing: ") == prepared
 
@@ -290,7 +290,7 @@ def test_a_bin_made_for_another_row_is_fresh_only_where_its_examples_fit_both(tm
     file = tmp_path / "x.jsonl"
     file.write_text("{}\n")
     tokenizer = SimpleNamespace(fingerprint="a" * 64)
-    most = 20 if kind == "pairs" else 10  # predictions of the longest example
+    longest = 20 if kind == "pairs" else 10  # predictions of the longest example
 
     def fresh(seq_len: int, ledger: dict) -> bool:
         writer = BinWriter(tmp_path / "bin", "a" * 64, 99, kind)
@@ -299,11 +299,11 @@ def test_a_bin_made_for_another_row_is_fresh_only_where_its_examples_fit_both(tm
         writer.close(ledger, [{"path": str(file), "bytes": 3, "sha256": sha256(file)}])
         return datasets.is_fresh(tmp_path / "bin", str(file), tokenizer, kind, seq_len)
 
-    whole, dropped = {"documents": {"read": 4}}, {"documents": {"read": 5, "too long": 1}}
-    assert fresh(most, whole) and fresh(999, whole) and not fresh(most - 1, whole)
-    assert fresh(most, {**dropped, "max_tokens": most})
-    for made in ({}, {"max_tokens": most}):  # what was too long may fit now
-        assert not fresh(999, {**dropped, **made})
+    complete, dropped = {"documents": {"read": 4}}, {"documents": {"read": 5, "too long": 1}}
+    assert fresh(longest, complete) and fresh(999, complete) and not fresh(longest - 1, complete)
+    assert fresh(longest, {**dropped, "max_tokens": longest})
+    for options in ({}, {"max_tokens": longest}):  # what was too long may fit now
+        assert not fresh(999, {**dropped, **options})
 
 
 def test_a_file_changed_to_one_as_long_and_as_old_is_prepared_again(tmp_path):
@@ -385,8 +385,8 @@ def test_a_writer_holds_few_bytes_for_a_document(tmp_path):
     try:
         for _ in range(50):
             writer.extend(np.ones(n, int), np.ones(n, int), n)
-        held, _ = tracemalloc.get_traced_memory()
+        n_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert held < 12 * 50 * n
+    assert n_bytes < 12 * 50 * n
     assert len(writer.close({}, [])) == 51 * n

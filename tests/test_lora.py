@@ -38,31 +38,32 @@ KINDS = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True},
 def attach(model, targets=("all-linear",), layers_to_transform=(), modules_to_save=(),
            use_rslora=False, use_dora=False, dropout=0.0, **_):
     """Our adapter, in PEFT's words."""
-    whole = [x for x in modules_to_save if x != "lm_head" or model.lm_head is not None]
+    modules = [x for x in modules_to_save if x != "lm_head" or model.lm_head is not None]
     lora.add_lora(model, 4, 12.0, dropout, targets, use_rslora, use_dora, layers_to_transform,
-                  whole)
+                  modules)
 
 
-def pair(shape: str = "llama3", targets=("all-linear",), **words):
+def pair(shape: str = "llama3", targets=("all-linear",), **options):
     """Our model and peft's with the same random base and the same random adapter."""
-    if words.get("layers_to_transform") and list(targets) == ["all-linear"]:
+    if options.get("layers_to_transform") and list(targets) == ["all-linear"]:
         targets = LINEARS  # peft's all-linear would take no notice of the layers
     peer, ours = tiny.peer(shape), tiny.ours(tiny.peer(shape), shape)
-    attach(ours, targets, **words)
-    if ours.lm_head is None and words.get("modules_to_save"):
-        words = {**words, "ensure_weight_tying": "embed_tokens" in words["modules_to_save"]}
+    attach(ours, targets, **options)
+    if ours.lm_head is None and options.get("modules_to_save"):
+        options = {**options, "ensure_weight_tying": "embed_tokens" in options["modules_to_save"]}
     config = peft.LoraConfig(
-        r=4, lora_alpha=12, lora_dropout=words.pop("dropout", 0.0), task_type="CAUSAL_LM",
-        target_modules="all-linear" if list(targets) == ["all-linear"] else list(targets), **words)
+        r=4, lora_alpha=12, lora_dropout=options.pop("dropout", 0.0), task_type="CAUSAL_LM",
+        target_modules="all-linear" if list(targets) == ["all-linear"] else list(targets),
+        **options)
     peer = peft.get_peft_model(peer, config)
     mine, draw = adapter_state(ours), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in peer.named_parameters():
-            own = name.replace(".default", "").replace(".modules_to_save", "")
-            own = own.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-            if own in mine and p.requires_grad:
+            own_name = name.replace(".default", "").replace(".modules_to_save", "")
+            own_name = own_name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+            if own_name in mine and p.requires_grad:
                 p.add_(torch.empty_like(p).normal_(0, 0.1, generator=draw))
-                mine[own].copy_(p)
+                mine[own_name].copy_(p)
     return ours, peer
 
 
@@ -99,7 +100,7 @@ def test_twenty_steps_lose_what_peft_loses(kind):
     for step in range(20):
         ids = tiny.tokens(2, 24, seed=step % 4)
         targets = ids.roll(-1, 1)
-        for found, (model, optimizer) in zip(losses, sides, strict=True):
+        for side_losses, (model, optimizer) in zip(losses, sides, strict=True):
             if model is ours:
                 loss = model(ids, DOC, POS, targets).mean()
             else:
@@ -108,7 +109,7 @@ def test_twenty_steps_lose_what_peft_loses(kind):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            found.append(loss.item())
+            side_losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][-1] < losses[0][0]
 
 
@@ -132,13 +133,13 @@ def test_disabled_is_the_base_and_merged_is_the_adapter(kind):
     ours, _ = pair("llama32", **KINDS[kind])
     base = tiny.ours(tiny.peer("llama32"), "llama32")
     with torch.no_grad():
-        before = ours(IDS, DOC, POS)
+        base_logits = ours(IDS, DOC, POS)
         with lora.disabled(ours):
             assert torch.equal(ours(IDS, DOC, POS), base(IDS, DOC, POS))
-        assert torch.equal(ours(IDS, DOC, POS), before), "enabled again"
-        assert not torch.allclose(before, base(IDS, DOC, POS))
+        assert torch.equal(ours(IDS, DOC, POS), base_logits), "enabled again"
+        assert not torch.allclose(base_logits, base(IDS, DOC, POS))
         lora.merge(ours)
-        torch.testing.assert_close(ours(IDS, DOC, POS), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(IDS, DOC, POS), base_logits, atol=1e-5, rtol=1e-5)
     assert not lora.adapters(ours) and not lora.base_values(ours)
     assert ours.state_dict().keys() == base.state_dict().keys()
 

@@ -109,12 +109,12 @@ def test_a_llamas_config_is_written_in_words_that_transformers_reads(shape):
 
 @pytest.mark.parametrize("shape", ["llama3", "llama31", "linear", "yarn"])
 def test_rotary_frequencies_are_those_of_transformers_at_published_sizes(shape):
-    words = tiny.config(shape, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
+    config = tiny.config(shape, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
                         max_position_embeddings=131072)
     if shape == "llama31":
-        words["rope_scaling"] = {**tiny.LLAMA3_ROPE, "original_max_position_embeddings": 8192}
-    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**words))
-    rope = ModelConfig.from_hf(words).rope
+        config["rope_scaling"] = {**tiny.LLAMA3_ROPE, "original_max_position_embeddings": 8192}
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**config))
+    rope = ModelConfig.from_hf(config).rope
     mine = layers.rope_frequencies(rope, 128, "cpu")
     torch.testing.assert_close(mine, theirs.inv_freq, rtol=1e-6, atol=0)
     assert rope.amplitude == pytest.approx(theirs.attention_scaling)
@@ -178,9 +178,9 @@ def test_any_word_of_any_kind_is_refused_or_harmless():
     every = ["llama31", "qwen2-window", "smollm3-window", "gemma2", "gemma3"]
     cases = [(x, key, value) for x in every for key in tiny.config(x) for value in values]
     for shape, key, value in cases:
-        words = tiny.config(shape, **{key: value})
+        config = tiny.config(shape, **{key: value})
         try:
-            ModelConfig.from_hf(words)
+            ModelConfig.from_hf(config)
         except UserError as e:
             assert "config.json" in str(e)
 
@@ -188,14 +188,15 @@ def test_any_word_of_any_kind_is_refused_or_harmless():
 def packed(lengths: list[int], rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """doc and pos (rows, width) of documents laid end to end; what is left is a tail."""
     doc, pos = torch.full((rows, width), -1), torch.zeros(rows, width, dtype=torch.long)
-    at = n = 0
+    start = n = 0
     for length in lengths:
-        while length and at < rows * width:
-            row, column = divmod(at, width)
-            part = min(length, width - column)
-            doc[row, column : column + part] = n
-            pos[row, column : column + part] = torch.arange(part)
-            at, length, n = at + part, length - part, n + 1  # a cut document goes on as another
+        while length and start < rows * width:
+            row, column = divmod(start, width)
+            n_fitting = min(length, width - column)
+            doc[row, column : column + n_fitting] = n
+            pos[row, column : column + n_fitting] = torch.arange(n_fitting)
+            # the rest of a document that is cut goes on as another document
+            start, length, n = start + n_fitting, length - n_fitting, n + 1
     return doc, pos
 
 
@@ -225,11 +226,12 @@ def test_changing_a_document_leaves_its_neighbours_untouched(path, shape):
         changed = torch.zeros_like(doc, dtype=torch.bool)
         changed[row] = doc[row] == doc[row, column]
         other = torch.where(changed, tiny.tokens(2, 40, seed=2), ids)
-        found = []
+        results = []
         with torch.set_grad_enabled(path == "recompute"):  # only a gradient makes it forget
             for x in (ids, other):
-                found.append(tiny.logits(model, *(y.to(model.device) for y in (x, doc, pos))).cpu())
-        a, b = found
+                inputs = [y.to(model.device) for y in (x, doc, pos)]
+                results.append(tiny.logits(model, *inputs).cpu())
+        a, b = results
         assert torch.equal(a[~changed], b[~changed])
         assert not torch.equal(a[changed], b[changed]) or torch.equal(ids, other)
 
@@ -255,12 +257,12 @@ def test_packed_documents_compute_what_they_do_alone(path, shape):
         model.zero_grad()
         for row in range(2):
             for d in doc[row].unique().tolist():
-                here = doc[row] == d
+                inside = doc[row] == d
                 if d < 0:
-                    assert (together[row, here] == 0).all()
+                    assert (together[row, inside] == 0).all()
                     continue
-                alone = model(*(x[row, here][None].to(device) for x in (ids, doc, pos, targets)))
-                torch.testing.assert_close(together[row, here], alone[0], rtol=1e-5, atol=1e-5)
+                alone = model(*(x[row, inside][None].to(device) for x in (ids, doc, pos, targets)))
+                torch.testing.assert_close(together[row, inside], alone[0], rtol=1e-5, atol=1e-5)
                 alone.sum().backward()
         for g, p in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-4)
@@ -269,18 +271,18 @@ def test_packed_documents_compute_what_they_do_alone(path, shape):
 
 
 def test_dynamic_rotary_beyond_its_context_is_that_of_each_document_alone():
-    words = {"max_position_embeddings": 24}
-    peer = tiny.peer("dynamic", **words)
-    model = tiny.ours(peer, "dynamic", **words)
+    changes = {"max_position_embeddings": 24}
+    peer = tiny.peer("dynamic", **changes)
+    model = tiny.ours(peer, "dynamic", **changes)
     lengths = [40, 20, 30]
     doc, pos = packed(lengths, 1, sum(lengths))
     ids = tiny.tokens(1, sum(lengths))
     with torch.no_grad():
         together = tiny.logits(model, ids, doc, pos)
         for d in range(len(lengths)):
-            here = doc[0] == d
-            theirs = peer(ids[:, here]).logits
-            torch.testing.assert_close(together[:, here], theirs, rtol=1e-5, atol=1e-5)
+            inside = doc[0] == d
+            theirs = peer(ids[:, inside]).logits
+            torch.testing.assert_close(together[:, inside], theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_one_document_each_do_not_see_each_other():
@@ -322,14 +324,14 @@ def test_a_cache_read_token_by_token_gives_the_logits_of_the_whole(shape):
     model = tiny.ours(tiny.peer(shape), shape)
     ids = tiny.tokens(2, 24)
     with torch.no_grad():
-        whole = tiny.logits(model, ids)
+        expected = tiny.logits(model, ids)
         for rows in (slice(0, 1), slice(0, 2)):  # one row takes a path of its own
-            some = ids[rows]
-            cache = KVCache(model.config, len(some), 24, "cpu", torch.float32)
+            selected = ids[rows]
+            cache = KVCache(model.config, len(selected), 24, "cpu", torch.float32)
             for t in range(24):
-                now = read(model, cache, some[:, t : t + 1])
-                torch.testing.assert_close(now, whole[rows, t], rtol=1e-5, atol=1e-5)
-            assert cache.lengths.tolist() == [24] * len(some)
+                logits = read(model, cache, selected[:, t : t + 1])
+                torch.testing.assert_close(logits, expected[rows, t], rtol=1e-5, atol=1e-5)
+            assert cache.lengths.tolist() == [24] * len(selected)
 
 
 @settings(max_examples=25, deadline=None)
@@ -342,35 +344,36 @@ def test_ragged_rows_read_in_parts_give_the_logits_of_each_row_alone(lengths, pa
     cache = KVCache(model.config, B, longest + sum(parts), "cpu", torch.float32)
     real = torch.arange(longest) < torch.tensor(lengths)[:, None]
     with torch.no_grad():
-        now = read(model, cache, torch.where(real, ids[:, :longest], 0), real)
-        seen = [ids[i, :n] for i, n in enumerate(lengths)]
+        logits = read(model, cache, torch.where(real, ids[:, :longest], 0), real)
+        prefixes = [ids[i, :n] for i, n in enumerate(lengths)]
         for width in [0, *parts]:
             if width:
-                more = torch.stack([ids[i, len(x) : len(x) + width] for i, x in enumerate(seen)])
-                now = read(model, cache, more)
-                seen = [torch.cat(x) for x in zip(seen, more, strict=True)]
-            assert cache.lengths.tolist() == [len(x) for x in seen]
-            for i, x in enumerate(seen):
+                following = torch.stack([ids[i, len(x) : len(x) + width]
+                                         for i, x in enumerate(prefixes)])
+                logits = read(model, cache, following)
+                prefixes = [torch.cat(x) for x in zip(prefixes, following, strict=True)]
+            assert cache.lengths.tolist() == [len(x) for x in prefixes]
+            for i, x in enumerate(prefixes):
                 alone = tiny.logits(model, x[None])[0, -1]
-                torch.testing.assert_close(now[i], alone, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(logits[i], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_recomputing_activations_keeps_few_of_them_and_changes_no_gradient():
     ids = tiny.tokens(2, 30)
     doc, pos = packed([11, 19, 30], 2, 30)
-    gradients, kept = [], []
+    gradients, n_bytes = [], []
     for recompute in ("none", "full"):
         model = tiny.ours(tiny.peer("biases"), "biases", recompute=recompute).train()
-        held: list[int] = []
+        saved: list[int] = []
         note = torch.autograd.graph.saved_tensors_hooks(
-            lambda x, held=held: held.append(x.nbytes) or x, lambda x: x)
+            lambda x, saved=saved: saved.append(x.nbytes) or x, lambda x: x)
         with note:
             loss = model(ids, doc, pos, shifted(ids)).sum()
-        kept.append(sum(held))
+        n_bytes.append(sum(saved))
         loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert kept[1] < kept[0] / 2
+    assert n_bytes[1] < n_bytes[0] / 2
 
 
 def test_flops_per_token_are_those_torch_counts_in_the_products():
@@ -378,9 +381,9 @@ def test_flops_per_token_are_those_torch_counts_in_the_products():
 
     model = tiny.ours(tiny.peer("llama3"), "llama3").train()
     ids = tiny.tokens(1, 64)
-    at = torch.zeros_like(ids), torch.arange(64).expand_as(ids)
+    doc_pos = torch.zeros_like(ids), torch.arange(64).expand_as(ids)
     with FlopCounterMode(display=False) as counter:
-        model(ids, *at, ids, reduction="sum").backward()
+        model(ids, *doc_pos, ids, reduction="sum").backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items()
                    if "attention" not in str(op) and "bmm" not in str(op))

@@ -32,9 +32,9 @@ def test_a_column_of_numbers_is_set_to_the_right():
 
 
 def test_a_childs_peak_is_the_systems_and_its_limits_are_positive():
-    found = bench.child("bench.limits", "peaks", "tiny")
-    assert all(found[k] > 0 for k in ("bfloat16", "float32", "read", "threads"))
-    assert 0.05 < found["gb"] < 8
+    result = bench.child("bench.limits", "peaks", "tiny")
+    assert all(result[k] > 0 for k in ("bfloat16", "float32", "read", "threads"))
+    assert 0.05 < result["gb"] < 8
 
 
 def test_a_child_that_fails_stops_the_program_with_what_it_said():
@@ -46,11 +46,11 @@ def test_a_child_that_fails_stops_the_program_with_what_it_said():
 @pytest.mark.parametrize("job", everything.JOBS)
 def test_a_job_runs_and_its_sides_agree(job):
     command = [sys.executable, "-m", f"bench.{job}", "--tiny"]
-    done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    if f"bench.{job}: skipped" in done.stderr:
-        pytest.skip(done.stderr.strip())
-    assert f"python -m bench.{job} --tiny" in done.stdout and "FAULT" not in done.stderr
+    process = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    if f"bench.{job}: skipped" in process.stderr:
+        pytest.skip(process.stderr.strip())
+    assert f"python -m bench.{job} --tiny" in process.stdout and "FAULT" not in process.stderr
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -74,12 +74,13 @@ def test_a_value_that_means_nothing_is_refused(monkeypatch, capsys, flags, said)
 
 
 def test_a_jobs_options_reach_it(monkeypatch):
-    found = []
+    received = []
     monkeypatch.setattr(sys, "argv", ["", "--rounds", "3", "--cases", "two"])
-    assert bench.main("bench.a", "A", {}, lambda s: found.append(s) or "", ["one", "two"]) == 0
+    assert bench.main("bench.a", "A", {}, lambda s: received.append(s) or "", ["one", "two"]) == 0
     monkeypatch.setattr(sys, "argv", ["", "--quick"])
-    assert bench.main("bench.a", "A", {}, lambda s: found.append(s) or "", ["one", "two"]) == 0
-    assert [(s.size, s.rounds, s.cases) for s in found] == [("full", 3, ["two"]), ("quick", 1, [])]
+    assert bench.main("bench.a", "A", {}, lambda s: received.append(s) or "", ["one", "two"]) == 0
+    options = [(s.size, s.rounds, s.cases) for s in received]
+    assert options == [("full", 3, ["two"]), ("quick", 1, [])]
 
 
 def test_a_ratio_has_the_range_of_its_rounds_and_the_quartiles_of_many():
@@ -125,8 +126,8 @@ def test_sides_that_stand_side_by_side_take_turns(tmp_path, monkeypatch, rounds,
     (tmp_path / "job.py").write_text(JOB)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("LOSS", loss)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "job", "--rounds", str(rounds), "--cases", str(tmp_path / "seen")],
         cwd=bench.ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == code and said in done.stderr, done.stderr
+    assert process.returncode == code and said in process.stderr, process.stderr
     assert (tmp_path / "seen").read_text() == seen

@@ -22,13 +22,13 @@ def here(monkeypatch):
 
     class Here:
         def __init__(self, module, name, *args):
-            found = getattr(sys.modules[module], name)(*json.loads(json.dumps(args)))
-            self.given = found if isinstance(found, Iterator) else iter([found])
+            result = getattr(sys.modules[module], name)(*json.loads(json.dumps(args)))
+            self.given = result if isinstance(result, Iterator) else iter([result])
 
         def turn(self):
-            found = next(self.given)
+            result = next(self.given)
             torch.set_default_dtype(torch.float32)
-            return found
+            return result
 
         def end(self):
             return 1.0
@@ -95,13 +95,13 @@ def test_a_gpus_peer_that_computes_something_else_is_a_fault(here, monkeypatch, 
 
 
 def test_a_side_of_a_gpus_case_that_fails_is_a_fault_and_the_others_stand(monkeypatch):
-    found = {"losses": [1.0], "seconds": [1.0], "device": 1.0, "flops": 1.0, "total": 1.0,
+    result = {"losses": [1.0], "seconds": [1.0], "device": 1.0, "flops": 1.0, "total": 1.0,
              "ids": [[1]], "first": [1]}
 
     def child(_, what, name, *more):
         if what == "peer" or "static" in more:
             sys.exit(f"{what} {name}: exit code 1\nout of memory")
-        return found | ({"seconds": 1.0, "may": [[1]]} if what == "answers" else {})
+        return result | ({"seconds": 1.0, "may": [[1]]} if what == "answers" else {})
 
     monkeypatch.setattr(gpu, "child", child)
     monkeypatch.setattr(gpu, "installed", lambda _: True)
@@ -124,6 +124,6 @@ def test_what_is_predicted_for_a_gpu_is_what_plan_says_of_these_flags(monkeypatc
         monkeypatch.setitem(gpu.SHAPES, shape, gpu.SHAPES["tiny"])
     s, _ = read_settings([*flags, "--rows", "1"])
     config = ModelConfig.from_hf(gpu.words(gpu.CASES[name]))
-    said = memory.estimate(config, s, torch.bfloat16, backend="varlen_flash").total / 2**30
+    expected_gb = memory.estimate(config, s, torch.bfloat16, backend="varlen_flash").total / 2**30
     assert gpu.settings(gpu.CASES[name]) == s
-    assert gpu.predict(name)["total"] == said
+    assert gpu.predict(name)["total"] == expected_gb

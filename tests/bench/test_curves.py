@@ -28,16 +28,17 @@ def curves(*args: object) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_is_a_line_with_before_after_and_the_time_of_its_steps(tmp_path):
     a, b = run(tmp_path / "a", 4.0, 3.0, 2.0), run(tmp_path / "b", 4.0, 5.0)
-    done = curves(a, b, "--svg", tmp_path / "x.svg")
-    assert done.stdout.splitlines()[2:] == [
+    process = curves(a, b, "--svg", tmp_path / "x.svg")
+    assert process.stdout.splitlines()[2:] == [
         "| a | 0.00 M | 4.0000 | 2.0000 | -50.0% | 8.0000 | 4.0000 | -50.0% | 2 |",
         "| b | 0.00 M | 4.0000 | 5.0000 | +25.0% | 8.0000 | 10.0000 | +25.0% | 1 |"]
     assert (tmp_path / "x.svg").read_text().count("<path") > 8
 
 
 def test_a_folder_that_is_no_run_is_said_in_a_line(tmp_path):
-    done = curves(tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "metrics" in done.stderr
-    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
-    done = curves(run(tmp_path / "a", 4.0))
-    assert done.returncode == 1 and "1 evaluations" in done.stderr
+    process = curves(tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ") and "metrics" in process.stderr
+    assert "Traceback" not in process.stderr and len(process.stderr.splitlines()) == 1
+    process = curves(run(tmp_path / "a", 4.0))
+    assert process.returncode == 1 and "1 evaluations" in process.stderr

@@ -268,7 +268,7 @@ def tokenizer_folders(root: Path) -> dict[str, Path]:
     transformers.AutoTokenizer.from_pretrained(root / "source").save_pretrained(root / "json")
     saved = json.loads((root / "json/tokenizer.json").read_text())
     folders = {}
-    for i, (kind, words) in enumerate(KINDS.items()):
+    for i, (kind, config) in enumerate(KINDS.items()):
         folder = folders[kind] = root / f"kind{i}"
         folder.mkdir()
         if kind.startswith("sentencepiece"):
@@ -281,7 +281,7 @@ def tokenizer_folders(root: Path) -> dict[str, Path]:
             names, first = (LLAMA3, LLAMA3[0]) if "llama3" in kind else (
                 QWEN if "qwen" in kind else SMOLLM, None)
             (folder / "tokenizer.json").write_text(byte_level(names, first))
-        (folder / "tokenizer_config.json").write_text(json.dumps(words))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folders
 
 

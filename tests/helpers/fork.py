@@ -69,8 +69,8 @@ def ends(pids: list[int], within: float = 120.0) -> list[int]:
     try:
         while len(codes) < len(pids):
             for pid in pids:
-                if pid not in codes and (done := os.waitpid(pid, os.WNOHANG))[0]:
-                    codes[pid] = os.waitstatus_to_exitcode(done[1])
+                if pid not in codes and (exited := os.waitpid(pid, os.WNOHANG))[0]:
+                    codes[pid] = os.waitstatus_to_exitcode(exited[1])
             assert time.monotonic() < deadline, f"still running after {within} s"
             time.sleep(0.002)
     finally:

@@ -58,8 +58,10 @@ class Hub:
         get = re.fullmatch(r"/(datasets/)?([\w-]+/[\w-]+)/resolve/([\w.-]+)/(.+)", path)
         if not (api or get):
             return self.send(ask, 404, b"")
-        kind = api[1] if api else "datasets" if get[1] else "models"
-        name, revision = (api[2], api[4] or "main") if api else (get[2], get[3])
+        if api:
+            kind, name, revision = api[1], api[2], api[4] or "main"
+        else:
+            kind, name, revision = "datasets" if get[1] else "models", get[2], get[3]
         repository = self.repositories.get(f"{kind}/{name}")
         allowed = ask.headers.get("Authorization") == f"Bearer {TOKEN}"
         if name.endswith("/down"):
@@ -75,25 +77,25 @@ class Hub:
         if api:
             listed = [{"type": "file", "path": k, "size": len(v), "oid": blob(v)}
                       for k, v in files.items()]
-            found = listed if api[3] == "tree" else {
+            listing = listed if api[3] == "tree" else {
                 "id": name, "sha": commit, "siblings": [{"rfilename": k} for k in files],
                 "private": False, "gated": False, "downloads": 0, "likes": 0, "tags": []}
-            return self.send(ask, 200, json.dumps(found).encode(),
+            return self.send(ask, 200, json.dumps(listing).encode(),
                              {"Content-Type": "application/json"})
         if name.endswith("/gated"):
             return self.send(ask, 403, b"", {"X-Error-Code": "GatedRepo"})
         if get[4] not in files:
             return self.send(ask, 404, b"", {"X-Error-Code": "EntryNotFound"})
-        data, more = files[get[4]], {"X-Repo-Commit": commit, "ETag": f'"{blob(files[get[4]])}"'}
+        data, headers = files[get[4]], {"X-Repo-Commit": commit, "ETag": f'"{blob(files[get[4]])}"'}
         if name.endswith("/slow"):
             time.sleep(0.5)
         begin = int((ask.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
         if begin:
-            more["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
         cut = name.endswith("/broken") and body and len(data) > 1000 and get[4] not in self.broken
         if cut:
             self.broken.add(get[4])
-        self.send(ask, 206 if begin else 200, data[begin:], more, body, cut)
+        self.send(ask, 206 if begin else 200, data[begin:], headers, body, cut)
 
     def send(self, ask: BaseHTTPRequestHandler, status: int, data: bytes,
              headers: dict[str, str] | None = None, body: bool = True, cut: bool = False) -> None:

@@ -24,8 +24,8 @@ def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not BUILDER.exists() and os.environ.get("CI") != "true":
         pytest.skip(f"no {BUILDER}")
     folder = tmp_path_factory.mktemp("real") / "SmolLM2-135M-Instruct"
-    done = subprocess.run([sys.executable, str(BUILDER), str(folder)], capture_output=True,
+    process = subprocess.run([sys.executable, str(BUILDER), str(folder)], capture_output=True,
                           text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert process.returncode == 0, process.stderr[-2000:]
     return folder
 

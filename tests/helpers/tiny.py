@@ -93,18 +93,18 @@ The water of the river is good and cold.
 
 def config(shape: str = "llama2", **changes: Any) -> dict[str, Any]:
     """config.json of a shape, in the words the published models use; `changes` go over it."""
-    words = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
              "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
              "num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
              "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
              "tie_word_embeddings": False}
-    return {**words, **SHAPES[shape], **changes}
+    return {**values, **SHAPES[shape], **changes}
 
 
 def peer(shape: str = "llama2", seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """transformers' random model of a shape; a mistake anywhere shows in its strong logits."""
-    words = copy.deepcopy(config(shape, **changes))  # transformers writes into what it reads
-    theirs = transformers.AutoConfig.for_model(**words)
+    values = copy.deepcopy(config(shape, **changes))  # transformers writes into what it reads
+    theirs = transformers.AutoConfig.for_model(**values)
     model = transformers.AutoModelForCausalLM.from_config(
         theirs, attn_implementation="eager", dtype=torch.float32)
     draw = torch.Generator().manual_seed(seed)
@@ -160,9 +160,9 @@ def write_tokenizer(path: Path) -> None:
     """A SentencePiece tokenizer of V ids, as LLaMA's."""
     Path(path).mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.model").write_bytes(pieces())
-    words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
              "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}
-    (path / "tokenizer_config.json").write_text(json.dumps(words))
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @functools.cache

@@ -39,10 +39,10 @@ def chi_square(counts: torch.Tensor, p: torch.Tensor) -> tuple[float, int]:
     """Pearson's statistic and its degrees of freedom; tokens expected below 5 times are one."""
     expected = p * counts.sum()
     few = expected < 5
-    seen = torch.cat([counts[~few], counts[few].sum()[None]])
+    observed = torch.cat([counts[~few], counts[few].sum()[None]])
     expected = torch.cat([expected[~few], expected[few].sum()[None]])
     used = expected > 0
-    return float(((seen - expected)[used] ** 2 / expected[used]).sum()), int(used.sum()) - 1
+    return float(((observed - expected)[used] ** 2 / expected[used]).sum()), int(used.sum()) - 1
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), [
@@ -115,10 +115,10 @@ def test_min_p_and_the_repetition_penalty_equal_those_of_transformers():
         ours = filter_logits(logits, temperature, min_p=min_p)
         assert torch.equal(ours.isinf(), expected.isinf())
         torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1))
-    seen = torch.randint(0, 300, (40, 50))
+    previous = torch.randint(0, 300, (40, 50))
     for penalty in (1.3, 0.7):
-        expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
-        assert torch.equal(apply_repetition_penalty(logits, penalty, seen.tolist()), expected)
+        expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(previous, logits.clone())
+        assert torch.equal(apply_repetition_penalty(logits, penalty, previous.tolist()), expected)
 
 
 def test_a_token_of_probability_zero_is_never_sampled():

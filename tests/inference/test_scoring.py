@@ -145,12 +145,12 @@ def test_copies_of_a_long_prefix_are_limited():
 
 
 def test_a_prompt_with_several_continuations_is_read_once():
-    done = []
+    progress = []
     with passes(ours()) as calls:
         score(ours(), [PROMPTS[2]] * 4 + [PROMPTS[0]], [[5], [6], [7], [8], [9]],
-              progress=done.append)
+              progress=progress.append)
     assert tokens_read(calls) == [len(PROMPTS[2]) + len(PROMPTS[0])]
-    assert done == [5]  # choices of one token share the pass
+    assert progress == [5]  # choices of one token share the pass
     with passes(ours()) as calls:
         score(ours(), [PROMPTS[2]] * 3, [[5, 6, 7], [6], [8, 9]])
     assert tokens_read(calls) == [len(PROMPTS[2]), 2 + 1]

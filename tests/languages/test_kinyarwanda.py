@@ -35,11 +35,11 @@ DATA = ROOT.parent / "shared" / "data"
 
 
 def test_dahls_law_voices_a_prefix_before_a_voiceless_stem():
-    for stem, whole in (("kora", "gukora"), ("soma", "gusoma"), ("teka", "guteka"),
+    for stem, infinitive in (("kora", "gukora"), ("soma", "gusoma"), ("teka", "guteka"),
                         ("hinga", "guhinga"), ("fasha", "gufasha"), ("bona", "kubona"),
                         ("gura", "kugura"), ("rya", "kurya"), ("vuga", "kuvuga"),
                         ("nywa", "kunywa")):
-        assert g.infinitive(stem) == whole
+        assert g.infinitive(stem) == infinitive
     assert g.verb("kora", "koze", "we", "present") == "dukora"
     assert g.verb("bona", "bonye", "we", "present") == "tubona"
     assert (g.adjective("to", 7) == "gito" and g.adjective("to", 13) == "duto"
@@ -91,10 +91,10 @@ def test_verbs_take_their_subject_tense_and_negation():
 
 def test_all_words_of_many_sentences_are_enumerated():
     world, forms = World(random.Random(7)), word_forms()
-    said = [world.sentence()[0] for _ in range(3000)]
-    assert {w for s in said for w in WORD.findall(s.lower())} <= forms
-    assert len(set(said)) > 2400, "a world that repeats itself would be learned by heart"
-    assert not {w for s in said for w in WORD.findall(s.lower())} & lexicon.NOT_FOUND
+    sentences = [world.sentence()[0] for _ in range(3000)]
+    assert {w for s in sentences for w in WORD.findall(s.lower())} <= forms
+    assert len(set(sentences)) > 2400, "a world that repeats itself would be learned by heart"
+    assert not {w for s in sentences for w in WORD.findall(s.lower())} & lexicon.NOT_FOUND
 
 
 def test_both_sides_say_the_same_number_and_polarity():
@@ -123,30 +123,30 @@ def test_every_word_form_is_attested_in_real_text():
 
 
 def test_the_demo_goes_on_with_an_adapter_and_its_base_knows_of_none(tmp_path):
-    words = ["--tune", "lora", "--lora-rank", "8", "--dora", "--train-embeddings", "--plan",
+    flags = ["--tune", "lora", "--lora-rank", "8", "--dora", "--train-embeddings", "--plan",
              "--embedding-lr", "1e-4", "--out", str(tmp_path)]
-    seen = []
+    runs = []
 
     def one(s, _):
         check_settings(s)
-        seen.append((s.tune, s.lora_rank, s.dora, s.train_embeddings))
+        runs.append((s.tune, s.lora_rank, s.dora, s.train_embeddings))
         (tmp_path / "base" / "model").mkdir(parents=True)
         return 0
 
     for _ in range(2):  # --plan ends with the first
-        assert demo.run(*read_settings(words), one if not seen else
-                        lambda s, _: seen.append((s.tune, s.lora_rank)) or 0, documents=300) == 0
-    assert seen == [("full", 16, False, False), ("lora", 8)]
+        assert demo.run(*read_settings(flags), one if not runs else
+                        lambda s, _: runs.append((s.tune, s.lora_rank)) or 0, documents=300) == 0
+    assert runs == [("full", 16, False, False), ("lora", 8)]
 
 
 def test_held_out_text_of_the_demo_is_not_trained_on(tmp_path):
     paths = demo.write_texts(tmp_path, 1, documents=200, held_out=10)
     for lang in ("kin", "eng"):
-        seen = {s.strip() for s in paths[lang].read_text().replace("\n", " ").split(".")}
-        kept = {
+        trained = {s.strip() for s in paths[lang].read_text().replace("\n", " ").split(".")}
+        held_out = {
             s.strip() for s in paths[f"{lang}-val"].read_text().replace("\n", " ").split(".")
         } - {""}
-        assert len(kept) >= 20 and not kept & seen
+        assert len(held_out) >= 20 and not held_out & trained
 
 
 MARKS = st.text(st.sampled_from("abiu n’'ʼ‘`´ \u00a0\u200b\t\n-éé\u0301\ufeff"), max_size=60)
@@ -189,8 +189,8 @@ def test_the_pairs_of_the_suite_are_what_the_grammar_gives():
     assert {r["part"] for r in rows} == {"verb", "adjective", "possessive", "numeral"}
     assert {r["distance"] for r in rows} == set(range(5))
     assert {r["class"] for r in rows} == {*range(1, 12), 14}
-    seen = {(r["before"], *sorted(r["choices"])) for r in rows}
-    assert len(seen) == len(rows)
+    keys = {(r["before"], *sorted(r["choices"])) for r in rows}
+    assert len(keys) == len(rows)
 
 
 @pytest.mark.parametrize("liking", [len, lambda form: -len(form), hash, lambda form: form,
@@ -198,9 +198,9 @@ def test_the_pairs_of_the_suite_are_what_the_grammar_gives():
 def test_who_looks_only_at_the_form_is_right_in_exactly_half_of_the_pairs(liking):
     right = [max((0, 1), key=lambda i: liking(r["choices"][i])) == r["label"] for r in PAIRS]
     assert sum(right) * 2 == len(right)
-    for part in ("verb", "adjective", "possessive", "numeral"):
-        some = [x for x, r in zip(right, PAIRS, strict=True) if r["part"] == part]
-        assert sum(some) * 2 == len(some)
+    for part_of_speech in ("verb", "adjective", "possessive", "numeral"):
+        scores = [x for x, r in zip(right, PAIRS, strict=True) if r["part"] == part_of_speech]
+        assert sum(scores) * 2 == len(scores)
 
 
 def test_the_right_form_is_of_the_nouns_class_and_the_wrong_one_of_no_class_it_may_have():
@@ -222,8 +222,8 @@ def test_the_right_form_is_of_the_nouns_class_and_the_wrong_one_of_no_class_it_m
 def test_every_form_of_the_pairs_right_or_wrong_is_attested_in_real_text():
     if not DATA.exists():
         pytest.skip(f"no real data at {DATA}")
-    found, together = agreement.attest([f"{DATA}/{x}" for x in REAL], PAIRS)
-    assert [w for w, n in found.items() if not n] == [] and together > 100
+    attested, together = agreement.attest([f"{DATA}/{x}" for x in REAL], PAIRS)
+    assert [w for w, n in attested.items() if not n] == [] and together > 100
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -241,6 +241,6 @@ def test_the_language_of_nearly_every_sentence_of_flores_is_seen(name, said, lea
     file = DATA / "eval" / "flores200" / f"devtest.{name}.txt"
     if not file.exists():
         pytest.skip(f"no real data at {DATA}")
-    found = [identify(x) == said for x in file.read_text().splitlines()]
-    share = sum(found) / len(found)
+    results = [identify(x) == said for x in file.read_text().splitlines()]
+    share = sum(results) / len(results)
     assert share >= least and (name != "swh" or share < 0.06)

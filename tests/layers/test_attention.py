@@ -40,9 +40,9 @@ def plain(q, k, v, doc, window, scale):
     """All pairs, in float64."""
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    seen = attention.causal_mask(doc.shape[1], window, doc.device)
-    seen = (seen & (doc[:, :, None] == doc[:, None, :]))[:, None]
-    scores = (q @ k.mT * scale).masked_fill(~seen, float("-inf"))
+    mask = attention.causal_mask(doc.shape[1], window, doc.device)
+    mask = (mask & (doc[:, :, None] == doc[:, None, :]))[:, None]
+    scores = (q @ k.mT * scale).masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
@@ -217,14 +217,14 @@ def test_no_block_is_left_uncompiled_because_there_are_too_many_kinds_of_passes(
     model = tiny.ours(tiny.peer("gemma3"), "gemma3", attention_backend="varlen_flash").train()
     lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"])
     compile_model(model, fullgraph=True, backend="eager")
-    graphs, made = torch._dynamo.utils.counters["stats"], []
+    graphs, n_graphs = torch._dynamo.utils.counters["stats"], []
     for lengths in ([30, 10], [40], [20, 1, 9, 10], [5] * 8, [25, 15], [40], [2] * 20):
         ids, (doc, pos) = tiny.tokens(1, 40), laid(lengths)
         with torch.no_grad(), lora.disabled(model):
             model(ids, doc, pos, ids)
         model(ids, doc, pos, ids).sum().backward()
-        made.append(graphs["unique_graphs"])
-    assert made[0] < made[2] == made[-1]
+        n_graphs.append(graphs["unique_graphs"])
+    assert n_graphs[0] < n_graphs[2] == n_graphs[-1]
     torch._dynamo.reset()
 
 
@@ -234,15 +234,15 @@ def test_products_of_narrow_numbers_are_float32s_whatever_kernel_makes_them(dtyp
     """No factor is rounded, nor a sum; and the process stays as it was, whatever happens."""
     q, keys = (tiny.drawn(4, n, D, seed=n).to(dtype) for n in (128, 256))
     block = attention_cpu.cpu_blocks([256], 0)[-1]  # of 128 queries, one a head
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    precision = torch.backends.mkldnn.matmul.fp32_precision
     with attention_cpu.bf16_factors(dtype) as narrow:
-        found = attention_cpu.probabilities(4 * q.float(), keys.float(), block, D**-0.5, narrow)
+        result = attention_cpu.probabilities(4 * q.float(), keys.float(), block, D**-0.5, narrow)
         if narrow:
             assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     scores = 4 * D**-0.5 * q.double() @ keys.double().mT
     scores[..., 128:] += block.bias[:, 0]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), scores.softmax(-1), rtol=1e-5, atol=1e-7)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), scores.softmax(-1), rtol=1e-5, atol=1e-7)
     with pytest.raises(RuntimeError), attention_cpu.bf16_factors(dtype):
         torch.bmm(q, keys)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision

@@ -116,13 +116,13 @@ class Largest(TorchDispatchMode):
 def test_the_logits_of_a_whole_batch_never_stand_in_memory(factor):
     h, W, targets = setting(4 * GROUP, "all", V=100, C=8)
     sizes = small(100)
-    with Largest() as seen:
+    with Largest() as largest:
         if factor == "sum":
             loss.summed_nll(h, W, targets, sizes=sizes).backward()
         else:
             nll = loss.token_nll(h, W, targets, sizes=sizes)
             (nll * nll.detach()).sum().backward()
-    assert seen.numbers <= GROUP * 100 < targets.numel() * 100
+    assert largest.numbers <= GROUP * 100 < targets.numel() * 100
 
 
 class Products(TorchDispatchMode):
@@ -140,21 +140,21 @@ class Products(TorchDispatchMode):
 def test_where_no_gradient_is_asked_for_none_is_made(function, made, without):
     """A custom function is told that a parameter needs one even there."""
     h, W, targets = setting(7, "all")
-    with Products() as seen:
+    with Products() as products:
         wanted = function(h, W, targets).detach()
-    assert W.requires_grad and seen.made == made  # logits, dh, and of a sum also dW
-    with without(), Products() as seen:
+    assert W.requires_grad and products.made == made  # logits, dh, and of a sum also dW
+    with without(), Products() as products:
         nll = function(h, W, targets)
-    assert seen.made == 1 and torch.equal(nll, wanted)
+    assert products.made == 1 and torch.equal(nll, wanted)
 
 
 @pytest.mark.parametrize("function, made", [(sum_of, 3), (nll_of, 4)])
 def test_only_token_nll_computes_logits_again_in_the_backward_pass(function, made):
     h, W, targets = setting(7, "all")
-    with Products() as seen:
+    with Products() as products:
         nll = function(h, W, targets)
         mine = torch.autograd.grad((nll * nll.detach()).sum(), (h, W))
-    assert seen.made == made
+    assert products.made == made
     wanted = plain(h, W, targets)
     wanted = wanted.sum() if function is sum_of else wanted
     wanted = torch.autograd.grad((wanted * wanted.detach()).sum(), (h, W))
@@ -167,11 +167,12 @@ def test_what_a_mean_or_a_scale_multiplies_by_is_not_rounded_first(dtype, factor
     """1/1431 in bf16 is 0.1 % less than it is, for all alike, and 65536 in fp16 is infinite."""
     h, W, targets = setting(1022, "all", dtype=dtype)
     alone, = torch.autograd.grad(sum_of(h, W, targets), h)
-    found, = torch.autograd.grad(sum_of(h, W, targets) * factor, h)
+    gradient, = torch.autograd.grad(sum_of(h, W, targets) * factor, h)
     wanted = alone.double() * factor
-    some = (wanted.abs() < 6e4) & (wanted.abs() > 1e-4 * factor)
-    assert some.float().mean() > 0.9
-    assert float((found.double()[some] / wanted[some]).mean()) == pytest.approx(1, abs=1e-4)
+    is_normal = (wanted.abs() < 6e4) & (wanted.abs() > 1e-4 * factor)
+    assert is_normal.float().mean() > 0.9
+    ratios = gradient.double()[is_normal] / wanted[is_normal]
+    assert float(ratios.mean()) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("frozen, cap, dtype", [
@@ -181,7 +182,7 @@ def test_compiled_it_finds_the_same(frozen, cap, dtype):
     """Of products in bf16 too: NLLs stay float32, and gradients of logits are rounded once."""
     torch._dynamo.reset()
     h, W, targets = setting(GROUP + CHUNK + 5, "some", V=100, C=8, dtype=dtype)
-    found = []
+    results = []
     for compiled in (False, True):
         a, b = h.detach().requires_grad_(), W.detach().requires_grad_(not frozen)
         function = loss.LinearCrossEntropy(cap, sizes=small(100))
@@ -191,8 +192,8 @@ def test_compiled_it_finds_the_same(frozen, cap, dtype):
         nll.sum().backward()
         total = function(a, b, targets, "sum")
         total.backward()
-        found.append((nll, total, a.grad, *([] if frozen else [b.grad])))
-    for x, y in zip(*found, strict=True):
+        results.append((nll, total, a.grad, *([] if frozen else [b.grad])))
+    for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
 
 

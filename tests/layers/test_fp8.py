@@ -31,28 +31,28 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def layer(bias: bool, out: int = 48, width: int = 32, **where) -> fp8.Fp8Linear:
     """A layer in float32 with drawn weights."""
-    made = Linear(width, out, bias=bias, **where)
-    made.weight.data = tiny.drawn(out, width, seed=1).to(made.weight.device)
+    linear = Linear(width, out, bias=bias, **where)
+    linear.weight.data = tiny.drawn(out, width, seed=1).to(linear.weight.device)
     if bias:
-        made.bias.data = tiny.drawn(out, seed=2).to(made.bias.device)
-    return fp8.Fp8Linear.from_linear(made)
+        linear.bias.data = tiny.drawn(out, seed=2).to(linear.bias.device)
+    return fp8.Fp8Linear.from_linear(linear)
 
 
-def both(made: fp8.Fp8Linear, dtype: torch.dtype):
+def both(linear: fp8.Fp8Linear, dtype: torch.dtype):
     """(ours, by formula) of y, dx, dW and, if there is one, db."""
-    at = made.weight.device
-    x = tiny.drawn(2, 16, 32, seed=3).to(at, dtype).requires_grad_()
-    g = (tiny.drawn(2, 16, 48, seed=4) * 1e-6).to(at, dtype)  # as small as gradients are
-    y = made(x)
+    device = linear.weight.device
+    x = tiny.drawn(2, 16, 32, seed=3).to(device, dtype).requires_grad_()
+    g = (tiny.drawn(2, 16, 48, seed=4) * 1e-6).to(device, dtype)  # as small as gradients are
+    y = linear(x)
     y.backward(g)
-    W, flat = made.weight.detach().to(dtype), x.detach().flatten(0, 1)
+    W, flat = linear.weight.detach().to(dtype), x.detach().flatten(0, 1)
     g8, x8 = rounded(g.flatten(0, 1), fp8.E5M2), rounded(flat, fp8.E4M3)
     W8 = rounded(W, fp8.E4M3)
-    bias = 0 if made.bias is None else made.bias.detach().to(dtype).float()
-    mine = [y, x.grad, made.weight.grad]
+    bias = 0 if linear.bias is None else linear.bias.detach().to(dtype).float()
+    mine = [y, x.grad, linear.weight.grad]
     formula = [(x8 @ W8.T + bias).view(2, 16, 48), (g8 @ W8).view(x.shape), g8.T @ x8]
-    if made.bias is not None:
-        mine.append(made.bias.grad)
+    if linear.bias is not None:
+        mine.append(linear.bias.grad)
         formula.append(g.flatten(0, 1).sum(0))
     return [(a.detach().float(), b.float()) for a, b in zip(mine, formula, strict=True)]
 
@@ -60,27 +60,27 @@ def both(made: fp8.Fp8Linear, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_and_both_gradients_are_those_of_the_rounded_factors(dtype, bias):
-    made = layer(bias)
+    linear = layer(bias)
     loose = {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]  # of a result's own rounding
-    for i, (mine, formula) in enumerate(both(made, dtype)):
+    for i, (mine, formula) in enumerate(both(linear, dtype)):
         assert tiny.apart(mine, formula) < (loose if i != 2 else 1e-6)  # dW is as W is kept
-    assert made.weight.grad.dtype == torch.float32
-    exact = tiny.drawn(2, 16, 32, seed=3) @ made.weight.detach().T
-    assert 1e-3 < tiny.apart(made(tiny.drawn(2, 16, 32, seed=3)).detach()
-                             - (made.bias.detach() if bias else 0), exact) < 0.1
+    assert linear.weight.grad.dtype == torch.float32
+    exact = tiny.drawn(2, 16, 32, seed=3) @ linear.weight.detach().T
+    assert 1e-3 < tiny.apart(linear(tiny.drawn(2, 16, 32, seed=3)).detach()
+                             - (linear.bias.detach() if bias else 0), exact) < 0.1
 
 
 def test_zeros_stay_zeros_and_what_is_not_finite_is_seen():
-    made = layer(False)
+    linear = layer(False)
     x = torch.zeros(4, 16, 32, requires_grad=True)
-    y = made(x)
+    y = linear(x)
     y.backward(torch.zeros_like(y))
-    assert not y.any() and not x.grad.any() and not made.weight.grad.any()
+    assert not y.any() and not x.grad.any() and not linear.weight.grad.any()
     x = tiny.drawn(1, 16, 32).requires_grad_()
     g = torch.ones(1, 16, 48)
     g[0, 3, 5] = float("inf")
-    made(x).backward(g)
-    assert not made.weight.grad.isfinite().any() and not x.grad.isfinite().any()
+    linear(x).backward(g)
+    assert not linear.weight.grad.isfinite().any() and not x.grad.isfinite().any()
 
 
 def test_the_blocks_linear_layers_alone_and_only_while_they_train():

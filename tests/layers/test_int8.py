@@ -37,10 +37,10 @@ def formula(W):
 @pytest.mark.parametrize("shape", [(48, 32), (30, 52), (7, 13), (256, 2048)])
 def test_the_matrix_is_the_plain_formulas_and_as_near_as_steps_of_that_size_are(shape):
     W = drawn(*shape)
-    found, step = Int8Linear(W, None).dense(torch.float32), W.abs().amax(1, keepdim=True) / 127
-    torch.testing.assert_close(found.double(), formula(W), rtol=1e-6, atol=0)
-    assert ((found - W).abs() <= 0.5001 * step).all()
-    uniform = ((found - W) / step).square().mean().sqrt() * 12**0.5  # 1, of an even error
+    result, step = Int8Linear(W, None).dense(torch.float32), W.abs().amax(1, keepdim=True) / 127
+    torch.testing.assert_close(result.double(), formula(W), rtol=1e-6, atol=0)
+    assert ((result - W).abs() <= 0.5001 * step).all()
+    uniform = ((result - W) / step).square().mean().sqrt() * 12**0.5  # 1, of an even error
     assert abs(uniform - 1) < (0.01 if W.numel() > 1e5 else 0.2)
     W[1] = 0
     assert not Int8Linear(W, None).dense(torch.float32)[1].any()
@@ -56,14 +56,14 @@ def test_a_product_is_the_plain_formulas_to_rounding(rows, shape, dtype, kernel_
     x = drawn(rows, shape[1], seed=2)
     x[:, 3] *= 1000
     x = x.to(dtype)
-    found = Int8Linear(W, bias, kernel_rows)(x.view(rows, 1, -1))
-    assert found.dtype == dtype and found.shape == (rows, 1, shape[0])
+    result = Int8Linear(W, bias, kernel_rows)(x.view(rows, 1, -1))
+    assert result.dtype == dtype and result.shape == (rows, 1, shape[0])
     exact, squares = x.double() @ formula(W).T + bias.double(), formula(W).square()
     # each weight is rounded to the dtype; in float32, each sum
     steps = shape[1] ** 0.5 if dtype == torch.float32 else 1
     spread = steps * ROUNDING[dtype] * (x.double().square() @ squares.T).sqrt()
-    most = 2 * ROUNDING[dtype] * exact.abs() + 4 * spread  # seven deviations of an even error
-    assert ((found[:, 0].double() - exact).abs() <= most).all()
+    bound = 2 * ROUNDING[dtype] * exact.abs() + 4 * spread  # seven deviations of an even error
+    assert ((result[:, 0].double() - exact).abs() <= bound).all()
 
 
 def test_quality_is_that_of_rounded_weights():
@@ -73,8 +73,8 @@ def test_quality_is_that_of_rounded_weights():
     exact = x.double() @ W.double().T
     former = (x.double() @ formula(W).T).bfloat16().double()
     for kernel_rows in (32, 0):
-        found = Int8Linear(W, None, kernel_rows)(x).double()
-        assert (found - exact).norm() < 1.03 * (former - exact).norm() < 0.009 * exact.norm()
+        result = Int8Linear(W, None, kernel_rows)(x).double()
+        assert (result - exact).norm() < 1.03 * (former - exact).norm() < 0.009 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -96,8 +96,8 @@ def test_many_prompts_are_answered_as_by_transformers_with_those_weights(shape, 
     model, _ = load_model(tmp_path, quant="int8")
     optimize_for_inference(model.eval())
     prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (30, 3, 17, 9, 1)]
-    found = completions(model, prompts, SamplingParams(12, temperature=0), rows=2)
-    for prompt, mine in zip(prompts, found, strict=True):
+    answers = completions(model, prompts, SamplingParams(12, temperature=0), rows=2)
+    for prompt, mine in zip(prompts, answers, strict=True):
         out = peer.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
                             pad_token_id=0, eos_token_id=[],
                             attention_mask=torch.ones(1, len(prompt), dtype=torch.long))
@@ -115,9 +115,9 @@ def test_all_matrices_are_in_eight_bits_from_the_files_own_numbers(tmp_path):
     plain, _ = load_model(folder)
     model, _ = load_model(folder, dtype=torch.bfloat16, quant="int8")
     assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
-    found = {k: m for k, m in model.named_modules() if isinstance(m, Int8Linear)}
-    assert len(found) == 7 * model.config.num_hidden_layers + 1
-    for name, m in found.items():
+    quantized = {k: m for k, m in model.named_modules() if isinstance(m, Int8Linear)}
+    assert len(quantized) == 7 * model.config.num_hidden_layers + 1
+    for name, m in quantized.items():
         W = model.model.embed_tokens.weight if name == "lm_head" else \
             plain.get_submodule(name).weight
         torch.testing.assert_close(m.weight.double(), formula(W), rtol=1e-6, atol=0)

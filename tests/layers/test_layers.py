@@ -16,14 +16,14 @@ CONFIG = ModelConfig.from_hf(tiny.config())
 
 def both(ours, plain, *inputs):
     """Result and gradients of both; each gets inputs of its own."""
-    found = []
+    results = []
     for function in (ours, plain):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
         y = function(*leaves)
         torch.manual_seed(1)
         y.backward(torch.randn_like(y))
-        found.append([y.detach(), *(x.grad for x in leaves)])
-    return zip(*found, strict=True)
+        results.append([y.detach(), *(x.grad for x in leaves)])
+    return zip(*results, strict=True)
 
 
 def near(pairs, dtype):
@@ -94,16 +94,16 @@ def test_an_adapter_in_one_piece_has_the_gradient_of_its_formula(dtype, biased):
 
 def test_a_block_keeps_less_for_its_backward_pass_than_autograd_would():
     def kept(function, *inputs):
-        found = {}
+        sizes = {}
 
         def note(x):
-            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             y = function(*inputs)
         mine = {x.untyped_storage().data_ptr() for x in inputs}
-        return sum(n for at, n in found.items() if at not in mine), y
+        return sum(n for address, n in sizes.items() if address not in mine), y
 
     x = tiny.drawn(2, 64, 256).bfloat16().requires_grad_()
     w = tiny.drawn(256).requires_grad_()

@@ -119,7 +119,7 @@ def test_qlora_computes_what_lora_does_on_the_dequantised_model(folder, dtype, k
         if nf4.fits(name, m):
             m.weight.data = NF4Linear(m.weight.data, None, double).dense(torch.float32)
     plain.to(dtype)
-    found = []
+    results = []
     for model in (quantised, plain):
         torch.manual_seed(0)
         lora.add_lora(model, 4, 8.0, kind.get("dropout", 0.0), ["all-linear"],
@@ -132,9 +132,9 @@ def test_qlora_computes_what_lora_does_on_the_dequantised_model(folder, dtype, k
         torch.manual_seed(1)
         loss = model(IDS, DOC, POS, TARGETS).mean()
         loss.backward()
-        found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()
                                       if p.grad is not None}))
-    (loss, grads), (wanted, wanted_grads) = found
+    (loss, grads), (wanted, wanted_grads) = results
     assert grads.keys() == wanted_grads.keys()
     # the same products of the same numbers; DoRA's lengths come from W before bf16 rounded it
     close = 1e-6 if dtype == torch.float32 or not kind.get("dora") else 0.05
@@ -147,36 +147,36 @@ def test_qlora_computes_what_lora_does_on_the_dequantised_model(folder, dtype, k
 def test_step_zero_is_the_dequantised_base_and_only_matrices_of_blocks_are_quantised(folder):
     model, _ = load_model(folder, quant="nf4")
     with torch.no_grad():
-        before = model(IDS, DOC, POS)
-        torch.testing.assert_close(before, dequantised(folder)(IDS, DOC, POS))
+        logits = model(IDS, DOC, POS)
+        torch.testing.assert_close(logits, dequantised(folder)(IDS, DOC, POS))
         lora.add_lora(model, 4, 8.0, 0.0, ["all-linear"])
-        assert torch.equal(model(IDS, DOC, POS), before)
+        assert torch.equal(model(IDS, DOC, POS), logits)
         for m in lora.adapters(model).values():
             m.lora_B.weight.normal_()
         with lora.disabled(model):
-            assert torch.equal(model(IDS, DOC, POS), before)
-    kept = {n for n, p in model.named_parameters() if not p.requires_grad}
-    assert {n.rsplit(".", 1)[-1] for n in kept} == {"weight", "bias"}
-    assert all("norm" in n or "embed" in n or n.endswith("bias") for n in kept)
+            assert torch.equal(model(IDS, DOC, POS), logits)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert {n.rsplit(".", 1)[-1] for n in frozen} == {"weight", "bias"}
+    assert all("norm" in n or "embed" in n or n.endswith("bias") for n in frozen)
     assert len(nf4.nf4_layers(model)) == 14
     assert not any("codes" in n or "scales" in n for n, _ in model.named_parameters())
 
 
 def test_no_cast_of_the_model_touches_codes_or_scales(folder):
     model, _ = load_model(folder, quant="nf4", double=True)
-    before = [m.dense(torch.float32) for m in nf4.nf4_layers(model)]
+    expected = [m.dense(torch.float32) for m in nf4.nf4_layers(model)]
     model.to(torch.bfloat16).half()
     after = [m.dense(torch.float32) for m in nf4.nf4_layers(model)]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, after, strict=True))
 
 
 def test_a_product_keeps_no_matrix_for_its_gradient():
     """What autograd holds between forward and backward: the codes, and nothing as large as W."""
     linear = NF4Linear(torch.randn(256, 512), None, False)
-    held = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         y = linear(torch.randn(3, 512, requires_grad=True))
-    assert sum(x.nbytes for x in held) == 256 * 512 * 4.5 / 8
+    assert sum(x.nbytes for x in saved) == 256 * 512 * 4.5 / 8
     x = torch.randn(3, 512, requires_grad=True, dtype=torch.bfloat16)
     linear(x).sum().backward()
     wanted = linear.dense(torch.bfloat16).sum(0).expand(3, -1)
@@ -186,8 +186,8 @@ def test_a_product_keeps_no_matrix_for_its_gradient():
 
 def test_bits_a_weight():
     for double, bits in ((False, 4.5), (True, 4.127)):
-        held = sum(x.nbytes for x in NF4Linear(torch.randn(1024, 1024), None, double).buffers())
-        assert held * 8 / 2**20 == pytest.approx(bits, abs=0.001)
+        n_bytes = sum(x.nbytes for x in NF4Linear(torch.randn(1024, 1024), None, double).buffers())
+        assert n_bytes * 8 / 2**20 == pytest.approx(bits, abs=0.001)
 
 
 def test_an_adapter_trained_on_nf4_is_a_plain_one_and_opens_in_peft_and_here(folder, tmp_path):
@@ -200,17 +200,17 @@ def test_an_adapter_trained_on_nf4_is_a_plain_one_and_opens_in_peft_and_here(fol
         for m in lora.adapters(model).values():
             m.lora_B.weight.normal_(0, 0.1)
     save_adapter(model, tmp_path / "adapter", str(folder), folder)
-    words = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert "quantization_config" not in words and words["peft_type"] == "LORA"
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert "quantization_config" not in config and config["peft_type"] == "LORA"
     assert set(load_file(tmp_path / "adapter/adapter_model.safetensors")) == set(
         adapter_state(model))
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     peer = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    whole, _ = load_model(tmp_path / "adapter")
+    reopened, _ = load_model(tmp_path / "adapter")
     narrow, _ = load_model(tmp_path / "adapter", quant="nf4")
     with torch.no_grad():
         torch.testing.assert_close(
-            whole(IDS, DOC, POS), peer(IDS).logits[:, -1], atol=1e-4, rtol=1e-4)
+            reopened(IDS, DOC, POS), peer(IDS).logits[:, -1], atol=1e-4, rtol=1e-4)
         assert torch.equal(narrow(IDS, DOC, POS), model(IDS, DOC, POS))
 
 
@@ -240,10 +240,10 @@ def test_quality_of_what_is_kept_is_that_of_nf4():
 
 def test_a_library_without_kernels_for_this_cuda_is_not_asked(monkeypatch):
     """Which it says only when one is called."""
-    found = cextension.ErrorHandlerMockBNBNativeLibrary("No compatible CUDA binary found")
-    monkeypatch.setattr(cextension, "lib", found)
+    library = cextension.ErrorHandlerMockBNBNativeLibrary("No compatible CUDA binary found")
+    monkeypatch.setattr(cextension, "lib", library)
     with pytest.raises(RuntimeError, match="not available"):
-        found.cdequantize_blockwise_bf16_nf4(None)
+        library.cdequantize_blockwise_bf16_nf4(None)
     nf4.has_cuda_kernels.cache_clear()
     assert not nf4.has_cuda_kernels()
     nf4.has_cuda_kernels.cache_clear()

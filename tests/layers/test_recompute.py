@@ -84,9 +84,9 @@ def step(model, count: bool = True):
     with counter if count else nullcontext():
         with live if count else nullcontext():
             loss = model(ids, doc, pos, ids, reduction="sum")
-        kept = live.total
+        n_bytes = live.total
         loss.backward()
-    return kept, count and products(counter), {
+    return n_bytes, count and products(counter), {
         n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -98,16 +98,16 @@ CASES = [("llama3", "full"), ("llama3", "lora"), ("llama3", "dora"), ("llama3", 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape, tune", CASES)
 def test_gradients_are_equal_to_the_bit_and_less_is_kept(shape, tune, dtype):
-    kept, work, gradients = step(wide(shape, tune, dtype))
+    all_bytes, work, gradients = step(wide(shape, tune, dtype))
     for recompute in ("selective", "full"):
-        less, done, same = step(wide(shape, tune, dtype, recompute))
+        fewer_bytes, work_again, same = step(wide(shape, tune, dtype, recompute))
         assert all(torch.equal(gradients[n], same[n]) for n in gradients), recompute
-        assert less < kept, recompute
-        kept = less  # full keeps less than selective
+        assert fewer_bytes < all_bytes, recompute
+        all_bytes = fewer_bytes  # full keeps less than selective
         if recompute == "selective":
-            assert done == work, "no product is computed again"
+            assert work_again == work, "no product is computed again"
         else:
-            assert done > work
+            assert work_again > work
 
 
 @pytest.mark.parametrize("tune", ["full", "lora", "fp8"])
@@ -125,26 +125,26 @@ def test_compiled_selective_blocks_keep_the_products_alone(tune):
 
     backend = aot_autograd(fw_compiler=note, bw_compiler=note,
                            partition_fn=min_cut_rematerialization_partition)
-    results, kept = [], []
+    results, n_bytes = [], []
     for recompute, compiled in (("none", False), ("none", True), ("selective", True)):
         torch._dynamo.reset()
         model = wide("llama3", tune, torch.float32, recompute, "sdpa_mask")
         if compiled:
             for block in model.model.layers:
                 block.compile(fullgraph=True, backend=backend)
-        seen: dict[int, int] = {}  # by storage, so that none is counted twice
+        storages: dict[int, int] = {}  # by storage, so that none is counted twice
 
-        def pack(x, seen=seen):
-            seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        def pack(x, storages=storages):
+            storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             results.append(step(model, count=False)[2])
         weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
-        kept.append(sum(size for storage, size in seen.items() if storage not in weights))
+        n_bytes.append(sum(size for storage, size in storages.items() if storage not in weights))
     plain, _, same = results
     limit = 0.9 if tune == "fp8" else 0.8  # a compiler keeps less of fp8 by itself
-    assert kept[2] < limit * kept[1] and len(products) % 4 == 0
+    assert n_bytes[2] < limit * n_bytes[1] and len(products) % 4 == 0
     one, two = products[: len(products) // 2], products[len(products) // 2 :]
     assert one == two and (tune == "lora" or one == [7, 14])  # two in the backward pass for each
     half = len(attended) // 2

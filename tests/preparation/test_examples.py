@@ -63,9 +63,10 @@ def model(tmp_path_factory) -> Path:
 
 def document_of(template: ChatTemplate, messages: list, loss_on: str = "assistant") -> Document:
     """A conversation's ids and which of them train, as lists."""
-    made = encode_rendered(template.tokenizer, [template.render_with_mask(messages, loss_on)])[0]
-    return Document(made.ids.tolist(), None if made.mask is None else made.mask.tolist(),
-                    made.n_bytes)
+    rendered = template.render_with_mask(messages, loss_on)
+    [document] = encode_rendered(template.tokenizer, [rendered])
+    mask = None if document.mask is None else document.mask.tolist()
+    return Document(document.ids.tolist(), mask, document.n_bytes)
 
 
 def prepared(model: Path, tmp_path: Path, command: str, *words: str,
@@ -112,7 +113,7 @@ def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind
     @given(sentences=st.lists(st.tuples(sentence, sentence), min_size=1, max_size=6),
            system=st.none() | sentence)
     def check(template, peer, name, sentences, system):
-        turns = [x for asked, answer in sentences for x in (("u", asked), ("a", answer))]
+        turns = [x for question, answer in sentences for x in (("u", question), ("a", answer))]
         messages = said(*([] if system is None else [("s", system)]), *turns)
         try:
             document = document_of(template, messages)
@@ -122,14 +123,14 @@ def test_ids_are_transformers_and_the_mask_is_the_assistants_words(folders, kind
             assert system is not None and (moves or "no system here" in str(e)), str(e)
             return
         assert document.ids == peer.apply_chat_template(messages, return_dict=False)
-        found = trained_text(tok, document.ids, document.mask)
-        found = [re.sub(r"^<think>\s*</think>", "", x.strip()).strip() for x in found]
-        assert found == [answer for _, answer in sentences]
-        for at in range(1, len(messages)):
-            if messages[at]["role"] == "assistant":  # asked as taught
-                asked = template.encode(messages[:at], add_generation_prompt=True)
-                assert document.ids[: len(asked)] == asked
-                assert document.mask[len(asked)] and not document.mask[len(asked) - 1]
+        trained = trained_text(tok, document.ids, document.mask)
+        trained = [re.sub(r"^<think>\s*</think>", "", x.strip()).strip() for x in trained]
+        assert trained == [answer for _, answer in sentences]
+        for n_turns in range(1, len(messages)):
+            if messages[n_turns]["role"] == "assistant":  # asked as taught
+                question = template.encode(messages[:n_turns], add_generation_prompt=True)
+                assert document.ids[: len(question)] == question
+                assert document.mask[len(question)] and not document.mask[len(question) - 1]
         compared.add(name)
 
     for name, source in sources.items():
@@ -172,8 +173,8 @@ def test_the_plain_template_is_llammas_byte_for_byte(folders, kind):
     assert trained_text(tok, document.ids, document.mask) == ["Muraho neza.", "Yego."]
     trained = [i for i, on in zip(document.ids, document.mask, strict=True) if on]
     assert trained.count(tok.eos) == 2 and document.ids.count(tok.bos) == 1
-    asked = template.encode(messages[:2], add_generation_prompt=True)
-    assert document.ids[: len(asked)] == asked and not any(document.mask[: len(asked)])
+    question = template.encode(messages[:2], add_generation_prompt=True)
+    assert document.ids[: len(question)] == question and not any(document.mask[: len(question)])
     assert document_of(template, messages, "all").mask is None
 
 
@@ -219,9 +220,9 @@ def test_a_system_column_is_a_conversations_first_message(row):
     def read(**cells: object) -> list[dict[str, str]]:
         return parse_conversation(Row("x, line 1", row | cells, 1))
 
-    asked = said(("u", "Amakuru?"), ("a", "Ni."))
-    assert read(system="Subiza.") == [*said(("s", "Subiza.")), *asked]
-    assert read(system=None) == read(system=" ") == read() == (row.get("messages") or asked)
+    turns = said(("u", "Amakuru?"), ("a", "Ni."))
+    assert read(system="Subiza.") == [*said(("s", "Subiza.")), *turns]
+    assert read(system=None) == read(system=" ") == read() == (row.get("messages") or turns)
     with pytest.raises(UserError, match="line 1: no text under 'system'"):
         read(system=["Subiza."])
     if "messages" in row:
@@ -237,10 +238,10 @@ def test_a_system_column_stands_before_what_a_preference_answers(model):
     template = ChatTemplate.plain(tokenizer)
     cells = {"prompt": "Amakuru?", "chosen": "Ni meza.", "rejected": "Oya.", "system": "Subiza."}
     rows = [Row("x, line 1", cells, 1)]
-    (made,) = PreferenceEncoder(tokenizer, template, as_chat=True)(rows)
-    for document, words in zip(made.documents, ("Ni meza.", "Oya."), strict=True):
-        whole = said(("s", "Subiza."), ("u", "Amakuru?"), ("a", words))
-        assert document.ids.tolist() == document_of(template, whole).ids
+    (pair,) = PreferenceEncoder(tokenizer, template, as_chat=True)(rows)
+    for document, answer in zip(pair.documents, ("Ni meza.", "Oya."), strict=True):
+        conversation = said(("s", "Subiza."), ("u", "Amakuru?"), ("a", answer))
+        assert document.ids.tolist() == document_of(template, conversation).ids
     with pytest.raises(UserError, match="line 1: a system message, and a prompt that is a text"):
         PreferenceEncoder(tokenizer, template)(rows)
 
@@ -268,8 +269,8 @@ def test_almas_prompt_stands_byte_for_byte_and_the_answer_follows_directly(model
         assert tok.decode(ids[mask]).strip() == f"{wanted} 0"
         assert ids[-1] == tok.eos and mask[-1] and ids[0] == tok.bos and not mask[0]
         assert list(ids).count(tok.eos) == list(ids).count(tok.bos) == 1
-        asked = [tok.bos, *tok.encode(tok.decode(ids[~mask]))]
-        assert ids[~mask].tolist() == asked  # what is asked is what was taught
+        prompt = [tok.bos, *tok.encode(tok.decode(ids[~mask]))]
+        assert ids[~mask].tolist() == prompt  # what is asked is what was taught
     assert bin.meta["prompt"]["translate"][0] == {
         "name": "alma", "as_chat": False, "languages": {"eng": "English", "kin": "Kinyarwanda"},
         "text": "Translate this from {source} to {target}:\n{source}: {text}\n{target}:"}
@@ -305,11 +306,11 @@ def test_pairs_come_from_every_kind_of_file_alike(model, tmp_path):
     story = {"eng": [x["eng"] for x in rows], "kin": [x["kin"] for x in rows]}
     (tmp_path / "s.jsonl").write_text(json.dumps(story) + "\n")
     wanted = prepared(model, tmp_path, "mt", str(tsv))[0].tokens.tolist()
-    for words in (["p.jsonl"], ["p.parquet"], ["s.jsonl"], ["a.txt", "b.txt", "--aligned"],
+    for args in (["p.jsonl"], ["p.parquet"], ["s.jsonl"], ["a.txt", "b.txt", "--aligned"],
                   ["p.json"], ["p.tsv.gz"], ["p.jsonl.gz"], ["p.json.gz"],
                   ["a.txt.gz", "b.txt.gz", "--aligned"]):
-        words = [str(tmp_path / x) if "." in x else x for x in words]
-        assert prepared(model, tmp_path, "mt", *words)[0].tokens.tolist() == wanted
+        args = [str(tmp_path / x) if "." in x else x for x in args]
+        assert prepared(model, tmp_path, "mt", *args)[0].tokens.tolist() == wanted
 
 
 def test_a_side_that_is_null_is_counted_as_an_empty_one_is(model, tmp_path):
@@ -353,22 +354,22 @@ def test_no_pair_that_is_held_out_is_trained_in_either_direction(model, tmp_path
     sides = [(f"cow {i:04}a", f"inka {i:04}b") for i in range(400)]
     (tmp_path / "x.tsv").write_text("eng\tkin\n" + "".join(f"{e}\t{k}\n" for e, k in sides))
     bin, tok = prepared(model, tmp_path, "mt", f"{tmp_path}/x.tsv", *words)
-    held = validation_split(bin, 0.1)
+    is_held_out = validation_split(bin, 0.1)
     marks: list[set[str]] = [set(), set()]  # of what is trained, and of what is held out
-    seen = Counter()
-    for i, side in enumerate(held.tolist()):
+    counts = Counter()
+    for i, side in enumerate(is_held_out.tolist()):
         text = tok.decode(bin.document(i)[1:-1].tolist())
-        marks[side].update(found := re.findall(r"\d{4}[ab]", text))
-        seen[side] += 1
-        assert len(found) in (2, 4)
+        marks[side].update(labels := re.findall(r"\d{4}[ab]", text))
+        counts[side] += 1
+        assert len(labels) in (2, 4)
     assert marks[0] and marks[1] and not marks[0] & marks[1]
     assert {x[:4] for x in marks[0] | marks[1]} == {f"{i:04}" for i in range(400)}
-    assert 0.03 < seen[True] / len(held) < 0.2
+    assert 0.03 < counts[True] / len(is_held_out) < 0.2
     assert (bin.folder / "groups.bin").stat().st_size == 8 * len(bin)
     if not words:  # and other files, or one direction, hold out the same pairs
         one, _ = prepared(model, tmp_path / "one", "mt", f"{tmp_path}/x.tsv", "--directions",
                           "kin-eng")
-        assert np.array_equal(validation_split(one, 0.1), held[::2]) and len(one) == 400
+        assert np.array_equal(validation_split(one, 0.1), is_held_out[::2]) and len(one) == 400
 
 
 def test_the_groups_of_a_bin_are_the_same_bytes_for_any_number_of_processes(
@@ -385,7 +386,7 @@ def test_a_bin_without_groups_holds_out_the_documents_that_it_did(model, tmp_pat
     """One that was prepared before there were any: a run on it goes on as it began."""
     (tmp_path / "x.tsv").write_text("eng\tkin\n" + "".join(f"a {i}\tb {i}\n" for i in range(300)))
     bin, _ = prepared(model, tmp_path, "mt", f"{tmp_path}/x.tsv")
-    meta, now = bin.meta, Source("x", bin, np.arange(600), 1.0).sha
+    meta, fingerprint = bin.meta, Source("x", bin, np.arange(600), 1.0).sha
     del meta["sha256"]["groups.bin"]
     (bin.folder / "groups.bin").unlink()
     (bin.folder / "meta.json").write_text(json.dumps(meta))
@@ -394,14 +395,15 @@ def test_a_bin_without_groups_holds_out_the_documents_that_it_did(model, tmp_pat
                              .digest(), "little") < 0.1 * 2**64 for i in range(600)]
     assert validation_split(old, 0.1).tolist() == wanted and 20 < sum(wanted) < 120
     sha = Source("x", old, np.arange(600), 1.0).sha
-    assert sha == hashlib.sha256((bin.folder / "tokens.bin").read_bytes()).hexdigest() != now
+    digest = hashlib.sha256((bin.folder / "tokens.bin").read_bytes()).hexdigest()
+    assert sha == digest != fingerprint
 
 
 def test_examples_before_and_joined_pairs_and_plain_text(model, tmp_path):
     file = str(write_pairs(tmp_path / "p.tsv", 10))
     bin, tok = prepared(model, tmp_path, "mt", file, "--shots", "2")
-    asked = [tok.decode(bin.document(i)) for i in range(len(bin))]
-    assert [x.count("Translate this") for x in asked][:8] == [1, 1, 2, 2, 3, 3, 3, 3]
+    texts = [tok.decode(bin.document(i)) for i in range(len(bin))]
+    assert [x.count("Translate this") for x in texts][:8] == [1, 1, 2, 2, 3, 3, 3, 3]
     assert all(len(trained_text(tok, bin.document(i), bin.trained(i))) == 1 for i in range(20))
     bin, _ = prepared(model, tmp_path, "mt", file, "--join", "4")
     assert len(bin) == 2 * 3 and f"{KIN[0]} 0 {KIN[1]} 1" in tok.decode(bin.document(0))
@@ -461,12 +463,12 @@ def test_pairs_of_other_languages_are_named_by_their_codes(model, tmp_path):
     bin, tok = prepared(model, tmp_path, "mt", str(file), "--languages", "fra", "xyz", "--columns",
                         "xyz=lingala", "--language-names", "xyz=Xyz", "--as-text")
     assert tok.decode(bin.document(0)) == "French: Bonjour.\nXyz: Mbote."
-    for words, wanted in ((["--languages", "fra", "xyz"], "language 'xyz': not in"),
+    for args, wanted in ((["--languages", "fra", "xyz"], "language 'xyz': not in"),
                           (["--languages", "fra"], "--languages fra: expected two codes"),
                           (["--columns", "swa=x"], "--columns swa=x: expected CODE=COLUMN"),
                           (["--directions", "fra-lin"], "--directions fra-lin: expected both")):
         with pytest.raises(UserError, match=wanted):
-            prepared(model, tmp_path, "mt", str(file), *words)
+            prepared(model, tmp_path, "mt", str(file), *args)
 
 
 # ------------------------------------------------------------------ preferences
@@ -490,28 +492,28 @@ def test_a_preference_pair_is_two_documents_with_one_question(model, tmp_path):
 
 def test_best_and_worst_samples_are_those_of_sacrebleu(model, tmp_path):
     draw, metric = random.Random(3), CHRF(word_order=2)
-    asked = [f"Q{i}:" for i in range(6)]
+    prompts = [f"Q{i}:" for i in range(6)]
     samples = {q: [" ".join(draw.sample(KIN[i % 5].split(), 3)) for _ in range(4)]
-               for i, q in enumerate(asked)}
+               for i, q in enumerate(prompts)}
     (tmp_path / "s.jsonl").write_text("".join(
-        json.dumps({"prompt": q, "text": x, "tokens": 3}) + "\n" for q in asked
+        json.dumps({"prompt": q, "text": x, "tokens": 3}) + "\n" for q in prompts
         for x in samples[q]))
     (tmp_path / "ref.txt").write_text("\n".join(KIN[i % 5] for i in range(6)) + "\n")
-    made = tmp_path / "made.jsonl"
-    prepare.prefer(prepare.Prefer([str(tmp_path / "s.jsonl")], str(made),
+    out = tmp_path / "made.jsonl"
+    prepare.prefer(prepare.Prefer([str(tmp_path / "s.jsonl")], str(out),
                                   str(tmp_path / "ref.txt"), gap=0.0))
-    for line in map(json.loads, made.read_text().splitlines()):
-        i = asked.index(line["prompt"])
-        scores = {x: metric.sentence_score(x, [KIN[i % 5]]).score for x in samples[asked[i]]}
+    for line in map(json.loads, out.read_text().splitlines()):
+        i = prompts.index(line["prompt"])
+        scores = {x: metric.sentence_score(x, [KIN[i % 5]]).score for x in samples[prompts[i]]}
         assert scores[line["chosen"]] == max(scores.values())
         assert scores[line["rejected"]] == min(scores.values())
         assert line["scores"][0] == round(max(scores.values()), 2)
     (tmp_path / "v.tsv").write_text("prompt\tbest\tworst\n2\t3\t1\n")
-    prepare.prefer(prepare.Prefer([str(tmp_path / "s.jsonl")], str(made),
+    prepare.prefer(prepare.Prefer([str(tmp_path / "s.jsonl")], str(out),
                                   votes=str(tmp_path / "v.tsv")))
-    assert json.loads(made.read_text()) == {
+    assert json.loads(out.read_text()) == {
         "prompt": "Q1:", "chosen": samples["Q1:"][2], "rejected": samples["Q1:"][0]}
-    bin, _ = prepared(model, tmp_path, "pairs", str(made))
+    bin, _ = prepared(model, tmp_path, "pairs", str(out))
     assert len(bin) == 2
 
 
@@ -533,20 +535,20 @@ def rows_of_all_kinds(folder: Path, n: int = 60) -> None:
 ALL = ["--prompts", "all", "--shots", "2", "--directions", "eng-kin:3", "kin-eng:1"]
 
 
-@pytest.mark.parametrize("words", [
+@pytest.mark.parametrize("args", [
     ["chat", "chat.jsonl", "--max-tokens", "150", "--too-long", "cut"],
     ["mt", "mt.tsv", *ALL, "--max-tokens", "400", "--too-long", "drop"],
     ["mt", "mt.tsv", "--as-chat", "--join", "2"], ["pairs", "pairs.jsonl"]],
     ids=["chat", "mt", "mt as chat", "pairs"])
-def test_a_bin_is_the_same_bytes_for_any_number_of_processes(model, tmp_path, words):
+def test_a_bin_is_the_same_bytes_for_any_number_of_processes(model, tmp_path, args):
     rows_of_all_kinds(tmp_path)
-    command, file, *more = words
-    made = []
+    command, file, *flags = args
+    bins = []
     for n in (1, 2, 3):
-        bin, _ = prepared(model, tmp_path, command, f"{tmp_path}/{file}", *more,
+        bin, _ = prepared(model, tmp_path, command, f"{tmp_path}/{file}", *flags,
                           workers=Workers(n, serial_seconds=0, chunk_bytes=1000))
-        made.append({x.name: x.read_bytes() for x in bin.folder.iterdir()})
-    assert all(x == made[0] for x in made)
+        bins.append({x.name: x.read_bytes() for x in bin.folder.iterdir()})
+    assert all(x == bins[0] for x in bins)
     assert bin.meta["ledger"]["documents"]["kept"] > 20
 
 
@@ -558,13 +560,13 @@ def test_what_a_row_becomes_does_not_depend_on_how_rows_are_dealt_out(
         model, tmp_path_factory, size, words):
     folder = tmp_path_factory.mktemp("dealt")
     rows_of_all_kinds(folder, 40)
-    command, file, *more = words
-    made = []
+    command, file, *flags = words
+    bins = []
     for chunk_bytes in (size, Workers.chunk_bytes):
-        bin, _ = prepared(model, folder, command, f"{folder}/{file}", *more,
+        bin, _ = prepared(model, folder, command, f"{folder}/{file}", *flags,
                           workers=Workers(chunk_bytes=chunk_bytes))
-        made.append({x.name: x.read_bytes() for x in bin.folder.iterdir()})
-    assert made[0] == made[1]
+        bins.append({x.name: x.read_bytes() for x in bin.folder.iterdir()})
+    assert bins[0] == bins[1]
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -710,10 +712,10 @@ FAULTS = {  # command, file, what is in it, more flags; what is said, behind the
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mistake_is_one_line_with_file_and_line(model, tmp_path, fault):
-    name, file, content, words, wanted = FAULTS[fault]
+    name, file, content, args, wanted = FAULTS[fault]
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / file).write_bytes(content)
-    code, lines = command(model, tmp_path, name, f"{tmp_path}/{file}", *words)
+    code, lines = command(model, tmp_path, name, f"{tmp_path}/{file}", *args)
     place = f"{tmp_path}/" if wanted.startswith(file) else ""
     assert lines[-1].startswith(f"error: {place}{wanted.replace('{}', place)}")
     assert code == (3 if place else 2) and sum("error" in x for x in lines) == 1
@@ -725,11 +727,11 @@ def test_a_mistake_is_one_line_with_file_and_line(model, tmp_path, fault):
 
 def test_a_mistake_is_said_by_the_program_as_one_line(model, tmp_path):
     (tmp_path / "x.jsonl").write_text(chat_line(("u", "a")) + "\n")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(ROOT / "prepare.py"), "chat", f"{tmp_path}/x.jsonl", "--tokenizer",
          str(model), "--out", f"{tmp_path}/bin"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 3 and done.stderr.splitlines()[-1].startswith("error: ")
-    assert "x.jsonl, line 1: " in done.stderr and "Traceback" not in done.stderr
+    assert process.returncode == 3 and process.stderr.splitlines()[-1].startswith("error: ")
+    assert "x.jsonl, line 1: " in process.stderr and "Traceback" not in process.stderr
 
 
 def test_a_pair_of_which_a_cut_leaves_one_answer_is_left_out_and_counted(model, tmp_path):
@@ -810,7 +812,7 @@ def samples_of(file: Path, asked: list[str], n: int, number: bool) -> list[list[
     texts = [[f"{q} {i} {j}" for j in range(n)] for i, q in enumerate(asked)]
     file.write_text("".join(
         json.dumps({"prompt": q, "text": x} | ({"prompt_number": i} if number else {})) + "\n"
-        for i, (q, said) in enumerate(zip(asked, texts, strict=True), 1) for x in said))
+        for i, (q, answers) in enumerate(zip(asked, texts, strict=True), 1) for x in answers))
     return texts
 
 
@@ -818,13 +820,13 @@ def samples_of(file: Path, asked: list[str], n: int, number: bool) -> list[list[
     (["a", "b", "a"], False), (["a", "a", "b"], True), (["a", "b", "a"], True)])
 def test_a_prompt_that_stands_twice_is_two_prompts(tmp_path, asked, number):
     texts = samples_of(tmp_path / "s.jsonl", asked, 3, number)
-    found = read_samples(tmp_path / "s.jsonl")
-    assert [(x.prompt, x.answers) for x in found] == list(zip(asked, texts, strict=True))
+    samples = read_samples(tmp_path / "s.jsonl")
+    assert [(x.prompt, x.answers) for x in samples] == list(zip(asked, texts, strict=True))
     (tmp_path / "ref.kin").write_text("".join(f"{x[1]}\n" for x in texts))  # lines by any name
     prepare.prefer(prepare.Prefer([str(tmp_path / "s.jsonl")], f"{tmp_path}/o.jsonl",
                                   f"{tmp_path}/ref.kin", gap=0.0))
-    made = list(map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines()))
-    assert [x["chosen"] for x in made] == [x[1] for x in texts]
+    pairs = list(map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines()))
+    assert [x["chosen"] for x in pairs] == [x[1] for x in texts]
     if number:  # and samples of two runs may lie behind one another
         both = (tmp_path / "s.jsonl").read_text() * 2
         (tmp_path / "s.jsonl").write_text(both)
@@ -853,11 +855,11 @@ def test_samples_and_references_that_do_not_match_are_refused(tmp_path):
                                       '{"prompt": "a", "text": "c"}\n')
     (tmp_path / "r.txt").write_text("x\ny\n")
     (tmp_path / "v.tsv").write_text("prompt\tbest\tworst\n1\t1\t3\n")
-    for words, wanted in (({"references": str(tmp_path / "r.txt")}, "2 lines for 1 prompts"),
+    for options, wanted in (({"references": str(tmp_path / "r.txt")}, "2 lines for 1 prompts"),
                           ({"votes": str(tmp_path / "v.tsv")}, "line 2: .*expected the numbers"),
                           ({}, "one of --references FILE and --votes FILE")):
         with pytest.raises(UserError, match=wanted):
-            prepare.prefer(prepare.Prefer([f"{tmp_path}/s.jsonl"], f"{tmp_path}/o", **words))
+            prepare.prefer(prepare.Prefer([f"{tmp_path}/s.jsonl"], f"{tmp_path}/o", **options))
 
 
 def test_preferences_that_cannot_be_written_are_one_line(tmp_path):

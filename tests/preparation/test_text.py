@@ -59,9 +59,9 @@ def tok(tmp_path_factory) -> Path:
 def documents(bin: Bin, tok: Path) -> list[str]:
     """A bin's texts."""
     opened = Tokenizer.open(tok)
-    found = [bin.document(i).tolist() for i in range(len(bin))]
-    assert all(x[0] == opened.bos and x[-1] == opened.eos for x in found)
-    return [opened.decode(x) for x in found]
+    ids = [bin.document(i).tolist() for i in range(len(bin))]
+    assert all(x[0] == opened.bos and x[-1] == opened.eos for x in ids)
+    return [opened.decode(x) for x in ids]
 
 
 def adds_up(ledger: Ledger, bin: Bin) -> None:
@@ -146,18 +146,18 @@ def test_a_bin_holds_the_ids_that_the_tokenizer_gives_each_text(tok, kind, tmp_p
 
 def test_one_process_and_two_write_the_same_bytes(tok, tmp_path):
     specs = messy(tmp_path)
-    made = [prepare_text(specs, tok, tmp_path / f"bin{n}", unit="line", normalise=CLEAN,
+    bins = [prepare_text(specs, tok, tmp_path / f"bin{n}", unit="line", normalise=CLEAN,
                          on_bad="skip", workers=Workers(n, serial_seconds=0,
                                                         chunk_bytes=1 << 16)) for n in (1, 2)]
-    assert made[0][1] == made[1][1]
-    assert made[0][1].documents == {
-        "read": 25_000, "kept": len(made[0][0]), "undecodable": 30, "empty": 30,
-        "duplicate": 25_000 - len(made[0][0]) - 60}
+    assert bins[0][1] == bins[1][1]
+    assert bins[0][1].documents == {
+        "read": 25_000, "kept": len(bins[0][0]), "undecodable": 30, "empty": 30,
+        "duplicate": 25_000 - len(bins[0][0]) - 60}
     names = sorted(p.name for p in (tmp_path / "bin1").iterdir())
     assert names == ["meta.json", "starts.bin", "tokens.bin"]
     for name in names:
         assert (tmp_path / "bin1" / name).read_bytes() == (tmp_path / "bin2" / name).read_bytes()
-    adds_up(made[1][1], made[1][0])
+    adds_up(bins[1][1], bins[1][0])
 
 
 def test_workers_end_with_the_process_that_gave_them_work(tmp_path):
@@ -309,11 +309,11 @@ def test_files_are_found_by_name_folder_and_glob_in_order(tmp_path):
 def words_tokenizer(folder: Path, n: int) -> Path:
     """A tokenizer.json of bytes and words, n in all; the last is `last`. It has no BOS and no EOS.
     """
-    words = {f"w{i}": i for i in range(n - 1)} | {"last": n - 1}
+    vocabulary = {f"w{i}": i for i in range(n - 1)} | {"last": n - 1}
     for i in range(256):
-        words[f"<0x{i:02X}>"] = words.pop(f"w{i + 4}")
+        vocabulary[f"<0x{i:02X}>"] = vocabulary.pop(f"w{i + 4}")
     tok = tokenizers.Tokenizer(tokenizers.models.BPE(
-        words, [], byte_fallback=True, ignore_merges=True))
+        vocabulary, [], byte_fallback=True, ignore_merges=True))
     tok.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder.mkdir()
     tok.save(str(folder / "tokenizer.json"))
@@ -355,13 +355,13 @@ def test_equal_texts_are_kept_once_whichever_file_they_are_in(tmp_path, tok):
 def test_a_failure_leaves_the_old_bin_and_nothing_beside_it(tmp_path, tok):
     good = write(tmp_path / "good.txt", b"Amazi\nInka\n")
     prepare_text([str(good)], tok, tmp_path / "bin")
-    before = {p: p.read_bytes() for p in (tmp_path / "bin").iterdir()}
+    contents = {p: p.read_bytes() for p in (tmp_path / "bin").iterdir()}
     bad = write(tmp_path / "bad.jsonl", b'{"text": "Amazi"}\n{"text": 3}\n')
     for processes in (1, 2):
         with pytest.raises(UserError, match=r"bad\.jsonl, line 2: no text under 'text'"):
             prepare_text([str(good), str(bad)], tok, tmp_path / "bin",
                          workers=Workers(processes))
-    assert {p: p.read_bytes() for p in (tmp_path / "bin").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "bin").iterdir()} == contents
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "bin", "good.txt"]
 
 
@@ -378,38 +378,38 @@ def test_an_evaluations_texts_leave_nothing_out(tmp_path):
 
 def call(*args: object, code: int = 0) -> tuple[str, str]:
     """What `python prepare.py ...` puts out and says, having ended with that code."""
-    done = subprocess.run([sys.executable, str(ROOT / "prepare.py"), *map(str, args)], timeout=60,
-                          capture_output=True, text=True)
-    assert done.returncode == code, done.stderr[-2000:]
-    return done.stdout, done.stderr
+    command = [sys.executable, str(ROOT / "prepare.py"), *map(str, args)]
+    process = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert process.returncode == code, process.stderr[-2000:]
+    return process.stdout, process.stderr
 
 
 def test_documents_that_hold_what_a_test_asks_are_left_out_and_counted(tok, tmp_path):
     """As a command with two processes, and as one: the same bin, and no sign of the test in it."""
-    asked = ["Amazi y'umugezi ni meza kandi arakonje.",
+    questions = ["Amazi y'umugezi ni meza kandi arakonje.",
              "Ejo nzajya i Kigali kureba umuvandimwe wanjye; inka zacu zirya ubwatsi ku musozi, "
              "abana babiri bagiye ku ishuri."]
-    write(tmp_path / "asked.txt", "\n".join(asked).encode())
-    clean = [f"{s} Numero {i}." for i, s in enumerate(tiny.SENTENCES) if s != asked[0]]
+    write(tmp_path / "asked.txt", "\n".join(questions).encode())
+    clean = [f"{s} Numero {i}." for i, s in enumerate(tiny.SENTENCES) if s != questions[0]]
     near = "Mu gitondo amazi y'umugezi ni meza kandi arakonje."  # few words, and not that sentence
-    dirty = [f"Yego. {asked[0].upper()} Oya.",
+    dirty = [f"Yego. {questions[0].upper()} Oya.",
              "Nuko rero ejo nzajya i Kigali kureba umuvandimwe wanjye inka zacu zirya ubwatsi ku "
              "musozi hejuru cyane."]
     lines = [*dirty, near, *clean[:4], dirty[1], *clean[4:]]
     write(tmp_path / "text.txt", "\n".join(lines).encode())
-    said, _ = call("text", tmp_path / "text.txt", "--tokenizer", tok, "--out", tmp_path / "two",
+    output, _ = call("text", tmp_path / "text.txt", "--tokenizer", tok, "--out", tmp_path / "two",
                    "--documents", "line", "--without", tmp_path / "asked.txt",
                    "--processes", "2")
-    assert re.search(r"contaminated +3 ", said) and re.search(rf"kept +{len(clean) + 1} ", said)
+    assert re.search(r"contaminated +3 ", output) and re.search(rf"kept +{len(clean) + 1} ", output)
     sought = contamination.index_files([str(tmp_path / "asked.txt")])
     one, ledger = prepare_text([str(tmp_path / "text.txt")], tok, tmp_path / "one", unit="line",
                                  normalise=CLEAN, is_contaminated=sought)
     adds_up(ledger, one)
     assert Bin(tmp_path / "two").meta["ledger"] == ledger.to_json()
-    kept = documents(one, tok)
-    assert kept == documents(Bin(tmp_path / "two"), tok) == [near, *clean]
-    tests = {"asked": [[x] for x in asked]}
-    assert not contamination.count_contaminated(tests, kept)["asked"]["any"]
+    remaining = documents(one, tok)
+    assert remaining == documents(Bin(tmp_path / "two"), tok) == [near, *clean]
+    tests = {"asked": [[x] for x in questions]}
+    assert not contamination.count_contaminated(tests, remaining)["asked"]["any"]
 
 
 def test_tests_of_every_form_are_sought_by_all_their_texts(tmp_path):
@@ -454,9 +454,9 @@ def test_prepare_text_show_vocab_and_fertility_work_together(tmp_path):
     file.write_text("\n".join(f"{x} n’{i}  a" for i, x in enumerate(tiny.SENTENCES * 20)) + "\n")
     out, _ = call("vocab", file, "--out", tmp_path / "tok", "--size", 400)
     assert "400 pieces, fingerprint " in out
-    out, said = call("text", file, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "bin",
+    out, messages = call("text", file, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "bin",
                      "--processes", 2)
-    assert "kin.txt: a document is a line (detected; set another with --documents)" in said
+    assert "kin.txt: a document is a line (detected; set another with --documents)" in messages
     assert re.search(r"read +200 .*\nkept +200 ", out) and "200 documents" in out
     assert "normalised: spaces, 200 places" in out
     out, _ = call("show", tmp_path / "bin", "--tokenizer", tmp_path / "tok", "--n", 2)
@@ -467,17 +467,17 @@ def test_prepare_text_show_vocab_and_fertility_work_together(tmp_path):
 
 def test_what_a_tokenizer_is_learned_from_is_accounted_for(tmp_path, capsys):
     lines = [f"{x} {i}".encode() for i in range(110) for x in tiny.SENTENCES]
-    file, asked = tmp_path / "x.txt", prepare.Vocab([f"{tmp_path}/x.*"], f"{tmp_path}/tok", 400)
+    file, settings = tmp_path / "x.txt", prepare.Vocab([f"{tmp_path}/x.*"], f"{tmp_path}/tok", 400)
     write(file, b"\n".join([*lines, b"\xff", b""]))
-    prepare.vocab(asked)
+    prepare.vocab(settings)
     assert re.search(r"read +1,101 .*\nkept +1,100 .*\nundecodable +1 ", capsys.readouterr().out)
     write(file, b"\n".join([*lines, b"\xff", b"\xff", b""]))
     with pytest.raises(UserError, match=r"^/.*x\.\*: 2 of 1102 documents are not UTF-8, more than"):
-        prepare.vocab(asked)
+        prepare.vocab(settings)
     file.unlink()
     write(tmp_path / "x.jsonl", b'{"text": "Inka"}\n{"body": "Amazi"}\n')
     with pytest.raises(UserError, match=r"^/.*x\.jsonl, line 2: no text under 'text'"):
-        prepare.vocab(asked)
+        prepare.vocab(settings)
 
 
 def columns(**cells: list) -> bytes:
@@ -534,8 +534,9 @@ def test_a_bad_input_is_one_line_and_an_exit_code(tmp_path, tok, name):
     args = ["text", file or str(tmp_path / "none.txt"), "--processes", 1, *flags]
     for flag, value in (("--tokenizer", tok), ("--out", tmp_path / "bin")):
         args += [flag, value] if flag not in flags else []
-    _, said = call(*args, code=code)
-    errors = [x for x in said.splitlines() if not x.startswith(str(tmp_path))]  # what a document is
+    _, message = call(*args, code=code)
+    # lines that begin with a path say what a document is
+    errors = [x for x in message.splitlines() if not x.startswith(str(tmp_path))]
     assert len(errors) == 1 and errors[0].startswith("error: ") and why in errors[0]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".tmp") or p.name == "bin"]
 
@@ -546,8 +547,8 @@ def test_a_bad_input_is_one_line_and_an_exit_code(tmp_path, tok, name):
     (["vocab", "x.txt", "--out", "o", "--size", "100000"], 3, "no such file"),
     (["fertility", "--tokenizers", "TOK"], 2, "fertility")])
 def test_a_bad_command_is_one_line_too(tok, args, code, why):
-    said = call(*(str(tok) if x == "TOK" else x for x in args), code=code)[1]
-    assert said.count("\n") == 1 and said.startswith("error: ") and why in said
+    message = call(*(str(tok) if x == "TOK" else x for x in args), code=code)[1]
+    assert message.count("\n") == 1 and message.startswith("error: ") and why in message
 
 
 # Cleaning.
@@ -579,9 +580,9 @@ def plain(text: str, step: str) -> tuple[str, int]:
         elided = [a.isalnum() > a.isdecimal() and b in "’‘ʼ`´" and c.isalnum() > c.isdecimal()
                   for a, b, c in zip(" " + text, text, text[1:] + " ", strict=False)]
         return "".join("'" if e else b for e, b in zip(elided, text, strict=True)), sum(elided)
-    seen = [c for c in text if c not in "\u200b\u200c\u200d\u2060\ufeff\u00ad"]
-    even, n = "", len(text) - len(seen)
-    for blank, run in groupby(seen, lambda c: c.isspace() and c != "\n"):
+    visible = [c for c in text if c not in "\u200b\u200c\u200d\u2060\ufeff\u00ad"]
+    even, n = "", len(text) - len(visible)
+    for blank, run in groupby(visible, lambda c: c.isspace() and c != "\n"):
         one = "".join(run)
         n += blank and one != " "
         even += " " if blank else one

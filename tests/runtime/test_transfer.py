@@ -36,7 +36,7 @@ ASK = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_selec
 def batch(seed: int, rows: int = 2, T: int = 32) -> Batch:
     """Rows of pairs of documents with uneven masks, and an unused tail."""
     draw = np.random.default_rng(seed)
-    made = []
+    arrays = []
     for _ in range(rows):
         row = np.full((4, T), [[0], [IGNORE], [-1], [0]], np.int64)
         ends = np.sort(draw.choice(np.arange(2, T - 1), 3, replace=False))
@@ -44,8 +44,8 @@ def batch(seed: int, rows: int = 2, T: int = 32) -> Batch:
             row[0, a:b], row[1, a:b] = (draw.integers(3, tiny.V, b - a) for _ in range(2))
             row[2, a:b], row[3, a:b] = doc, np.arange(b - a)
             row[1, a : b - 1][draw.random(b - 1 - a) < 0.5] = IGNORE
-        made.append(row)
-    return Batch.of(made, [draw.random(T).astype(np.float32) for _ in range(rows)])
+        arrays.append(row)
+    return Batch.of(arrays, [draw.random(T).astype(np.float32) for _ in range(rows)])
 
 
 class Waits(TorchDispatchMode):
@@ -71,14 +71,14 @@ class Waits(TorchDispatchMode):
         return isinstance(x, torch.Tensor) and x.untyped_storage()._cdata in self.there
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = tree_leaves((args, kwargs))
-        there = any(map(self.is_there, given))
+        leaves = tree_leaves((args, kwargs))
+        is_on_device = any(map(self.is_there, leaves))
         masks = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
             isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1]))
-        if there and (func in ASK or masks):
+        if is_on_device and (func in ASK or masks):
             self.asked.append(str(func))
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out) if there else ():
+        for x in tree_leaves(out) if is_on_device else ():
             if isinstance(x, torch.Tensor):
                 self.keep(x)
         return out
@@ -101,9 +101,9 @@ class Read(TorchFunctionMode):
 def kernel(q, k, v, at, at_k, longest, longest_k, *, scale, window_size, enable_gqa=False):
     """In place of the GPU's: a mask of all pairs, made without asking for a number."""
     doc = (torch.arange(len(q))[:, None] >= at).sum(1)
-    seen = (doc[:, None] == doc) & causal_mask(len(q), window_size[0] + 1, None)
+    mask = (doc[:, None] == doc) & causal_mask(len(q), window_size[0] + 1, None)
     return torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), seen, scale=scale,
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), mask, scale=scale,
         enable_gqa=enable_gqa)[0].transpose(0, 1)
 
 
@@ -120,13 +120,13 @@ def counted(monkeypatch, model, objective, batches) -> tuple[list[str], float]:
     for x in (*model.parameters(), *model.buffers()):
         waits.keep(x.data)
     optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
-    found = None
+    result = None
     for _ in range(2):  # the first makes the moments
         waits.asked.clear()
         with waits, Read(waits):
-            found, norm = train.train_step(model, objective, batches, optimizer, ALONE, clip=1.0)
+            result, norm = train.train_step(model, objective, batches, optimizer, ALONE, clip=1.0)
         assert math.isfinite(norm)
-    return waits.asked, found
+    return waits.asked, result
 
 
 @pytest.mark.parametrize("shape, path", [
@@ -139,37 +139,37 @@ def test_a_step_asks_the_device_once(monkeypatch, shape, path, tune):
     if tune == "lora":
         lora.add_lora(model, 4, 8, 0.0, ["all-linear"])
     monkeypatch.setattr(attention, "varlen_attn", kernel)  # torch's: a CPU has none
-    asked, _ = counted(monkeypatch, model, NLL, [batch(1), batch(2), batch(3)])
-    assert asked == ["tolist"]
+    n_syncs, _ = counted(monkeypatch, model, NLL, [batch(1), batch(2), batch(3)])
+    assert n_syncs == ["tolist"]
 
 
 @pytest.mark.parametrize("mode", ["dpo", "cpo"])
 def test_a_step_of_preference_pairs_asks_once_too(monkeypatch, mode):
     model = tiny.ours(tiny.peer("llama3"), "llama3", attention_backend="sdpa_mask").train()
     objective = objective_of(Settings(mode=mode))
-    asked, _ = counted(monkeypatch, model, objective, [batch(1), batch(2)])
-    assert asked == ["tolist"]
+    n_syncs, _ = counted(monkeypatch, model, objective, [batch(1), batch(2)])
+    assert n_syncs == ["tolist"]
 
 
 def test_what_the_host_is_asked_instead_changes_nothing(monkeypatch):
     """The batch's fields on the host, or the device's tensors where they are not given."""
     asking = Objective(
         lambda m, b: m(b.tokens, b.doc, b.pos, b.targets, reduction="sum"), trained_tokens)
-    found = []
+    results = []
     for objective in (NLL, asking):
         with monkeypatch.context() as patched:
             model = tiny.ours(tiny.peer("llama3"), "llama3", attention_backend="sdpa_mask").train()
-            asked, value = counted(patched, model, objective, [batch(1), batch(2)])
-            found.append((value, *model.parameters()))
-        assert (len(asked) == 1) == (objective is NLL), "what counts can count more than one"
+            n_syncs, value = counted(patched, model, objective, [batch(1), batch(2)])
+            results.append((value, *model.parameters()))
+        assert (len(n_syncs) == 1) == (objective is NLL), "what counts can count more than one"
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-               for a, b in zip(*found, strict=True))
+               for a, b in zip(*results, strict=True))
 
 
 def test_one_wait_tells_what_was_not_finite_and_in_which_micro_batch():
     model = tiny.ours(tiny.peer("llama3"), "llama3").train()
     optimizer = optim.adamw(model, 1e-2, (0.9, 0.95), 0.1)
-    batches, before = [batch(1), batch(2), batch(3)], [p.clone() for p in model.parameters()]
+    batches, weights = [batch(1), batch(2), batch(3)], [p.clone() for p in model.parameters()]
     odd = Objective(
         lambda m, b: NLL.sums(m, b) * (
             math.inf if b.tokens is batches[1].tokens else 1),
@@ -177,7 +177,7 @@ def test_one_wait_tells_what_was_not_finite_and_in_which_micro_batch():
     with pytest.raises(monitor.NotFinite) as fault:
         train.train_step(model, odd, batches, optimizer, ALONE, clip=1.0)
     assert fault.value.micro_batches == [1] and not optimizer.state
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
 
 
 class Noted:
@@ -193,20 +193,20 @@ class Noted:
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_a_batch_is_copied_before_the_batch_before_it_is_computed(n):
-    said: list[str] = []
-    for x in transfer.prefetch([Noted(i, said) for i in range(n)], torch.device("cpu")):
-        said.append(f"compute {x.number}")
+    events: list[str] = []
+    for x in transfer.prefetch([Noted(i, events) for i in range(n)], torch.device("cpu")):
+        events.append(f"compute {x.number}")
     wanted = ["send 0"]
     for i in range(n):
         wanted += [f"send {i + 1}"] * (i + 1 < n) + [f"compute {i}"]
-    assert said == wanted
+    assert events == wanted
 
 
 def test_on_a_cpu_nothing_is_copied():
-    here = batch(1)
-    (there,) = transfer.prefetch([here], torch.device("cpu"))
-    for name, x in vars(here).items():
-        assert getattr(there, name) is x
+    source = batch(1)
+    (copied,) = transfer.prefetch([source], torch.device("cpu"))
+    for name, x in vars(source).items():
+        assert getattr(copied, name) is x
 
 
 @pytest.mark.gpu
@@ -215,13 +215,13 @@ def test_prefetched_batches_arrive_whole_and_the_host_does_not_wait():
     gpu, batches = torch.device("cuda"), [batch(i, 4, 4096) for i in range(8)]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = []
-        for there in transfer.prefetch(batches, gpu):
-            found.append([x * 1 for x in tensors(there)])  # read in the other queue
+        arrived = []
+        for copied in transfer.prefetch(batches, gpu):
+            arrived.append([x * 1 for x in tensors(copied)])  # read in the other queue
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for here, there in zip(batches, found, strict=True):
-        assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors(here), there, strict=True))
+    for source, copied in zip(batches, arrived, strict=True):
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors(source), copied, strict=True))
 
 
 @pytest.mark.gpu
@@ -235,11 +235,11 @@ def test_a_gpu_is_waited_for_once_a_step(mode):
         model, objective, [batch(1), batch(2)], optimizer, gpu, 1.0)
     step()
     torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert sum("called a synchronizing" in str(x.message) for x in said) == 1
+    assert sum("called a synchronizing" in str(x.message) for x in caught) == 1
