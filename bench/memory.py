@@ -75,7 +75,7 @@ def predict(case: str, name: str, folder: str) -> dict[str, float]:
 
     estimate = memory.estimate(read_config(Path(folder, name)), settings(case, name),
                        torch.bfloat16)
-    return {part: getattr(estimate, part) / 2**30 for part in (*memory.CATEGORIES, "total")}
+    return {part: getattr(estimate, part) / 2**30 for part in (*memory.CATEGORIES, "step")}
 
 
 def measured(take: Callable[[str], float], name: str) -> dict[str, float]:
@@ -184,15 +184,15 @@ def compare(case: str, s: Settings, name: str, folder: str) -> tuple[list[list[s
         peak, before = (statistics.median(x[k] for x in done) for k in ("peak", "before"))
         added[side], losses[side] = peak - before, done[0]["loss"]
         rows.append([what, side, f"{peak:.2f}", f"{added[side]:.2f}",
-                     f"{said['total']:.2f}" if side == "ours" else "", f"{losses[side]:.4f}"])
+                     f"{said['step']:.2f}" if side == "ours" else "", f"{losses[side]:.4f}"])
     apart = max(abs(x / losses["ours"] - 1) for x in losses.values())
     if apart > (0.02 if words["tune"] == "qlora" else 2e-3):  # peft's QLoRA widens what ours keeps
         s.faults.append(f"{case}: losses {apart:.1e} apart, so not the same was measured")
     ratios = "".join(f", {added['ours'] / x:.2f} of {side}'s" for side, x in added.items()
                      if side != "ours")
-    parts = ", ".join(f"{k} {x:.2f}" for k, x in said.items() if k not in ("total", "gb"))
-    return rows, (f"- {what}: predicted {said['total']:.2f} GB ({parts}), "
-                  f"{said['total'] / added['ours'] - 1:+.0%} of what was added{ratios}.")
+    parts = ", ".join(f"{k} {x:.2f}" for k, x in said.items() if k != "step")
+    return rows, (f"- {what}: predicted {said['step']:.2f} GB ({parts}), "
+                  f"{said['step'] / added['ours'] - 1:+.0%} of what was added{ratios}.")
 
 
 def job(s: Settings) -> str:

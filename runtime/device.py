@@ -80,11 +80,38 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The peak of memory so far in GiB: of the GPU's tensors, or of the process on a CPU."""
+    """The peak of memory in GiB, so far or since `reset_peak_memory`: of the GPU's tensors, or of
+    the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GiB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GiB
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak of memory start again from what is held now.
+
+    On a CPU with Linux, memory that the process has freed is given back to the system first:
+    the heap keeps it otherwise (`keep_freed_memory`), and it would count as held. Elsewhere on a
+    CPU the peak stays as it is.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    clear_refs = Path("/proc/self/clear_refs")
+    if os.access(clear_refs, os.W_OK):
+        clear_refs.write_text("5", encoding="ascii")  # 5: the peak of resident memory, proc(5)
+
+
+def memory_in_use_gb() -> float:
+    """The memory that this process holds now, in GiB; its peak where there is no /proc."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_memory_gb(torch.device("cpu"))
+    pages = int(statm.read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / GiB
 
 
 def memory_limit_gb(device: torch.device) -> float:

@@ -8,10 +8,17 @@ import torch
 
 from data import Batch, Loader
 from model import Llama
-from runtime.console import FLAGS, UserError
-from runtime.device import GiB, is_out_of_memory, memory_limit_gb, peak_memory_gb
+from runtime.console import FLAGS, UserError, info
+from runtime.device import (
+    GiB,
+    is_out_of_memory,
+    memory_limit_gb,
+    peak_memory_gb,
+    reset_peak_memory,
+)
 from runtime.distributed import Distributed, is_dtensor, local_shard
 from training import optimizer as optim
+from training.memory_estimate import checkpoint_bytes
 from training.objective import Objective
 from training.settings import Settings
 
@@ -26,8 +33,10 @@ class MemoryTrial:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.trained = list(named.values())
         reserved = sum(optim.bytes_held(n, local_shard(p)[1], optimizer) for n, p in named.items())
-        if ranks.ddp is not None and ranks.device.type == "cpu":  # DDP's buckets, not yet touched
-            reserved += sum(p.nbytes for p in self.trained if not is_dtensor(p))
+        if ranks.device.type == "cpu":  # the copy that a checkpoint writes while training goes on
+            reserved += checkpoint_bytes(model, optimizer, ranks.world_size)
+            if ranks.ddp is not None:  # DDP's buckets, not yet touched
+                reserved += sum(p.nbytes for p in self.trained if not is_dtensor(p))
         limit_gb = limit_gb or memory_limit_gb(ranks.device)
         self.limit = 0.92 * limit_gb - reserved / GiB
         self.measure = measure
@@ -78,14 +87,15 @@ def find_rows(s: Settings, model: Llama, objective: Objective, ranks: Distribute
     rows_per_rank, remainder = divmod(s.tokens_per_step, s.seq_len * ranks.world_size)
     if remainder:
         return 1  # refused later, with advice
+    reset_peak_memory(ranks.device)  # what the preparation of data held is not part of a step
     trial = MemoryTrial(model, objective, ranks, s.optimizer)
 
     def fits(rows: int) -> bool:
+        info(f"--rows auto: trying {rows} x {s.seq_len} tokens")
         return trial.fits(rows, min(2, rows_per_rank // rows), make_loader(rows).next)
 
     rows = largest_fitting(rows_per_rank, fits)
-    if ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(ranks.device)  # no step of the run had these peaks
+    reset_peak_memory(ranks.device)  # no step of the run had these peaks
     return rows
 
 

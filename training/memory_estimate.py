@@ -8,6 +8,9 @@ that would have to follow the code.
 FSDP is modelled by `FsdpMemory`, because the blocks run unsharded here. torch's own FSDPMemTracker
 would need a process group of the planned size, and it refuses steps of several micro-batches.
 
+On a CPU the copy that a checkpoint writes in the background is counted too, because the next steps
+run while it is held.
+
 Not counted: memory inside a kernel, fragmentation of the allocator (on a CPU glibc's heap holds up
 to a third more than it gives out), the process and the CUDA context. Compiled blocks hold less than
 estimated.
@@ -43,18 +46,20 @@ from layers.config import ModelConfig
 from layers.cross_entropy import ChunkSizes, LinearCrossEntropy, chunk_sizes
 from model import Llama, SharedInputs
 from runtime.console import FLAGS, UserError
-from runtime.device import GiB, memory_limit_gb
+from runtime.device import GiB, memory_in_use_gb, memory_limit_gb
 from runtime.distributed import (
     Distributed,
     choose_strategy,
+    is_dtensor,
     is_replicated,
+    local_shard,
     needs_sync_every_microbatch,
 )
 from training import optimizer as optim
 from training.preference import cpo, document_logp, dpo
 from training.settings import Settings
 
-CATEGORIES = ("weights", "optimizer", "gradients", "activations", "logits")
+CATEGORIES = ("weights", "optimizer", "gradients", "activations", "logits")  # of a step
 NOT_COUNTED = "not counted"  # a further category
 MIN_CHUNK = 64  # tokens of a chunk of logits, at least: smaller chunks would only cost time here
 CPU_BACKENDS = ("cpu", "cpu_documents")
@@ -63,23 +68,34 @@ MAX_CPU_PARAMETERS = 1e9  # a larger model is trained on a CPU only with --devic
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the moment when a step holds the most, by category."""
+    """Bytes at the moment when a step holds the most, by category.
+
+    `checkpoint`: a copy of the trained parameters and of the optimizer's moments in host memory,
+    until it is written. On a GPU it takes no memory of the device and is 0.
+    """
 
     weights: int
     optimizer: int
     gradients: int
     activations: int
     logits: int
+    checkpoint: int = 0
+
+    @property
+    def step(self) -> int:
+        """Bytes of a step while no checkpoint is written."""
+        return sum(getattr(self, category) for category in CATEGORIES)
 
     @property
     def total(self) -> int:
-        """Bytes of all categories."""
-        return sum(getattr(self, category) for category in CATEGORIES)
+        """Bytes of a step while a checkpoint is written."""
+        return self.step + self.checkpoint
 
     def __str__(self) -> str:
         """GB (2^30 bytes) of each category."""
+        categories = [*CATEGORIES, "checkpoint"] if self.checkpoint else CATEGORIES
         return ", ".join(f"{category} {getattr(self, category) / GiB:.2f}"
-                         for category in CATEGORIES)
+                         for category in categories)
 
 
 def estimate(config: ModelConfig, s: Settings, dtype: torch.dtype, micro_batches: int = 1,
@@ -120,6 +136,9 @@ def estimate(config: ModelConfig, s: Settings, dtype: torch.dtype, micro_batches
         tracker.category = "optimizer"
         moments = [torch.empty(optim.bytes_held(name, shards.get(p, p), s.optimizer),
                                dtype=torch.uint8) for name, p in trained]
+        checkpoint = 0
+        if backend in CPU_BACKENDS:
+            checkpoint = checkpoint_bytes(model, s.optimizer, world_size, shards)
         tracker.category = "gradients"
         ddp_buckets = []
         if world_size > 1:
@@ -137,7 +156,8 @@ def estimate(config: ModelConfig, s: Settings, dtype: torch.dtype, micro_batches
         for p in model.parameters():
             p.grad = None
         del moments, ddp_buckets
-    return MemoryEstimate(**{category: tracker.peak[category] for category in CATEGORIES})
+    return MemoryEstimate(**{category: tracker.peak[category] for category in CATEGORIES},
+                          checkpoint=checkpoint)
 
 
 def estimate_on(ranks: Distributed, config: ModelConfig, s: Settings, dtype: torch.dtype,
@@ -152,7 +172,8 @@ def check_memory(config: ModelConfig, s: Settings, dtype: torch.dtype, ranks: Di
                  micro_batches: int, adapter: Path | None = None,
                  limit_gb: float | None = None) -> None:
     """UserError (FLAGS) if a step with settings `s` does not fit into `limit_gb`, by default the
-    memory of a rank's device. Called before a weight is read.
+    memory of a rank's device; on a CPU without what this process holds already (libraries,
+    tokenizer). Called before a weight is read.
 
     Most models pass by an upper bound that is quick to compute. `--rows auto` is not refused,
     because the rows are chosen later.
@@ -163,7 +184,9 @@ def check_memory(config: ModelConfig, s: Settings, dtype: torch.dtype, ranks: Di
     width = config.hidden_size + config.intermediate_size
     if limit_gb is None:
         limit_gb = memory_limit_gb(ranks.device)
-    upper_bound = (32 * count_parameters(config) + 64 * B * T * L * width
+        if ranks.device.type == "cpu":
+            limit_gb -= memory_in_use_gb()
+    upper_bound = (44 * count_parameters(config) + 64 * B * T * L * width
                    + 8192 * config.vocab_size)
     if upper_bound < limit_gb * GiB:
         return
@@ -184,6 +207,27 @@ def check_cpu_is_intended(config: ModelConfig, s: Settings, ranks: Distributed) 
         raise UserError(f"--device auto: found no GPU that this torch can use, and training "
                         f"{n / 1e9:.1f}B parameters on a CPU is slow; give --device cpu to train "
                         "on the CPU, or install a CUDA build of torch", FLAGS)
+
+
+def checkpoint_bytes(model: nn.Module, optimizer: str, world_size: int,
+                     shards: dict[nn.Parameter, Tensor] | None = None) -> int:
+    """Bytes that one rank copies for a checkpoint: trained parameters and their moments. They are
+    its shards, and its part of what is replicated.
+
+    `shards`: this rank's shards of a model that is not sharded yet.
+    """
+    shards = shards or {}
+    sharded = replicated = 0
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        own = shards[p] if p in shards else local_shard(p.detach())[1]
+        size = own.nbytes + optim.bytes_held(name, own, optimizer)
+        if p in shards or is_dtensor(p):
+            sharded += size
+        else:
+            replicated += size
+    return sharded + -(-replicated // world_size)
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -13,13 +13,18 @@ import shutil
 import time
 from dataclasses import dataclass
 
-import torch
-
 from checkpoints.huggingface import saved_bytes
 from checkpoints.model_folder import base_model_dir
 from data import IGNORE, Batch
 from runtime.console import STORAGE, UserError, coloured, is_rank_zero
-from runtime.device import GiB, memory_limit_gb, peak_memory_gb, synchronize
+from runtime.device import (
+    GiB,
+    memory_limit_gb,
+    peak_memory_gb,
+    reset_peak_memory,
+    synchronize,
+)
+from runtime.distributed import local_shard
 from training import memory_estimate
 from training import optimizer as optim
 from training.memory_estimate import MemoryEstimate
@@ -59,6 +64,7 @@ def show(run: Run, origins: dict[str, str], objective: Objective) -> None:
 
 
 def _measure(run: Run, objective: Objective, batch: Batch) -> Measurement:
+    reset_peak_memory(run.ranks.device)  # what the preparation of data held is not part of a step
     start = time.perf_counter()
     objective.sums(run.model, batch.to(run.ranks.device)).sum().backward()
     synchronize(run.ranks.device)
@@ -71,16 +77,18 @@ def _answer(run: Run, estimate: MemoryEstimate, measured: Measurement) -> str:
     limit = memory_limit_gb(run.ranks.device)
     free = shutil.disk_usage(run.out).free
     obstacles = []
-    if estimate.total > limit * GiB:
+    later_gb = estimate.checkpoint / GiB + sum(
+        optim.bytes_held(name, local_shard(p)[1], s.optimizer)
+        for name, p in run.trained_tensors.items()) / GiB
+    measured_gb = measured.memory_gb + later_gb
+    if max(estimate.total / GiB, measured_gb) > limit:
         obstacles.append("memory")
     if free < disk_needed(run):
         obstacles.append("disk")
     verdict = f"does not fit: not enough {' and '.join(obstacles)}" if obstacles else "fits"
-    optimizer_gb = sum(optim.bytes_held(name, p, s.optimizer)
-                       for name, p in _trained_parameters(run)) / GiB
-    of_what = "the whole process"
+    of_what, later = "the whole process", "the optimizer and a checkpoint's copy"
     if run.ranks.device.type == "cuda":
-        of_what = "the GPU's tensors"
+        of_what, later = "the GPU's tensors", "the optimizer"
     minutes = measured.seconds * run.micro_batches * run.steps / 60
     files = f"{s.keep} checkpoints, one that is being written"
     if s.best:
@@ -89,8 +97,8 @@ def _answer(run: Run, estimate: MemoryEstimate, measured: Measurement) -> str:
         f"plan         {verdict}\n"
         f"memory       {estimate.total / GiB:.2f} GB of tensors needed at most ({estimate}), of "
         f"{limit:.1f} GB here\n"
-        f"             {measured.memory_gb + optimizer_gb:.2f} GB measured on one micro-batch: of "
-        f"{of_what}, with {optimizer_gb:.2f} GB for the optimizer\n"
+        f"             {measured_gb:.2f} GB measured on one micro-batch: of {of_what}, with "
+        f"{later_gb:.2f} GB for {later}\n"
         f"time         {minutes:.1f} minutes for the steps, estimated from that micro-batch (the "
         "first is the slowest)\n"
         f"disk         {disk_space(run) / GiB:.2f} GB at the most for {files} and the result, of "
@@ -169,10 +177,6 @@ def _print_row(run: Run, batch: Batch) -> None:
         if following is not None:
             print(coloured(run.tokenizer.piece(following), target != IGNORE), end="")
     print(flush=True)
-
-
-def _trained_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
 
 
 def disk_space(run: Run) -> int:

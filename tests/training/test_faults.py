@@ -907,6 +907,7 @@ def test_rows_auto_takes_the_most_that_fit_and_changes_nothing(workspace):
         finally:
             object.__setattr__(NLL, "sums", real)
         assert f"--rows auto: {fits}\n" in said
+        assert "--rows auto: trying 1 x " in said  # minutes on a CPU: each trial is announced
         one, two = read_losses(workspace / "by-hand"), read_losses(workspace / name)
         assert all(one[k] == pytest.approx(two[k], rel=1e-5) for k in one)
         assert f"rows = {fits}\n" in (workspace / name / "settings.toml").read_text()

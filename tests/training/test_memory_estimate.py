@@ -17,6 +17,7 @@ import torch
 
 import lora
 import train
+from checkpoints.resume_point import read_checkpoint, save_checkpoint
 from data import Batch
 from helpers import fork, tiny
 from layers import cross_entropy as loss
@@ -24,10 +25,12 @@ from layers import fp8, nf4
 from layers.attention_metadata import Backend
 from layers.config import ModelConfig
 from runtime.console import UserError
-from runtime.distributed import Distributed, GiB
+from runtime.device import GiB, memory_in_use_gb, peak_memory_gb, reset_peak_memory
+from runtime.distributed import Distributed
 from runtime.paths import ROOT
 from training import memory_estimate as memory
 from training import optimizer as optim
+from training.batch_size import MemoryTrial
 from training.objective import NLL, objective_of
 from training.settings import Settings
 
@@ -107,13 +110,13 @@ def test_the_prediction_is_what_a_real_steps_tensors_hold(shape, way):
     s = settings(**WAYS[way])
     config = ModelConfig.from_hf(tiny.config(shape, **WIDE))
     for dtype, passes in ((torch.float32, 1), (torch.bfloat16, 2)):
-        said = memory.estimate(config, s, dtype, passes).total
+        said = memory.estimate(config, s, dtype, passes).step
         assert said == pytest.approx(really(shape, s, dtype, passes), rel=0.05), (dtype, passes)
 
 
 def test_documents_one_after_the_other_are_predicted_too():
     s, config = settings(), ModelConfig.from_hf(tiny.config("llama32", **WIDE))
-    predicted = memory.estimate(config, s, torch.bfloat16, backend="cpu_documents").total
+    predicted = memory.estimate(config, s, torch.bfloat16, backend="cpu_documents").step
     real = really("llama32", s, torch.bfloat16, 1, backend="cpu_documents")
     assert predicted == pytest.approx(real, rel=0.05)
 
@@ -125,7 +128,7 @@ def test_the_rows_of_many_threads_are_predicted_too(monkeypatch):
         sizes = loss.chunk_sizes("cpu", tiny.V, WIDE["hidden_size"], cached_numel=1 << 12)
         said = memory.estimate(config, s, torch.bfloat16, sizes=sizes)
         real = really("llama32", s, torch.bfloat16, 1, sizes)
-        assert said.total == pytest.approx(real, rel=0.01)
+        assert said.step == pytest.approx(real, rel=0.01)
         found.append(said.logits)
     assert found[1] > 1.2 * found[0], "192 rows, where one thread's 12 count as NEAR"
 
@@ -173,13 +176,13 @@ def test_a_model_of_eight_billion_is_planned_without_its_weights():
         num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=8192))
     s = Settings(rows=1, seq_len=1024, tune="qlora", recompute="full")
-    before = Distributed.start("cpu").memory_gb()
+    before = peak_memory_gb(torch.device("cpu"))
     found = memory.estimate(config, s, torch.bfloat16)
     matrices, rest = 6_979_321_856, 2 * 128256 * 4096 + 65 * 4096
     small = 41_943_040 * 4  # LoRA of rank 16 on all linear layers, float32
     assert found.weights == matrices * 4.5 / 8 + rest * 2 + small
     assert found.optimizer == 2 * small and 5.5 < found.total / GiB < 8
-    assert Distributed.start("cpu").memory_gb() - before < 0.3
+    assert peak_memory_gb(torch.device("cpu")) - before < 0.3
 
 
 def test_what_cannot_fit_is_refused_in_one_line_and_what_fits_is_not_measured():
@@ -242,7 +245,7 @@ def test_the_prediction_is_within_a_tenth_of_what_the_system_counts(tmp_path_fac
     if not Path(folder).exists():
         child("draws", "110M", folder)
     said, found = child("predict", case, "110M", folder), child("ours", case, "110M", folder)
-    assert said["total"] == pytest.approx(found["peak"] - found["before"], rel=0.1)
+    assert said["step"] == pytest.approx(found["peak"] - found["before"], rel=0.1)
 
 
 def most_of(profile) -> list[int]:
@@ -300,7 +303,7 @@ def test_a_ranks_prediction_is_what_its_allocator_gives_out(tmp_path, shard, wor
     """The least of some steps: gloo's threads let go of what they sent when they come to it."""
     s = Settings(rows=2, seq_len=128, lora_rank=8, shard=shard, **words)
     config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
-    said = memory.estimate(config, s, dtype, passes, world_size=2).total
+    said = memory.estimate(config, s, dtype, passes, world_size=2).step
     ends = fork.ends(fork.together(2, of_a_rank(s, dtype, passes, tmp_path / "found"),
                                    tmp_path / "said"))
     assert ends == [0, 0], (tmp_path / "said-0").read_text()[-2000:]
@@ -316,11 +319,11 @@ def test_a_ranks_prediction_holds_where_gradients_meet_after_every_micro_batch(
     config = ModelConfig.from_hf(tiny.config("llama32", **BIG))
     seldom = memory.estimate(config, s, dtype, 3, world_size=2)
     often = memory.estimate(config, s, dtype, 3, world_size=2, gpu_gb=1e-6)
-    assert often.gradients < 0.75 * seldom.gradients and often.total < seldom.total
+    assert often.gradients < 0.75 * seldom.gradients and often.step < seldom.step
     ends = fork.ends(fork.together(2, of_a_rank(s, dtype, 3, tmp_path / "found", often=True),
                                    tmp_path / "said"))
     assert ends == [0, 0], (tmp_path / "said-0").read_text()[-2000:]
-    assert often.total == pytest.approx(min(json.loads((tmp_path / "found").read_text())), rel=0.1)
+    assert often.step == pytest.approx(min(json.loads((tmp_path / "found").read_text())), rel=0.1)
 
 
 def test_of_a_model_that_is_cut_a_rank_holds_its_part_and_what_is_whole():
@@ -337,3 +340,55 @@ def test_of_a_model_that_is_cut_a_rank_holds_its_part_and_what_is_whole():
         chosen = memory.estimate(config, auto, torch.bfloat16, 1, world_size=2, gpu_gb=gb)
         assert chosen == memory.estimate(config, dataclasses.replace(s, shard=how), torch.bfloat16,
                                          1, world_size=2)
+
+
+@pytest.mark.parametrize("words", [{}, {"optimizer": "adamw-bf16"}, {"tune": "lora"},
+                                   {"train_layers": ["1"]}], ids=str)
+def test_the_copy_of_a_checkpoint_is_predicted_exactly(tmp_path, words):
+    s = settings(**words)
+    config = ModelConfig.from_hf(tiny.config("llama32", **WIDE))
+    kept = torch.bfloat16 if s.optimizer == "adamw-bf16" else torch.float32
+    model = tiny.ours(tiny.peer("llama32", **WIDE), "llama32", torch.float32, **WIDE).to(kept)
+    if s.tune == "lora":
+        lora.add_lora(model, 8, 32.0, 0.0, ["all-linear"])
+    if s.train_layers:
+        lora.train_layers(model, [1], [])
+    optimizer = optim.adamw(model.train(), 1e-3, (0.9, 0.95), 0.1, kind=s.optimizer)
+    ids = torch.randint(3, tiny.V, (1, 16))
+    batch = Batch(ids, ids, torch.zeros_like(ids), torch.arange(16)[None])
+    NLL.sums(model, batch).backward()
+    optimizer.step()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    parts = {"model": trained, "optimizer": optim.state_tensors(model, optimizer)}
+    saved, _ = read_checkpoint(save_checkpoint(tmp_path, 1, parts, {"step": 1}, 2))
+    n_bytes = sum(x.nbytes for tensors in saved.values() for x in tensors.values() if x.dim())
+    estimate = memory.estimate(config, s, torch.float32)
+    assert estimate.checkpoint == n_bytes == estimate.total - estimate.step > 0
+    assert memory.checkpoint_bytes(model, s.optimizer, 1) == n_bytes
+    gpu = memory.estimate(config, s, torch.float32, backend="sdpa_mask")
+    assert gpu.checkpoint == 0 and "checkpoint" not in str(gpu)
+    for shard in ("ddp", "fsdp"):
+        two = memory.estimate(config, dataclasses.replace(s, shard=shard), torch.float32,
+                              world_size=2)
+        assert two.checkpoint == pytest.approx(n_bytes / 2, rel=0.02)
+
+
+def test_rows_auto_leaves_memory_for_the_copy_of_a_checkpoint():
+    model, cpu = torch.nn.Linear(512, 512), Distributed.start("cpu")
+    trial = MemoryTrial(model, NLL, cpu, "adamw", 10 / 0.92, lambda device: 0.0)
+    numel = 512 * 513
+    assert trial.limit == pytest.approx(10 - (8 + 12) * numel / GiB)  # moments; copy of all
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only on Linux")
+def test_memory_that_the_preparation_of_data_freed_does_not_count_as_the_peak_of_a_step():
+    cpu = Distributed.start("cpu").device
+    reset_peak_memory(cpu)
+    start = memory_in_use_gb()
+    blocks = [b"x" * (64 << 10) for _ in range(3200)]  # 200 MiB on the heap
+    last = b"y" * (64 << 10)  # the heap cannot shrink below this block
+    assert peak_memory_gb(cpu) > start + 0.15
+    del blocks
+    assert peak_memory_gb(cpu) > start + 0.15
+    reset_peak_memory(cpu)
+    assert peak_memory_gb(cpu) < start + 0.05 and len(last) == 64 << 10
