@@ -34,8 +34,9 @@ SIZE_LIMITS: tuple[tuple[str, int | None], ...] = (
     ("added_tokens.json", 4 * MiB),
     ("prompt.json", 4 * MiB),
     ("merge.json", 4 * MiB),
-    ("*.json", 64 * MiB),  # tokenizer.json, also by another name (35 MB: Gemma 3)
-    ("*.model", 64 * MiB),  # tokenizer.model (5 MB: Gemma 3)
+    ("tokenizer*", 64 * MiB),  # (35 MB: Gemma 3)
+    ("*.json", 64 * MiB),  # a tokenizer.json by another name
+    ("*.model*", 64 * MiB),
     ("*", 4 * MiB),  # LICENSE, NOTICE, README.md
 )
 KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -160,8 +161,8 @@ def _check_kind(path: Path, status: os.stat_result) -> None:
 def _check_size(path: Path, size: int) -> None:
     limit = size_limit(path.name)
     if limit is not None and size > limit:
-        raise UserError(f"{path}: {size / MiB:.1f} MB, expected at most {limit // MiB} MB for such "
-                        "a file; download the model again")
+        raise UserError(f"{path}: {-(-size // MiB)} MB, expected at most {limit // MiB} MB for "
+                        "such a file; download the model again")
 
 
 def _cannot_be_opened(path: Path, error: OSError) -> UserError:

@@ -13,19 +13,22 @@ Some published tokenizers have no token for a few bytes (SmolLM2 for 21). They e
 transformers does: with their unknown token, or without the character. `count_unspelled` counts
 such characters.
 
-Refused: models other than BPE, files that are damaged or too large.
+Refused: models other than BPE in a tokenizer.json, files that are damaged or too large, and a
+normalizer that would make a text many times longer. The libraries stop a regex that backtracks too
+often; that is an error of one line too.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import gc
 import hashlib
 import io
 import json
+import math
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,13 +39,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.console import UserError
+from runtime.model_files import (
+    copy_model_file,
+    has_model_file,
+    read_model_file,
+    read_model_json_if_present,
+)
+from runtime.strict_json import shorten, strict_json
 from runtime.tokenizer_threads import FORBIDDEN_BY_USER, disable_library_threads
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
          "chat_template.jinja")
 CONFIG_FILES = FILES[2:4]  # BOS and EOS are named in them
 MAX_VOCABULARY = 1 << 22  # a single wrong id must not become a table of gigabytes
-MAX_FILE_BYTES = 64 << 20  # the largest known tokenizer files have 35 MB
+MAX_STEPS = 64  # of a normalizer, pre-tokenizer or decoder; published ones have up to 10
+MAX_GROWTH = 1000  # times that a normalizer or decoder may make a text longer
 PROBES = ("", "a", " ", "é", "Amazi y'umugezi, n’inka 🦒\n\n 1. ")  # encoded when a file is opened
 # A long line is cut at spaces before a tokenizer is learned from it: 2**18 characters have up to
 # 2**20 bytes.
@@ -77,14 +88,11 @@ class Tokenizer:
         used. `parallel`: encode batches on all cores, unless TOKENIZERS_PARALLELISM forbids it."""
         path = Path(path)
         file = path
-        if not path.is_file():
-            file = next((path / n for n in FILES[:2] if (path / n).exists()), None)
+        if not os.path.isfile(path):
+            file = next((path / n for n in FILES[:2] if has_model_file(path, n)), None)
         if file is None:
             raise UserError(
                 f"{path}: no tokenizer.json or tokenizer.model here; give a model's folder")
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"{file}: {file.stat().st_size >> 20} MB, expected at most "
-                            f"{MAX_FILE_BYTES >> 20} MB for a tokenizer")
         n_threads = 1
         if parallel and not FORBIDDEN_BY_USER:
             n_threads = os.cpu_count() or 1
@@ -96,7 +104,7 @@ class Tokenizer:
                  byte_lengths: np.ndarray, byte_pieces: set[str], unknown: int | None,
                  begins_with: bool | str, n_threads: int):
         folder, self.file = file.parent, file
-        self.files = [folder / n for n in FILES if (folder / n).exists()] or [file]
+        self.files = [folder / n for n in FILES if has_model_file(folder, n)] or [file]
         self.pieces, self.control, self.vocab_size = pieces, control, len(pieces)
         self.n_threads = n_threads
         names = {pieces[i]: i for i in sorted(control)}
@@ -230,7 +238,7 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for file in self.files:
             if file.parent != Path(folder):
-                shutil.copyfile(file, Path(folder) / file.name)
+                copy_model_file(file.parent, file.name, Path(folder) / file.name)
 
 
 class _SentencePieceTokenizer(Tokenizer):
@@ -239,8 +247,9 @@ class _SentencePieceTokenizer(Tokenizer):
     def __init__(self, file: Path, n_threads: int):
         import sentencepiece
 
+        content = read_model_file(file.parent, file.name)
         with _guarded(f"{file}: not a SentencePiece model", quiet=True):
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=content)
             n = self.sp.vocab_size()
             pieces = self.sp.id_to_piece(list(range(n)))
             self.sp.decode(self.sp.encode(list(PROBES)))
@@ -248,10 +257,9 @@ class _SentencePieceTokenizer(Tokenizer):
         added = _added_control_tokens(file.parent, n)
         pieces += [added.get(i, "") for i in range(n, max(added, default=n - 1) + 1)]
         control |= set(added)
-        config = read_json_object(file.parent / CONFIG_FILES[0])
+        config = read_model_json_if_present(file.parent, CONFIG_FILES[0])
         # as transformers: a space after a control token
         self.legacy = config.get("legacy") is True
-        content = file.read_bytes()
         if added:
             content += json.dumps(added).encode()
         super().__init__(
@@ -301,8 +309,10 @@ class _JsonTokenizer(Tokenizer):
     def __init__(self, file: Path, n_threads: int):
         with _guarded(f"{file}: not a tokenizer.json that can be used", quiet=True), \
                 _without_garbage_collection():
-            content = file.read_bytes()
-            raw = json.loads(content)
+            content = read_model_file(file.parent, file.name)
+            raw = strict_json(content, file)
+            for section in ("normalizer", "pre_tokenizer", "decoder"):
+                _check_steps(file, section, raw.get(section))
             kind = raw["model"].get("type", "BPE")
             if kind != "BPE":
                 raise UserError(f"{file}: its model is {kind!r}, expected BPE; use a model with "
@@ -344,7 +354,7 @@ class _JsonTokenizer(Tokenizer):
     def _control_tok(self) -> Any:
         """A second tokenizer, to which the name of a control token is that token."""
         with _guarded(f"{self.file}: cannot be opened again"):
-            return _load_rust(self.file.read_bytes(), control=True)
+            return _load_rust(read_model_file(self.file.parent, self.file.name), True)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         texts = list(texts)
@@ -376,8 +386,9 @@ class _JsonTokenizer(Tokenizer):
         return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tok.decode(
-            [int(i) for i in ids if int(i) not in self.control], skip_special_tokens=False)
+        text_ids = [int(i) for i in ids if int(i) not in self.control]
+        with _guarded(f"{self.file}: the tokenizer fails on its own ids"):
+            return self.tok.decode(text_ids, skip_special_tokens=False)
 
 
 def _load_rust(content: bytes, control: bool) -> Any:
@@ -398,8 +409,53 @@ def _reopen(file: Path, state: dict[str, Any]) -> _JsonTokenizer:
     tokenizer = _JsonTokenizer.__new__(_JsonTokenizer)
     vars(tokenizer).update(state)
     with _guarded(f"{file}: cannot be opened again"):
-        tokenizer.tok = _load_rust(file.read_bytes(), control=False)
+        tokenizer.tok = _load_rust(read_model_file(file.parent, file.name), False)
     return tokenizer
+
+
+def _check_steps(file: Path, section: str, value: Any) -> None:
+    """UserError if a section of tokenizer.json has too many steps, or would make a text many times
+    longer: forty replacements of "a" by "aa" make a text longer than any memory."""
+    steps = _steps_of(value)
+    if len(steps) > MAX_STEPS:
+        raise UserError(f"{file}: {section} has {len(steps):,} steps, expected at most "
+                        f"{MAX_STEPS}; download it again")
+    growth = math.prod(map(_growth, steps))
+    if growth > MAX_GROWTH:
+        raise UserError(f"{file}: {section} may make a text {shorten(growth)} times longer, "
+                        f"expected at most {MAX_GROWTH:,}; download it again")
+
+
+def _steps_of(value: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, those of sequences one by one."""
+    if not isinstance(value, dict):
+        return []
+    if value.get("type") != "Sequence":
+        return [value]
+    steps: list[dict[str, Any]] = []
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        parts = value.get(key)
+        if isinstance(parts, list):
+            for part in parts:
+                steps += _steps_of(part)
+    return steps
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """How many times longer a step may make a text, at most."""
+    if isinstance(step.get("precompiled_charsmap"), str):
+        charsmap = base64.b64decode(step["precompiled_charsmap"])
+        trie_size = int.from_bytes(charsmap[:4], "little")
+        # behind the trie stand the replacements, each ended by a zero byte (SentencePiece)
+        return max(map(len, charsmap[4 + trie_size:].split(b"\0")), default=0) + 1
+    inserted = [step[key] for key in ("content", "prepend", "replacement")
+                if isinstance(step.get(key), str)]
+    n_inserted = sum(map(len, inserted))
+    pattern = step.get("pattern")
+    matched = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(matched, str) and matched:
+        return max(1, math.ceil(n_inserted / len(matched)))
+    return 1 + n_inserted  # a regex can match before each character
 
 
 @contextmanager
@@ -438,30 +494,18 @@ def _special_id(folder: Path, key: str, usual_names: Sequence[str],
                 names: dict[str, int]) -> int | None:
     """The id of bos_token or eos_token: as the folder's files say (null: there is none), else by
     its usual names. `names`: the ids of control tokens by name."""
-    configs = {folder / x: read_json_object(folder / x) for x in CONFIG_FILES}
+    configs = {folder / x: read_model_json_if_present(folder, x) for x in CONFIG_FILES}
     configs = {file: config for file, config in configs.items() if key in config}
     for file, config in configs.items():
         token = config[key].get("content") if isinstance(config[key], dict) else config[key]
         if token is not None:
             if not isinstance(token, str) or token not in names:
                 raise UserError(
-                    f"{file}: {key} {token!r} is not a control token of the tokenizer")
+                    f"{file}: {key} {shorten(token)} is not a control token of the tokenizer")
             return names[token]
     if configs:
         return None
     return next((names[x] for x in usual_names if x in names), None)
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no file; UserError if it holds anything else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (ValueError, OSError, RecursionError) as e:
-        raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:80]}); fetch it again"
-                        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: not a JSON object; fetch it again")
-    return value
 
 
 def _added_control_tokens(folder: Path, n: int) -> dict[int, str]:
@@ -470,18 +514,19 @@ def _added_control_tokens(folder: Path, n: int) -> dict[int, str]:
     UserError for an added token that is not a control token: sentencepiece does not know it.
     """
     file, added = folder / CONFIG_FILES[0], {}
-    decoder = read_json_object(file).get("added_tokens_decoder") or {}
+    decoder = read_model_json_if_present(folder, CONFIG_FILES[0]).get("added_tokens_decoder") or {}
     try:
         for key, token in decoder.items():
             i = int(key)
             if i >= n:
-                if not token.get("special") or i > MAX_VOCABULARY:
-                    raise ValueError(f"{token.get('content')!r}, id {i}, is not a control token")
-                added[i] = str(token["content"])
+                name = token["content"]
+                if not token.get("special") or i > MAX_VOCABULARY or not isinstance(name, str):
+                    raise ValueError(f"{shorten(name)}, id {i}, is not a control token")
+                added[i] = name
     except (AttributeError, TypeError, ValueError, KeyError) as e:
         raise UserError(
-            f"{file}: added_tokens_decoder cannot be used with a tokenizer.model ({e}); save the "
-            "tokenizer with transformers, which writes tokenizer.json") from None
+            f"{file}: added_tokens_decoder cannot be used with a tokenizer.model "
+            f"({str(e)[:200]}); save the tokenizer with transformers, which writes tokenizer.json") from None
     return added
 
 

@@ -126,7 +126,7 @@ def test_other_links_out_of_a_snapshot_are_refused(tmp_path):
 def test_a_file_that_is_too_large_for_its_kind_is_refused_without_being_read(tmp_path, name):
     with open(tmp_path / name, "wb") as file:
         file.truncate(1 << 40)  # no bytes are stored
-    with pytest.raises(UserError, match=f"{name}: 1048576.0 MB, expected at most"):
+    with pytest.raises(UserError, match=f"{name}: 1048576 MB, expected at most"):
         read_model_file(tmp_path, name)
     with open(tmp_path / name, "wb") as file:
         file.truncate(size_limit(name))
