@@ -7,7 +7,6 @@ without these get our plain template, and the prompt of ALMA.
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,14 @@ from typing import Any, NamedTuple
 from inference.sampling import SamplingParams, StoppingCriteria
 from languages.language import ALMA, language_of
 from runtime.console import UserError
+from runtime.model_files import has_model_file, read_model_json
+from runtime.strict_json import shorten
 from tokenization.chat_template import ChatTemplate
 from tokenization.tokenizer import Tokenizer
 
 TRUNCATED_NOTICE = "the conversation outgrows the context; its first messages are left out"
+MAX_PROMPT_CHARS = 1 << 16  # of a translation prompt
+MAX_LANGUAGES, MAX_LANGUAGE_CHARS = 256, 100  # that a prompt names, and of each code and name
 
 Messages = list[dict[str, str]]
 PromptOrMessages = str | Messages  # a text, or the messages of a conversation
@@ -41,20 +44,27 @@ class TranslationPrompt:
     def read(cls, file: Path) -> TranslationPrompt | None:
         """The first translation prompt of a prompt.json; None if it has none."""
         try:
-            prompts = json.loads(file.read_text(encoding="utf-8")).get("translate")
+            prompts = read_model_json(file.parent, file.name).get("translate")
             if prompts is None:  # trained on conversations
                 return None
             prompt = prompts[0]
-            languages = {str(code): str(name) for code, name in prompt["languages"].items()}
-            if "{text}" not in str(prompt["text"]):
-                raise ValueError("its text has no {text}")
-            if len(languages) < 2:
-                raise ValueError("it names fewer than two languages")
-            return cls(str(prompt["text"]), languages, bool(prompt.get("as_chat")))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            text, languages = prompt["text"], prompt["languages"]
+            as_chat = prompt.get("as_chat", False)
+            if type(text) is not str or "{text}" not in text or len(text) > MAX_PROMPT_CHARS:
+                raise ValueError("its text has no {text}, or is too long")
+            if not 2 <= len(languages) <= MAX_LANGUAGES:
+                raise ValueError(f"it names {len(languages)} languages, expected 2 to "
+                                 f"{MAX_LANGUAGES}")
+            for name in [*languages.keys(), *languages.values()]:
+                if type(name) is not str or not 0 < len(name) <= MAX_LANGUAGE_CHARS:
+                    raise ValueError(f"{shorten(name)} is not the code or name of a language")
+            if type(as_chat) is not bool:
+                raise ValueError(f"as_chat is {shorten(as_chat)}, expected true or false")
+        except (UserError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise UserError(f"{file}: expected a translation prompt with text and languages, "
                             f"found a fault ({e}). Correct the file, or remove it to use ALMA's "
                             "prompt") from None
+        return cls(text, languages, as_chat)
 
     def name_of(self, code: str) -> str:
         """The name of a language in this prompt; UserError if it is not known."""
@@ -72,7 +82,9 @@ def read_translation_prompt(folders: Sequence[Path]) -> TranslationPrompt | None
     """The translation prompt of the first folder that has one."""
     for folder in folders:
         file = folder / "prompt.json"
-        prompt = TranslationPrompt.read(file) if file.exists() else None
+        prompt = None
+        if has_model_file(folder, file.name):
+            prompt = TranslationPrompt.read(file)
         if prompt:
             return prompt
     return None

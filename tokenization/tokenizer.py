@@ -526,7 +526,8 @@ def _added_control_tokens(folder: Path, n: int) -> dict[int, str]:
     except (AttributeError, TypeError, ValueError, KeyError) as e:
         raise UserError(
             f"{file}: added_tokens_decoder cannot be used with a tokenizer.model "
-            f"({str(e)[:200]}); save the tokenizer with transformers, which writes tokenizer.json") from None
+            f"({str(e)[:200]}); save the tokenizer with transformers, which writes tokenizer.json"
+        ) from None
     return added
 
 
