@@ -1,10 +1,10 @@
-"""Which model trains on which card: what memory.py predicts for published shapes, as a table.
+"""Which model can be trained on which GPU: the memory estimate for published shapes, as a table.
 
     python -m bench.cards [--seq-len 2048] [--rows 1]
 
-Nothing is measured here. Each figure is the prediction of `--plan` for a step of the real code over
-the published config.json's sizes, with --recompute full, products in bf16 and a GPU's flash kernel;
-a tenth of a card and half a GB are left for its allocator's gaps and its context.
+Nothing is measured here. Each figure is the estimate of `--plan` for a step with the sizes of the
+published config.json, --recompute full, products in bf16 and a GPU's flash attention. A tenth of a
+GPU's memory and 0.5 GB are left for fragmentation of the allocator and for the CUDA context.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # as in the published config.json of Llam
     "8B": {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "head_dim": 128}}
 HIGH = {"lora_rank": 64, "train_embeddings": True, "rslora": True}
-WAYS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "full, adamw": {"tune": "full"},
     "full, adamw8bit": {"tune": "full", "optimizer": "adamw8bit"},
     "full, adamw-bf16": {"tune": "full", "optimizer": "adamw-bf16"},
@@ -33,8 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {
 CARDS = (16, 24, 48, 80)  # GB
 
 
-def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> float:
-    """GB of 2^30 that a step holds at most."""
+def gb(shape: dict[str, Any], options: dict[str, Any], seq_len: int, rows: int) -> float:
+    """The peak memory of a step in GB (2^30 bytes)."""
     import torch
 
     from layers.config import ModelConfig
@@ -42,12 +42,12 @@ def gb(shape: dict[str, Any], way: dict[str, Any], seq_len: int, rows: int) -> f
     from training.settings import Settings
 
     config = ModelConfig(**shape)
-    s = dataclasses.replace(Settings(), recompute="full", seq_len=seq_len, rows=rows, **way)
+    s = dataclasses.replace(Settings(), recompute="full", seq_len=seq_len, rows=rows, **options)
     return memory.estimate(config, s, torch.bfloat16, backend="varlen_flash").total / 2**30
 
 
 def smallest(x: float) -> str:
-    """The smallest card that holds so many GB."""
+    """The smallest GPU whose memory is enough for `x` GB."""
     from training.plan_for import usable_gb
 
     return next((f"{card} GB" for card in CARDS if x <= usable_gb(card)), "none")
@@ -59,9 +59,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     flags = parser.parse_args()
     print("| trained weights | " + " | ".join(SHAPES) + " |\n|---|" + "--:|" * len(SHAPES))
-    for name, way in WAYS.items():
-        found = [gb(shape, way, flags.seq_len, flags.rows) for shape in SHAPES.values()]
-        print(f"| {name} | " + " | ".join(f"{x:.1f}: {smallest(x)}" for x in found) + " |",
+    for name, options in SETTINGS.items():
+        needs = [gb(shape, options, flags.seq_len, flags.rows) for shape in SHAPES.values()]
+        print(f"| {name} | " + " | ".join(f"{x:.1f}: {smallest(x)}" for x in needs) + " |",
               flush=True)
 
 

@@ -1,25 +1,23 @@
-"""The GPU's part: correctness first, by the tests marked gpu, then figures, in under ten minutes.
+"""Speed and memory on a GPU, after the tests marked `gpu` have passed, in under ten minutes.
 
     python -m bench.gpu [--quick] [--cases full lora qlora stream ...] [--write]
 
-Random models of real sizes, on the same ids, one row a step: all weights of a 1B in rows of 8,192
-tokens, with products in bf16 and in eight bits (against bf16's peak); LoRA and QLoRA of an 8B in
-rows of 4,096. Beside them the peers (transformers, peft, bitsandbytes) at their best: the whole
-model compiled, its loss too, as our blocks and our loss are; or Liger's kernels, which are instead
-of what a compiler would make. Recomputed or not as ours are. A row is one document on all sides,
-but in `packed`, where ours hold documents of 1,024, which the peers cannot tell apart.
-All sides start from the same weights, and the losses of the first step must agree. Memory is what
-the device's allocator held at most after two steps, and what memory.py predicts for ours, with the
-case's own flags, where nothing is compiled (of eight bits it says what it says of bf16).
+Training: random models of real sizes, the same ids on all sides, one row a step. All weights of a
+1B model in rows of 8,192 tokens, with products in bf16 and in fp8 (its share is of the bf16 peak);
+LoRA and QLoRA of an 8B model in rows of 4,096. The peers (transformers, peft, bitsandbytes) run in
+their fastest form: the whole model compiled with its loss, or Liger's kernels. They recompute
+activations where ours does. A row is one document on all sides. In `packed` our rows hold documents
+of 1,024 tokens, which the peers do not separate. All sides start from the same weights, and the
+losses of the first step must agree. Memory is the peak of the device's allocator after two steps.
+The estimate for ours is of the case's flags without compilation; for fp8 it is that of bf16.
 
-By name, answers of the 1B in bf16: one stream, eight side by side, 200 uneven prompts, by steps as
-they are and compiled (sample.py --compile). The peer is transformers' generate as it comes, prompts
-of like lengths padded on the left, and with its static cache, which it compiles. Every first id of
-ours must be one that may come first: at most two steps of bf16 below the largest of the peer's
-logits.
+Generation (cases given by name): the 1B model in bf16, one stream, eight at once, 200 prompts of
+different lengths, eager and compiled (sample.py --compile). The peer is transformers' generate with
+prompts of similar lengths padded on the left, and with its static cache, which it compiles. The
+logit of each first id of ours must be at most two bf16 steps below the largest logit of the peer.
 
-Without --cases these are run, for ten minutes hold no more beside the tests: `full`, `packed`,
-`lora-recompute`, `qlora` (495 s on an H200, `fp8` with them).
+Without --cases these run, because more do not fit into ten minutes with the tests: `full`,
+`packed`, `lora-recompute`, `qlora` (495 s on an H200, with `fp8`).
 """
 
 from __future__ import annotations
@@ -122,7 +120,7 @@ def settings(case: Case) -> Any:
 
 
 def predict(name: str) -> dict[str, float]:
-    """GB that memory.py says of our side."""
+    """The memory estimate of our side in GB."""
     import torch
 
     from layers.config import ModelConfig

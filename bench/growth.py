@@ -1,15 +1,14 @@
-"""How a training step grows: with sequence, rows, vocabulary, width, layers, LoRA's rank, ranks.
+"""How time and memory of a training step grow with its sizes: sequence, rows, vocabulary, ranks.
 
     python -m bench.growth [--quick] [--cases sequence packed rows ...] [--write]
 
-One small model, one thing of it changed at a time. Memory is what a step takes above the model and
-its optimizer's moments, so that what grows is seen. The exponent k of y = c x^k is fitted to each
-curve: 1 is linear. A sequence's is fitted twice, for attention to all that stands before is
-quadratic in time (not in memory): one document a row, and documents of 512 tokens packed into it.
-Ranks each take rows of their own, by FSDP, one thread each: what is cut among them is the model
-with its optimizer; where they share one machine's cores, their time says nothing of several GPUs.
-Each point is one process (a rank) and the shorter of two steps, so that a curve has no spread: what
-counts is its exponent over all points, not one of them.
+One size of a small model is changed at a time. Memory is what a step needs in addition to the model
+and the optimizer's moments. The exponent k of y = c x^k is fitted to each curve: 1 is linear. For
+the sequence there are two curves, because attention is quadratic in time (not in memory): one
+document in a row, and documents of 512 tokens packed into a row. With several ranks FSDP shards the
+model and the optimizer's state; each rank has its own rows and one thread. The ranks share the
+cores of one machine, so their time does not predict that of several GPUs. Each point is the shorter
+of two steps of one process (of each rank). Read the exponent over all points, not a single point.
 """
 
 from __future__ import annotations
@@ -43,16 +42,16 @@ LABELS = {"T": "tokens in a row", "B": "rows", "V": "vocabulary", "C": "width", 
 
 def measure(T: int, B: int, V: int, C: int, L: int, R: int, document: int,
             W: int) -> dict[str, float]:
-    """Seconds of a step, the least of two after one; the GB that a rank's weights and moments have,
-    and that a step took above what stood before."""
-    def take() -> dict[str, float]:
+    """Seconds of a step, the shorter of two after a first one; GB of a rank's weights and moments;
+    GB that a step needs in addition."""
+    def take_steps() -> dict[str, float]:
         return steps(T, B, V, C, L, R, document)
 
-    return on_ranks(W, 1, take)[0] if W else take()
+    return on_ranks(W, 1, take_steps)[0] if W else take_steps()
 
 
 def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict[str, float]:
-    """The same, of this rank."""
+    """The same for this rank."""
     import torch
 
     import lora
@@ -81,18 +80,18 @@ def steps(T: int, B: int, V: int, C: int, L: int, R: int, document: int) -> dict
         ranks.wrap_model(model, "fsdp", torch.bfloat16)
     optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
     ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
-    at = torch.arange(T).expand(B, T)
+    index = torch.arange(T).expand(B, T)
     size = document or T
-    batch = Batch(ids, ids, at // size, at % size)
-    held = [(getattr(p, "_local_tensor", p), p.requires_grad) for p in model.parameters()]
-    moments = sum(8 * part.numel() for part, trains in held if trains) / 2**30  # of its own part
-    kept = sum(part.nbytes for part, _ in held) / 2**30 + moments
-    before, seconds = held_gb() + moments, []
+    batch = Batch(ids, ids, index // size, index % size)
+    shards = [(getattr(p, "_local_tensor", p), p.requires_grad) for p in model.parameters()]
+    moments = sum(8 * shard.numel() for shard, trained in shards if trained) / 2**30
+    model_gb = sum(shard.nbytes for shard, _ in shards) / 2**30 + moments
+    base_gb, seconds = held_gb() + moments, []
     for _ in range(3):
         begun = time.perf_counter()
         train.train_step(model, NLL, [batch], optimizer, ranks, 1.0)
         seconds.append(time.perf_counter() - begun)
-    return {"seconds": min(seconds[1:]), "kept": kept, "above": peak_gb() - before}
+    return {"seconds": min(seconds[1:]), "kept": model_gb, "above": peak_gb() - base_gb}
 
 
 def job(s: Settings) -> str:
@@ -101,16 +100,16 @@ def job(s: Settings) -> str:
     for axis in s.cases or list(AXES)[: 3 if s.size == "quick" else None]:
         name, fixed, values = AXES[axis]
         x = values[s.size]
-        words = BASE | fixed | ({"V": 512, "C": 64, "T": 64} if s.size == "tiny" else {})
-        done = [child(HERE, "measure", *(words | {name: v}).values()) for v in x]
+        sizes = BASE | fixed | ({"V": 512, "C": 64, "T": 64} if s.size == "tiny" else {})
+        points = [child(HERE, "measure", *(sizes | {name: v}).values()) for v in x]
         for what in curves:
-            y = [max(d[what], 1e-3) for d in done]
+            y = [max(d[what], 1e-3) for d in points]
             curves[what][axis] = ([v / x[0] for v in x], y)
         k = [exponent(x, curves[what][axis][1]) for what in curves]
         rows.append([axis, LABELS[name], f"{x[0]:,} to {x[-1]:,}",
-                     f"{done[0]['seconds']:.3f} to {done[-1]['seconds']:.3f}", f"{k[0]:.2f}",
-                     f"{done[0]['kept']:.3f} to {done[-1]['kept']:.3f}",
-                     f"{done[0]['above']:.3f} to {done[-1]['above']:.3f}", f"{k[1]:.2f}"])
+                     f"{points[0]['seconds']:.3f} to {points[-1]['seconds']:.3f}", f"{k[0]:.2f}",
+                     f"{points[0]['kept']:.3f} to {points[-1]['kept']:.3f}",
+                     f"{points[0]['above']:.3f} to {points[-1]['above']:.3f}", f"{k[1]:.2f}"])
         print(f"{HERE}: {axis} done", file=sys.stderr, flush=True)
     if s.write:
         across = "times the smallest"
