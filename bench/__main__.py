@@ -13,7 +13,7 @@ import time
 from bench import ROOT
 
 JOBS = ["limits", "train_step", "memory", "sft", "load", "generate", "evaluate", "scale", "prepare",
-        "growth"]
+        "templates", "growth"]
 
 
 def main() -> int:

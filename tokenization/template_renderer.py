@@ -28,7 +28,9 @@ PROGRAM = Path(__file__).parent / "jinja_process.py"
 FRAME_LENGTH = struct.Struct(">I")  # stands before each frame
 MAX_JSON_BYTES = 6  # of a character in a JSON string: \u0000
 READ_BYTES = 1 << 16
-MAX_BATCH_CHARS = 20_000  # of the messages of the conversations that are sent together
+# Of the messages of the conversations that are sent together: few switches between two processes,
+# each of which waits for a free core.
+MAX_BATCH_CHARS = 500_000
 # Variables of the environment that Python needs to start, and the time zone.
 ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 

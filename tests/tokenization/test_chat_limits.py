@@ -6,14 +6,23 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from helpers.chat_templates import KINDS, QWEN, TEMPLATES, byte_level, said
+from helpers.chat_templates import (
+    KINDS,
+    QWEN,
+    TEMPLATES,
+    byte_level,
+    said,
+    tokenizer_folders,
+)
 from runtime.console import UserError
-from tokenization.chat_template import ChatTemplate
+from tokenization.chat_template import ChatTemplate, Loss
 from tokenization.template_renderer import (
     RenderingLimits,
     Request,
@@ -245,6 +254,37 @@ def test_a_hostile_template_is_contained(renderers, name):
 @pytest.mark.parametrize("name", CASES)
 def test_a_hostile_template_is_contained_by_the_programs_own_limits(name):
     check_contained(shared_renderer(RenderingLimits()), name)
+
+
+@pytest.fixture
+def eight_busy_processes():
+    """On two cores a rendering then waits for most of its time."""
+    program = "while True: sum(range(100000))"
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(8)]
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_honest_conversations_are_never_refused_beside_eight_busy_processes(
+        tmp_path, eight_busy_processes):
+    words = " ".join(["Amakuru y'umugezi?"] * 20)  # 380 characters
+    long = said(*[("ua"[i % 2], f"{words} {i}") for i in range(800)])
+    rows = [said(*[("ua"[i % 2], f"{words} {n} {i}") for i in range(10)]) for n in range(10000)]
+    kinds = {"llama3": "llama3 json", "qwen": "qwen json", "gemma3": "gemma json",
+             "smollm3": "smollm json", "llama2": "llama json"}
+    for name, folder in tokenizer_folders(tmp_path).items():
+        for template_name in (x for x, kind in kinds.items() if kind == name):
+            template = open_template(folder, TEMPLATES[template_name], RenderingLimits())
+            document = template.render_with_mask(long)
+            assert sum(x is Loss.ALL for x in document.losses) == 400
+            n_documents = 0
+            for document in template.render_all_with_mask(rows):
+                assert sum(x is Loss.ALL for x in document.losses) == 5
+                n_documents += 1
+            assert n_documents == 10000
 
 
 @pytest.fixture(scope="module")
