@@ -29,10 +29,10 @@ def render(template: str, filters: dict[str, Callable[[Any], str]] | None = None
     return environment.get_template(template).render(**values)
 
 
-def figure(title: str, draw: Callable[[Any], None], height: float = 2.5) -> str:
+def figure(title: str, x_label: str, y_label: str, draw: Callable[[Any], None]) -> str:
     """A plot as inline SVG, in the page's text colour, so that it is readable in light and dark.
 
-    `draw` draws on matplotlib's axes.
+    `draw` draws on matplotlib's axes. The labels name the quantity and its unit.
     """
     import matplotlib
 
@@ -42,13 +42,15 @@ def figure(title: str, draw: Callable[[Any], None], height: float = 2.5) -> str:
     style: dict[str, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9,
         "font.family": "sans-serif", "text.parse_math": False}  # a source may be named a$b$
-    for key in ("text.color", "axes.edgecolor", "xtick.color", "ytick.color"):
+    for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
         style[key] = TEXT_COLOUR
     with matplotlib.rc_context(style):
-        plot = Figure(figsize=(4, height), layout="constrained")
+        plot = Figure(figsize=(4, 2.6), layout="constrained")
         axes = plot.add_subplot()
         draw(axes)
         axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.set_ylabel(y_label, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         file = io.StringIO()
         plot.savefig(file, format="svg", transparent=True, metadata={"Date": None})

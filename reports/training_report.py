@@ -11,6 +11,7 @@ import json
 import math
 import re
 import statistics
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,14 @@ from typing import Any
 from reports.page import render
 from reports.training_curves import curves_of, finite_numbers, plots, read_metrics, read_text
 
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"  # of `started` and `finished` in run.json
+SHOWN_CHANGE = 0.0005  # smaller relative changes are shown as 0.0 % and not coloured
+HASHES = ("commit", "model_commit", "tokenizer", "data")  # keys of run.json that are folded
 
-def write_training_report(out: Path) -> Path:
-    """Write OUT/report.html from the files of the run in OUT; returns its path."""
+
+def write_training_report(out: Path, finished: str = "") -> Path:
+    """Write OUT/report.html from the files of the run in OUT; returns its path. `finished` is the
+    time at which the run ended; without it, that of run.json."""
     out = Path(out)
     notes: list[str] = []
     lines = read_metrics(out / "metrics.jsonl", notes)
@@ -31,19 +37,23 @@ def write_training_report(out: Path) -> Path:
     run = _parse_file(out / "run.json", json.loads, notes)
     settings = _parse_file(out / "settings.toml", tomllib.loads, notes)
     notes += _notes_on_the_end(evaluations, run, settings)
+    run["finished"] = finished or run.get("finished", "")
     changed_names = run.pop("changed_settings", None) or {}
     command = run.pop("command", "")
     rows = [(name.replace("_", "-"), _format(value)) for name, value in settings.items()]
+    facts = {name: (name.replace("_", " "), _format(x)) for name, x in run.items() if x != ""}
     page = render(
         "training_report.html", title=f"{settings.get('mode', 'run')}: {out.resolve().name}",
         summary=_summary(run, steps), notes=notes, command=command,
         table=_before_and_after(evaluations, "bits_per_byte"),
         suites=_before_and_after(evaluations, "suites"),
         first=evaluations[0]["step"] if evaluations else 0,
-        last=evaluations[-1]["step"] if evaluations else 0, plots=plots(steps, evaluations),
+        last=evaluations[-1]["step"] if evaluations else 0,
+        plots=plots(steps, evaluations, settings.get("mode", "cpt")),
         samples=_samples(read_text(out / "samples.txt")), settings=rows,
         changed=[(k, v) for k, v in rows if k.replace("-", "_") in changed_names],
-        facts=[(k.replace("_", " "), _format(v)) for k, v in run.items()])
+        facts=[fact for name, fact in facts.items() if name not in HASHES],
+        hashes=[fact for name, fact in facts.items() if name in HASHES])
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -88,8 +98,9 @@ def _format(value: Any) -> str:
 
 
 def _summary(run: dict[str, Any], steps: list[dict[str, Any]]) -> str:
-    """One line: model, device, parameters, steps, speed, memory; what is not known is left out."""
-    facts = [run.get("model"), run.get("device"), run.get("started")]
+    """One line: model, device, time, parameters, steps, speed, memory; what is not known is left
+    out."""
+    facts = [run.get("model"), run.get("device"), *_times(run, steps)]
     n = finite_numbers(run.get("parameters"))
     if {"total", "trained"} <= n.keys():
         facts.append(f"{n['trained']:,} of {n['total']:,} parameters trained")
@@ -98,11 +109,45 @@ def _summary(run: dict[str, Any], steps: list[dict[str, Any]]) -> str:
         facts.append(f"{steps[-1]['step']:,} steps, {tokens} tokens")
         for name, _, speeds in curves_of(steps, "tokens_per_second"):
             if not name:
-                facts.append(f"{statistics.median(speeds):,.0f} tokens a second (median)")
+                facts.append(f"{statistics.median(speeds):,.0f} trained tokens per second (median)")
         for name, _, memory in curves_of(steps, "memory_gb"):
             if not name:
                 facts.append(f"{max(memory):.2f} GB at most")
     return " · ".join(str(x) for x in facts if x)
+
+
+def _times(run: dict[str, Any], steps: list[dict[str, Any]]) -> list[str]:
+    """When the run started, how long it took, and how long its steps took."""
+    times = []
+    if run.get("started"):
+        times.append(f"started {run['started']}")
+    try:
+        start, end = (time.mktime(time.strptime(run[key], TIME_FORMAT))
+                      for key in ("started", "finished"))
+        times.append(f"finished after {format_duration(end - start)}")
+    except (KeyError, TypeError, ValueError, OverflowError):
+        pass  # the run has not ended, or run.json was changed by hand
+    seconds = 0.0
+    for before, step in zip([{"tokens": 0}, *steps], steps, strict=False):
+        numbers = finite_numbers({"before": before.get("tokens"), "after": step.get("tokens"),
+                                  "speed": step.get("tokens_per_second")})
+        if len(numbers) == 3 and numbers["speed"] > 0:
+            seconds += (numbers["after"] - numbers["before"]) / numbers["speed"]
+    if seconds > 0:
+        times.append(f"steps took {format_duration(seconds)}")
+    return times
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in the two largest units that it has, such as "2 h 5 min"."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"
 
 
 def _before_and_after(evaluations: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -111,8 +156,12 @@ def _before_and_after(evaluations: list[dict[str, Any]], key: str) -> list[dict[
     for name, steps, values in curves_of(evaluations, key):
         best, best_step = min(zip(values, steps, strict=True))
         change = values[-1] / values[0] - 1 if values[0] else math.nan
+        tone = ""
+        if abs(change) >= SHOWN_CHANGE:
+            tone = "good" if change < 0 else "bad"
         rows.append({"name": name, "before": values[0], "after": values[-1], "best": best,
-                     "best_step": best_step, "change": change})
+                     "best_step": best_step, "change": change, "tone": tone,
+                     "first_step": steps[0], "last_step": steps[-1]})
     return rows
 
 

@@ -77,8 +77,9 @@ def write_result(run: Run) -> None:
     write_prompt(run)
     content = {**read_run_json(run.out), "model_step": step}
     write_run_json(run, content)
-    page = write_training_report(run.out)
-    write_run_json(run, {**content, "finished": time.strftime("%F %T")})
+    finished = time.strftime("%F %T")
+    page = write_training_report(run.out, finished)
+    write_run_json(run, {**content, "finished": finished})
     print_changes(run, step)
     if run.early_stopping.stop_reason:
         console.info(f"{run.out} {describe_end(run)}")

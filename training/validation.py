@@ -47,8 +47,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     part, and all use the metrics of rank 0.
     """
     with uncompiled():
-        values = measure_bits_per_byte(run.model, run.val_sets, run.tokenizer)
-        metrics = {"bits_per_byte": finite(values)}
+        values, losses = measure_held_out(run.model, run.val_sets, run.tokenizer)
+        metrics = {"bits_per_byte": finite(values), "held_out_loss": finite(losses)}
         if run.suites:
             values = measure_suites(run.suites, run.model, run.tokenizer, run.ranks,
                                     stop_ids(run.model_dir, run.tokenizer))
@@ -86,21 +86,25 @@ def describe_bits_per_byte(metrics: Metrics) -> str:
 # -- held-out text ---------------------------------------------------------------------------------
 
 
-def measure_bits_per_byte(model: Llama, val_sets: ValidationSets,
-                          tokenizer: Tokenizer) -> dict[str, float]:
-    """Bits per byte of each held-out text, as eval.py measures it; of answers, given the prompt."""
-    values = {}
+def measure_held_out(model: Llama, val_sets: ValidationSets,
+                     tokenizer: Tokenizer) -> tuple[dict[str, float], dict[str, float]]:
+    """Bits per byte of each held-out text, as eval.py measures it, and its loss in nats per token;
+    of answers, given the prompt."""
+    values, losses = {}, {}
     model.eval()
     for name, texts in val_sets.items():
         if isinstance(texts[0], Document):
             nats = answer_nats(model, texts)
             n_bytes = sum(int(tokenizer.byte_lengths[d.ids[d.mask]].sum()) for d in texts)
+            n_tokens = sum(int(d.mask[1:].sum()) for d in texts)
         else:
             nats = document_nats(model, texts, start_token(tokenizer))
             n_bytes = sum(tokenizer.count_bytes(ids) for ids in texts)
+            n_tokens = sum(map(len, texts))
         values[name] = bits_per_byte(float(np.sum(nats)), n_bytes)
+        losses[name] = float(np.sum(nats)) / n_tokens if n_tokens else math.nan
     model.train()
-    return values
+    return values, losses
 
 
 # -- suites ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.browser import CHROMIUM, browser
-from reports.training_report import write_training_report
+from reports.training_report import format_duration, write_training_report
 
 HOSTILE = "<script>alert(1)</script>&\"'$x^2$"
 SAMPLES = """== step 0
@@ -57,10 +57,13 @@ def leave(out: Path, name: str = "kin", samples: str = SAMPLES) -> Path:
     """What a run of 20 steps leaves behind."""
     lines = [{"step": 0, "bits_per_byte": {name: 4.0, "eng": 1.0}}, *map(step, range(1, 11)),
              {"step": 10, "bits_per_byte": {name: 1.5, "eng": 1.2}}, *map(step, range(11, 21)),
-             {"step": 20, "bits_per_byte": {name: 2.0, "eng": 1.1}}]
+             {"step": 20, "bits_per_byte": {name: 2.0, "eng": 1.1},
+              "held_out_loss": {name: 5.0, "eng": 2.5}}]
     (out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (out / "run.json").write_text(json.dumps({
         "command": f"python train.py --out '{name}'", "device": "CPU", "model": name,
+        "started": "2026-12-01 10:00:00", "finished": "2026-12-01 12:05:59",
+        "commit": "0123456789abcdef", "data": {"kin": "fedcba9876543210"},
         "parameters": {"total": 2000, "trained": 1000}, "changed_settings": {"lr": 1e-3}}))
     (out / "settings.toml").write_text(
         f'mode = "cpt"\nlr = 0.001\nseq_len = 128\nval = [{json.dumps(name)}]\n')
@@ -79,7 +82,33 @@ def test_before_after_and_best_are_those_of_the_metrics(tmp_path):
     assert ["kin", "4.0000", "2.0000", "-50.0 %", "1.5000 step 10"] in page.rows
     assert ["eng", "1.0000", "1.1000", "+10.0 %", "1.0000 step 0"] in page.rows
     assert ("1,000 of 2,000 parameters trained · 20 steps, 1,280 tokens · "
-            "1,050 tokens a second (median) · 0.50 GB at most") in page.text
+            "1,050 trained tokens per second (median) · 0.50 GB at most") in page.text
+
+
+def test_the_report_says_when_a_run_started_and_how_long_it_took(tmp_path):
+    # 64 tokens a step, step n at 100 n tokens per second
+    seconds = round(sum(64 / (100 * n) for n in range(1, 21)))
+    assert (f"started 2026-12-01 10:00:00 · finished after 2 h 5 min · steps took {seconds} s"
+            in page_of(leave(tmp_path)).text)
+    assert [format_duration(x) for x in (59, 61, 90_061)] == ["59 s", "1 min 1 s", "1 d 1 h"]
+    (tmp_path / "metrics.jsonl").write_text("")
+    run = json.loads((tmp_path / "run.json").read_text())
+    del run["finished"]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert "finished after" not in page_of(tmp_path).text
+    write_training_report(tmp_path, finished="2026-12-01 10:00:07")
+    assert "finished after 7 s" in (tmp_path / "report.html").read_text()
+    for damaged in (5, [], "yesterday", "2026-13-41 99:00:00"):
+        (tmp_path / "run.json").write_text(json.dumps({**run, "finished": damaged}))
+        assert "finished after" not in page_of(tmp_path).text
+
+
+def test_hashes_are_folded(tmp_path):
+    page = write_training_report(leave(tmp_path)).read_text()
+    visible = re.sub(r"(?s)<details.*?</details>", "", page)
+    for value in ("0123456789abcdef", "fedcba9876543210"):
+        assert value in page and value not in visible
+    assert "device" in visible
 
 
 def test_a_model_that_is_not_the_last_one_is_named(tmp_path):
@@ -97,15 +126,52 @@ def test_a_model_that_is_not_the_last_one_is_named(tmp_path):
 def test_a_text_first_seen_later_is_in_the_table_too(tmp_path):
     with open(leave(tmp_path) / "metrics.jsonl", "a") as f:
         f.write('{"step": 30, "bits_per_byte": {"kin": 1.0, "swa": 3.0}}\n')
-    assert ["swa", "3.0000", "3.0000", "+0.0 %", "3.0000 step 30"] in page_of(tmp_path).rows
+    assert ["swa", "3.0000 step 30", "3.0000", "+0.0 %", "3.0000 step 30"] in page_of(tmp_path).rows
+
+
+def test_a_change_is_coloured_unless_it_is_shown_as_0(tmp_path):
+    lines = [{"step": 0, "bits_per_byte": {"kin": 4.0, "eng": 1.0, "swa": 2.0}},
+             {"step": 9, "bits_per_byte": {"kin": 3.0, "eng": 1.5, "swa": 2.0}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    page_of(tmp_path)
+    cells = dict(re.findall(r'<td class="n ?(\w*)">([+-][\d.]+ %)</td>',
+                            (tmp_path / "report.html").read_text()))
+    assert cells == {"good": "-25.0 %", "bad": "+50.0 %", "": "+0.0 %"}
 
 
 def test_all_curves_are_drawn_in_the_page(tmp_path):
     page = page_of(leave(tmp_path))
     assert [a["aria-label"] for tag, a in page.tags if tag == "figure"] == [
-        "bits per byte", "loss, nats a token", "learning rate", "gradient norm", "tokens a second",
-        "share of tokens"]
+        "bits per byte of held-out text", "loss", "learning rate", "gradient norm", "speed",
+        "mixture"]
     assert sum(tag == "svg" for tag, _ in page.tags) == 6
+
+
+def figures_of(out: Path) -> dict[str, str]:
+    """The text in each plot of the report, by title."""
+    page = write_training_report(out).read_text()
+    return {title: Page(svg).text for title, svg in
+            re.findall(r'(?s)<figure role="img" aria-label="(.*?)">(.*?)</figure>', page)}
+
+
+def test_every_plot_names_its_axes_and_units(tmp_path):
+    texts = figures_of(leave(tmp_path))
+    for title, label in (("bits per byte of held-out text", "bits per byte"),
+                         ("loss", "nats per token"), ("learning rate", "learning rate"),
+                         ("gradient norm", "L2 norm before clipping"),
+                         ("speed", "trained tokens per second"),
+                         ("mixture", "share of all tokens so far")):
+        lines = [x.strip() for x in texts[title].split("\n")]
+        assert label in lines and "step" in lines, (title, lines)
+
+
+def test_training_and_held_out_loss_are_in_one_plot_if_their_units_are_the_same(tmp_path):
+    text = figures_of(leave(tmp_path))["loss"]
+    assert "training" in text and "held-out kin" in text and "held-out eng" in text
+    (tmp_path / "settings.toml").write_text('mode = "dpo"\n')
+    texts = figures_of(tmp_path)
+    assert "loss per pair" in texts["training loss"] and "held-out" not in texts["training loss"]
+    assert "nats per token" in texts["loss of held-out text"]
 
 
 def test_samples_stand_side_by_side_under_their_prompt(tmp_path):
