@@ -18,7 +18,9 @@ if __name__ == "__main__":  # before any import that needs this Python
     require_python()
 
 import json
+import math
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -93,18 +95,31 @@ from torch import Tensor, nn  # noqa: E402
 
 import lora  # noqa: E402
 from checkpoints.atomic_write import replace_folder  # noqa: E402
-from checkpoints.huggingface import check_finite, check_tensors, load_model, write_config  # noqa: E402
-from checkpoints.model_folder import (  # noqa: E402  # noqa: E402
+from checkpoints.huggingface import (  # noqa: E402
+    check_tensors,
+    config_content,
+    index_content,
+    load_model,
+)
+from checkpoints.model_folder import (  # noqa: E402
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CONFIG_FILE,
     MERGE_RECORD,
     MODEL_FILES,
     base_model_dir,
     configured_stop_ids,
-    copy_model_files,
+    read_accompanying_files,
     read_config,
     resolve_model_dir,
     tensor_infos,
+)
+from checkpoints.model_writer import (  # noqa: E402
+    REPLACEABLE,
+    ModelFolder,
+    check_finite,
+    rehearse_model_folder,
+    write_files,
 )
 from checkpoints.peft_adapter import (  # noqa: E402
     adapter_state,
@@ -139,41 +154,41 @@ from runtime.model_files import (  # noqa: E402
     read_model_json,
 )
 from tokenization.chat_template import GREETING, ChatTemplate  # noqa: E402
-from tokenization.tokenizer import FILES, Tokenizer  # noqa: E402
+from tokenization.tokenizer import FILES as TOKENIZER_FILES  # noqa: E402
+from tokenization.tokenizer import Tokenizer  # noqa: E402
 
 TEXT = "Umwana ajya ku ishuri. The child goes to school."
 
 
+# -- merge -----------------------------------------------------------------------------------------
+
+
 def merge(s: Merge) -> None:
-    """Write base + adapter as a folder laid out like the base; each sum is rounded once."""
+    """Write base + adapter as a folder that is laid out like the base.
+
+    Everything but the merging itself is checked first, so that nothing fails at the end.
+    """
     folder = resolve_model_dir(s.model)
     if not has_model_file(folder, ADAPTER_CONFIG):
-        raise UserError(f"{folder}: no {ADAPTER_CONFIG}, so this is no adapter; name the folder of "
-                        "one, as --tune lora writes it")
+        raise UserError(f"{folder}: no {ADAPTER_CONFIG}, so this is not an adapter; give the "
+                        "folder of an adapter, as --tune lora writes it")
     base, out = base_model_dir(folder), Path(s.out).expanduser().resolve()
     if out in (folder.resolve(), base.resolve()):
-        raise UserError(f"--out {s.out}: is the {'base' if out == base.resolve() else 'adapter'} "
-                        "itself; name another folder", FLAGS)
-    adapter = sha256(check_model_file(folder, ADAPTER_WEIGHTS))
-    earlier = read_merge_record(base)
-    if adapter in [x.get("merged_adapter") for x in earlier]:
-        raise UserError(f"{folder}: this adapter is already merged into {base} ({MERGE_RECORD} "
-                        "there says so); merge it into the model it was trained on")
-    model = adapted(base, folder)
+        role = "base" if out == base.resolve() else "adapter"
+        raise UserError(f"--out {s.out}: is the {role} itself; give another folder", FLAGS)
+    model = load_adapter_on_meta(base, folder)
+    tensors = stored_tensors(base, model)
+    check_tensors(base, model.config, base_names(model), tensors)
+    contents = merged_folder(model, base, folder, tensors, s.dtype)
+    card = read_card(out)
+    if card and WRITTEN_BY_US not in card:
+        contents.files["README.md"] = card.encode()  # a card that a person wrote is kept
+    rehearse_model_folder(contents, out)
+    check_space(out, contents, model)
     before = logits(folder) if s.compare else None
-    name, revision = public_name(str(base))
-    with replace_folder(out, (*MODEL_FILES, "README.md")) as new:
-        write_merged(model, base, new, s.dtype)
-        copy_model_files(base, new)
-        if any(has_model_file(folder, x) for x in FILES[:2]):  # one tokenizer, never halves of two
-            for x in (*FILES[:4], "added_tokens.json"):
-                (new / x).unlink(missing_ok=True)
-        copy_model_files(folder, new)
-        text = read_card(out)
-        if text and WRITTEN_BY_US not in text:
-            (new / "README.md").write_text(text, encoding="utf-8")  # a person's card is kept
-        record = {"merged_adapter": adapter, "base": name, "revision": revision}
-        (new / MERGE_RECORD).write_text(json.dumps({"merges": [*earlier, record]}, indent=1) + "\n")
+    with replace_folder(out, REPLACEABLE) as temporary:
+        write_files(temporary, contents.files)
+        write_merged(model, tensors, contents, temporary)
     print(f"{out}: an adapter of {len(lora.adapters(model))} layers merged into {base}, "
           f"dtype {s.dtype}")
     if before is not None:
@@ -182,73 +197,114 @@ def merge(s: Merge) -> None:
               f"{(after - before).abs().max():.2e}, of logits up to {before.abs().max():.3g}")
 
 
-def adapted(base: Path, folder: Path) -> Llama:
-    """The base's shapes without its weights, and the adapter in them, real and checked."""
+def load_adapter_on_meta(base: Path, folder: Path) -> Llama:
+    """A model with the base's shapes, without the base's weights, and with the adapter's tensors
+    loaded and checked."""
     check_adapter_base(folder, base)
     with torch.device("meta"):
         model = Llama(read_config(base))
-    load_adapter(model, folder)  # said as when it is loaded
-    for k in [k for k, p in model.named_parameters() if p.requires_grad]:  # what was trained
-        parent, _, leaf = k.rpartition(".")
-        p = torch.empty(model.get_parameter(k).shape, dtype=torch.float32)
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(p))
+    load_adapter(model, folder)  # checks names and shapes, as when a model is loaded
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name in trained:
+        module_name, _, leaf = name.rpartition(".")
+        p = torch.empty(model.get_parameter(name).shape, dtype=torch.float32)
+        setattr(model.get_submodule(module_name), leaf, nn.Parameter(p))
     load_adapter_state(model, load_file(folder / ADAPTER_WEIGHTS), str(folder))
-    for k, x in adapter_state(model).items():
-        check_finite(x, f"{folder / ADAPTER_WEIGHTS}: {k}")
+    for name, x in adapter_state(model).items():
+        check_finite(x, f"{folder / ADAPTER_WEIGHTS}: {name}")
     return model
 
 
-def write_merged(model: Llama, base: Path, out: Path, dtype: str) -> None:
-    """The merged weights, shard by shard: save_file wants a whole shard, so one is in memory."""
-    adapters = lora.adapters(model)
-    wanted = {k.replace(".base_layer.", "."): p for k, p in model.named_parameters()
-              if ".lora_" not in k}
-    found = slots(base, model)
-    check_tensors(base, model.config, wanted, found)
-    shards: dict[str, list[str]] = {}
-    for k, slot in found.items():
-        shards.setdefault(slot.file.name, []).append(k)
-    write_config(out, base, model.config, FLAG_DTYPES.get(dtype))
-    size = 0
-    with console.progress("merging", len(found)) as move:
-        for file, names in shards.items():
-            part: dict[str, Tensor] = {}
-            for k in names:
-                x = read(found[k])
-                kind = FLAG_DTYPES.get(dtype, x.dtype)  # a sum is in float32, and rounded once
-                if k.endswith(".weight") and k.removesuffix(".weight") in adapters:
-                    layer = adapters[k.removesuffix(".weight")]
+def merged_folder(model: Llama, base: Path, folder: Path, tensors: dict[str, TensorInfo],
+                  dtype: str) -> ModelFolder:
+    """The folder of a merged model: the shards of the base, and the files of both folders.
+    UserError if the adapter was merged into this base before."""
+    merged_dtype = FLAG_DTYPES.get(dtype)
+    shards: dict[str, dict[str, torch.dtype]] = {}
+    for name, info in tensors.items():
+        tensor_dtype = merged_dtype or SAFETENSORS_FLOATS[info.dtype]
+        shards.setdefault(info.file.name, {})[name] = tensor_dtype
+    files = read_accompanying_files(base)
+    own_files = read_accompanying_files(folder)
+    if set(TOKENIZER_FILES[:2]) & set(own_files):  # the adapter's tokenizer replaces the base's
+        for name in (*TOKENIZER_FILES[:4], "added_tokens.json"):
+            files.pop(name, None)
+    files |= own_files
+    files[CONFIG_FILE] = config_content(base, model.config, merged_dtype)
+    if has_model_file(base, INDEX_FILE):
+        total = sum(math.prod(info.shape) * shards[info.file.name][name].itemsize
+                    for name, info in tensors.items())
+        files[INDEX_FILE] = index_content(
+            read_index(base), {file: list(names) for file, names in shards.items()}, total)
+    files[MERGE_RECORD] = merge_record(base, folder)
+    return ModelFolder(files, shards)
+
+
+def merge_record(base: Path, folder: Path) -> bytes:
+    """merge.json: what was merged into the base earlier, and this adapter."""
+    adapter = sha256(check_model_file(folder, ADAPTER_WEIGHTS))
+    earlier = read_merge_record(base)
+    if adapter in [x.get("merged_adapter") for x in earlier]:
+        raise UserError(f"{folder}: this adapter is already merged into {base} ({MERGE_RECORD} "
+                        "there says so); merge it into the model that it was trained on")
+    name, revision = public_name(str(base))
+    record = {"merged_adapter": adapter, "base": name, "revision": revision}
+    return (json.dumps({"merges": [*earlier, record]}, indent=1) + "\n").encode()
+
+
+def check_space(out: Path, contents: ModelFolder, model: Llama) -> None:
+    """UserError (STORAGE) if the disk has no room for the merged weights."""
+    needed = contents.tensor_bytes(base_names(model))
+    existing_parent = next(x for x in out.parents if x.exists())
+    free = shutil.disk_usage(existing_parent).free
+    if free < needed:
+        raise UserError(f"--out {out}: {free:,} bytes are free, the merged weights need "
+                        f"{needed:,}; make room, or give a folder on another disk", STORAGE)
+
+
+def base_names(model: Llama) -> dict[str, nn.Parameter]:
+    """The parameters of a model with an adapter, by their names in the base, without those of the
+    adapter."""
+    return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()
+            if ".lora_" not in name}
+
+
+def write_merged(model: Llama, tensors: dict[str, TensorInfo], contents: ModelFolder,
+                 out: Path) -> None:
+    """Merge and write one shard after the other. One shard is in memory; each sum is computed in
+    float32 and rounded once."""
+    adapters, parameters = lora.adapters(model), base_names(model)
+    with console.progress("merging", len(tensors)) as advance:
+        for file, dtypes in contents.shards.items():
+            shard: dict[str, Tensor] = {}
+            for name, dtype in dtypes.items():
+                x = read_tensor(tensors[name])
+                layer = adapters.get(name.removesuffix(".weight"))
+                if layer is not None and name.endswith(".weight"):
                     layer.base_layer.weight = nn.Parameter(x.float(), requires_grad=False)
                     x = lora.merge_layer(layer).weight.detach()
                     layer.base_layer.weight = None  # free it
-                elif wanted[k].requires_grad:  # trained as it is, beside the adapter
-                    x = wanted[k].detach()
-                part[k] = x.to(kind).contiguous()
-                check_finite(part[k], k)  # a narrower dtype overflows without a word
-                size += part[k].nbytes
-                move(1)
-            save_file(part, out / file, metadata={"format": "pt"})
-    if has_model_file(base, INDEX_FILE):
-        index = read_index(base)
-        index["metadata"] = {**index["metadata"], "total_size": size}
-        index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+                elif parameters[name].requires_grad:  # trained in full, with the adapter
+                    x = parameters[name].detach()
+                shard[name] = x.to(dtype).contiguous()
+                check_finite(shard[name], name)  # a narrower dtype overflows silently
+                advance(1)
+            save_file(shard, out / file, metadata=contents.metadata)
 
 
-def slots(folder: Path, model: Llama) -> dict[str, TensorInfo]:
-    """A folder's tensors but old rotary buffers and the copy of a tied head, neither of them
-    read."""
+def stored_tensors(base: Path, model: Llama) -> dict[str, TensorInfo]:
+    """The tensors in a base's files, without old rotary buffers and the copy of a tied head."""
     tied = model.config.tie_word_embeddings
-    return {k: slot for k, slot in tensor_infos(folder).items()
-            if not (k.endswith("rotary_emb.inv_freq") or (tied and k == "lm_head.weight"))}
+    return {name: info for name, info in tensor_infos(base).items()
+            if not (name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"))}
 
 
-def read(slot: TensorInfo) -> Tensor:
-    """One tensor; the file is opened for it alone, so that the pages it read can go with it."""
-    if slot.dtype not in SAFETENSORS_FLOATS:
-        raise UserError(f"{slot.file}: {slot.name} is {slot.dtype}, expected "
-                        f"{' '.join(SAFETENSORS_FLOATS)}; take the model in its original precision")
-    return open_safetensors(slot.file).get_tensor(slot.name)
+def read_tensor(info: TensorInfo) -> Tensor:
+    """One tensor. The file is opened for it alone, so that its pages are freed with it."""
+    if info.dtype not in SAFETENSORS_FLOATS:
+        raise UserError(f"{info.file}: {info.name} is {info.dtype}, expected "
+                        f"{' '.join(SAFETENSORS_FLOATS)}; use the model in its original precision")
+    return open_safetensors(info.file).get_tensor(info.name)
 
 
 @torch.inference_mode()
@@ -281,8 +337,8 @@ def findings(folder: Path) -> Iterator[Finding]:
     config = read_config(base)
     with torch.device("meta"):
         model = Llama(config)
-    wanted, infos = dict(model.named_parameters()), slots(base, model)
-    has_own = any(has_model_file(folder, x) for x in FILES[:2])
+    wanted, infos = dict(model.named_parameters()), stored_tensors(base, model)
+    has_own = any(has_model_file(folder, x) for x in TOKENIZER_FILES[:2])
     tokenizer = Tokenizer.open(folder if has_own else base)
     stops, _ = configured_stop_ids(folder)
     required = [*_tensor_findings(wanted, infos), _number_finding(folder, base, infos)]
@@ -326,7 +382,7 @@ def _number_finding(folder: Path, base: Path, infos: dict[str, TensorInfo]) -> F
     wrong = []
     for name, info in [*infos.items(), *adapter.items()]:
         try:
-            check_finite(read(info), name)
+            check_finite(read_tensor(info), name)
         except UserError as e:
             wrong.append(str(e).split(";")[0])
     return not wrong, f"numbers: {first_five(wrong) or 'all finite'}"
@@ -337,7 +393,7 @@ def _head_finding(base: Path, tied: bool, infos: dict[str, TensorInfo]) -> Findi
     head, embedding = tensor_infos(base).get("lm_head.weight"), infos.get(
         "model.embed_tokens.weight")
     if tied and head is not None and embedding is not None:
-        if torch.equal(read(head), read(embedding)):
+        if torch.equal(read_tensor(head), read_tensor(embedding)):
             return True, "head: tied, and its copy in the file is the same"
         return False, "head: tied, and its copy in the file is another"
     if tied:

@@ -47,7 +47,7 @@ def replace_folder(folder: Path, replaceable: Sequence[str]) -> Iterator[Path]:
     old = folder.with_name(f".del-{folder.name}-{os.getpid()}")
     try:
         if folder.exists():
-            _check_replaceable(folder, replaceable)
+            check_replaceable(folder, replaceable)
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
@@ -69,7 +69,8 @@ def replace_folder(folder: Path, replaceable: Sequence[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(folder: Path, replaceable: Sequence[str]) -> None:
+def check_replaceable(folder: Path, replaceable: Sequence[str]) -> None:
+    """UserError (STORAGE) if a folder holds a file that no pattern in `replaceable` matches."""
     others = [f.name for f in folder.iterdir() if not any(f.match(p) for p in replaceable)]
     if others:
         raise UserError(f"{folder}: {first_five(others)} would be lost; name another folder",

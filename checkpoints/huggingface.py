@@ -18,22 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora
-from checkpoints.atomic_write import replace_folder
 from checkpoints.model_folder import (
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
     GENERATION_CONFIG,
-    MODEL_FILES,
     base_model_dir,
-    copy_model_files,
+    read_accompanying_files,
     read_config,
     resolve_model_dir,
     tensor_infos,
 )
+from checkpoints.model_writer import ModelFolder, check_finite, write_model_folder
 from checkpoints.peft_adapter import adapter_state, check_adapter_base, load_adapter
 from checkpoints.safetensors_header import (
     INDEX_FILE,
@@ -50,9 +48,9 @@ from layers.nf4 import NF4Linear
 from layers.recompute import Recompute
 from model import Llama
 from runtime.console import UserError
-from runtime.distributed import full_tensor
 from runtime.dtypes import SAFETENSORS_FLOATS
-from runtime.model_files import copy_model_file, has_model_file, read_model_json
+from runtime.model_files import has_model_file, read_model_file
+from runtime.strict_json import strict_json
 from tokenization.tokenizer import Tokenizer
 
 
@@ -216,73 +214,52 @@ def _explain_shape(config: ModelConfig, expected: tuple[int, ...], found: tuple[
     return ""
 
 
-def check_finite(x: Tensor, what: str) -> None:
-    """UserError if x holds a NaN or an infinity. Makes no copy.
-
-    A sum shows both, and is the fastest pass over memory. If the sum itself overflows, the extremes
-    decide.
-    """
-    x = x.detach()
-    if not x.sum().isfinite() and not torch.stack(torch.aminmax(x)).isfinite().all():
-        raise UserError(f"{what} holds NaN or infinity in {x.dtype}; download it again, or use a "
-                        "wider dtype")
-
-
 def save_model(model: Llama, folder: Path | str, source: Path | str,
-               dtype: torch.dtype | None = None, write: bool = True) -> None:
+               dtype: torch.dtype | None = None) -> None:
     """Write a model's folder with the shards, dtypes (or `dtype`) and other files of `source`.
 
-    If `source` has a config but no weights, one file in the model's own dtype is written. A tied
-    head is not written. If the model is sharded among ranks, every rank calls this function, and
-    one of them with `write`. UserError if an adapter is attached, if the model is quantized, or if
-    the folder cannot be written.
+    See `model_folder` and `write_model_folder`. A sharded model is not written here.
+    """
+    contents = model_folder(model, source, dtype)
+    write_model_folder(contents, dict(model.named_parameters()), Path(folder))
+
+
+def model_folder(model: Llama, source: Path | str, dtype: torch.dtype | None = None) -> ModelFolder:
+    """The folder of a model, laid out as `source`: its shards, its dtypes (or `dtype`) and the
+    other files. Nothing is written.
+
+    If `source` has a config but no weights, it is one shard in the model's own dtype. A tied head
+    is not written. UserError if an adapter is attached, if the model is quantized, or if a file of
+    `source` cannot be read.
     """
     if lora.adapters(model):
-        raise UserError(f"{folder}: the model has an adapter; merge it, or save the adapter alone")
+        raise UserError("the model has an adapter, so it is not saved as a whole model; merge it, "
+                        "or save the adapter alone")
     if any(isinstance(m, NF4Linear | Int8Linear) for m in model.modules()):
-        raise UserError(f"{folder}: the model is in int8 or NF4, with less precision than its "
-                        "files, so it is not written")
+        raise UserError("the model is in int8 or NF4, with less precision than its files, so it is "
+                        "not saved")
     source = base_model_dir(resolve_model_dir(source))
-    index = None
-    if has_model_file(source, INDEX_FILE):
-        index = read_index(source)
     infos = _stored_tensors(source)
-    state = {k: p.detach() for k, p in model.named_parameters()}
+    state = dict(model.named_parameters())
     dtypes = _dtypes_to_write(model, infos, dtype)
     shards = _names_by_shard(state, infos)
-    if not write:
-        for names in shards.values():
-            for name in names:
-                full_tensor(state[name])  # every rank takes part in gathering it
-        return
-    with replace_folder(Path(folder), (*MODEL_FILES, "README.md")) as out:
-        config_dtype = dtype
-        if dtype is None and not infos:
-            config_dtype = model.head.dtype
-        write_config(out, source, model.config, config_dtype)
-        copy_model_files(source, out)
-        for file, names in shards.items():
-            tensors = {k: full_tensor(state[k]).to("cpu", dtypes[k]).contiguous() for k in names}
-            for name, x in tensors.items():
-                check_finite(x, name)  # a narrower dtype overflows silently
-            save_file(tensors, out / file, metadata={"format": "pt"})
-        if index:
-            total = sum(x.numel() * dtypes[k].itemsize for k, x in state.items())
-            write_index(out, index, shards, total)
+    config_dtype = dtype
+    if dtype is None and not infos:
+        config_dtype = model.head.dtype
+    files = read_accompanying_files(source)
+    files[CONFIG_FILE] = config_content(source, model.config, config_dtype)
+    if has_model_file(source, INDEX_FILE):
+        total = sum(x.numel() * dtypes[k].itemsize for k, x in state.items())
+        files[INDEX_FILE] = index_content(read_index(source), shards, total)
+    return ModelFolder(files, {file: {k: dtypes[k] for k in names}
+                               for file, names in shards.items()})
 
 
-def write_index(folder: Path, index: dict[str, Any], shards: dict[str, list[str]],
-                total_size: int) -> None:
-    """Write the index of a sharded model: that of its source, with these shards and bytes."""
-    index["metadata"] = {**index["metadata"], "total_size": total_size}
-    index["weight_map"] = {k: file for file, names in shards.items() for k in sorted(names)}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def saved_bytes(model: Llama, source: Path) -> int:
-    """Bytes of the weights that `save_model` writes."""
-    dtypes = _dtypes_to_write(model, _stored_tensors(base_model_dir(source)))
-    return sum(p.numel() * dtypes[k].itemsize for k, p in model.named_parameters())
+def index_content(index: dict[str, Any], shards: dict[str, list[str]], total_size: int) -> bytes:
+    """The index of a sharded model: that of its source, with these shards and bytes."""
+    content = {**index, "metadata": {**index["metadata"], "total_size": total_size},
+               "weight_map": {k: file for file, names in shards.items() for k in sorted(names)}}
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _stored_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -327,13 +304,14 @@ def init_from_config(config: ModelConfig, tokenizer: Tokenizer, folder: Path | s
     save_model(model, folder, source=folder)
 
 
-def write_config(out: Path, source: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
-    """Write config.json as in `source`, with a new vocabulary size or dtype if these changed.
+def config_content(source: Path, config: ModelConfig, dtype: torch.dtype | None) -> bytes:
+    """config.json as in `source`, with a new vocabulary size or dtype if these changed.
 
-    The file is copied byte for byte if nothing changed. Of a vision-language model only the text
-    part is written.
+    The content is that of the file, byte for byte, if nothing changed. Of a vision-language model
+    only the text part is kept.
     """
-    original = read_model_json(source, CONFIG_FILE)
+    content = read_model_file(source, CONFIG_FILE)
+    original = strict_json(content, source / CONFIG_FILE)
     hf_config = text_config(original)
     changed: dict[str, Any] = {}
     if config != ModelConfig.from_hf(hf_config):
@@ -344,6 +322,5 @@ def write_config(out: Path, source: Path, config: ModelConfig, dtype: torch.dtyp
         changed[key] = str(dtype)[6:]
     if changed or hf_config is not original:
         text = json.dumps({**hf_config, **changed}, indent=2, ensure_ascii=False) + "\n"
-        (out / CONFIG_FILE).write_text(text, encoding="utf-8")
-    else:
-        copy_model_file(source, CONFIG_FILE, out / CONFIG_FILE)
+        return text.encode()
+    return content

@@ -25,8 +25,8 @@ from layers.config import ModelConfig, text_config, text_tensor_name
 from runtime import hub
 from runtime.console import UserError
 from runtime.model_files import (
-    copy_model_file,
     has_model_file,
+    read_model_file,
     read_model_json,
     read_model_json_if_present,
 )
@@ -171,8 +171,12 @@ def add_stop_id(folder: Path, stop_id: int) -> None:
         (folder / GENERATION_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copy the files that accompany a model's weights (COPIED_FILES)."""
+def read_accompanying_files(folder: Path) -> dict[str, bytes]:
+    """The files that accompany a model's weights (COPIED_FILES), by name. A link becomes the
+    content of its file; a folder whose name matches, such as LICENSES, is left out."""
+    files = {}
     for pattern in COPIED_FILES:
-        for file in source.glob(pattern):
-            copy_model_file(source, file.name, target / file.name)
+        for file in sorted(folder.glob(pattern)):
+            if "*" not in pattern or not file.is_dir():
+                files[file.name] = read_model_file(folder, file.name)
+    return files

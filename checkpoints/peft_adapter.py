@@ -18,24 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoints.atomic_write import replace_folder
 from checkpoints.model_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    MODEL_FILES,
-    copy_model_files,
+    read_accompanying_files,
     resolve_model_dir,
     tensor_infos,
 )
+from checkpoints.model_writer import ModelFolder, write_model_folder
 from checkpoints.safetensors_header import open_safetensors, read_header, weights_fingerprint
 from lora import EMBEDDINGS, Base, LoRALinear, adapters, add_lora, base_values, layer_of
 from model import Llama
 from runtime import hub
 from runtime.console import UserError
-from runtime.distributed import full_tensor
 from runtime.model_files import read_model_json
 from runtime.strict_json import shorten
 
@@ -257,7 +254,14 @@ def check_adapter_base(folder: Path, base: Path) -> None:
 
 
 def save_adapter(model: Llama, folder: Path | str, base: str | Path, source: Path | str) -> None:
-    """Write the attached adapter as a PEFT folder, with the tokenizer and other files of `source`.
+    """Write the attached adapter as a PEFT folder; see `adapter_folder`."""
+    contents = adapter_folder(model, base, source)
+    write_model_folder(contents, adapter_state(model), Path(folder))
+
+
+def adapter_folder(model: Llama, base: str | Path, source: Path | str) -> ModelFolder:
+    """The PEFT folder of the attached adapter, with the tokenizer and other files of `source`.
+    Nothing is written.
 
     adapter_config.json names `base` by hub id and commit if it lies in the hub's cache, or else by
     its absolute path. The fingerprint of the base's weights is stored, so that other weights of the
@@ -272,9 +276,7 @@ def save_adapter(model: Llama, folder: Path | str, base: str | Path, source: Pat
         if commit:
             config["revision"] = commit
         metadata["base"] = weights_fingerprint(tensor_infos(base_dir))
-    with replace_folder(Path(folder), (*MODEL_FILES, "README.md")) as out:
-        text = json.dumps(config, indent=2) + "\n"
-        (out / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-        copy_model_files(resolve_model_dir(source), out)
-        state = {k: full_tensor(x).cpu().contiguous() for k, x in adapter_state(model).items()}
-        save_file(state, out / ADAPTER_WEIGHTS, metadata=metadata)
+    files = read_accompanying_files(resolve_model_dir(source))
+    files[ADAPTER_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    dtypes = {name: x.dtype for name, x in adapter_state(model).items()}
+    return ModelFolder(files, {ADAPTER_WEIGHTS: dtypes}, metadata)

@@ -1,5 +1,5 @@
 """What a run writes about itself: settings.toml and run.json when it starts, and at its end the
-model folder, prompt.json, the report, and the closing lines."""
+model folder, the report, and the closing lines. training/result.py prepares the model folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ import torch
 
 import lora
 from checkpoints.atomic_write import write_text
-from checkpoints.huggingface import save_model
-from checkpoints.model_folder import add_stop_id, base_model_dir
-from checkpoints.peft_adapter import adapter_state, save_adapter
+from checkpoints.model_writer import write_model_folder
+from checkpoints.peft_adapter import adapter_state
 from reports.training_report import write_training_report
-from runtime import console, distributed, flags, hub
+from runtime import console, flags, hub
 from runtime.paths import git_commit
-from tokenization.chat_template import ChatTemplate
-from training.datasets import prompts_of
 from training.early_stopping import read_evaluations
 from training.run_folder import continuation_command, read_run_json
 from training.settings import changed_settings
@@ -74,7 +71,6 @@ def write_result(run: Run) -> None:
     write_model(run)
     if run.ranks.rank != 0:
         return
-    write_prompt(run)
     content = {**read_run_json(run.out), "model_step": step}
     write_run_json(run, content)
     finished = time.strftime("%F %T")
@@ -92,32 +88,10 @@ def write_model(run: Run) -> None:
 
     All ranks call this, because sharded tensors are gathered; rank 0 writes.
     """
-    is_writer, folder = run.ranks.rank == 0, run.out / "model"
-    if not lora.adapters(run.model):
-        save_model(run.model, folder, run.model_dir, write=is_writer)
-    elif is_writer:
-        save_adapter(run.model, folder, str(base_model_dir(run.model_dir)), run.model_dir)
-    else:
-        for x in adapter_state(run.model).values():
-            distributed.full_tensor(x)
-
-
-def write_prompt(run: Run) -> None:
-    """Write into the model folder how training wrote its prompts: prompt.json, the chat template,
-    and the end of a turn as a stop id."""
-    base, result = run.model_dir / "prompt.json", run.out / "model"
-    prompt = json.loads(base.read_text(encoding="utf-8")) if base.exists() else {}
-    prompt |= prompts_of(run.loader.sources)
-    if not prompt.get("template_kwargs", True):  # empty: in place of those of the base
-        del prompt["template_kwargs"]
-    if prompt:
-        text = json.dumps(prompt, indent=1, ensure_ascii=False)
-        (result / "prompt.json").write_text(text + "\n", encoding="utf-8")
-    if "chat" in prompt:
-        (result / "chat_template.jinja").write_text(prompt["chat"], encoding="utf-8")
-        end_of_turn = ChatTemplate.from_folder(result, run.tokenizer).end_of_turn
-        if end_of_turn is not None:
-            add_stop_id(result, end_of_turn)
+    state = dict(run.model.named_parameters())
+    if lora.adapters(run.model):
+        state = adapter_state(run.model)
+    write_model_folder(run.result, state, run.out / "model", write=run.ranks.rank == 0)
 
 
 def print_changes(run: Run, step: int) -> None:

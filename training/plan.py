@@ -13,8 +13,8 @@ import shutil
 import time
 from dataclasses import dataclass
 
-from checkpoints.huggingface import saved_bytes
 from checkpoints.model_folder import base_model_dir
+from checkpoints.peft_adapter import adapter_state
 from data import IGNORE, Batch
 from runtime.console import STORAGE, UserError, coloured, is_rank_zero
 from runtime.device import (
@@ -186,7 +186,10 @@ def disk_space(run: Run) -> int:
     trained = sum(x.nbytes for x in run.trained_tensors.values())
     saves = 2 + run.steps // run.save_every
     best = trained if s.best else 0
-    result = saved_bytes(run.model, run.model_dir) if s.tune == "full" else trained
+    state = dict(run.model.named_parameters())
+    if s.tune != "full":
+        state = adapter_state(run.model)
+    result = run.result.tensor_bytes(state)
     while_writing = min(s.keep + 1, saves) * checkpoint_bytes(run) + 3 * best
     at_the_end = min(s.keep, saves) * checkpoint_bytes(run) + 2 * best + result
     return max(while_writing, at_the_end)

@@ -11,9 +11,16 @@ import torch
 
 import lora
 from checkpoints.huggingface import load_model
-from checkpoints.model_folder import base_model_dir, read_config, resolve_model_dir
+from checkpoints.model_folder import (
+    base_model_dir,
+    read_config,
+    resolve_model_dir,
+    stop_ids,
+    tensor_infos,
+)
 from checkpoints.peft_adapter import adapter_config
 from checkpoints.resume_point import AsyncCheckpointer, remove_leftovers
+from checkpoints.safetensors_header import weights_fingerprint
 from data import Loader, Source
 from evaluation.suites import Suite
 from layers import fp8
@@ -34,6 +41,7 @@ from training.datasets import ValidationSets, open_data
 from training.early_stopping import EarlyStopping
 from training.mixture import limit_epochs
 from training.objective import Objective
+from training.result import prepare_result
 from training.settings import Settings, check_adapter, flag, resolve_auto
 from training.state import Run
 
@@ -63,6 +71,7 @@ def set_up(s: Settings, objective: Objective) -> Run:
     check_best(s, val_sets)
     ranks.assert_same_on_all_ranks({f"sha256 of {x.name}": x.sha for x in sources}
                 | {"model": f"{model.config}", "tokenizer": tokenizer.fingerprint})
+    result = prepare_result(model, model_dir, sources, tokenizer, out, ranks.rank == 0)
     ranks.wrap_model(model, s.shard, dtype, trained_dtype(s))
 
     s = choose_rows(s, model, objective, sources, ranks)
@@ -79,8 +88,10 @@ def set_up(s: Settings, objective: Objective) -> Run:
         keep_reference(s, model, loader, model_dir, ranks, new_adapter, saved_modules)
     return Run(
         settings=s, out=out, ranks=ranks, model=model, model_dir=model_dir, tokenizer=tokenizer,
-        loader=loader, val_sets=val_sets, suites=suites, early_stopping=early_stopping,
-        optimizer=optimizer, loss_scale=loss_scale,
+        weights_fingerprint=weights_fingerprint(tensor_infos(base_model_dir(model_dir))),
+        stop_ids=stop_ids(model_dir, tokenizer) if suites else set(), result=result,
+        loader=loader, val_sets=val_sets, suites=suites,
+        early_stopping=early_stopping, optimizer=optimizer, loss_scale=loss_scale,
         checkpointer=AsyncCheckpointer(out / "checkpoints", s.keep, ranks),
         steps=steps, micro_batches=micro_batches)
 

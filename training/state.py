@@ -7,7 +7,6 @@ training is either in a checkpoint, or a function of the seed and the step (data
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.model_folder import base_model_dir, tensor_infos
+from checkpoints.model_writer import ModelFolder
 from checkpoints.resume_point import (
     AsyncCheckpointer,
     CheckpointReader,
     find_newest,
     remove_leftovers,
 )
-from checkpoints.safetensors_header import weights_fingerprint
 from data import Loader
 from evaluation.suites import Suite
 from layers import nf4
@@ -55,6 +53,9 @@ class Run:
     model: Llama
     model_dir: Path  # the folder of --model: its tokenizer, and the layout of the result
     tokenizer: Tokenizer
+    weights_fingerprint: str  # of the weights that the run starts from
+    stop_ids: set[int]  # ids that end an answer
+    result: ModelFolder  # what OUT/model will hold besides its numbers
     loader: Loader
     val_sets: ValidationSets
     suites: list[Suite]
@@ -99,11 +100,6 @@ class Run:
     def trained_tensors(self) -> dict[str, Tensor]:
         """The trained parameters by name, without their autograd history."""
         return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-
-    @functools.cached_property
-    def weights_fingerprint(self) -> str:
-        """The fingerprint of the weights that the run starts from."""
-        return weights_fingerprint(tensor_infos(base_model_dir(self.model_dir)))
 
     @property
     def data(self) -> dict[str, str]:

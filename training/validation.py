@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from checkpoints.atomic_write import write_text
-from checkpoints.model_folder import stop_ids
 from evaluation.eval_model import EvalModel, Truncation, start_token, warn_truncated
 from evaluation.likelihood import answer_nats, document_nats
 from evaluation.metrics import bits_per_byte
@@ -51,7 +50,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         metrics = {"bits_per_byte": finite(values), "held_out_loss": finite(losses)}
         if run.suites:
             values = measure_suites(run.suites, run.model, run.tokenizer, run.ranks,
-                                    stop_ids(run.model_dir, run.tokenizer))
+                                    run.stop_ids)
             metrics["suites"] = finite(values)
         metrics = json.loads(run.ranks.all_gather_text(json.dumps(metrics))[0])
         samples = continue_prompts(run.model, run.val_sets, run.tokenizer, run.settings.prompts)

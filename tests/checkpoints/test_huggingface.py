@@ -20,8 +20,8 @@ import torch
 import transformers
 
 import lora
-from checkpoints import huggingface, safetensors_header
-from checkpoints.huggingface import load_model, save_model, saved_bytes
+from checkpoints import model_writer, safetensors_header
+from checkpoints.huggingface import load_model, model_folder, save_model
 from checkpoints.model_folder import ADAPTER_WEIGHTS, base_model_dir, resolve_model_dir, stop_ids
 from checkpoints.peft_adapter import save_adapter
 from checkpoints.safetensors_header import INDEX_FILE, read_header
@@ -216,7 +216,8 @@ def test_the_text_part_of_a_model_that_sees_pictures_is_read_alone(tmp_path, sty
         torch.testing.assert_close(tiny.logits(model, ids), wanted, rtol=1e-5, atol=1e-5)
     save_model(model, tmp_path / "text", source=tmp_path / "both")
     written = st.load_file(tmp_path / "text" / "model.safetensors").values()
-    assert saved_bytes(model, tmp_path / "both") == sum(x.nbytes for x in written)
+    contents = model_folder(model, tmp_path / "both")
+    assert contents.tensor_bytes(dict(model.named_parameters())) == sum(x.nbytes for x in written)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
     assert type(again).__name__ == "Gemma3ForCausalLM"
     with torch.no_grad():
@@ -358,7 +359,7 @@ def test_a_full_disk_leaves_the_older_model_whole_and_nothing_beside_it(copy, mo
             raise why
         return st.save_file(*args, **more)
 
-    monkeypatch.setattr(huggingface, "save_file", fails)
+    monkeypatch.setattr(model_writer, "save_file", fails)
     with pytest.raises(UserError) as e:
         save_model(model, folder, source=folder)
     assert "No space left" in str(e.value) and e.value.code == STORAGE
