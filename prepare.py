@@ -52,7 +52,8 @@ from preparation.text import build_normaliser, prepare_text
 from preparation.translation import Prompt, prepare_translation
 from preparation.workers import Workers
 from runtime import console, flags
-from runtime.console import FLAGS, STORAGE, UserError
+from runtime.console import FLAGS, UserError
+from runtime.output_paths import refused_as_output, try_output_file, try_output_folder
 from tokenization.chat_template import read_template_kwargs
 from tokenization.tokenizer import Tokenizer, learn
 
@@ -376,6 +377,7 @@ def prefer(s: Prefer) -> None:
     if bool(s.references) == bool(s.votes) or len(s.files) != 1:
         raise UserError("prepare.py prefer: one file of samples, and one of --references FILE and "
                         "--votes FILE", FLAGS)
+    try_output_file(s.out)
     samples = read_samples(Path(s.files[0]))
     if s.votes:
         preferences = list(pairs_of_votes(samples, Path(s.votes)))
@@ -388,11 +390,8 @@ def prefer(s: Prefer) -> None:
         references = read_references(Path(s.references), s.text_key)
         preferences = list(best_and_worst(samples, references, score, s.gap))
     lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in preferences]
-    try:
+    with refused_as_output(s.out):
         Path(s.out).write_text("".join(lines), encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"--out {s.out}: cannot be written ({e.strerror}); name another",
-                        STORAGE) from None
     print(f"{s.out}: {len(preferences):,} pairs from {len(samples):,} prompts")
 
 
@@ -427,6 +426,7 @@ def show(s: Show) -> None:
 
 def vocab(s: Vocab) -> None:
     normalise = build_normaliser(s.normalise, [language_of(s.language)])
+    out = try_output_folder(s.out, ("tokenizer.model", "tokenizer_config.json"))
     ledger, paths = Ledger(), list_files(s.files)
 
     def lines() -> Iterator[str]:
@@ -441,7 +441,7 @@ def vocab(s: Vocab) -> None:
                 yield from filter(None, content.split("\n"))
         ledger.check_undecodable(s.files, "correct them")
 
-    tokenizer = learn(lines(), s.size, Path(s.out))
+    tokenizer = learn(lines(), s.size, out)
     print(format_ledger(ledger.to_json()))
     print(f"{s.out}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:12]}")
 

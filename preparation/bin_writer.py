@@ -1,7 +1,7 @@
 """Writes token bins, which data.py describes and reads.
 
 A bin is written into a temporary folder and renamed when it is complete. A folder that exists and
-is not a bin is refused.
+is not a bin, or that holds other files too, is refused before anything is read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import numpy as np
 
 from data import FORMAT, Bin, sha256
 from runtime.console import STORAGE, UserError
+from runtime.output_paths import real_path, refused_as_output
 from tokenization.document import Document
+
+BIN_FILES = frozenset(("tokens.bin", "starts.bin", "mask.bin", "groups.bin", "meta.json"))
 
 
 class BinWriter:
@@ -29,16 +32,12 @@ class BinWriter:
         self.folder, self.kind = Path(folder), kind
         self.tokenizer_sha, self.vocab_size = tokenizer_sha, vocab_size
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-        if self.folder.exists() and not (self.folder / "meta.json").exists():
-            raise UserError(f"{folder}: exists and is not a bin; name another --out", STORAGE)
+        self.target = _check_target(self.folder)
         # a random name: that of a killed writer may still exist
-        self.temporary = self.folder.with_name(f".tmp-{self.folder.name}-{os.urandom(4).hex()}")
-        try:
+        self.temporary = self.target.with_name(f".tmp-{self.target.name}-{os.urandom(4).hex()}")
+        with refused_as_output(folder):
             self.temporary.mkdir(parents=True)
             self.tokens = open(self.temporary / "tokens.bin", "wb")
-        except OSError as e:
-            raise UserError(
-                f"{folder}: cannot be written ({e.strerror}); name another", STORAGE) from e
         self.starts, self.groups, self.n_bytes, self.trained = array("q", [0]), bytearray(), 0, 0
         self.mask: IO[bytes] | None = None  # opened for the first document that has one
 
@@ -87,9 +86,9 @@ class BinWriter:
             "sha256": {f.name: sha256(f) for f in files}} | ({"prompt": prompt} if prompt else {})
         text = json.dumps(meta, indent=1, ensure_ascii=False)
         (self.temporary / "meta.json").write_text(text + "\n", encoding="utf-8")
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.temporary.rename(self.folder)
+        if self.target.exists():
+            shutil.rmtree(self.target)
+        self.temporary.rename(self.target)
         return Bin(self.folder)
 
     def abandon(self) -> None:
@@ -98,3 +97,21 @@ class BinWriter:
             with suppress(OSError):  # the buffer cannot be written to a full disk
                 file.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def _check_target(folder: Path) -> Path:
+    """The folder that a bin will be renamed to, behind all links. UserError (STORAGE) if it holds
+    anything but an older bin, or cannot be replaced."""
+    target = real_path(folder)
+    if not target.exists():
+        return target
+    if not (target / "meta.json").exists():
+        raise UserError(f"{folder}: exists and is not a bin; name another --out", STORAGE)
+    others = sorted(x.name for x in target.iterdir() if x.name not in BIN_FILES)
+    if others:
+        raise UserError(f"{folder}: holds {others[0]!r}, which is not a file of a bin and "
+                        "would be lost; move it, or name another --out", STORAGE)
+    if os.path.ismount(target) or not os.access(target, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be replaced (it is a mount point, or you may not "
+                        "write to it); name another --out", STORAGE)
+    return target
