@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from checkpoints.model_folder import ADAPTER_CONFIG, CONFIG_FILE, MERGE_RECORD, tensor_infos
+from evaluation.results import describe_comparisons
 from reports.page import render
 from reports.training_curves import read_metrics
 from runtime.console import UserError, printable
@@ -229,13 +230,20 @@ def _bins(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def results_section(file: Path) -> str:
-    """The section of a card about one results.json. UserError if it is not one."""
+    """The section of a card about one results.json: one row a suite, then all results, then the
+    signatures. UserError if the file is not one."""
     try:
         evaluation = strict_json(file.read_bytes(), file)
         results = evaluation["results"]
         rows = [_result_row(r) for r in results]
+        main_rows = [[_with_mark(r), _what_is_measured(r), *_measured(r), *_difference(r)]
+                     for r in _main_results(results)]
+        signatures = _signature_lines(results)
         notes = dict.fromkeys(f"{r['suite']}, prompt {r.get('prompt')}: {r['aside']}"
                               for r in results if "aside" in r)
+        settings = evaluation.get("settings") or {}
+        baseline = public_name(str(settings.get("baseline_model") or "the baseline"))[0]
+        comparisons = describe_comparisons(results, cell(baseline))
         contamination = _contamination(evaluation.get("contamination") or {})
     except OSError as e:
         raise UserError(f"--results {file}: cannot be read ({e.strerror}); check --results"
@@ -244,19 +252,63 @@ def results_section(file: Path) -> str:
         raise UserError(f"--results {file}: not as eval.py writes it ({e!r}); name a results.json"
                         ) from None
     return render(
-        "model_card_results.md", {"cell": cell}, rows=rows, notes=list(notes),
-        model=public_name(str(evaluation.get("model")))[0],
+        "model_card_results.md", {"cell": cell}, main_rows=main_rows, rows=rows,
+        signatures=signatures, notes=list(notes),
+        model=public_name(str(evaluation.get("model")))[0], comparisons=comparisons,
         partial=any(r.get("partial") for r in results), contamination=contamination).rstrip("\n")
 
 
+def _main_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result of each suite, or part of a suite: the first metric, as the mean over prompts if
+    there is one."""
+    chosen: dict[tuple[str, str], dict[str, Any]] = {}
+    for r in results:
+        if "group" in r or "aside" in r:
+            continue
+        first = chosen.setdefault((r["suite"], r.get("part", "")), r)
+        if "prompts" in r and "prompts" not in first and r["metric"] == first["metric"]:
+            chosen[r["suite"], r.get("part", "")] = r
+    return list(chosen.values())
+
+
 def _result_row(r: dict[str, Any]) -> list[Any]:
-    """A result as a row of the table."""
-    suite, interval = r["suite"], "unknown"
-    if r.get("partial"):
-        suite += " (PARTIAL)"
+    """A result as a row of the table of all results."""
+    return [_with_mark(r), _what_is_measured(r), *_measured(r)]
+
+
+def _with_mark(r: dict[str, Any]) -> str:
+    """The suite, marked if only a part of it was measured."""
+    return r["suite"] + (" (PARTIAL)" if r.get("partial") else "")
+
+
+def _measured(r: dict[str, Any]) -> list[Any]:
+    """Metric, value, interval, number of items, chance."""
+    interval = "unknown"
     if r.get("low") is not None:
         interval = f"{r['low']:.4f} to {r['high']:.4f}"
-    return [suite, _what_is_measured(r), r["metric"], r["value"], interval, r["n"], r["signature"]]
+    return [r["metric"], r["value"], interval, r["n"], r.get("chance", "-")]
+
+
+def _difference(r: dict[str, Any]) -> list[str]:
+    """The difference from the baseline, its interval, and p."""
+    if "baseline" not in r:
+        return ["-", "-", "-"]
+    comparison = r["baseline"]
+    return [f"{comparison['difference']:+.4f}",
+            f"{comparison['low']:+.4f} to {comparison['high']:+.4f}", f"{comparison['p']:.3f}"]
+
+
+def _signature_lines(results: list[dict[str, Any]]) -> list[str]:
+    """Each signature once, after the suite, part, prompt and metrics that have it; lines of a code
+    block."""
+    metrics: dict[tuple[str, str], list[str]] = {}  # (what is measured, signature) -> its metrics
+    for r in results:
+        prompt = "mean" if "prompts" in r else r.get("prompt", "")
+        measured = " ".join(x for x in (r["suite"], r.get("part"), prompt) if x)
+        metrics.setdefault((measured, r["signature"]), []).append(r["metric"])
+    lines = [f"{measured} ({', '.join(dict.fromkeys(names))}): {signature}"
+             for (measured, signature), names in metrics.items()]
+    return [printable(" ".join(line.split())).replace("`", "'") for line in lines]
 
 
 def _what_is_measured(r: dict[str, Any]) -> str:

@@ -459,6 +459,10 @@ def test_a_card_says_which_figure_is_which_and_what_is_known_of_the_tests(run, t
                  "PARTIAL: only the first items", "Contamination: not known"):
         assert fact in text, f"{fact}\n{text}"
     assert text.count("(PARTIAL)") == 1
+    summary, _, signatures = text.split("<details>")
+    assert [x.split(" | ")[:2] for x in summary.splitlines() if "0.5000" in x] == [
+        ["| flores", "eng-kin 1"], ["| flores", "kin-eng mean of 3"]]
+    assert "(acc): s\n" in signatures
     tests = {"flores": {"items": 1012, "whole": 3, "run": 2, "any": 4},
              "xnli": {"items": 600, "whole": 0, "run": 0, "any": 0}}
     *_, last = section(

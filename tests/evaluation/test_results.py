@@ -195,10 +195,13 @@ def test_a_model_is_measured_on_a_suite_and_the_report_shows_it(home, capsys):
     assert {"eos_rate", "copy_rate", "language_rate", "length_ratio"} <= {
         r["metric"] for r in evaluation["results"]}
     assert "PARTIAL: the first 3 items only" in capsys.readouterr().out
-    section = results_section(home / "out/results.json")
-    shown = [x.split(" | ")[:3] for x in section.splitlines() if " | " in x]
+    summary, all_results, signatures = results_section(home / "out/results.json").split("<details>")
+    shown = [x.split(" | ")[:3] for x in all_results.splitlines() if " | " in x]
     rows = shown[2:]
     assert len({*map(tuple, rows)}) == len(rows) == len(evaluation["results"])  # all different
+    assert len([x for x in summary.splitlines() if x.startswith("| pairs (PARTIAL)")]) == 2
+    for r in evaluation["results"]:
+        assert signatures.count(r["signature"] + "\n") == 1 and r["signature"] not in summary
     names = {p.name for p in (home / "out" / "items").iterdir()}
     assert "pairs.eng-kin.1.PARTIAL.hyp" in names
     page = (home / "out" / "report.html").read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.browser import CHROMIUM, browser
+from reports.evaluation_report import baseline_name, write_evaluation_report
 from reports.training_report import format_duration, write_training_report
 
 HOSTILE = "<script>alert(1)</script>&\"'$x^2$"
@@ -251,6 +252,49 @@ def test_a_line_cut_short_by_a_kill_costs_only_itself(tmp_path):
     "", "== step 0\n", "-- a\nb\n", "== step 0\n-- a\nb\n== step 5\n", "== step x\n-- a\n"])
 def test_samples_of_any_shape_are_no_error(tmp_path, text):
     page_of(leave(tmp_path, samples=text))
+
+
+def result(metric: str, value: float, difference: float, p: float, **more: object) -> dict:
+    """An entry of results.json, compared with a baseline; the interval's half width is 0.05."""
+    return {"suite": "sib200", "part": "", "prompt": "1", "metric": metric, "value": value,
+            "low": value - 0.05, "high": value + 0.05, "n": 200, "partial": False,
+            "signature": "suite:sib200.1", "baseline": {
+                "value": value - difference, "difference": difference, "low": difference - 0.01,
+                "high": difference + 0.01, "p": p}, **more}
+
+
+def write_results(out: Path, results: list[dict], **settings: object) -> Path:
+    """Write results.json with these results and settings, and its report; returns the report."""
+    (out / "results.json").write_text(json.dumps({
+        "model": "out/kin/model", "command": "python eval.py", "results": results,
+        "settings": {"model": "out/kin/model", "baseline": "out/eval/base", **settings}}))
+    return write_evaluation_report(out)
+
+
+@pytest.mark.parametrize(("row", "colour"), [
+    (result("acc", 0.60, 0.1, 0.01, chance=0.5), "good"),
+    (result("acc", 0.54, 0.1, 0.01, chance=0.5), ""),  # a gain that ends at chance
+    (result("acc", 0.60, 0.1, 0.06, chance=0.5), ""),
+    (result("acc", 0.50, -0.1, 0.01, chance=0.5), "bad"),
+    (result("acc", 0.40, -0.1, 0.01, chance=0.5), ""),  # a loss that began at chance
+    (result("chrF2++", 30.0, 1.0, 0.01), "good"), (result("chrF2++", 30.0, -1.0, 0.01), "bad"),
+    (result("copy_rate", 0.3, 0.1, 0.01), "bad"), (result("length_ratio", 0.9, 0.1, 0.01), "")])
+def test_a_difference_is_coloured_by_its_p_and_by_chance(tmp_path, row, colour):
+    page = write_results(tmp_path, [row]).read_text()
+    cells = re.findall(r'<td class="n (\w*)">([+-][\d.]+)\s', page)
+    assert cells == [(colour, f"{row['baseline']['difference']:+.4f}")]
+
+
+def test_the_evaluation_report_names_the_baseline_and_the_number_of_comparisons(tmp_path):
+    rows = [result("acc", 0.6, 0.1, 0.01, prompt=prompt, chance=0.25) for prompt in "12"]
+    rows.append({**rows[0], "prompt": "mean", "prompts": 2, "least": 0.5, "most": 0.7})
+    page = Page(write_results(tmp_path, rows, baseline_model="org/SmolLM2").read_text())
+    text = " ".join(page.text.split())
+    assert "3 comparisons with SmolLM2. Between equal models 0.15 of 3" in text
+    assert "mean of 2 prompts value, 95 % difference, 95 % SmolLM2" in text
+    assert text.count("chance 0.250") == 3 and text.count("p 0.010") == 3
+    assert baseline_name({"baseline": "out/eval/base"}) == "base"  # of an older eval.py
+    assert baseline_name({}) == "the baseline"
 
 
 @pytest.mark.browser
