@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from runtime import console, flags
 from runtime.console import FLAGS, STORAGE, UserError
+from runtime.output_paths import try_output_folder
 from runtime.setting_metadata import Group, bounded
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def main(s: Settings) -> None:
     suites = []
     if s.model:
         suites = evaluate.read_suites(s.suites, s.suite_data, s.prompts, options)
+    try_outputs(Path(s.out), [text.name for text in texts])
     with results_file(Path(s.out)) as write:  # opened now, not after an hour of measuring
         evaluation = evaluate.Evaluation(Path(s.out), baseline)
         evaluate.check_hypotheses(s.hypotheses)
@@ -170,6 +172,15 @@ def check_settings(s: Settings) -> None:
         from tokenization.chat_template import read_template_kwargs
 
         read_template_kwargs(s.template_kwargs)
+
+
+def try_outputs(out: Path, texts: Sequence[str]) -> None:
+    """Raise UserError unless results, report, and the records of these texts can be written."""
+    from evaluation.results import TEXT_PREFIX, record_name
+
+    records = [f"{record_name(TEXT_PREFIX + name)}.jsonl" for name in texts]
+    try_output_folder(out, ("results.json", "report.html"))
+    try_output_folder(out / "items", records)
 
 
 @contextmanager

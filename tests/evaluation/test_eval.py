@@ -303,6 +303,20 @@ def test_an_error_of_the_user_is_one_line(home, monkeypatch, values, message, co
     assert not list((home / "out").glob("*tmp*"))
 
 
+@pytest.mark.parametrize("name", ["results.json", "report.html", "items/text.a.jsonl", "long", ""])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(home, name):
+    out = home / f"refused-{name[:5]}"
+    if name == "":
+        out.mkdir()
+        (out / "items").write_text("a file")
+    elif name != "long":
+        (out / name).mkdir(parents=True)
+    text = f"{'x' * 300 if name == 'long' else 'a'}={home}/eng.txt"
+    with pytest.raises(UserError, match="cannot be written") as e:
+        run_eval(home, model="no-model", text=[text], out=str(out))
+    assert e.value.code == 5 and not list(out.glob("*tmp*"))
+
+
 def test_an_unknown_flag_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="did you mean limit"):
         flags.read(evaluating.Settings, ["--limt", "3"], "eval.py")
