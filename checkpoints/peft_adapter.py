@@ -37,8 +37,8 @@ from runtime.model_files import read_model_json
 from runtime.strict_json import shorten
 
 MAX_ALPHA = 1_000_000
-MAX_LIST = 100_000  # entries of a list in adapter_config.json
-PLAIN_NAME = re.compile(r"[\w.-]+")  # of a module; anything else is a pattern
+MAX_LIST = 10_000  # entries of a list in adapter_config.json
+PLAIN_NAME = re.compile(r"[\w.-]{1,512}")  # of a module; anything else is a pattern
 PEFT_PREFIX = "base_model.model."  # PEFT puts this before the names of the model that it wraps
 SUPPORTED_VALUES = {  # values in adapter_config.json that are supported, besides empty ones
     "bias": ["none"],
@@ -188,7 +188,10 @@ def _check_values(config: dict[str, Any], file: Path) -> None:
 
 
 def _is_list_of(kind: type, x: Any) -> bool:
-    return isinstance(x, list) and len(x) <= MAX_LIST and all(type(i) is kind for i in x)
+    """Whether x is a list of `kind`, of at most MAX_LIST entries; a text must be a plain name."""
+    if type(x) is not list or len(x) > MAX_LIST or any(type(i) is not kind for i in x):
+        return False
+    return kind is not str or all(PLAIN_NAME.fullmatch(name) for name in x)
 
 
 def _read_targets(config: dict[str, Any], model: nn.Module, file: Path) -> list[str]:
