@@ -90,7 +90,7 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
         dict(COMMANDS), sys.argv[1:], "export.py", (__doc__ or "").strip()))
 
 import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import lora  # noqa: E402
@@ -126,6 +126,7 @@ from checkpoints.peft_adapter import (  # noqa: E402
     check_adapter_base,
     load_adapter,
     load_adapter_state,
+    read_adapter_weights,
 )
 from checkpoints.safetensors_header import (  # noqa: E402
     INDEX_FILE,
@@ -209,7 +210,7 @@ def load_adapter_on_meta(base: Path, folder: Path) -> Llama:
         module_name, _, leaf = name.rpartition(".")
         p = torch.empty(model.get_parameter(name).shape, dtype=torch.float32)
         setattr(model.get_submodule(module_name), leaf, nn.Parameter(p))
-    load_adapter_state(model, load_file(folder / ADAPTER_WEIGHTS), str(folder))
+    load_adapter_state(model, read_adapter_weights(folder), str(folder))
     for name, x in adapter_state(model).items():
         check_finite(x, f"{folder / ADAPTER_WEIGHTS}: {name}")
     return model

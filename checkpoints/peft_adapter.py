@@ -145,9 +145,15 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     except UserError as e:
         reason = str(e).replace("--lora-", "")
         raise UserError(f"{file}: {reason}; the adapter belongs to another base") from None
-    read_header(folder / ADAPTER_WEIGHTS)
+    load_adapter_state(model, read_adapter_weights(folder), str(folder))
+
+
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of adapter_model.safetensors by their names, as views of the mapped file.
+    UserError if the file is damaged."""
+    infos = read_header(folder / ADAPTER_WEIGHTS)
     weights = open_safetensors(folder / ADAPTER_WEIGHTS)
-    load_adapter_state(model, {k: weights.get_tensor(k) for k in weights.keys()}, str(folder))
+    return {name: weights.get_tensor(name) for name in infos}
 
 
 def _check_supported(config: dict[str, Any], file: Path) -> None:
