@@ -1,8 +1,8 @@
 """Chat templates: conversations as text and as ids with a loss mask.
 
 A template is a program from a model folder, and a message is a text from anybody. The template runs
-in Jinja's sandbox, with limits on what it may write. Only the template can write control tokens: if
-a message contains the name of a control token, that name stays text.
+in a process of its own with limits of CPU time, memory and output (`template_renderer.py`). Only
+the template can write control tokens: if a message contains the name of one, it stays text.
 
 `ChatTemplate.render_with_mask` and `encode_rendered` make ids and loss mask together. What is
 trained begins where the template's generation prompt ends, so that a model is prompted as it was
@@ -58,14 +58,14 @@ class Loss(enum.Enum):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template: its origin (a file, or "plain"), its Jinja source, and the names of the
-    special tokens that it may use."""
+    """A chat template: its origin (a file, or "plain"), its Jinja source, the names of the special
+    tokens that it may use, further variables, and what a rendering may use."""
 
     origin: Path
     source: str
     special_tokens: Mapping[str, str]
     tokenizer: Tokenizer
-    kwargs: Mapping[str, Any] = field(default_factory=dict)  # further variables of the template
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     limits: RenderingLimits = field(default_factory=RenderingLimits)
 
     @classmethod
@@ -201,8 +201,8 @@ class ChatTemplate:
                 raise UserError(f"{self.origin}: {rendering.error}")
             begin = rendering.prompt_lengths[number]
             end = self._answer_end(text, begin, messages[i], i)
-            before = self._split_marks(text[position:begin], names, not document.segments)
-            document.add(before, Loss.FIRST)
+            prompt = self._split_marks(text[position:begin], names, not document.segments)
+            document.add(prompt, Loss.FIRST)
             document.add(self._split_marks(text[begin:end], names, False), Loss.ALL)
             position = end
         document.add(self._split_marks(text[position:], names, False), Loss.FIRST)

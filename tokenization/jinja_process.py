@@ -196,10 +196,9 @@ class Renderer:
         if not self.date:
             return datetime.now().strftime(pattern)
         try:
-            given = date.fromisoformat(self.date)
+            return date.fromisoformat(self.date).strftime(pattern)
         except ValueError:
             return self.date
-        return given.strftime(pattern)
 
 
 def first_words(error: Exception, n_chars: int) -> str:
