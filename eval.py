@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from evaluation.evaluate import EvalText
     from evaluation.results import MetricResult
     from evaluation.suites import Suite
+    from evaluation.taught import Taught
+
+AUTO = ["auto"]  # the default of --normalise
 
 
 @dataclass
@@ -57,10 +60,11 @@ class Settings:
     out: str = "out/eval"
     """Folder for results.json, report.html and the answers."""
     limit: int = bounded(0, at_least=0)
-    """Only the first items of each suite and text, for a quick check; results are marked PARTIAL.
-    0: all."""
+    """Only this many items of each suite, of each right choice its share and evenly spaced, and the
+    first documents of each text, for a quick check; results are marked PARTIAL. 0: all."""
     prompts: Annotated[list[str], Group("Suites")] = field(default_factory=list)
-    """Only these prompts of each suite, such as 1 3. Default: all."""
+    """Only these prompts of each suite, such as 1 3 taught. Default: all public prompts, and
+    `taught`: as the model was taught to translate or to chat, if its prompt.json says so."""
     shots: int = bounded(0, at_least=0)
     """Number of few-shot examples before each item."""
     chat_template: bool = False
@@ -95,6 +99,10 @@ class Settings:
     matrices of layers in 4 bits, as in QLoRA."""
     max_length: int = 0
     """Maximum length of the context in tokens. 0: the model's own."""
+    normalise: Annotated[list[str], Group("Model")] = field(default_factory=AUTO.copy)
+    """Cleaning steps for questions and texts, as of prepare.py text. auto: those of the model's
+    training text, which its prompt.json names; for a text of the --baseline those used there.
+    none, all, or steps by name. References are never cleaned."""
     lm_eval_compat: bool = False
     """Count as lm-evaluation-harness 0.4.13 does by default: the BOS of a text is scored after
     another BOS, and log p is rounded to the dtype of matrix products."""
@@ -133,13 +141,16 @@ def main(s: Settings) -> None:
         if s.model:
             if s.overlap:
                 check_training_text(s)
-            model = open_model(s)
+            model, taught = open_model(s)
             settings |= model_settings(model)
+            cleaned_texts = evaluate.clean_texts(
+                texts, taught.normaliser("text"), baseline if s.normalise == AUTO else None)
+            suites = evaluate.as_taught(suites, taught, s.prompts, s.chat_template)
             if baseline:
-                evaluate.check_baseline(baseline, texts, suites, model, options)
+                evaluate.check_baseline(baseline, cleaned_texts, suites, model, options)
             if s.overlap:
                 contamination = find_contamination(s, texts, suites, model)
-            for text in texts:
+            for text in cleaned_texts:
                 results += evaluate.measure_text(evaluation, text, model)
             for suite in suites:
                 results += evaluate.measure_suite(evaluation, suite, model, options)
@@ -205,13 +216,17 @@ def results_file(out: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         temporary.unlink(missing_ok=True)
 
 
-def open_model(s: Settings) -> EvalModel:
-    """Load the model and its tokenizer; check the flags that depend on them."""
+def open_model(s: Settings) -> tuple[EvalModel, Taught]:
+    """Load the model and its tokenizer, and read what it was taught; check the flags that depend on
+    them."""
     from checkpoints.huggingface import load_model
     from checkpoints.model_folder import base_model_dir, resolve_model_dir, stop_ids
     from evaluation.eval_model import EvalModel
+    from evaluation.taught import Taught
     from inference.cpu_linear import optimize_for_inference
-    from inference.prompt_format import PromptFormat
+    from inference.prompt_format import USES, PromptFormat
+    from languages.language import DEFAULT_LANGUAGE, language_of
+    from preparation.text import build_normaliser
     from runtime.device import compute_dtype
     from runtime.distributed import Distributed
     from tokenization.chat_template import read_template_kwargs
@@ -226,16 +241,24 @@ def open_model(s: Settings) -> EvalModel:
         raise UserError(f"--max-length {s.max_length}: expected 1 to {context}, the model's "
                         "context, or 0 for all of it", FLAGS)
     folder = resolve_model_dir(s.model)
-    template = None
-    if s.chat_template:
-        folders = (folder, base_model_dir(folder))
-        kwargs = read_template_kwargs(s.template_kwargs)
-        template = PromptFormat(folders, tokenizer, template_kwargs=kwargs).own_template
-        if template is None:
-            raise UserError(f"--chat-template: {s.model} has no chat template; remove the flag, or "
-                            "use a model that was trained on conversations", FLAGS)
-    return EvalModel(model, tokenizer, s.max_length, s.quant, s.lm_eval_compat, template,
-                     frozenset(stop_ids(folder, tokenizer)))
+    folders = (folder, base_model_dir(folder))
+    prompt_format = PromptFormat(folders, tokenizer,
+                                 template_kwargs=read_template_kwargs(s.template_kwargs))
+    if s.chat_template and prompt_format.own_template is None:
+        raise UserError(f"--chat-template: {s.model} has no chat template; remove the flag, or "
+                        "use a model that was trained on conversations", FLAGS)
+    taught = Taught.read(folders)
+    if s.normalise != AUTO:
+        normaliser = build_normaliser(s.normalise, [language_of(DEFAULT_LANGUAGE)])
+        taught = dataclasses.replace(
+            taught, normalisers=dict.fromkeys(USES, normaliser) if normaliser else {})
+    is_asked_in_chat = taught.is_chat or (taught.translation and taught.translation.as_chat)
+    model = EvalModel(
+        model, tokenizer, s.max_length, s.quant, s.lm_eval_compat,
+        chat_template=prompt_format.own_template if s.chat_template else None,
+        taught_template=prompt_format.template if is_asked_in_chat else None,
+        stop_ids=frozenset(stop_ids(folder, tokenizer)))
+    return model, taught
 
 
 def model_settings(model: EvalModel) -> dict[str, Any]:
@@ -280,7 +303,7 @@ def print_results(results: Sequence[MetricResult], contamination: Mapping[str, A
                 f"CONTAMINATED: {n['any']:,} of {n['items']:,} items of {name} stand in the "
                 f"training text ({n['whole']:,} whole, {n['run']:,} by a run of words)"))
     if any(r["partial"] for r in results):
-        print(f"PARTIAL: the first {limit} items only; do not publish these results")
+        print(f"PARTIAL: {limit} items only; do not publish these results")
 
 
 def warn_missing_spbleu(metric_names: set[str]) -> None:

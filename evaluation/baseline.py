@@ -72,6 +72,11 @@ class Baseline:
                             f"({len(records)} there, {len(items)} here); evaluate again to compare")
         return records
 
+    def choices_of(self, name: str) -> dict[str, str] | None:
+        """Return the choices of the signature of the records NAME; None if there are none."""
+        signatures = [r["signature"] for r in self.results if r.get("items") == name]
+        return parse_signature(signatures[0]) if signatures else None
+
     def _check_choices(self, name: str, choices: Mapping[str, object],
                        baseline_choices: Mapping[str, str]) -> None:
         ours = {"version": str(METRICS_VERSION)} | {k: str(v) for k, v in choices.items()}
@@ -80,7 +85,9 @@ class Baseline:
             if "dtype" in side:  # the figures of a model, not of a file
                 side.setdefault("compat", "none")
                 side.setdefault("chat", "none")
-        for key in COMPARED_CHOICES:
+            if "unit" in side:  # a suite's records hold its questions as published
+                side.setdefault("cleaned", "none")
+        for key in (*COMPARED_CHOICES, *(("cleaned",) if "unit" in ours else ())):
             if key in ours and key in theirs and ours[key] != theirs[key]:
                 raise UserError(f"--baseline {self.folder}: {name} has {key} {theirs[key]} there "
                                 f"and {ours[key]} here; evaluate again to compare")

@@ -117,6 +117,7 @@ class EvalModel:
     quant: str = "none"
     lm_eval_compat: bool = False
     chat_template: ChatTemplate | None = None  # with one, suites are asked as conversations
+    taught_template: ChatTemplate | None = None  # of prompts that are taught as conversations
     stop_ids: frozenset[int] = frozenset()  # ids that end an answer, in addition to EOS
     # what each log p, and a sum of them, is rounded to; None: compute dtype with lm_eval_compat
     logprob_dtype: torch.dtype | None = None
@@ -144,30 +145,38 @@ class EvalModel:
             choices["compat"] = "lm-eval,0.4.13"
         return choices
 
-    def chat_signature(self) -> dict[str, str]:
-        """Return the hash of the chat template and its variables, if suites are asked with one."""
-        if self.chat_template is None:
+    def template(self, taught_as: str = "") -> ChatTemplate | None:
+        """Return the chat template by which a prompt is asked (`Prompt.taught_as`), if any."""
+        if taught_as == "chat":
+            return self.taught_template
+        return None if taught_as else self.chat_template
+
+    def chat_signature(self, taught_as: str = "") -> dict[str, str]:
+        """Return the hash of the chat template and its variables, if a prompt is asked with one."""
+        template = self.template(taught_as)
+        if template is None:
             return {}
-        text = self.chat_template.source
-        if self.chat_template.kwargs:
-            text += json.dumps(self.chat_template.kwargs, sort_keys=True)
+        text = template.source
+        if template.kwargs:
+            text += json.dumps(template.kwargs, sort_keys=True)
         return {"chat": hashlib.sha256(text.encode()).hexdigest()[:8]}
 
-    def contexts(self, items: Sequence[Item]) -> list[str]:
+    def contexts(self, items: Sequence[Item], taught_as: str = "") -> list[str]:
         """Return the context of each item: its text, or its turns as the chat template writes them,
         up to where the answer begins."""
-        if self.chat_template is None:
+        template = self.template(taught_as)
+        if template is None:
             return [item.context for item in items]
         texts = []
         for item in items:
             messages = [{"role": "assistant" if i % 2 else "user", "content": text}
                         for i, text in enumerate(item.turns)]
-            texts.append(ChatText(self.chat_template.render(messages, add_generation_prompt=True)))
+            texts.append(ChatText(template.render(messages, add_generation_prompt=True)))
         return texts
 
-    def delimiter(self, delimiter: str) -> str:
+    def delimiter(self, delimiter: str, taught_as: str = "") -> str:
         """Return what stands between context and continuation: nothing after a chat template."""
-        return delimiter if self.chat_template is None else ""
+        return delimiter if self.template(taught_as) is None else ""
 
     def loglikelihood(self, requests: Sequence[Continuation], progress: Progress = no_progress,
                       on_truncation: Callable[[Truncation], object] = warn_truncated,

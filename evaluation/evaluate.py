@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,15 @@ from evaluation.results import (
     write_records,
 )
 from evaluation.significance import RESAMPLES, SEED
-from evaluation.suites import Prompt, Suite, load_suite
+from evaluation.suites import Item, Prompt, Suite, load_suite
 from evaluation.tasks import DocumentLikelihood, SuiteTask, Task, Translation
-from languages.language import identifier_for
+from evaluation.taught import TAUGHT, Taught
+from languages.language import DEFAULT_LANGUAGE, identifier_for, language_of
+from languages.normalise import Normaliser, cleaning_of
 from preparation.contamination import TrainingText, count_contaminated
 from preparation.readers import detect_document_unit, file_format, list_files
 from preparation.readers import read_texts as read_documents
+from preparation.text import build_normaliser
 from runtime.console import FLAGS, UserError, info, progress
 
 if TYPE_CHECKING:
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
     from evaluation.metrics import Measure
 
     ComparedMeasure = tuple[Measure, Measure | None]  # ours and the baseline's
+
+
+NOT_CLEANED = "none"  # in place of the steps of a normaliser
 
 
 @dataclass
@@ -57,11 +63,19 @@ class EvalText:
     files: list[Path]
     documents: list[str]
     partial: bool
+    normaliser: Normaliser | None = None  # by which the documents are cleaned
 
     @property
     def suite(self) -> str:
         """The name of the suite in its results."""
         return TEXT_PREFIX + self.name
+
+    def cleaned(self, normaliser: Normaliser | None) -> EvalText:
+        """Return the text with its documents normalised."""
+        if normaliser is None:
+            return self
+        documents = [normaliser(document)[0] for document in self.documents]
+        return replace(self, documents=documents, normaliser=normaliser)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class Options:
     """How suites are asked."""
 
     shots: int = 0
-    limit: int = 0  # items of each suite; 0: all
+    limit: int = 0  # items of each suite (`Suite.subset`); 0: all
     max_new_tokens: int = 0  # 0: as each suite says
     beams: int = 1
 
@@ -206,16 +220,49 @@ def read_suites(specs: Sequence[str], data_folder: str, prompts: Sequence[str],
         info(f"{suite.name}: {len(suite.rows)} items, {len(suite.prompts)} prompts "
             f"({suite.about})")
     chosen = {prompt.name for suite in suites for prompt in suite.prompts}
-    missing = [name for name in prompts if name not in chosen]
+    missing = [name for name in prompts if name not in (*chosen, TAUGHT)]
     if missing:
         raise UserError(f"--prompts {' '.join(missing)}: no suite has such a prompt; remove it",
                         FLAGS)
     return suites
 
 
+def clean_texts(texts: Sequence[EvalText], normaliser: Normaliser | None,
+                baseline: Baseline | None) -> list[EvalText]:
+    """Return the texts cleaned as the training text of a model was; those of the baseline as they
+    were cleaned there, because only measurements of equal bytes can be compared."""
+    cleaned = []
+    for text in texts:
+        theirs = baseline.choices_of(record_name(text.suite)) if baseline else None
+        text_normaliser = normaliser
+        if theirs is not None:
+            ours = _cleaning(normaliser).get("cleaned", NOT_CLEANED)
+            steps = theirs.get("cleaned", NOT_CLEANED)
+            if steps != ours:
+                language = language_of(DEFAULT_LANGUAGE)
+                text_normaliser = build_normaliser(steps.split("+"), [language])
+                info(f"{text.name}: cleaned by {steps}, as in the baseline; by --normalise auto it "
+                     f"is {ours}, as the model's training text")
+        cleaned.append(text.cleaned(text_normaliser))
+    return cleaned
+
+
+def as_taught(suites: Sequence[Suite], taught: Taught, prompts: Sequence[str],
+              in_chat: bool) -> list[Suite]:
+    """Return the suites as a model is asked them (`Taught.suite_for`). `prompts`, `in_chat`:
+    --prompts, --chat-template. Raises UserError if --prompts names `taught` and it has none."""
+    add_prompts = not prompts or TAUGHT in prompts
+    asked = [taught.suite_for(suite, add_prompts, in_chat) for suite in suites]
+    for suite in asked:
+        if not suite.prompts:
+            raise UserError(f"--prompts {TAUGHT}: the model's prompt.json has no prompt for suite "
+                            f"{suite.name}; name public prompts, such as 1", FLAGS)
+    return asked
+
+
 def _select_prompts(suite: Suite, names: Sequence[str]) -> None:
     prompts = [prompt for prompt in suite.prompts if prompt.name in names]
-    if not prompts:
+    if not prompts and TAUGHT not in names:
         known = ", ".join(dict.fromkeys(prompt.name for prompt in suite.prompts))
         raise UserError(f"--prompts {' '.join(names)}: suite {suite.name} has {known}; name one "
                         "of them", FLAGS)
@@ -224,13 +271,28 @@ def _select_prompts(suite: Suite, names: Sequence[str]) -> None:
 
 def suite_choices(task: SuiteTask, model: EvalModel, shots: int) -> dict[str, object]:
     """Return what the figures of a suite's prompt depend on."""
-    return {**task.suite.signature(task.prompt), "shots": shots, **model.signature(),
-            **model.chat_signature(), **task.signature()}
+    taught_as = task.prompt.taught_as
+    choices = {**task.suite.signature(task.prompt), "shots": 0 if taught_as else shots}
+    if taught_as:
+        choices["asked"] = f"{TAUGHT},{taught_as}"
+    return {**choices, **_cleaning(task.suite.normaliser), **model.signature(),
+            **model.chat_signature(taught_as), **task.signature()}
 
 
 def text_choices(text: EvalText, model: EvalModel) -> dict[str, object]:
     """Return what the figures of a text depend on."""
-    return {"unit": text.unit, **model.signature()}
+    return {"unit": text.unit, **_cleaning(text.normaliser), **model.signature()}
+
+
+def _cleaning(normaliser: Normaliser | None) -> dict[str, str]:
+    """Return the steps by which what is asked was cleaned, if any, for a signature."""
+    steps = cleaning_of(normaliser)["steps"]
+    return {"cleaned": "+".join(steps)} if steps else {}
+
+
+def items_of(suite: Suite, prompt: Prompt, options: Options) -> list[Item]:
+    """Return the items of a prompt; a taught one is asked without examples."""
+    return suite.items(prompt, 0 if prompt.taught_as else options.shots, options.limit)
 
 
 def check_baseline(baseline: Baseline, texts: Sequence[EvalText], suites: Sequence[Suite],
@@ -242,8 +304,7 @@ def check_baseline(baseline: Baseline, texts: Sequence[EvalText], suites: Sequen
     for suite in suites:
         for prompt in suite.prompts:
             task = suite.task(prompt, options.max_new_tokens, options.beams)
-            items = [task.item_fields(item)
-                     for item in suite.items(prompt, options.shots, options.limit)]
+            items = [task.item_fields(item) for item in items_of(suite, prompt, options)]
             baseline.records(record_name(suite.name, prompt.name, prompt.part),
                              suite_choices(task, model, options.shots), items)
 
@@ -304,7 +365,7 @@ def measure_suite(evaluation: Evaluation, suite: Suite, model: EvalModel,
 def _measure_prompt(evaluation: Evaluation, suite: Suite, prompt: Prompt, model: EvalModel,
                     options: Options) -> tuple[list[MetricResult], list[ComparedMeasure]]:
     start = time.perf_counter()
-    items = suite.items(prompt, options.shots, options.limit)
+    items = items_of(suite, prompt, options)
     task = suite.task(prompt, options.max_new_tokens, options.beams)
     title = " ".join(filter(None, (suite.name, prompt.part, prompt.name)))
     with progress(title, task.n_requests(items)) as advance:
@@ -332,12 +393,12 @@ def measure_hypotheses(evaluation: Evaluation, spec: str, suite_specs: Sequence[
     evaluation.metric_names |= set(suite.metrics)
     prompt = Prompt("file", "", "", part=part)
     task = Translation(suite, prompt)
-    rows = suite.rows[: limit or None]
+    indices = suite.subset(limit)
     hypotheses = read_hypotheses(Path(file), len(suite.rows), name)
-    records = [task.file_record(row, text) for row, text in zip(rows, hypotheses, strict=False)]
+    records = [task.file_record(suite.rows[i], hypotheses[i]) for i in indices]
     results, _ = evaluation.add(Measurement(
         suite.name, task, records, {"suite": f"{suite.name}.{suite.version}"},
-        len(rows) < len(suite.rows), _provenance(start, [*suite.files, Path(file)]), prompt,
+        len(records) < len(suite.rows), _provenance(start, [*suite.files, Path(file)]), prompt,
         suite.groups))
     return results
 
@@ -358,7 +419,7 @@ def find_contamination(training: TrainingText, missing: Sequence[str], texts: Se
     tests = {text.suite: [[document] for document in text.documents] for text in texts}
     for suite in suites:
         tests[suite.name] = [[cell for cell in row.values() if isinstance(cell, str)]
-                             for row in suite.rows[: limit or None]]
+                             for row in (suite.rows[i] for i in suite.subset(limit))]
     counts = count_contaminated(tests, training) if training.specs else {}
     unread = [*missing, *training.unread]
     if unread:

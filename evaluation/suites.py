@@ -40,6 +40,7 @@ from languages.language import (
     known_languages,
     language_of,
 )
+from languages.normalise import Normaliser
 from runtime.console import FLAGS, UserError
 
 SUITES = Path(__file__).with_name("suites")
@@ -59,6 +60,7 @@ class Prompt:
     choices: Sequence[str] | str = ()
     part: str = ""  # the direction, such as "kin-eng", if the suite has several
     excluded_from_mean: str = ""  # the reason; "": it counts
+    taught_as: str = ""  # "text", "chat": how the model was taught this prompt; "": a public one
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Suite:
     version: int
     about: str
     metrics: list[str]
-    prompts: list[Prompt]
+    prompts: list[Prompt]  # that are asked
+    public_prompts: list[Prompt]  # of the .toml
     rows: list[Row] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     delimiter: str = " "  # between a context and an answer
@@ -97,6 +100,7 @@ class Suite:
     answers: list[dict[str, str]] = field(default_factory=list)  # how to extract an answer
     groups: list[str] = field(default_factory=list)  # columns by whose values results are given
     languages: dict[str, Language] = field(default_factory=dict)  # of columns
+    normaliser: Normaliser | None = None  # of what is asked, but not of references
 
     def task(self, prompt: Prompt, max_new_tokens: int = 0, beams: int = 1) -> SuiteTask:
         """Return the task of a prompt; `max_new_tokens` 0: as the suite says."""
@@ -113,7 +117,7 @@ class Suite:
         """Return the items of a prompt in the rows' order, each after `shots` examples.
 
         Examples are drawn as lm-evaluation-harness draws them: one random stream for the whole
-        suite, so that an item's examples depend on its place. `limit` 0: all rows.
+        suite, so that an item's examples depend on its place. `limit`: only the items of `subset`.
         """
         from jinja2 import TemplateError
 
@@ -121,9 +125,12 @@ class Suite:
             raise UserError(f"--shots {shots}: suite {self.name} has no examples beside its data; "
                             "use --shots 0", FLAGS)
         rng = Random(SHOTS_SEED)
+        indices = set(self.subset(limit))
         items = []
-        for i, row in enumerate(self.rows[: limit or None]):
+        for i, row in enumerate(self.rows):
             examples = self._examples(row, shots, rng) if shots else []
+            if i not in indices:
+                continue
             try:
                 items.append(self._item(prompt, row, examples))
             except (ValueError, SyntaxError, TypeError, TemplateError) as e:
@@ -135,16 +142,55 @@ class Suite:
             raise UserError(f"suite {self.name}: no row of {self.files[0]} has a right answer")
         return items
 
+    def subset(self, limit: int) -> list[int]:
+        """Return the indices of `limit` rows, which depend on nothing but the rows; 0: of all.
+
+        Each right choice has its share of them. The rows of one choice are at equal distances,
+        because files are often sorted.
+        """
+        if limit == 0 or limit >= len(self.rows):
+            return list(range(len(self.rows)))
+        rows_by_class: dict[object, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            rows_by_class.setdefault(self._right_choice(row), []).append(i)
+        classes = list(rows_by_class.values())
+        shares = [limit * len(rows) / len(self.rows) for rows in classes]
+        sizes = [int(share) for share in shares]
+        by_remainder = sorted(range(len(classes)), key=lambda c: sizes[c] - shares[c])
+        for c in by_remainder[: limit - sum(sizes)]:
+            sizes[c] += 1
+        return sorted(i for rows, n in zip(classes, sizes, strict=True)
+                      if n for i in evenly_spaced(rows, n))
+
+    def _right_choice(self, row: Row) -> int | None:
+        """Return the index of a row's right choice; None without choices, or if it is faulty."""
+        from jinja2 import TemplateError
+
+        prompt = self.public_prompts[0]
+        if not prompt.choices:
+            return None
+        try:
+            gold = self.task_type.gold(_render(prompt.gold, row), _choices(prompt, row))
+        except (ValueError, SyntaxError, TypeError, TemplateError):
+            return None  # refused when the items are made
+        return gold if isinstance(gold, int) else None
+
+    def _asked(self, row: Row) -> Row:
+        """Return a row as the model is asked it."""
+        return row if self.normaliser is None else clean_cells(row, self.normaliser)
+
     def _item(self, prompt: Prompt, row: Row, examples: Sequence[Row]) -> Item:
+        asked = self._asked(row)
         context = ""
         turns = []
-        for example in examples:
+        for example in map(self._asked, examples):
             question, answer = _render(prompt.text, example), self._answer(prompt, example)
             context += f"{question}{self.delimiter}{answer}\n\n"
             turns += [question, answer]
-        choices = _choices(prompt, row)
-        gold = self.task_type.gold(_render(prompt.gold, row), choices)
-        question = _render(prompt.text, row)
+        choices = _choices(prompt, asked)
+        # a choice is asked, a reference is not
+        gold = self.task_type.gold(_render(prompt.gold, asked if choices else row), choices)
+        question = _render(prompt.text, asked)
         return Item(context + question, gold, row, choices, (*turns, question))
 
     def _answer(self, prompt: Prompt, row: Row) -> str:
@@ -172,6 +218,24 @@ class Suite:
         text = json.dumps([prompt.text, list(prompt.choices), prompt.gold, self.stop])
         prompt_hash = hashlib.sha256(text.encode()).hexdigest()[:8]
         return {"suite": f"{self.name}.{self.version}", "prompt": prompt_hash}
+
+
+def clean_cells(row: Row, normaliser: Normaliser) -> Row:
+    """Return a row whose texts, also those in lists, are normalised."""
+
+    def clean(cell: Any) -> Any:
+        if isinstance(cell, str):
+            return normaliser(cell)[0]
+        return [clean(x) for x in cell] if isinstance(cell, list) else cell
+
+    return {column: clean(cell) for column, cell in row.items()}
+
+
+def evenly_spaced(rows: list[Any], n: int) -> list[Any]:
+    """Return `n` rows at equal distances, because files are often sorted; all if `n` is 0."""
+    if n == 0 or n >= len(rows):
+        return rows
+    return [rows[i * len(rows) // n] for i in range(n)]
 
 
 def suite_folders() -> list[Path]:
@@ -260,7 +324,7 @@ def _suite(name: str, prompts: list[Prompt], raw: dict[str, Any]) -> Suite:
         if not raw.get(key):
             raise ValueError(f"kind {task.kind} needs [[{key}]]")
     languages = raw.pop("languages", {})
-    suite = Suite(name=name, task_type=task, prompts=prompts,
+    suite = Suite(name=name, task_type=task, prompts=prompts, public_prompts=prompts,
                   first_of_pool=raw.pop("first", False),
                   languages={column: language_of(code, {code: code})
                              for column, code in languages.items()}, **raw)

@@ -157,9 +157,10 @@ class MultipleChoice(SuiteTask):
     def records(self, model: EvalModel, items: Sequence[Item], progress: Progress = no_progress,
                 on_truncation: Callable[[Truncation], object] = warn_truncated,
                 ) -> list[ChoiceRecord]:
-        delimiter = model.delimiter(self.suite.delimiter)
+        delimiter = model.delimiter(self.suite.delimiter, self.prompt.taught_as)
         requests = []
-        for number, (item, context) in enumerate(zip(items, model.contexts(items), strict=True)):
+        contexts = model.contexts(items, self.prompt.taught_as)
+        for number, (item, context) in enumerate(zip(items, contexts, strict=True)):
             requests += self.requests(item, context, delimiter, number)
         scores = iter(model.loglikelihood(requests, progress, on_truncation))
         return [self.record(item, [next(scores) for _ in item.choices]) for item in items]
@@ -199,14 +200,20 @@ class GenerationTask(SuiteTask):
     def n_requests(self, items: Sequence[Item]) -> int:
         return len(items)
 
+    @property
+    def stop(self) -> Sequence[str]:
+        """The texts that end an answer, in addition to EOS."""
+        return self.suite.stop
+
     @abstractmethod
     def record(self, item: Item, answer: Answer) -> SampleLog:
         """Return the record of an item."""
 
     def records(self, model: EvalModel, items: Sequence[Item], progress: Progress = no_progress,
                 on_truncation: Callable[[Truncation], object] = warn_truncated) -> list[SampleLog]:
-        answers = model.generate_until(model.contexts(items), self.suite.stop, self.max_new_tokens,
-                                       self.beams, progress, on_truncation)
+        contexts = model.contexts(items, self.prompt.taught_as)
+        answers = model.generate_until(contexts, self.stop, self.max_new_tokens, self.beams,
+                                       progress, on_truncation)
         return [self.record(item, answer) for item, answer in zip(items, answers, strict=True)]
 
 
@@ -251,6 +258,10 @@ class Translation(GenerationTask):
     @classmethod
     def columns(cls, prompt: Prompt) -> set[str]:
         return set(prompt.part.split("-"))
+
+    @property
+    def stop(self) -> Sequence[str]:
+        return ("\n",) if self.prompt.taught_as else self.suite.stop  # as sample.py --translate
 
     @property
     def source(self) -> str:

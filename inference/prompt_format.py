@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from inference.sampling import SamplingParams, StoppingCriteria
-from languages.language import ALMA, language_of
+from languages.language import ALMA, language_of, read_normaliser
+from languages.normalise import Normaliser
 from runtime.console import UserError
-from runtime.model_files import has_model_file, read_model_json
+from runtime.model_files import has_model_file, read_model_json, read_model_json_if_present
 from runtime.strict_json import shorten
 from tokenization.chat_template import ChatTemplate
 from tokenization.tokenizer import Tokenizer
@@ -27,6 +28,8 @@ from tokenization.tokenizer import Tokenizer
 TRUNCATED_NOTICE = "the conversation outgrows the context; its first messages are left out"
 MAX_PROMPT_CHARS = 1 << 16  # of a translation prompt
 MAX_LANGUAGES, MAX_LANGUAGE_CHARS = 256, 100  # that a prompt names, and of each code and name
+
+USES = ("text", "chat", "translate")  # each has an entry clean_* in prompt.json
 
 Messages = list[dict[str, str]]
 PromptOrMessages = str | Messages  # a text, or the messages of a conversation
@@ -90,6 +93,23 @@ def read_translation_prompt(folders: Sequence[Path]) -> TranslationPrompt | None
     return None
 
 
+def read_normalisers(folders: Sequence[Path],
+                     bins_prompt: Mapping[str, Any] | None = None) -> dict[str, Normaliser]:
+    """How the training text of a model was cleaned, by USES, from the first prompt.json that says
+    so. A use without an entry is left out: its text is asked as it is. `bins_prompt`: the entries
+    of the bins that the model is being trained on, which come first."""
+    prompts = [("the bins", bins_prompt or {})]
+    prompts += [(str(folder / "prompt.json"), read_model_json_if_present(folder, "prompt.json"))
+                for folder in folders]
+    normalisers: dict[str, Normaliser] = {}
+    for place, prompt in prompts:
+        for use in USES:
+            key = f"clean_{use}"
+            if key in prompt and use not in normalisers:
+                normalisers[use] = read_normaliser(prompt[key], f"{place}: {key}")
+    return normalisers
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """How a model is prompted: a text as it is, or inside a translation prompt; messages by a
@@ -151,20 +171,36 @@ class PromptFormat:
         plain = ChatTemplate.plain(self.tokenizer)
         return self.own_template or plain.with_kwargs(self.template_kwargs)
 
+    @cached_property
+    def normalisers(self) -> dict[str, Normaliser]:
+        """How the text that the model was trained on was cleaned, by use."""
+        return read_normalisers(self.folders)
+
+    def clean(self, text: str, use: str) -> str:
+        """A text, cleaned as the training text of this use was."""
+        normalise = self.normalisers.get(use)
+        return normalise(text)[0] if normalise else text
+
+    def _clean_messages(self, messages: Messages) -> Messages:
+        return [{**message, "content": self.clean(message["content"], "chat")}
+                if isinstance(message.get("content"), str) else message for message in messages]
+
     def render(self, prompt: PromptOrMessages) -> str:
-        """The text that the model reads: a prompt, or a conversation as its template writes it."""
+        """The text that the model reads: a prompt, or a conversation as its template writes it.
+        What is asked is cleaned as the training text was."""
         if not isinstance(prompt, str):
-            return self.template.render(prompt, add_generation_prompt=True)
+            return self.template.render(self._clean_messages(prompt), add_generation_prompt=True)
         if self.direction:
-            return self.translation.fill(prompt, self.direction)
-        return prompt
+            return self.translation.fill(self.clean(prompt, "translate"), self.direction)
+        return self.clean(prompt, "text")
 
     def encode(self, prompt: PromptOrMessages) -> list[int]:
         """The ids that the model reads, with BOS where the tokenizer has one."""
         if isinstance(prompt, str) and self.direction and self.translation.as_chat:
-            prompt = [{"role": "user", "content": self.render(prompt)}]
+            question = [{"role": "user", "content": self.render(prompt)}]
+            return self.template.encode(question, add_generation_prompt=True)
         if not isinstance(prompt, str):
-            return self.template.encode(prompt, add_generation_prompt=True)
+            return self.template.encode(self._clean_messages(prompt), add_generation_prompt=True)
         start = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         return start + self.tokenizer.encode(self.render(prompt))
 

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from languages.codes import NAMES, TWO_LETTERS
-from languages.normalise import COMMON_STEPS, Step
+from languages.normalise import COMMON_STEPS, Normaliser, Step, normaliser
 from runtime.console import FLAGS, UserError
 
 DEFAULT_LANGUAGE = "kin"  # of --language
@@ -101,6 +102,29 @@ def language_of(code: str, names: Mapping[str, str] | None = None) -> Language:
         return Language(code, given_name or NAMES[code])
     raise UserError(f"language {code!r}: not in languages/codes.py; expected an ISO 639-3 code "
                     f"such as kin; give its English name with --language-names {code}=NAME", FLAGS)
+
+
+def read_normaliser(entry: Mapping[str, Any], place: str) -> Normaliser:
+    """Return the normaliser that an entry of meta.json or prompt.json describes.
+
+    A language without a folder has the common steps only. `place` is where the entry stands.
+    Raises UserError for an entry of another form, and for an unknown step.
+    """
+    codes, names = (entry.get(key) if isinstance(entry, Mapping) else None
+                    for key in ("languages", "steps"))
+    for values in (codes, names):
+        if not isinstance(values, list) or not all(isinstance(x, str) for x in values):
+            raise UserError(f"{place}: expected two lists of names, languages and steps, found "
+                            f"{str(entry)[:80]}; correct the file")
+    available = dict(COMMON_STEPS)
+    for code in codes:
+        if code in known_languages():
+            available |= known_languages()[code].steps
+    unknown = [name for name in names if name not in available]
+    if unknown:
+        raise UserError(f"{place}: no cleaning step {unknown[0]}; there are "
+                        f"{', '.join(available)}; correct the file")
+    return normaliser(names, available, codes)
 
 
 def read_names(words: Iterable[str]) -> dict[str, str]:

@@ -8,12 +8,35 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from typing import Any
 
 from runtime.console import FLAGS, UserError
 
 Step = Callable[[str], tuple[str, int]]  # text -> (clean text, number of changes)
-Normaliser = Callable[[str], tuple[str, dict[str, int]]]  # text -> (clean text, changes by step)
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Named steps in the order of application. It can be sent to another process.
+
+    `languages`: codes of the languages whose steps the names are of.
+    """
+
+    steps: tuple[tuple[str, Step], ...]
+    languages: tuple[str, ...] = ()
+
+    def __call__(self, text: str) -> tuple[str, dict[str, int]]:
+        """Return the clean text and the number of changes by step."""
+        counts = {}
+        for name, step in self.steps:
+            text, counts[name] = step(text)
+        return text, counts
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the steps as meta.json and prompt.json have them."""
+        return {"languages": list(self.languages), "steps": [name for name, _ in self.steps]}
+
 
 INVISIBLE = re.compile("[\u200b\u200c\u200d\u2060\ufeff\u00ad]")  # zero-width, soft hyphen
 BLANKS = re.compile(r" [^\S\n]+|[^\S\n ][^\S\n]*")  # every run of blanks except one plain space
@@ -48,20 +71,20 @@ def spaces(text: str) -> tuple[str, int]:
 COMMON_STEPS: dict[str, Step] = {"spaces": spaces, "nfc": nfc}
 
 
-def normaliser(names: Sequence[str], available: Mapping[str, Step]) -> Normaliser:
-    """Return one function that applies the named steps in the order of `available`.
+def normaliser(names: Sequence[str], available: Mapping[str, Step],
+               languages: Sequence[str] = ()) -> Normaliser:
+    """Return the normaliser of the named steps, in the order of `available`.
 
-    The function can be sent to another process. Raises UserError for an unknown step.
+    Raises UserError for an unknown step.
     """
     for name in names:
         if name not in available:
             raise UserError(f"--normalise {name}: no such step; there are {', '.join(available)}, "
                             "and none", FLAGS)
-    return partial(_apply, [(name, step) for name, step in available.items() if name in names])
+    steps = tuple((name, step) for name, step in available.items() if name in names)
+    return Normaliser(steps, tuple(languages))
 
 
-def _apply(steps: Sequence[tuple[str, Step]], text: str) -> tuple[str, dict[str, int]]:
-    counts = {}
-    for name, step in steps:
-        text, counts[name] = step(text)
-    return text, counts
+def cleaning_of(normalise: Normaliser | None) -> dict[str, Any]:
+    """Return the steps of a normaliser as meta.json has them; no steps for None."""
+    return (normalise or Normaliser(())).to_json()

@@ -68,8 +68,10 @@ class BinWriter:
         self.trained += int(mask.sum() - mask[first].sum())
 
     def close(self, ledger: dict[str, Any], sources: list[dict[str, Any]],
-              prompt: dict[str, Any] | None = None) -> Bin:
-        """Complete the bin and open it. `prompt`: the prompts and chat template of its examples."""
+              prompt: dict[str, Any] | None = None,
+              cleaning: dict[str, Any] | None = None) -> Bin:
+        """Complete the bin and open it. `prompt`: the prompts and chat template of its examples;
+        `cleaning`: the steps by which its text was cleaned."""
         np.array(self.starts, "<i8").tofile(self.temporary / "starts.bin")
         if self.groups:
             (self.temporary / "groups.bin").write_bytes(self.groups)
@@ -84,6 +86,8 @@ class BinWriter:
             "documents": len(self.starts) - 1, "tokens": self.starts[-1], "trained": self.trained,
             "bytes": self.n_bytes, "ledger": ledger, "sources": sources,
             "sha256": {f.name: sha256(f) for f in files}} | ({"prompt": prompt} if prompt else {})
+        if cleaning is not None:
+            meta["cleaning"] = cleaning
         text = json.dumps(meta, indent=1, ensure_ascii=False)
         (self.temporary / "meta.json").write_text(text + "\n", encoding="utf-8")
         if self.target.exists():

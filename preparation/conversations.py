@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data import Bin
-from languages.normalise import Normaliser
+from languages.normalise import Normaliser, cleaning_of
 from preparation.examples import (
     Example,
     LengthLimit,
@@ -59,7 +59,8 @@ def prepare_conversations(specs: Sequence[str], tokenizer_path: Path | str, out:
     encoder = ConversationEncoder(chat_template, loss_on, normalise)
     bin, ledger, _ = write_examples(
         read_conversations(paths), encoder, out, tokenizer, "chat", paths,
-        chat_template.to_prompt(), limit or LengthLimit(), keep_duplicates, workers)
+        chat_template.to_prompt(), limit or LengthLimit(), keep_duplicates, workers,
+        cleaning_of(normalise))
     return bin, ledger
 
 

@@ -145,8 +145,8 @@ def render_conversations(template: ChatTemplate, rows: Sequence[Row],
 
 def write_examples(rows: Iterable[Row], encoder: Encoder, out: Path | str, tokenizer: Tokenizer,
                    kind: str, sources: Sequence[Path], prompt: dict[str, Any], limit: LengthLimit,
-                   keep_duplicates: bool = False,
-                   workers: Workers | None = None) -> tuple[Bin, Ledger, Counter[str]]:
+                   keep_duplicates: bool = False, workers: Workers | None = None,
+                   cleaning: dict[str, Any] | None = None) -> tuple[Bin, Ledger, Counter[str]]:
     """Write the examples of rows into a bin of this kind. Returns the bin, the ledger, and the
     number of documents by direction.
 
@@ -166,7 +166,7 @@ def write_examples(rows: Iterable[Row], encoder: Encoder, out: Path | str, token
         if len(writer.starts) == 1:
             raise UserError(f"{', '.join(map(str, sources))}: {state.describe_empty()}")
         ledger = state.ledger.to_json() | {"max_tokens": limit.max_tokens}
-        bin = writer.close(ledger, describe_sources(sources), prompt)
+        bin = writer.close(ledger, describe_sources(sources), prompt, cleaning)
         return bin, state.ledger, state.directions
     except BaseException:
         writer.abandon()

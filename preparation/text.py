@@ -21,7 +21,7 @@ import numpy as np
 
 from data import Bin, sha256
 from languages.language import Language
-from languages.normalise import COMMON_STEPS, Normaliser, normaliser
+from languages.normalise import COMMON_STEPS, Normaliser, cleaning_of, normaliser
 from preparation.bin_writer import BinWriter
 from preparation.ledger import Ledger
 from preparation.readers import (
@@ -86,7 +86,9 @@ def prepare_text(specs: Sequence[str], tokenizer_path: Path | str, out: Path | s
         if not ledger.documents["kept"]:
             raise UserError(f"{', '.join(specs)}: no document left of {ledger.documents['read']} "
                             "read; the corpus is empty")
-        return writer.close(ledger.to_json(), describe_sources(sources)), ledger
+        bin = writer.close(ledger.to_json(), describe_sources(sources),
+                           cleaning=cleaning_of(normalise))
+        return bin, ledger
     except BaseException:
         writer.abandon()
         raise
@@ -103,7 +105,7 @@ def build_normaliser(names: Sequence[str], languages: Sequence[Language],
         available |= language.steps
     if list(names) == ["all"]:
         names = [name for name in available if name not in omitted]
-    return normaliser(names, available)
+    return normaliser(names, available, [language.code for language in languages])
 
 
 def describe_sources(paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from data import Bin
 from languages.language import Language, share_of_words
-from languages.normalise import Normaliser
+from languages.normalise import Normaliser, cleaning_of
 from preparation.examples import (
     Example,
     LengthLimit,
@@ -102,7 +102,7 @@ def prepare_translation(specs: Sequence[str], tokenizer_path: Path | str, out: P
     return write_examples(
         join_pairs(rows, columns, max(1, join)), encoder, out, tokenizer,
         "text" if as_text else "mt", paths, meta_prompt, limit or LengthLimit(), keep_duplicates,
-        workers)
+        workers, cleaning_of(normalise))
 
 
 def parse_directions(words: Sequence[str], pair: tuple[str, str]) -> dict[str, float]:

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data import Bin, Source, sha256, validation_split
-from languages.language import DEFAULT_LANGUAGE, DEFAULT_PAIR, language_of, translation_prompts
+from languages.language import (
+    DEFAULT_LANGUAGE,
+    DEFAULT_PAIR,
+    language_of,
+    read_normaliser,
+    translation_prompts,
+)
+from languages.normalise import Normaliser, cleaning_of
 from preparation.conversations import prepare_conversations
 from preparation.examples import LengthLimit, open_template
 from preparation.ledger import Ledger, format_ledger
@@ -36,6 +43,8 @@ from training.settings import BIN_KINDS, Settings
 
 RENDERED = ("chat", "pairs")  # kinds of bins that a chat template writes
 MIXED = ("text", "chat", "mt")  # the kinds of bins that may be mixed: trained by their NLL
+
+CLEANING_KEYS = {"text": "clean_text", "chat": "clean_chat", "mt": "clean_translate"}  # by kind
 
 # Held-out documents by name: ids of texts, or documents with their loss mask.
 ValidationSets = dict[str, list[np.ndarray] | list[Document]]
@@ -68,6 +77,7 @@ def open_data(s: Settings, model_dir: Path, tokenizer: Tokenizer, vocab_size: in
                         "documents, or give --val")
         sources.append(Source(name, bin, np.flatnonzero(~is_held_out),
                               weight or float(bin.meta["tokens"] - len(bin))))
+    normaliser = normaliser_of(source.bin for source in sources)
     for item in s.val:
         name, _, spec = item.partition("=")
         if not (name and spec):
@@ -75,7 +85,7 @@ def open_data(s: Settings, model_dir: Path, tokenizer: Tokenizer, vocab_size: in
         if folder_name(name) in map(folder_name, val_sets):
             raise UserError(f"--val {item}: another one is called {name}; give it a name of its "
                             "own, or a glob or folder for both", FLAGS)
-        bin = opener.open_val_bin(name, spec)
+        bin = opener.open_val_bin(name, spec, normaliser)
         val_sets[name] = opener.read_val_set(bin, range(len(bin)))
     return sources, val_sets
 
@@ -100,12 +110,14 @@ class _Opener:
         kinds = MIXED if self.kind in MIXED else (self.kind,)
         return self._check_kind(bin, kinds)
 
-    def open_val_bin(self, name: str, spec: str) -> Bin:
+    def open_val_bin(self, name: str, spec: str, normaliser: Normaliser | None) -> Bin:
+        """`normaliser`: how text is cleaned, if it is not a bin yet."""
         bin = self._open(spec, kind_of_val(spec, self.kind), f"{folder_name(name)}-val",
-                         is_val=True)
+                         is_val=True, normaliser=normaliser)
         return self._check_kind(bin, (*MIXED, self.kind))
 
-    def _open(self, spec: str, kind: str, name: str, is_val: bool = False) -> Bin:
+    def _open(self, spec: str, kind: str, name: str, is_val: bool = False,
+              normaliser: Normaliser | None = None) -> Bin:
         """A prepared bin, or the bin of files, which rank 0 prepares under OUT/bins if needed."""
         folder = Path(spec)
         if not (folder / "meta.json").exists():
@@ -113,9 +125,11 @@ class _Opener:
             if self.ranks.rank == 0:
                 kwargs = self.s.template_kwargs if kind in RENDERED else ()
                 prompt = self._template_prompt(kind)
-                if not is_fresh(folder, spec, self.tokenizer, kind, self.s.seq_len, prompt):
-                    prepare_files(
-                        kind, spec, self.model_dir, folder, self.s.seq_len, is_val, kwargs)
+                cleaning = cleaning_of(normaliser) if is_val and kind == "text" else None
+                if not is_fresh(folder, spec, self.tokenizer, kind, self.s.seq_len, prompt,
+                                cleaning):
+                    prepare_files(kind, spec, self.model_dir, folder, self.s.seq_len, is_val,
+                                  kwargs, normaliser)
             self.ranks.barrier()
         bin = Bin(folder)
         bin.check(self.tokenizer.fingerprint, self.vocab_size)
@@ -157,28 +171,32 @@ def kind_of_val(spec: str, kind: str) -> str:
 
 
 def prepare_files(kind: str, spec: str, model_dir: Path, out: Path, seq_len: int,
-                  is_val: bool = False, template_kwargs: Sequence[str] = ()) -> None:
+                  is_val: bool = False, template_kwargs: Sequence[str] = (),
+                  val_normaliser: Normaliser | None = None) -> None:
     """Prepare files into a bin as prepare.py does by default, and print the command that is equal.
 
-    Examples must fit a row of `seq_len`. Held-out text is neither cleaned nor deduplicated.
-    `template_kwargs`: the words of --template-kwargs, for chat and pairs.
+    Examples must fit a row of `seq_len`. Held-out text is not deduplicated, and is cleaned by
+    `val_normaliser`. `template_kwargs`: the words of --template-kwargs, for chat and pairs.
     """
-    is_raw = is_val and kind == "text"
+    is_val_text = is_val and kind == "text"
     argv = [kind, spec, "--tokenizer", str(model_dir), "--out", str(out)]
     if kind != "text":
         argv += ["--max-tokens", str(seq_len)]
     if template_kwargs:
         argv += ["--template-kwargs", *template_kwargs]
-    if is_raw:
-        argv += ["--normalise", "none", "--keep-duplicates"]
+    if is_val_text:
+        steps = cleaning_of(val_normaliser)["steps"] or ["none"]
+        argv += ["--normalise", *steps, "--keep-duplicates"]
     console.info("preparing: " + shlex.join(["python", "prepare.py", *argv]))
     language = language_of(DEFAULT_LANGUAGE)
     common = {"specs": [spec], "tokenizer_path": str(model_dir), "out": str(out),
               "workers": Workers(os.cpu_count() or 1)}
     limit, normalised = LengthLimit(seq_len), ["all"]
     if kind == "text":
-        normaliser = None if is_raw else build_normaliser(normalised, [language])
-        bin, ledger = prepare_text(**common, normalise=normaliser, keep_duplicates=is_raw)
+        normaliser = build_normaliser(normalised, [language])
+        if is_val_text:
+            normaliser = val_normaliser
+        bin, ledger = prepare_text(**common, normalise=normaliser, keep_duplicates=is_val_text)
     elif kind == "chat":
         normaliser = build_normaliser(normalised, [language], omitted=("spaces",))
         bin, ledger = prepare_conversations(
@@ -203,12 +221,14 @@ def _print_ledger(bin: Bin, ledger: Ledger) -> None:
 
 
 def is_fresh(folder: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: int,
-             prompt: Mapping[str, Any] | None = None) -> bool:
+             prompt: Mapping[str, Any] | None = None,
+             cleaning: Mapping[str, Any] | None = None) -> bool:
     """Whether the bin in a folder is the one that preparing `spec` now would give.
 
     Compares the sizes of the source files and, for files that changed after the bin was made, the
     sha256. A bin of examples that was made for another row length is still fresh if all of its
-    examples fit both. `prompt`: the chat template and its variables as they must be in meta.json.
+    examples fit both. `prompt`, `cleaning`: as they must be in meta.json; a bin of an earlier
+    version has no `cleaning` and stays fresh.
     """
     if not (folder / "meta.json").exists():
         return False
@@ -216,6 +236,8 @@ def is_fresh(folder: Path, spec: str, tokenizer: Tokenizer, kind: str, seq_len: 
     if (bin.meta["tokenizer"], bin.meta["kind"]) != (tokenizer.fingerprint, kind):
         return False
     if prompt is not None and bin.meta.get("prompt", {}) != prompt:
+        return False
+    if cleaning is not None and bin.meta.get("cleaning", cleaning) != cleaning:
         return False
     formats = TEXT_FORMATS if kind == "text" else (*TEXT_FORMATS, ".json")
     files = [(str(p), p.stat().st_size) for p in list_files([spec], formats)]
@@ -269,9 +291,19 @@ def read_answers(bin: Bin, documents: Sequence[int], max_tokens: int) -> list[Do
     return answers
 
 
+def normaliser_of(bins: Iterable[Bin]) -> Normaliser | None:
+    """How the text of the first bin of text was cleaned; None if there is none, or if its meta.json
+    does not say."""
+    for bin in bins:
+        if bin.meta["kind"] == "text":
+            entry = bin.meta.get("cleaning")
+            return read_normaliser(entry, str(bin.folder / "meta.json")) if entry else None
+    return None
+
+
 def prompts_of(sources: Sequence[Source]) -> dict[str, Any]:
     """How the sources' prompts were written: {"translate": [...], "chat": template,
-    "template_kwargs": its variables}.
+    "template_kwargs": its variables}; and how their text was cleaned: {"clean_text": steps}.
 
     If several sources have a key, the first one counts. A template without variables has empty
     ones here, so that those of another template are not used with it.
@@ -281,5 +313,8 @@ def prompts_of(sources: Sequence[Source]) -> dict[str, Any]:
         prompt = source.bin.meta.get("prompt", {})
         if "chat" in prompt:
             prompt = {"template_kwargs": {}, **prompt}
+        key = CLEANING_KEYS.get(source.bin.meta["kind"])
+        if key and "cleaning" in source.bin.meta:
+            prompt = {**prompt, key: source.bin.meta["cleaning"]}
         prompts = {**prompt, **prompts}
     return prompts

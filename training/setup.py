@@ -67,6 +67,7 @@ def set_up(s: Settings, objective: Objective) -> Run:
         fp8.convert_to_fp8(model)
 
     sources, val_sets = open_data(s, model_dir, tokenizer, model.config.vocab_size, out, ranks)
+    suites = validation.clean_suites(suites, sources, model_dir)
     check_stop_conditions(early_stopping, suites, list(val_sets))
     check_best(s, val_sets)
     ranks.assert_same_on_all_ranks({f"sha256 of {x.name}": x.sha for x in sources}

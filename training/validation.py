@@ -17,12 +17,16 @@ from typing import Any
 import numpy as np
 
 from checkpoints.atomic_write import write_text
+from checkpoints.model_folder import base_model_dir
+from data import Source
 from evaluation.eval_model import EvalModel, Truncation, start_token, warn_truncated
 from evaluation.likelihood import answer_nats, document_nats
 from evaluation.metrics import bits_per_byte
-from evaluation.suites import Item, Prompt, Suite, load_suite
+from evaluation.suites import Item, Prompt, Suite, evenly_spaced, load_suite
+from evaluation.taught import Taught
 from inference.detokenizer import decode_answer
 from inference.generate import completions
+from inference.prompt_format import read_normalisers
 from inference.sampling import SamplingParams, StoppingCriteria
 from model import Llama
 from runtime import console
@@ -31,7 +35,7 @@ from runtime.distributed import Distributed
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training.compile_model import uncompiled
-from training.datasets import ValidationSets
+from training.datasets import ValidationSets, prompts_of
 from training.early_stopping import Metrics
 from training.settings import Settings
 from training.state import Run
@@ -127,11 +131,13 @@ def load_suites(s: Settings) -> list[Suite]:
     return suites
 
 
-def evenly_spaced(rows: list[Any], n: int) -> list[Any]:
-    """`n` rows at equal distances, because files are often sorted; all if `n` is 0."""
-    if n == 0 or n >= len(rows):
-        return rows
-    return [rows[i * len(rows) // n] for i in range(n)]
+def clean_suites(suites: Sequence[Suite], sources: Sequence[Source],
+                 model_dir: Path) -> list[Suite]:
+    """The suites with their questions cleaned as the training text is; `model_dir`: of the model
+    that is trained further."""
+    folders = [model_dir, base_model_dir(model_dir)]
+    taught = Taught(normalisers=read_normalisers(folders, prompts_of(sources)))
+    return [taught.suite_for(suite, add_prompts=False) for suite in suites]
 
 
 def metric_names(suites: Sequence[Suite]) -> list[str]:

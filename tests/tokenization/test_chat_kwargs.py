@@ -145,7 +145,8 @@ def test_a_model_is_asked_with_the_variables_that_it_was_taught_with(home, tmp_p
     prompt = {"chat": THINKING, "template_kwargs": {"enable_thinking": False}}
     assert taught.meta["prompt"] == prompt
     assert "[assistant] <think></think>" in tokenizer.decode(taught.document(0).tolist())
-    assert json.loads((out / "model/prompt.json").read_text()) == prompt
+    cleaning = {"clean_chat": {"languages": ["kin"], "steps": ["nfc", "apostrophe"]}}
+    assert json.loads((out / "model/prompt.json").read_text()) == prompt | cleaning
 
     question = said(("u", "Amakuru?"))
     asked = PromptFormat.load([out / "model"], tokenizer)
@@ -169,7 +170,7 @@ def test_a_model_is_asked_with_the_variables_that_it_was_taught_with(home, tmp_p
                        out=str(tmp_path / "next"), seq_len=200, steps=1, dtype="fp32",
                        device="cpu"))
     final = json.loads((tmp_path / "next/model/prompt.json").read_text())
-    assert set(final) == {"chat"} and "message['role']" in final["chat"]
+    assert set(final) == {"chat", "clean_chat"} and "message['role']" in final["chat"]
 
 
 def test_a_bin_is_prepared_again_for_other_variables_and_for_another_template(home, tmp_path):
@@ -190,9 +191,10 @@ def test_a_bin_is_prepared_again_for_other_variables_and_for_another_template(ho
 
 def test_the_signature_of_an_evaluation_knows_the_variables(home):
     template = ChatTemplate.from_folder(home / "model", Tokenizer.open(home / "model"))
-    signatures = [EvalModel.chat_signature(SimpleNamespace(chat_template=x))["chat"] for x in (
+    models = [SimpleNamespace(template=lambda taught_as, x=x: x) for x in (
         template, template.with_kwargs({"a": 1, "b": 2}), template.with_kwargs({"b": 2, "a": 1}),
         template.with_kwargs({"a": 2}))]
+    signatures = [EvalModel.chat_signature(model)["chat"] for model in models]
     assert signatures[1] == signatures[2] and len(set(signatures)) == 3
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import eval as evaluating
 from evaluation.eval_model import EvalModel
+from evaluation.suites import evenly_spaced
 from helpers import tiny
 from helpers.train_runs import call, make_settings, read_losses, run_ranks, train_command
 from runtime import console
@@ -19,7 +20,7 @@ from runtime.console import UserError
 from runtime.paths import ROOT
 from training.early_stopping import EarlyStopping, StopCondition, read_evaluations
 from training.setup import load_suites_and_conditions
-from training.validation import evenly_spaced, metric_names
+from training.validation import metric_names
 
 NAMES = {"kin": 1.5, "eng": 2.0, "sib200.acc": 0.4, "sib200.f1": 0.3}
 
@@ -167,10 +168,10 @@ def test_ranks_share_a_suites_items_and_find_the_same_figures(workspace, tmp_pat
     asked = tmp_path / "asked"
 
     def counts(run):
-        def contexts(model, items, real=EvalModel.contexts):
+        def contexts(model, items, *taught_as, real=EvalModel.contexts):
             with open(asked, "a") as file:
                 print(run.ranks.world_size, run.ranks.rank, len(items), file=file)
-            return real(model, items)
+            return real(model, items, *taught_as)
 
         if run.step == 0:
             EvalModel.contexts = contexts  # between the evaluations at step 0 and at step 2
