@@ -19,6 +19,8 @@ from typing import Any
 
 from reports.page import render
 from reports.training_curves import curves_of, finite_numbers, plots, read_metrics, read_text
+from runtime.console import FLAGS, UserError
+from runtime.output_paths import try_output_file
 
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"  # of `started` and `finished` in run.json
 SHOWN_CHANGE = 0.0005  # smaller relative changes are shown as 0.0 % and not coloured
@@ -28,7 +30,25 @@ HASHES = ("commit", "model_commit", "tokenizer", "data")  # keys of run.json tha
 def write_training_report(out: Path, finished: str = "") -> Path:
     """Write OUT/report.html from the files of the run in OUT; returns its path. `finished` is the
     time at which the run ended; without it, that of run.json."""
-    out = Path(out)
+    path = Path(out) / "report.html"
+    path.write_text(_render_report(Path(out), finished), encoding="utf-8")
+    return path
+
+
+def check_training_report(out: Path) -> None:
+    """Make the report as it is now, with an example of a plot, and write nothing. UserError if that
+    fails, or if OUT/report.html cannot be written."""
+    try_output_file(out / "report.html")
+    try:
+        _render_report(out, "")
+        plots([{"step": 1, "loss": 1.0}], [], "cpt")
+    except ImportError as e:
+        raise UserError(f"the report of the run needs the package {e.name}, which is not "
+                        "installed; run pip install -r requirements.txt", FLAGS) from None
+
+
+def _render_report(out: Path, finished: str) -> str:
+    """The page, from the files of the run in OUT."""
     notes: list[str] = []
     lines = read_metrics(out / "metrics.jsonl", notes)
     steps = [x for x in lines if "loss" in x]
@@ -42,7 +62,7 @@ def write_training_report(out: Path, finished: str = "") -> Path:
     command = run.pop("command", "")
     rows = [(name.replace("_", "-"), _format(value)) for name, value in settings.items()]
     facts = {name: (name.replace("_", " "), _format(x)) for name, x in run.items() if x != ""}
-    page = render(
+    return render(
         "training_report.html", title=f"{settings.get('mode', 'run')}: {out.resolve().name}",
         summary=_summary(run, steps), notes=notes, command=command,
         table=_before_and_after(evaluations, "bits_per_byte"),
@@ -54,9 +74,6 @@ def write_training_report(out: Path, finished: str = "") -> Path:
         changed=[(k, v) for k, v in rows if k.replace("-", "_") in changed_names],
         facts=[fact for name, fact in facts.items() if name not in HASHES],
         hashes=[fact for name, fact in facts.items() if name in HASHES])
-    path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _parse_file(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:

@@ -17,17 +17,28 @@ import lora
 from checkpoints.atomic_write import write_text
 from checkpoints.model_writer import write_model_folder
 from checkpoints.peft_adapter import adapter_state
-from reports.training_report import write_training_report
+from reports.training_report import check_training_report, write_training_report
 from runtime import console, flags, hub
+from runtime.output_paths import try_output_file, try_output_folder
 from runtime.paths import git_commit
 from training.early_stopping import read_evaluations
 from training.run_folder import continuation_command, read_run_json
 from training.settings import changed_settings
 from training.state import Run
 
+RUN_FILES = ("settings.toml", "run.json", "metrics.jsonl", "samples.txt", "odd_steps.jsonl")
+RUN_FOLDERS = ("checkpoints", "best")
+
 
 def write_start(run: Run) -> None:
-    """Write settings.toml, which train.py can read again, and run.json, which says what is run."""
+    """Write settings.toml, which train.py can read again, and run.json, which says what is run.
+
+    UserError if a later output of the run cannot be written, or if its report cannot be made.
+    """
+    for name in RUN_FILES:
+        try_output_file(run.out / name)
+    for name in RUN_FOLDERS:
+        try_output_folder(run.out / name)
     repo, commit = hub.source(run.model_dir)
     # the exact commit, so that a resumed run uses it even if the branch on the hub has moved
     model = f"{repo}@{commit}" if commit else run.settings.model
@@ -45,6 +56,7 @@ def write_start(run: Run) -> None:
         "data": {x.name: x.bin.meta["sha256"]["tokens.bin"] for x in run.loader.sources},
         "tokens_per_step": run.tokens_per_step, "parameters": run.parameters,
         "changed_settings": changed})
+    check_training_report(run.out)
 
 
 def write_run_json(run: Run, content: dict[str, Any]) -> None:

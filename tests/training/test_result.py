@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,11 +134,17 @@ REFUSED = {
     "a file in place of the model's folder": in_out(lambda out: (out / "model").write_text("x")),
     "a dangling link in place of the model's folder": in_out(
         lambda out: (out / "model").symlink_to("missing/there")),
+    **{f"a folder in place of {name}": in_out(lambda out, name=name: (out / name).mkdir())
+       for name in ("report.html", "samples.txt", "odd_steps.jsonl", "run.json", "settings.toml")},
+    **{f"a file in place of {name}": in_out(lambda out, name=name: (out / name).write_text("x"))
+       for name in ("checkpoints", "best")},
+    "a report that is a link in a circle": in_out(
+        lambda out: (out / "report.html").symlink_to("report.html")),
 }
 QUICK = ["a licence with blanks and brackets", "a link to a link", "a folder of licences",
          "a FIFO for a prompt", "a tokenizer behind a link out of the folder",
          "a prompt with a broken template", "a foreign file in the old model",
-         "a licence that is a dangling link"]
+         "a licence that is a dangling link", "a folder in place of report.html"]
 
 
 def cases() -> list:
@@ -177,6 +184,21 @@ def test_a_run_finishes_or_is_refused_before_step_1(workspace, tmp_path, name, t
     assert code in (2, 3, 5), message
     assert len([x for x in message.splitlines() if x.startswith("error")]) == 1, message
     assert not (out / "metrics.jsonl").exists(), "a step was trained"
+
+
+def test_a_missing_package_of_the_report_is_named_before_step_1(workspace, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    train = fork.train("--model", f"{workspace}/tied", "--data", f"{workspace}/kin", "--out",
+                       str(out), "--seq-len", "32", "--rows", "2", "--steps", "2", "--device",
+                       "cpu", "--hold-out", "0")
+
+    def train_without_matplotlib() -> object:
+        sys.modules["matplotlib"] = None  # in this child alone
+        return train()
+
+    assert fork.ends([fork.child(train_without_matplotlib, log)]) == [2], log.read_text()
+    assert "needs the package matplotlib, which is not installed" in log.read_text()
+    assert not (out / "metrics.jsonl").exists()
 
 
 def test_the_result_does_not_need_the_base_folder_during_the_run(workspace, tmp_path):
