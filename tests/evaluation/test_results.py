@@ -121,19 +121,24 @@ def test_a_mean_over_prompts_is_tested_as_the_mean_of_each_item():
 
 
 def test_the_mean_over_prompts_is_compared_with_a_baseline_that_has_all_prompts(home, capsys):
-    settings = {"model": str(home / "model"), "max_new_tokens": 4, "overlap": False, "limit": 4}
+    (home / "sib.tsv").write_text("index_id\tcategory\ttext\n" + "".join(
+        f"{i}\t{category}\t{text}\n" for i, (category, text) in
+        enumerate(zip(["health", "sports", "travel"], KIN, strict=False))))
+    settings = {"model": str(home / "model"), "suites": [f"sib200={home}/sib.tsv"],
+                "overlap": False}
     for prompts, name in ((["1", "2"], "both"), (["1"], "one")):
         run_eval(home, **settings, prompts=prompts, out=str(home / name))
+    capsys.readouterr()
     both, one = (run_eval(home, **settings, prompts=["1", "2"], baseline=str(home / name))
                  for name in ("both", "one"))
     means = [r for r in both["results"] if "prompts" in r]
-    assert len(means) >= 4 and all(r["baseline"]["value"] == r["value"] for r in means)
-    n = sum("baseline" in r for r in both["results"])
+    assert [r["metric"] for r in means] == ["f1", "acc"]
+    assert all(r["baseline"]["value"] == r["value"] and r["baseline"]["p"] == 1 for r in means)
+    assert means[1]["chance"] == pytest.approx(1 / 7)
     printed = capsys.readouterr()
-    assert f"{n} comparisons with {home}/model. Between equal models" in printed.out
-    assert n == len(both["results"])
+    assert f"6 comparisons with {home}/model. Between equal models" in printed.out
     assert not any("baseline" in r for r in one["results"] if "prompts" in r)
-    assert "the baseline has 1 of 2 prompts, so the mean is not compared" in printed.err
+    assert "sib200 acc: the baseline has 1 of 2 prompts, so the mean is not compared" in printed.err
 
 
 def test_chance_is_what_guessing_gives():

@@ -34,6 +34,7 @@ from runtime import flags as config
 from runtime.console import UserError
 from runtime.distributed import Distributed
 from runtime.paths import ROOT
+from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training import monitor
 from training import optimizer as optim
@@ -47,6 +48,7 @@ from training.settings import (
     read_settings,
     upgrade_settings,
 )
+from training.validation import measure_held_out
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 
@@ -422,6 +424,32 @@ def test_held_out_bits_per_byte_are_those_that_eval_prints(workspace):
           f"v={val}", "--out", str(workspace / "same-eval"), "--dtype", "fp32", "--device", "cpu"])
     result = json.loads((workspace / "same-eval/results.json").read_text())["results"][0]
     assert result["value"] == pytest.approx(last["bits_per_byte"]["v"], abs=1e-5)
+    nats = result["value"] * result["bytes"] * math.log(2)
+    assert last["held_out_loss"]["v"] == pytest.approx(nats / result["tokens"], abs=1e-5)
+
+
+def test_held_out_loss_is_the_mean_over_tokens_that_transformers_computes(tmp_path):
+    tiny.write_tokenizer(tmp_path)
+    tokenizer, peer = Tokenizer.open(tmp_path), tiny.peer()
+    texts = [np.array(tokenizer.encode(x)) for x in tiny.SENTENCES[:3]]
+    answers = []
+    for ids in texts:
+        mask = np.arange(len(ids) + 1) >= len(ids) // 2  # the second half is the answer
+        answers.append(Document(np.array([tokenizer.bos, *ids]), mask, 0))
+    val_sets = {"text": texts, "answers": answers, "empty": [np.array([], np.int64)]}
+    _, losses = measure_held_out(tiny.ours(peer), val_sets, tokenizer)
+
+    theirs = {"text": [], "answers": []}
+    for document in answers:
+        ids = torch.tensor(document.ids)
+        with torch.no_grad():
+            logits = peer(ids[None]).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        theirs["text"].append(nll)
+        theirs["answers"].append(nll[torch.tensor(document.mask[1:])])
+    for name, nlls in theirs.items():
+        assert losses[name] == pytest.approx(float(torch.cat(nlls).mean()), abs=1e-5)
+    assert math.isnan(losses["empty"])
 
 
 def packed(seed: int, rows: int, T: int = 24) -> Batch:
