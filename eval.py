@@ -80,6 +80,10 @@ class Settings:
     hypotheses: list[str] = field(default_factory=list)
     """Translations of another system, each NAME=FILE, such as flores/eng-kin=nllb.txt, one sentence
     a line. They are scored like a model's; no --model is needed."""
+    scores: list[str] = field(default_factory=list)
+    """Scores of the --hypotheses by another program, each NAME=FILE, such as COMET=comet.txt: a
+    number for each sentence, as comet-score, MetricX and raters write them. With several
+    --hypotheses: flores/eng-kin/COMET=comet.txt."""
     documents: Annotated[Literal["auto", "file", "line", "block"], Group("Texts")] = "auto"
     """What a document of a .txt is. auto: decided from the file. Results for different documents
     are not comparable."""
@@ -118,6 +122,7 @@ def main(s: Settings) -> None:
     """Read what was asked for, load the model, measure, print, write."""
     from evaluation import evaluate
     from evaluation.baseline import Baseline
+    from evaluation.segment_scores import score_files
     from reports.evaluation_report import write_evaluation_report
 
     check_settings(s)
@@ -131,10 +136,11 @@ def main(s: Settings) -> None:
     with results_file(Path(s.out)) as write:  # opened now, not after an hour of measuring
         evaluation = evaluate.Evaluation(Path(s.out), baseline)
         evaluate.check_hypotheses(s.hypotheses)
+        files = score_files(s.scores, [spec.partition("=")[0] for spec in s.hypotheses])
         hypotheses = []  # first: whatever can fail at once comes before what takes hours
         for spec in s.hypotheses:
             hypotheses += evaluate.measure_hypotheses(evaluation, spec, s.suites, s.suite_data,
-                                                      s.limit)
+                                                      s.limit, files[spec.partition("=")[0]])
         results, settings, contamination = [], dataclasses.asdict(s), None
         if baseline:
             settings["baseline_model"] = baseline.model

@@ -8,7 +8,7 @@ that read (`read_texts`, `read_suites`, `check_baseline`) before the model is as
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from evaluation.results import (
     write_parallel_files,
     write_records,
 )
+from evaluation.segment_scores import read_scores
 from evaluation.significance import RESAMPLES, SEED
 from evaluation.suites import Item, Prompt, Suite, load_suite
 from evaluation.tasks import DocumentLikelihood, SuiteTask, Task, Translation
@@ -378,9 +379,10 @@ def _measure_prompt(evaluation: Evaluation, suite: Suite, prompt: Prompt, model:
 
 
 def measure_hypotheses(evaluation: Evaluation, spec: str, suite_specs: Sequence[str],
-                       data_folder: str, limit: int) -> list[MetricResult]:
+                       data_folder: str, limit: int,
+                       score_files: Mapping[str, Path] | None = None) -> list[MetricResult]:
     """Score another system's translations, SUITE/PART=FILE. `suite_specs`, `data_folder`:
-    --suites, --suite-data."""
+    --suites, --suite-data; `score_files`: scores of other programs, by name."""
     start = time.perf_counter()
     name, _, file = spec.partition("=")
     suite_name, _, part = name.partition("/")
@@ -395,10 +397,14 @@ def measure_hypotheses(evaluation: Evaluation, spec: str, suite_specs: Sequence[
     task = Translation(suite, prompt)
     indices = suite.subset(limit)
     hypotheses = read_hypotheses(Path(file), len(suite.rows), name)
-    records = [task.file_record(suite.rows[i], hypotheses[i]) for i in indices]
+    score_files = score_files or {}
+    scores = {name: read_scores(file, name, len(suite.rows)) for name, file in score_files.items()}
+    records = [task.file_record(suite.rows[i], hypotheses[i], {k: x[i] for k, x in scores.items()})
+               for i in indices]
     results, _ = evaluation.add(Measurement(
         suite.name, task, records, {"suite": f"{suite.name}.{suite.version}"},
-        len(records) < len(suite.rows), _provenance(start, [*suite.files, Path(file)]), prompt,
+        len(records) < len(suite.rows),
+        _provenance(start, [*suite.files, Path(file), *score_files.values()]), prompt,
         suite.groups))
     return results
 

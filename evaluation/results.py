@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class AnswerRecord(TypedDict):
 class TranslationRecord(TypedDict):
     """A sentence, its reference and a translation."""
 
+    scores: NotRequired[dict[str, float]]  # of the segment by other programs, by name
     source: str
     reference: str
     hypothesis: str

@@ -22,6 +22,7 @@ from evaluation import metrics
 from evaluation.eval_model import Answer, Continuation, Truncation, warn_truncated
 from evaluation.likelihood import no_progress
 from evaluation.metrics import Measure
+from evaluation.segment_scores import lower_is_better
 from languages.language import identifier_for
 
 if TYPE_CHECKING:
@@ -284,10 +285,16 @@ class Translation(GenerationTask):
     def record(self, item: Item, answer: Answer) -> TranslationRecord:
         return {**self.item_fields(item), "hypothesis": answer.text, "end": answer.end}
 
-    def file_record(self, row: Mapping[str, Any], hypothesis: str) -> TranslationRecord:
-        """Return the record of a translation that another system made."""
-        return {"source": str(row[self.source]), "reference": str(row[self.target]),
-                "hypothesis": hypothesis, "end": ""}
+    def file_record(self, row: Mapping[str, Any], hypothesis: str,
+                    scores: Mapping[str, float] | None = None) -> TranslationRecord:
+        """Return the record of a translation that another system made. `scores`: of the segment by
+        other programs, by name."""
+        record: TranslationRecord = {
+            "source": str(row[self.source]), "reference": str(row[self.target]),
+            "hypothesis": hypothesis, "end": ""}
+        if scores:
+            record["scores"] = dict(scores)
+        return record
 
     def metrics(self, records: Sequence[TranslationRecord]) -> list[Measure]:
         """Scores as they are, then with one spelling of marks that readers do not distinguish, if
@@ -301,6 +308,7 @@ class Translation(GenerationTask):
             note, respell = spelling
             measures += self._scores(f", {note}", [respell(x) for x in hypotheses],
                                      [respell(x) for x in references])
+        measures += _measures_of_scores(records)
         if all(r["end"] for r in records):
             measures.append(metrics.mean("eos_rate", [r["end"] == "eos" for r in records]))
         copies = [x.strip().casefold().startswith(y.strip().casefold())
@@ -327,6 +335,14 @@ class Translation(GenerationTask):
 
     def example_record(self) -> TranslationRecord:
         return {"source": "a", "reference": "a", "hypothesis": "a", "end": "eos"}
+
+
+def _measures_of_scores(records: Sequence[TranslationRecord]) -> list[Measure]:
+    """Return the mean of each score that other programs gave to all of the segments."""
+    scores = [r.get("scores", {}) for r in records]
+    names = [name for name in scores[0] if all(name in x for x in scores)] if scores else []
+    return [metrics.mean(name, [x[name] for x in scores], not lower_is_better(name))
+            for name in names]
 
 
 TASKS: tuple[type[SuiteTask], ...] = (MultipleChoice, ExactMatch, Translation)
