@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before any import that needs this Python
 
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from runtime import console, flags
 from runtime.console import FLAGS, STORAGE, UserError
 from runtime.output_paths import try_output_folder
 from runtime.setting_metadata import Group, bounded
+from runtime.temporary import Temporary, fsync
 
 if TYPE_CHECKING:
     from evaluation.eval_model import EvalModel
@@ -203,23 +203,21 @@ def try_outputs(out: Path, texts: Sequence[str]) -> None:
 @contextmanager
 def results_file(out: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Create OUT; yields a function that writes OUT/results.json, whole or not at all."""
-    temporary = out / f"results.tmp{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        temporary = Temporary(out / "results.json")
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); name another folder",
                         STORAGE) from None
 
     def write(evaluation: Mapping[str, Any]) -> None:
         text = json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out / "results.json")
+        temporary.path.write_text(text, encoding="utf-8")
+        fsync(temporary.path)
+        temporary.replace()
 
-    try:
+    with temporary:
         yield write
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def open_model(s: Settings) -> tuple[EvalModel, Taught]:

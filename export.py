@@ -154,6 +154,7 @@ from runtime.model_files import (  # noqa: E402
     has_model_file,
     read_model_json,
 )
+from runtime.temporary import write_text  # noqa: E402
 from tokenization.chat_template import GREETING, ChatTemplate  # noqa: E402
 from tokenization.tokenizer import FILES as TOKENIZER_FILES  # noqa: E402
 from tokenization.tokenizer import Tokenizer  # noqa: E402
@@ -479,11 +480,8 @@ def card(s: Card) -> None:
                         STORAGE)
     if s.licence and not re.fullmatch(r"[\w.-]+", s.licence):
         raise UserError(f"--licence {s.licence!r}: expected a name of the hub's, as mit", FLAGS)
-    temporary = file.with_suffix(".tmp")
     try:
-        temporary.write_text(model_card(folder, s.run, s.results, s.language, s.licence),
-                             encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, model_card(folder, s.run, s.results, s.language, s.licence))
     except OSError as e:
         raise UserError(f"{file}: cannot be written ({e.strerror})", STORAGE) from None
     print(f"wrote {file}; read it before it is published")

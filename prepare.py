@@ -53,7 +53,13 @@ from preparation.translation import Prompt, prepare_translation
 from preparation.workers import Workers
 from runtime import console, flags
 from runtime.console import FLAGS, UserError
-from runtime.output_paths import refused_as_output, try_output_file, try_output_folder
+from runtime.output_paths import (
+    real_path,
+    refused_as_output,
+    try_output_file,
+    try_output_folder,
+)
+from runtime.temporary import write_text
 from tokenization.chat_template import read_template_kwargs
 from tokenization.tokenizer import Tokenizer, learn
 
@@ -390,8 +396,12 @@ def prefer(s: Prefer) -> None:
         references = read_references(Path(s.references), s.text_key)
         preferences = list(best_and_worst(samples, references, score, s.gap))
     lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in preferences]
+    file = real_path(s.out)
     with refused_as_output(s.out):
-        Path(s.out).write_text("".join(lines), encoding="utf-8")
+        if file.exists() and not file.is_file():  # a device or a FIFO
+            file.write_text("".join(lines), encoding="utf-8")
+        else:
+            write_text(file, "".join(lines))
     print(f"{s.out}: {len(preferences):,} pairs from {len(samples):,} prompts")
 
 

@@ -21,6 +21,7 @@ from checkpoints.atomic_write import check_replaceable, replace_folder
 from checkpoints.model_folder import MODEL_FILES
 from runtime.console import STORAGE, UserError
 from runtime.distributed import full_tensor
+from runtime.temporary import temporary_path
 
 REPLACEABLE = (*MODEL_FILES, "README.md")  # files of an older result, which may be replaced
 
@@ -75,7 +76,7 @@ def rehearse_model_folder(contents: ModelFolder, folder: Path) -> None:
         check_replaceable(folder, REPLACEABLE)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{folder}: cannot be replaced (no permission to write)", STORAGE)
-    hidden = folder.with_name(f".tmp-rehearsal-{os.getpid()}")
+    hidden = temporary_path(folder.with_name("rehearsal"))
     try:
         with replace_folder(hidden, ("*",)) as temporary:
             write_files(temporary, contents.files)

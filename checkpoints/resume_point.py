@@ -30,17 +30,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.atomic_write import fsync
 from data import sha256
 from runtime import distributed
 from runtime.console import FLAGS, STORAGE, UserError, info
 from runtime.distributed import Distributed
 from runtime.dtypes import SAFETENSORS_NAMES
+from runtime.temporary import (
+    NAME,
+    OLD_NAME,
+    Temporary,
+    fsync,
+    remove_leftovers,
+    remove_renamed,
+    set_aside,
+    temporary_path,
+)
 
 FORMAT = 2  # format 1 had one file for each state dict, with whole tensors under their names
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
-TEMPORARY = re.compile(r"\.(?:tmp|del)-(.+)-(\d+)")  # the name, and the process that made it
 CHUNK = 4 << 20  # bytes that are written and hashed at a time
 FAILURES_ALLOWED = 2  # saves that may fail one after the other
 
@@ -66,7 +74,7 @@ class AsyncCheckpointer:
                             "be incomplete", FLAGS)
         self.root, self.keep, self.keep_later = root, keep, keep_later
         self.ranks = ranks or Distributed(0, 1, torch.device("cpu"))
-        self.owner = int(self.ranks.all_gather_text(str(os.getpid()))[0])  # rank 0's process
+        self.temporary: Temporary | None = None  # of rank 0: the folder of the save under way
         self.pool = ThreadPoolExecutor(1, "checkpointer")
         self.pending: Future | None = None  # this rank's part of the stage that is under way
         self.publishing = False  # the second stage: all files are written, rank 0 renames
@@ -87,16 +95,17 @@ class AsyncCheckpointer:
                             "put a real folder there", STORAGE)
         self.step = step
         self.folder = self.root / f"step-{step:06}"
-        self.temporary = self.root / f".tmp-{self.folder.name}-{self.owner}"
         self.state = json.dumps({"format": FORMAT, **state})  # the run goes on changing `state`
         self.size = sum(x.numel() * x.element_size()
                         for tensors in state_dicts.values() for x in tensors.values())
         copies = {part: self._copy_own_rows(tensors) for part, tensors in state_dicts.items()}
+        path, self.temporary = temporary_path(self.folder), None
         with suppress(OSError):  # _write meets the same error and reports it to the other ranks
             if self.ranks.rank == 0:
                 self.root.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(self.root)
-        self.ranks.barrier()
+                remove_leftovers(self.root, restore=False)
+                self.temporary = Temporary(self.folder, folder=True, path=path)
+        self.new_folder = Path(self.ranks.all_gather_text(str(path))[0])  # waits for rank 0
         self.pending = self.pool.submit(self._write, copies)
 
     def poll(self) -> None:
@@ -154,34 +163,30 @@ class AsyncCheckpointer:
 
     def _write(self, state_dicts: StateDicts) -> dict[str, FileRecord]:
         """Write and flush this rank's files."""
-        self.temporary.mkdir(parents=True, exist_ok=True)
+        self.new_folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.ranks.rank == 0 and self.temporary is None:
+            self.temporary = Temporary(self.folder, folder=True, path=self.new_folder)
+        self.new_folder.mkdir(exist_ok=True)  # another machine may not see it yet
         records = {}
         for part, tensors in state_dicts.items():
             name = f"{part}-{self.ranks.rank}.safetensors"
-            records[name] = write_safetensors(self.temporary / name, tensors)
+            records[name] = write_safetensors(self.new_folder / name, tensors)
         return records
 
     def _publish(self, files: dict[str, FileRecord]) -> None:
         """Write state and manifest, rename the folder, and remove old checkpoints."""
-        state = self.temporary / "state.json"
+        assert self.temporary is not None
+        state = self.new_folder / "state.json"
         state.write_text(self.state, encoding="utf-8")
         files = {**files, "state.json": [state.stat().st_size, sha256(state)]}
-        manifest = self.temporary / MANIFEST
+        manifest = self.new_folder / MANIFEST
         manifest.write_text(json.dumps(files, indent=1), encoding="utf-8")
-        for path in (state, manifest, self.temporary):
+        for path in (state, manifest, self.new_folder):
             fsync(path)
-        replaced = None
-        if os.path.lexists(self.folder):
-            replaced = _rename_for_removal(self.folder)
-        try:
-            self.temporary.rename(self.folder)
-        except OSError:
-            if replaced:
-                replaced.rename(self.folder)
-            raise
-        fsync(self.root)
-        if replaced:
-            _remove(replaced)
+        with ExitStack() as replaced:
+            if os.path.lexists(self.folder):
+                replaced.enter_context(set_aside(self.folder))
+            self.temporary.replace()
         self._remove_old()
 
     def _remove_old(self) -> None:
@@ -193,7 +198,7 @@ class AsyncCheckpointer:
         if not self.keep_later:
             surplus += folders[len(up_to_here):]
         for folder in surplus:
-            _remove(_rename_for_removal(folder))
+            remove_renamed(folder)
 
     def _first_fault(self, faults: list[str]) -> str:
         """The fault of the first rank that has one, with its number if there are several."""
@@ -203,8 +208,8 @@ class AsyncCheckpointer:
         return ""
 
     def _on_failure(self, fault: str) -> None:
-        if self.ranks.rank == 0:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+        if self.temporary:
+            self.temporary.remove()
         self.failures += 1
         existing = self.root.absolute()
         while not os.path.exists(existing):
@@ -278,10 +283,10 @@ def _restore_renamed(root: Path) -> Path | None:
     if not root.is_dir():
         return None
     for path in sorted(root.iterdir()):
-        match = TEMPORARY.fullmatch(path.name)
-        if match and STEP_FOLDER.fullmatch(match[1]) and not path.is_symlink() \
+        match = NAME.fullmatch(path.name) or OLD_NAME.fullmatch(path.name)
+        if match and STEP_FOLDER.fullmatch(match["target"]) and not path.is_symlink() \
                 and _find_fault(path) is None:
-            folder = root / match[1]
+            folder = root / match["target"]
             if not os.path.lexists(folder):
                 path.rename(folder)
                 return folder
@@ -397,16 +402,6 @@ def lock_run_folder(out: Path) -> Iterator[None]:
         yield
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove what killed processes left in a folder, if it exists."""
-    if not root.is_dir():
-        return
-    for path in root.iterdir():
-        match = TEMPORARY.fullmatch(path.name)
-        if match and not path.is_symlink() and not _is_other_process(int(match[2])):
-            _remove(path)
-
-
 def _step_folders(root: Path) -> list[Path]:
     """The folders of checkpoints by step, oldest first. Links are not ours."""
     if not root.is_dir():
@@ -438,27 +433,3 @@ def _find_fault(folder: Path) -> str | None:
         return None if "state.json" in manifest else "its manifest is incomplete"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         return f"incomplete ({e})"
-
-
-def _rename_for_removal(folder: Path) -> Path:
-    """Take a checkpoint's name away before its files are removed, so that a half-removed checkpoint
-    does not look like a complete one."""
-    renamed = folder.with_name(f".del-{folder.name}-{os.getpid()}")
-    folder.rename(renamed)
-    return renamed
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)  # what stays is removed by remove_leftovers
-    else:
-        path.unlink()  # the link or the file itself, never what a link points to
-
-
-def _is_other_process(pid: int) -> bool:
-    """Whether another running process has this id."""
-    try:
-        os.kill(pid, 0)
-    except OSError as e:
-        return isinstance(e, PermissionError)  # a process of another user
-    return pid != os.getpid()

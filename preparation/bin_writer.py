@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from array import array
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from data import FORMAT, Bin, sha256
 from runtime.console import STORAGE, UserError
 from runtime.output_paths import real_path, refused_as_output
+from runtime.temporary import Temporary, set_aside
 from tokenization.document import Document
 
 BIN_FILES = frozenset(("tokens.bin", "starts.bin", "mask.bin", "groups.bin", "meta.json"))
@@ -33,10 +33,10 @@ class BinWriter:
         self.tokenizer_sha, self.vocab_size = tokenizer_sha, vocab_size
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.target = _check_target(self.folder)
-        # a random name: that of a killed writer may still exist
-        self.temporary = self.target.with_name(f".tmp-{self.target.name}-{os.urandom(4).hex()}")
         with refused_as_output(folder):
-            self.temporary.mkdir(parents=True)
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.claim = Temporary(self.target, folder=True)
+            self.temporary = self.claim.path
             self.tokens = open(self.temporary / "tokens.bin", "wb")
         self.starts, self.groups, self.n_bytes, self.trained = array("q", [0]), bytearray(), 0, 0
         self.mask: IO[bytes] | None = None  # opened for the first document that has one
@@ -90,9 +90,10 @@ class BinWriter:
             meta["cleaning"] = cleaning
         text = json.dumps(meta, indent=1, ensure_ascii=False)
         (self.temporary / "meta.json").write_text(text + "\n", encoding="utf-8")
-        if self.target.exists():
-            shutil.rmtree(self.target)
-        self.temporary.rename(self.target)
+        with ExitStack() as old:
+            if self.target.exists():
+                old.enter_context(set_aside(self.target))
+            self.claim.replace()
         return Bin(self.folder)
 
     def abandon(self) -> None:
@@ -100,7 +101,7 @@ class BinWriter:
         for file in filter(None, (self.tokens, self.mask)):
             with suppress(OSError):  # the buffer cannot be written to a full disk
                 file.close()
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.claim.remove()
 
 
 def _check_target(folder: Path) -> Path:

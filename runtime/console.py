@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from runtime.temporary import write_text
+
 T = TypeVar("T")
 
 FLAGS, BAD_INPUT, NON_FINITE, STORAGE, INTERRUPTED = 2, 3, 4, 5, 130  # exit codes; 143: terminated
@@ -129,12 +131,7 @@ class Metrics:
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(True)
             lines = [x for x in lines if _step(x) <= (after_step or -1)]
-            temporary = path.with_suffix(".tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write("".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_text(path, "".join(lines))
         self.file = open(path, "a", encoding="utf-8")
         if track == "tensorboard":
             try:

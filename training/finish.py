@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 import lora
-from checkpoints.atomic_write import write_text
 from checkpoints.model_writer import write_model_folder
 from checkpoints.peft_adapter import adapter_state
 from reports.training_report import check_training_report, write_training_report
 from runtime import console, flags, hub
 from runtime.output_paths import try_output_file, try_output_folder
 from runtime.paths import git_commit
+from runtime.temporary import write_text
 from training.early_stopping import read_evaluations
 from training.run_folder import continuation_command, read_run_json
 from training.settings import changed_settings

@@ -26,6 +26,7 @@ from data import IGNORE, Batch, RowStream
 from model import Llama
 from runtime.console import info
 from runtime.distributed import Distributed
+from runtime.temporary import Temporary, remove_leftovers, temporary_path
 from runtime.transfer import to_device_async
 from training.settings import Settings
 
@@ -141,9 +142,13 @@ def _write_reference(model: Llama, stream: RowStream, file: Path, rows: int,
                      ranks: Distributed) -> None:
     """Compute the NLLs of all rows of a stream into a file."""
     shape = (stream.rows, stream.T)
-    temporary = file.with_suffix(".tmp")
+    temporary, claim = temporary_path(file), None
     if ranks.rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(file.parent)
+        claim = Temporary(file, path=temporary)
+    temporary = Path(ranks.all_gather_text(str(temporary))[0])
+    if ranks.rank == 0:
         np.memmap(temporary, "<f4", "w+", shape=shape).flush()
     ranks.barrier()
     nlls = np.memmap(temporary, "<f4", "r+", shape=shape)
@@ -157,6 +162,6 @@ def _write_reference(model: Llama, stream: RowStream, file: Path, rows: int,
             nlls[stream.number(i)] = row_nll
     nlls.flush()
     ranks.barrier()
-    if ranks.rank == 0:
-        temporary.rename(file)
+    if claim is not None:
+        claim.replace()
     ranks.barrier()

@@ -9,7 +9,6 @@ before step 1, and the base model's folder is not read again.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from data import Source
 from model import Llama
 from runtime.console import STORAGE, UserError
 from runtime.strict_json import strict_json
+from runtime.temporary import Temporary
 from tokenization.chat_template import ChatTemplate
 from tokenization.tokenizer import Tokenizer
 from training.datasets import prompts_of
@@ -68,8 +68,8 @@ def add_prompt(files: dict[str, bytes], prompts: dict[str, Any], model_dir: Path
         raise UserError(f"{model_dir / PROMPT_FILE}: chat is {prompt['chat']!r:.80}, expected the "
                         "text of a chat template; remove the file, or download the model again")
     files[TEMPLATE_FILE] = prompt["chat"].encode()
-    with tempfile.TemporaryDirectory(prefix=".tmp-result-", dir=out) as name:
-        folder = Path(name)
+    with Temporary(out / "result", folder=True) as temporary:
+        folder = temporary.path
         write_files(folder, files)
         end_of_turn = ChatTemplate.from_folder(folder, tokenizer).end_of_turn
         if end_of_turn is not None:

@@ -19,7 +19,7 @@ from checkpoints.model_folder import (
     tensor_infos,
 )
 from checkpoints.peft_adapter import adapter_config
-from checkpoints.resume_point import AsyncCheckpointer, remove_leftovers
+from checkpoints.resume_point import AsyncCheckpointer
 from checkpoints.safetensors_header import weights_fingerprint
 from data import Loader, Source
 from evaluation.suites import Suite
@@ -32,6 +32,7 @@ from runtime.device import compute_dtype
 from runtime.distributed import Distributed
 from runtime.dtypes import FLAG_NAMES
 from runtime.paths import code_sha256
+from runtime.temporary import remove_leftovers
 from tokenization.tokenizer import Tokenizer
 from training import memory_estimate, preference, validation
 from training import optimizer as optim

@@ -21,7 +21,6 @@ from checkpoints.resume_point import (
     AsyncCheckpointer,
     CheckpointReader,
     find_newest,
-    remove_leftovers,
 )
 from data import Loader
 from evaluation.suites import Suite
@@ -30,6 +29,7 @@ from model import Llama
 from runtime import console, flags
 from runtime.console import FLAGS, UserError
 from runtime.distributed import GRADIENT_SUM, Distributed
+from runtime.temporary import remove_leftovers
 from tokenization.tokenizer import Tokenizer
 from training import optimizer as optim
 from training.datasets import ValidationSets
@@ -153,7 +153,7 @@ class Run:
         newest, root = None, self.out / name
         if self.ranks.rank == 0:
             newest = find_newest(root)
-            remove_leftovers(root)
+            remove_leftovers(root, restore=False)
         newest = self.ranks.all_gather_text(str(newest or ""))[0]
         return Path(newest) if newest else None
 

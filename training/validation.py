@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.atomic_write import write_text
 from checkpoints.model_folder import base_model_dir
 from data import Source
 from evaluation.eval_model import EvalModel, Truncation, start_token, warn_truncated
@@ -32,6 +31,7 @@ from model import Llama
 from runtime import console
 from runtime.console import FLAGS, UserError
 from runtime.distributed import Distributed
+from runtime.temporary import write_text
 from tokenization.document import Document
 from tokenization.tokenizer import Tokenizer
 from training.compile_model import uncompiled
