@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import peft
 import pytest
@@ -284,6 +285,73 @@ def test_an_adapter_that_would_be_computed_otherwise_is_refused_by_name(tmp_path
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=word):
         load_adapter(tiny.ours(tiny.peer("llama3"), "llama3"), tmp_path)
+
+
+PATTERNS = [r".*\.(q|v)_proj", r"model\.layers\.1\..*_proj", r".*self_attn\..*", "all-linear",
+            r"model\.layers\.\d+\.mlp\.(gate|up)_proj",
+            r"(?:.*?(?:self_attn|mlp).*?(?:q|down)_proj)"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_selects_the_modules_that_peft_selects(tmp_path, pattern):
+    theirs = peft.get_peft_model(tiny.peer("llama3"), peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=pattern, init_lora_weights=False, task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path)
+    model = tiny.ours(tiny.peer("llama3"), "llama3")
+    load_adapter(model, tmp_path)
+    ids = tiny.tokens(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            tiny.logits(model, ids), theirs.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern, word", [
+    (r"(a+)+$", "matches no module"), (r"(.*a){20}.*!", "matches no module"),
+    (r"(?=.*q_proj).*", "cannot be used"), (r"(.)\1.*", "cannot be used"), ("[", "cannot be used"),
+    (r"a)|(.*", "cannot be used"), ("(a{1000}){1000}", "cannot be used"),
+    (r".*(embed_tokens|q_proj)", "embed_tokens is not supported"),
+    (r".*(lm_head|q_proj)", "lm_head is not supported"), ("x*" * 5000, "matches no module"),
+    ("(" * 5000 + "x" + ")" * 5000, "target_modules")])
+def test_a_pattern_is_matched_at_once_or_refused_in_one_line(tmp_path, pattern, word):
+    ours, _ = pair()
+    save_file(adapter_state(ours), tmp_path / "adapter_model.safetensors")
+    config = {**adapter_config(ours, "base"), "target_modules": pattern}
+    config.pop("layers_to_transform", None)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=word) as e:
+        load_adapter(tiny.ours(tiny.peer("llama3"), "llama3"), tmp_path)
+    assert time.perf_counter() - begin < 10 and len(str(e.value)) < 600
+
+
+def test_a_pattern_together_with_layers_is_refused_as_by_peft(tmp_path):
+    ours, _ = pair()
+    save_file(adapter_state(ours), tmp_path / "adapter_model.safetensors")
+    config = {**adapter_config(ours, "base"), "target_modules": ".*q_proj",
+              "layers_to_transform": [0]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="layers_to_transform cannot be used with a pattern"):
+        load_adapter(tiny.ours(tiny.peer("llama3"), "llama3"), tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("r", 0), ("r", 1.0), ("r", 2**63), ("lora_alpha", -1), ("lora_alpha", 1e30),
+    ("lora_alpha", True), ("lora_alpha", "8"), ("lora_dropout", 1), ("lora_dropout", -0.1),
+    ("lora_dropout", None), ("target_modules", ["q_proj", 1]), ("target_modules", ["x" * 600]),
+    ("target_modules", ["a b"]),
+    ("target_modules", ["q_proj"] * 20_000), ("layers_to_transform", [0.0]),
+    ("layers_to_transform", True), ("modules_to_save", "lm_head"), ("modules_to_save", [None]),
+    ("use_rslora", 1), ("use_dora", "yes"), ("bias", ["none"]), ("exclude_modules", "(a+)+$")])
+def test_a_value_of_an_adapter_that_is_out_of_range_is_named(tmp_path, key, value):
+    ours, _ = pair()
+    save_file(adapter_state(ours), tmp_path / "adapter_model.safetensors")
+    config = {**adapter_config(ours, "base"), key: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as e:
+        load_adapter(tiny.ours(tiny.peer("llama3"), "llama3"), tmp_path)
+    text = str(e.value)
+    assert text.startswith(f"{tmp_path / 'adapter_config.json'}: ") and len(text) < 500
+    assert key in text or "another base" in text
 
 
 def test_a_missing_or_foreign_tensor_is_named(tmp_path):

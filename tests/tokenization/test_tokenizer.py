@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import gc
 import json
@@ -11,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -319,6 +321,42 @@ def test_a_bad_tokenizer_json_is_one_error_that_names_it(json_folder, tmp_path, 
     assert str(e.value).startswith(f"{file}: ") and "\n" not in str(e.value)
     assert e.value.code == 3
     assert capfd.readouterr().err == "", "a Rust backtrace is nothing for a person"
+
+
+def steps(kind: str, *parts: dict) -> dict:
+    """A normalizer or decoder of several steps."""
+    return {"type": "Sequence", kind: list(parts)}
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+LONG = {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 5000}
+CHARSMAP = base64.b64encode((0).to_bytes(4, "little") + b"x" * 5000 + b"\0").decode()
+GROWING = {
+    "doubled forty times": {"normalizer": steps("normalizers", *[DOUBLE] * 40)},
+    "nested": {"normalizer": steps("normalizers", steps("normalizers", *[DOUBLE] * 12))},
+    "a long text at every place": {"normalizer": LONG}, "in the decoder": {"decoder": LONG},
+    "a long prefix": {"normalizer": {"type": "Prepend", "prepend": "x" * 5000}},
+    "a long replacement in a table": {"normalizer": {"type": "Precompiled",
+                                                     "precompiled_charsmap": CHARSMAP}},
+    "thousands of steps": {"normalizer": steps("normalizers", *[{"type": "NFC"}] * 5000)}}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_tokenizer_that_would_fill_the_memory_is_refused_at_once(json_folder, tmp_path, name):
+    (tmp_path / "tokenizer.json").write_bytes(broken_json(json_folder, **GROWING[name]))
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match="times longer|steps, expected at most 64") as e:
+        Tokenizer.open(tmp_path)
+    assert time.perf_counter() - begin < 10 and "\n" not in str(e.value)
+
+
+def test_a_regex_that_backtracks_without_end_is_one_error(json_folder, tmp_path, capfd):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
+             "invert": False}
+    (tmp_path / "tokenizer.json").write_bytes(broken_json(json_folder, pre_tokenizer=split))
+    tokenizer = Tokenizer.open(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer\.json: the tokenizer fails on a text"):
+        tokenizer.encode("a" * 60 + "!")
 
 
 @pytest.mark.parametrize("kind", ["json", "model"])
