@@ -345,7 +345,7 @@ GROWING = {
 def test_a_tokenizer_that_would_fill_the_memory_is_refused_at_once(json_folder, tmp_path, name):
     (tmp_path / "tokenizer.json").write_bytes(broken_json(json_folder, **GROWING[name]))
     begin = time.perf_counter()
-    with pytest.raises(UserError, match="times longer|steps, expected at most 64") as e:
+    with pytest.raises(UserError, match=r"times longer|steps, expected at most 64") as e:
         Tokenizer.open(tmp_path)
     assert time.perf_counter() - begin < 10 and "\n" not in str(e.value)
 
