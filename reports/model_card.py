@@ -327,10 +327,10 @@ def _contamination(report: dict[str, Any]) -> str:
     statements = []
     if not tests:
         statements.append("not known, the training text was not searched")
-    found = [f"{x['any']:,} of {x['items']:,} items of {cell(name)} ({x['whole']:,} whole, "
-             f"{x['run']:,} by a run of words)" for name, x in tests.items() if x["any"]]
-    if found:
-        statements.append(f"{', '.join(found)} are in the training text")
+    contaminated = [f"{x['any']:,} of {x['items']:,} items of {cell(name)} ({x['whole']:,} whole, "
+                    f"{x['run']:,} by a run of words)" for name, x in tests.items() if x["any"]]
+    if contaminated:
+        statements.append(f"{', '.join(contaminated)} are in the training text")
     clean = [cell(name) for name, x in tests.items() if not x["any"]]
     if clean:
         statements.append(f"none found of {', '.join(clean)}")
