@@ -280,6 +280,8 @@ def test_honest_conversations_are_never_refused_beside_eight_busy_processes(
             template = open_template(folder, TEMPLATES[template_name], RenderingLimits())
             document = template.render_with_mask(long)
             assert sum(x is Loss.ALL for x in document.losses) == 400
+            if template_name not in ("llama3", "smollm3"):
+                continue
             n_documents = 0
             for document in template.render_all_with_mask(rows):
                 assert sum(x is Loss.ALL for x in document.losses) == 5
