@@ -57,6 +57,9 @@ class Settings:
     """Texts to measure, each NAME=FILE: .txt, .jsonl, .tsv, .parquet, also .gz."""
     baseline: str = ""
     """The --out of an earlier evaluation, to compare with by a paired test."""
+    seeds: list[str] = field(default_factory=list)
+    """Evaluations of several runs of one setting, the --out of each: prints each figure as one row
+    with its mean and spread over the runs, and writes OUT/seeds.json. Nothing is measured."""
     out: str = "out/eval"
     """Folder for results.json, report.html and the answers."""
     limit: int = bounded(0, at_least=0)
@@ -125,6 +128,9 @@ def main(s: Settings) -> None:
     from evaluation.segment_scores import score_files
     from reports.evaluation_report import write_evaluation_report
 
+    if s.seeds:
+        compare_seeds(s)
+        return
     check_settings(s)
     options = evaluate.Options(s.shots, s.limit, s.max_new_tokens, s.beams)
     baseline = Baseline(Path(s.baseline)) if s.baseline else None
@@ -166,6 +172,27 @@ def main(s: Settings) -> None:
     print_results(results, contamination, s.limit, settings.get("baseline_model", ""))
     warn_missing_spbleu(evaluation.metric_names)
     console.info(f"wrote {Path(s.out) / 'results.json'} and {write_evaluation_report(Path(s.out))}")
+
+
+def compare_seeds(s: Settings) -> None:
+    """Print and write the spread of the figures over the runs of --seeds."""
+    from checkpoints.atomic_write import write_text
+    from evaluation.seeds import format_spread, spread_over_runs
+
+    if s.model or s.suites or s.text or s.hypotheses:
+        raise UserError("--seeds: goes without --model, --suites, --text and --hypotheses, because "
+                        "it reads evaluations; remove them", FLAGS)
+    rows = spread_over_runs([Path(folder) for folder in s.seeds])
+    print(console.printable(format_spread(rows)))
+    file = Path(s.out) / "seeds.json"
+    text = json.dumps({"runs": s.seeds, "results": rows}, indent=1, ensure_ascii=False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text + "\n")
+    except OSError as e:
+        raise UserError(f"--out {s.out}: cannot be written ({e.strerror}); name another folder",
+                        STORAGE) from None
+    console.info(f"wrote {file}")
 
 
 def check_settings(s: Settings) -> None:
