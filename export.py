@@ -154,6 +154,7 @@ from runtime.model_files import (  # noqa: E402
     has_model_file,
     read_model_json,
 )
+from runtime.output_paths import try_output_folder  # noqa: E402
 from runtime.temporary import write_text  # noqa: E402
 from tokenization.chat_template import GREETING, ChatTemplate  # noqa: E402
 from tokenization.tokenizer import FILES as TOKENIZER_FILES  # noqa: E402
@@ -174,7 +175,7 @@ def merge(s: Merge) -> None:
     if not has_model_file(folder, ADAPTER_CONFIG):
         raise UserError(f"{folder}: no {ADAPTER_CONFIG}, so this is not an adapter; give the "
                         "folder of an adapter, as --tune lora writes it")
-    base, out = base_model_dir(folder), Path(s.out).expanduser().resolve()
+    base, out = base_model_dir(folder), try_output_folder(Path(s.out).expanduser())
     if out in (folder.resolve(), base.resolve()):
         role = "base" if out == base.resolve() else "adapter"
         raise UserError(f"--out {s.out}: is the {role} itself; give another folder", FLAGS)

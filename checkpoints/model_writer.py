@@ -76,6 +76,13 @@ def rehearse_model_folder(contents: ModelFolder, folder: Path) -> None:
         check_replaceable(folder, REPLACEABLE)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{folder}: cannot be replaced (no permission to write)", STORAGE)
+        if os.path.ismount(folder):
+            raise UserError(f"{folder}: a mount point, which cannot be replaced; give a folder "
+                            "below it", STORAGE)
+    folder = folder.resolve()  # a link is followed, as when the folder is written
+    if not _is_utf8(folder):
+        raise UserError(f"{folder}: its path is not UTF-8, and safetensors cannot open it; give "
+                        "another", STORAGE)
     hidden = temporary_path(folder.with_name("rehearsal"))
     try:
         with replace_folder(hidden, ("*",)) as temporary:
@@ -84,6 +91,14 @@ def rehearse_model_folder(contents: ModelFolder, folder: Path) -> None:
                 save_file({"x": torch.zeros(1)}, temporary / file, metadata=contents.metadata)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

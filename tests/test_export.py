@@ -181,6 +181,19 @@ def test_what_is_merged_opens_in_transformers_without_a_word(tmp_path):
                                    atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("place", ["circle", "long", "below a file", "not UTF-8"])
+def test_an_out_that_cannot_be_written_is_refused_before_the_merge(tmp_path, place):
+    base, adapter = pair(tmp_path)
+    out = {"circle": tmp_path / "circle", "long": tmp_path / ("x" * 300),
+           "below a file": base / "config.json/x",
+           "not UTF-8": Path(os.fsdecode(os.fsencode(tmp_path) + b"/o\xff"))}[place]
+    if place == "circle":
+        out.symlink_to(out)
+    entries = sorted(tmp_path.iterdir())
+    assert refusal(merge, adapter, out).code == STORAGE
+    assert sorted(tmp_path.iterdir()) == entries
+
+
 def test_an_adapter_is_merged_once_and_another_may_follow(tmp_path):
     base, adapter = pair(tmp_path)
     out = merge(adapter, tmp_path / "out", compare=False)
