@@ -55,6 +55,9 @@ class Bin:
             n_documents, n_tokens = self.meta["documents"], self.meta["tokens"]
             for key in ("vocabulary", "tokenizer", "sha256"):
                 self.meta[key]
+            for key, count in (("documents", n_documents), ("tokens", n_tokens)):
+                if type(count) is not int or count < 0:
+                    raise ValueError(f"{key} is {count!r}, expected a number of 0 or more")
         except FileNotFoundError:
             raise UserError(f"{folder}: not a bin, because it has no meta.json; make a bin with "
                             "prepare.py") from None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoints.atomic_write import check_replaceable, replace_folder
 from checkpoints.model_folder import MODEL_FILES
-from runtime.console import STORAGE, UserError
+from runtime.console import NON_FINITE, STORAGE, UserError
 from runtime.distributed import full_tensor
 from runtime.temporary import temporary_path
 
@@ -60,7 +60,7 @@ def write_model_folder(contents: ModelFolder, state: Mapping[str, Tensor], folde
             tensors = {name: full_tensor(state[name]).detach().to("cpu", dtype).contiguous()
                        for name, dtype in dtypes.items()}
             for name, x in tensors.items():
-                check_finite(x, name)  # a narrower dtype overflows silently
+                _check_overflow(name, state[name], x)
             save_file(tensors, temporary / file, metadata=contents.metadata)
 
 
@@ -107,13 +107,29 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def check_finite(x: Tensor, what: str) -> None:
-    """UserError if x holds a NaN or an infinity. Makes no copy.
+def _check_overflow(name: str, x: Tensor, written: Tensor) -> None:
+    """UserError if `written`, x in the dtype of the file, holds a NaN or an infinity."""
+    if is_finite(written):
+        return
+    if written.dtype != x.dtype:
+        raise UserError(f"{name}: a number is too large for {written.dtype}, the dtype of the "
+                        "base's files; use a base in bf16 or fp32, or a lower --lr")
+    raise UserError(f"{name} holds NaN or infinity after training; resume from an earlier "
+                    "checkpoint with a lower --lr", NON_FINITE)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether x holds no NaN and no infinity. Makes no copy.
 
     A sum shows both, and is the fastest pass over memory. If the sum itself overflows, the extremes
     decide.
     """
     x = x.detach()
-    if not x.sum().isfinite() and not torch.stack(torch.aminmax(x)).isfinite().all():
+    return bool(x.sum().isfinite() or torch.stack(torch.aminmax(x)).isfinite().all())
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """UserError if x, which was read from a file, holds a NaN or an infinity."""
+    if not is_finite(x):
         raise UserError(f"{what} holds NaN or infinity in {x.dtype}; download it again, or use a "
                         "wider dtype")
