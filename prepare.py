@@ -13,6 +13,11 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before any import that needs this Python
+    import os
+    import sys
+
+    if getattr(sys.flags, "safe_path", False):  # python -P does not search this folder
+        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     from runtime.python_version import require_python
 
     require_python()

@@ -12,6 +12,11 @@ whichever row, micro-batch or rank it is. So a step gives the same result with 8
 from __future__ import annotations
 
 if __name__ == "__main__":  # before any import that needs this Python
+    import os
+    import sys
+
+    if getattr(sys.flags, "safe_path", False):  # python -P does not search this folder
+        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     from runtime.python_version import require_python
 
     require_python()
@@ -235,6 +240,8 @@ def train(s: Settings, origins: dict[str, str]) -> int:
 
 def main(s: Settings, origins: dict[str, str]) -> int:
     """One run; or the demo, which is two: a tiny base on English, then that base on Kinyarwanda."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may be killed before it can end its ranks
+        signals.end_with_parent()
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # each machine counts its own restarts
         own_restarts = torchrun_restarts()
         highest = Distributed.start(s.device, s.rank_timeout).all_reduce_max(own_restarts)[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -55,23 +56,33 @@ class Workers:
                      chunks: Iterator[tuple[Kept, Input]]) -> Iterator[tuple[Kept, Output]]:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.processes, context, _start_worker, (job,)) as pool:
-            pending: deque[tuple[Kept, Future]] = deque()
-            error = None
-            while True:
-                try:
-                    parent_data, job_input = next(chunks)
-                except StopIteration:
-                    break
-                except UserError as e:
-                    error = e
-                    break
-                while len(pending) > 2 * self.processes:
-                    yield _first_result(pending)
-                pending.append((parent_data, pool.submit(_run_job, job_input)))
-            while pending:
-                yield _first_result(pending)
-            if error:
-                raise error
+            try:
+                yield from _map_in_order(pool, chunks, 2 * self.processes)
+            except BaseException:  # Ctrl-C or SIGTERM too: the chunks that wait are not needed
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _map_in_order(pool: ProcessPoolExecutor, chunks: Iterator[tuple[Kept, Input]],
+                  in_flight: int) -> Iterator[tuple[Kept, Output]]:
+    """The results of the chunks, in order, while at most `in_flight` more are computed."""
+    pending: deque[tuple[Kept, Future]] = deque()
+    error = None
+    while True:
+        try:
+            parent_data, job_input = next(chunks)
+        except StopIteration:
+            break
+        except UserError as e:
+            error = e
+            break
+        while len(pending) > in_flight:
+            yield _first_result(pending)
+        pending.append((parent_data, pool.submit(_run_job, job_input)))
+    while pending:
+        yield _first_result(pending)
+    if error:
+        raise error
 
 
 def _first_result(pending: deque[tuple[Any, Future]]) -> tuple[Any, Any]:
@@ -82,6 +93,8 @@ def _first_result(pending: deque[tuple[Any, Future]]) -> tuple[Any, Any]:
 def _start_worker(job: Callable[[Any], Any]) -> None:
     global _job
     _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

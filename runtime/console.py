@@ -10,19 +10,23 @@ import errno
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from runtime.signals import Terminated, raise_on_sigterm
 from runtime.temporary import write_text
 
 T = TypeVar("T")
 
-FLAGS, BAD_INPUT, NON_FINITE, STORAGE, INTERRUPTED = 2, 3, 4, 5, 130  # exit codes; 143: terminated
+FLAGS, BAD_INPUT, NON_FINITE, STORAGE = 2, 3, 4, 5  # exit codes
+INTERRUPTED, TERMINATED = 130, 143
 # errors of the system for which the disk, its permissions or its limits are the reason
-REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+REFUSALS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO,
+            errno.EPERM, errno.EISDIR, errno.ENOTDIR}
 
 
 class UserError(Exception):
@@ -83,8 +87,9 @@ def run(command: Callable[[], T]) -> T:
         if __name__ == "__main__":
             console.run(lambda: main(SETTINGS))
     """
-    for stream in (sys.stdout, sys.stderr):  # characters that a terminal cannot show are escaped
-        stream.reconfigure(errors="backslashreplace")
+    check_streams()
+    if threading.current_thread() is threading.main_thread():
+        raise_on_sigterm()
     try:
         result = command()
         sys.stdout.flush()  # a full disk is reported here, and not after this function
@@ -96,24 +101,49 @@ def run(command: Callable[[], T]) -> T:
         if not is_rank_zero():  # rank 0 mostly prints the same, and then torchrun ends this process
             time.sleep(2)
             prefix = f"rank {os.environ['RANK']}: "
-        print(f"error: {prefix}{printable(' '.join(str(e).split()))}", file=sys.stderr, flush=True)
-        sys.exit(e.code)
+        leave(e.code, f"error: {prefix}{printable(' '.join(str(e).split()))}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED)
+        leave(INTERRUPTED, "interrupted")
+    except Terminated:
+        leave(TERMINATED, "terminated")
     except BrokenPipeError:  # `sample.py ... | head`: the reader needs no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as e:
         if e.errno not in REFUSALS or os.environ.get("DEBUG"):
             raise
-        print(f"error: {e.filename or 'the output'}: refused by the system ({e.strerror})",
-              file=sys.stderr, flush=True)
+        leave(STORAGE, f"error: {e.filename or 'the output'}: refused by the system "
+                       f"({e.strerror})")
+
+
+def check_streams() -> None:
+    """Exit with STORAGE if stdout or stderr is closed: notes would mix with the output, and the
+    next file that is opened would get their number. Escape what a terminal cannot show."""
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        if stream is None:
+            other = sys.stderr or sys.stdout
+            if other is not None:
+                print(f"error: {name}: is closed; redirect it to a file or to /dev/null",
+                      file=other, flush=True)
+            sys.exit(STORAGE)
+        stream.reconfigure(errors="backslashreplace")
+
+
+def leave(code: int, line: str) -> NoReturn:
+    """Print a last line and exit. A stream that takes nothing more, on a full disk, is dropped with
+    what is in its buffer; then the code is STORAGE."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        code = STORAGE
+    for stream in (sys.stdout, sys.stderr):
         try:
-            sys.stdout.flush()
-        except OSError:  # stdout itself is refused: drop what is in its buffer
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(STORAGE)
+            stream.flush()
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if not isinstance(e, BrokenPipeError):
+                code = STORAGE
+    sys.exit(code)
 
 
 class Metrics:
@@ -164,11 +194,18 @@ class Metrics:
 
 
 def _step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line that a kill cut short."""
+    """The step of a line of metrics.jsonl; infinite for a damaged line."""
+    step = read_metrics_line(line).get("step")
+    return step if type(step) is int else float("inf")
+
+
+def read_metrics_line(line: str) -> dict[str, Any]:
+    """The entry in a line of metrics.jsonl; empty if a kill or a power cut damaged the line."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
 
 
 @contextmanager

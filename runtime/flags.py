@@ -26,9 +26,12 @@ from runtime.console import FLAGS, UserError
 from runtime.flag_help import help_text, is_positional
 from runtime.openmp import shorten_spin_wait
 from runtime.paths import version
-from runtime.setting_metadata import flag_name, settings_of
+from runtime.setting_metadata import Bounds, flag_name, settings_of
 
 T = TypeVar("T")
+
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers
+ONE_TIME = {"resume", "plan", "help", "version"}  # asked of one command, never of a recipe
 
 
 def read(cls: type[T], argv: list[str], prog: str,
@@ -42,6 +45,7 @@ def read(cls: type[T], argv: list[str], prog: str,
     """
     shorten_spin_wait()
     console.hide_cpp_warnings()
+    _check_utf8(argv)
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, prog))
         raise SystemExit(0)
@@ -113,24 +117,48 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str
             for name, value in new.items() if old.get(name, value) != value]
 
 
+def _check_utf8(argv: list[str]) -> None:
+    """UserError (FLAGS) for an argument that is not UTF-8: run.json, settings.toml and results.json
+    could not record it."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word!a}: is not UTF-8; rename the file or folder", FLAGS) from None
+
+
 def check_bounds(settings: Any, origins: dict[str, str] | None = None,
                  skip: Collection[str] = (), allow_infinite: bool = False) -> None:
     """Raise a UserError (FLAGS) for the first number outside the bounds beside its field."""
     for setting in settings_of(type(settings)):
-        value, bounds = getattr(settings, setting.name), setting.bounds
-        if bounds is None or isinstance(value, str) or setting.name in skip:
+        value, bounds = getattr(settings, setting.name), setting.bounds or Bounds()
+        if type(value) not in (int, float) or setting.name in skip:
             continue
+        expected = ""
         if value not in bounds:
             expected = str(bounds)
-        elif value == math.inf and not bounds.may_be_infinite and not allow_infinite:
-            expected = "finite"
-        else:
+        elif not allow_infinite:
+            expected = _expected_range(value, bounds.may_be_infinite)
+        if not expected:
             continue
         origin = (origins or {}).get(setting.name, "flag")
         where = f"{setting.flag} {value}"
         if origin.endswith(".toml"):
             where = f"{origin}: {setting.name} = {value}"
         raise UserError(f"{where}: must be {expected}", FLAGS)
+
+
+def _expected_range(value: float, may_be_infinite: bool) -> str:
+    """What a number must be so that int64 or float32, in which it is used, holds it; or ""."""
+    if isinstance(value, int):
+        return "" if abs(value) < 2**63 else "within 64 bits, below 2**63"
+    if math.isinf(value) and may_be_infinite:
+        return ""
+    if not math.isfinite(value):
+        return "finite"
+    if value and not SMALLEST_FLOAT32 <= abs(value) <= LARGEST_FLOAT32:
+        return f"0, or within float32: {SMALLEST_FLOAT32:.4g} to {LARGEST_FLOAT32:.4g}"
+    return ""
 
 
 def to_toml(settings: Any) -> str:
@@ -166,8 +194,14 @@ def _read_recipe(cls: type, path: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in raw.items():
         values |= _replace_old_name(cls, key.replace("-", "_"), value, path)
-    for key in values:
+    for key, value in values.items():
+        if key in ONE_TIME and value is not False:
+            raise UserError(f"{path}: {key} = {_toml_value(value)}: belongs to one command, not to "
+                            f"a recipe; remove the line, and give {flag_name(key)}", FLAGS)
         _check_known(cls, key, key, path)
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and (word.startswith("--") or word == "-h"):
+                raise UserError(f"{path}: {key}: {word!r} is a flag, expected a value", FLAGS)
     return values
 
 

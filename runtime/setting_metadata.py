@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import textwrap
@@ -101,6 +102,7 @@ def settings_of(cls: type) -> list[Setting]:
     return settings
 
 
+@functools.cache
 def docstrings(cls: type) -> dict[str, str]:
     """The string that stands under each field, by the field's name."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body

@@ -1,14 +1,48 @@
-"""Signals: requests to stop or to save, which the training loop reads between steps."""
+"""Signals: SIGTERM ends a command with exit code 143 and no leftovers; the training loop reads
+requests to stop or to save between its steps."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+SAME_SIGNAL = 1.0  # seconds in which a second signal is the first one, forwarded by a launcher
+
+
+class Terminated(BaseException):
+    """SIGTERM. Not an Exception: only `finally` and `with` act on it, so they clean up."""
+
+
+def raise_on_sigterm() -> None:
+    """From here on, SIGTERM raises Terminated in the main thread, once. A second signal that comes
+    later than SAME_SIGNAL ends the process at once."""
+    first_time = 0.0
+
+    def handler(number: int, _: Any) -> None:
+        nonlocal first_time
+        if not first_time:
+            first_time = time.monotonic()
+            raise Terminated
+        if time.monotonic() - first_time > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, however that ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass
@@ -36,7 +70,7 @@ def handle_signals() -> Iterator[SignalState]:
             state.save = 1
         elif not state.stop:
             state.stop, first_time = 128 + number, time.monotonic()
-        elif time.monotonic() - first_time > 1:
+        elif time.monotonic() - first_time > SAME_SIGNAL:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

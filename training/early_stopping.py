@@ -10,13 +10,12 @@ resumed run stops again, or continues if it was given other conditions.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtime.console import FLAGS, UserError
+from runtime.console import FLAGS, UserError, read_metrics_line
 
 Metrics = Mapping[str, float | None]  # None: not finite
 
@@ -151,11 +150,8 @@ def read_evaluations(file: Path) -> dict[int, dict[str, float | None]]:
         return {}
     evaluations = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if "bits_per_byte" in entry or "suites" in entry:
-            evaluations[entry["step"]] = {**entry.get("suites", {}),
-                                          **entry.get("bits_per_byte", {})}
+        entry = read_metrics_line(line)
+        parts = [entry[key] for key in ("suites", "bits_per_byte") if key in entry]
+        if parts and type(entry.get("step")) is int and all(isinstance(x, dict) for x in parts):
+            evaluations[entry["step"]] = {name: x for part in parts for name, x in part.items()}
     return evaluations

@@ -8,16 +8,18 @@ it expects an effect.
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from runtime import flags
-from runtime.console import BAD_INPUT, FLAGS, UserError
+from runtime.console import BAD_INPUT, FLAGS, STORAGE, UserError, info
 from runtime.setting_metadata import Group, bounded
+from runtime.temporary import write_text
 from training import other_trainers
-from training.run_folder import continuation_command, is_finished
+from training.run_folder import checkpointed_settings, continuation_command, is_finished
 
 AUTO_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 AUTO_SEQ_LEN = 1024
@@ -278,12 +280,36 @@ def read_settings(argv: list[str], restarts: int = 0) -> tuple[Settings, dict[st
         argv, settings.resume = ["--out", settings.out, "--resume"], True
     if not settings.resume:
         return settings, origins
-    if not saved.exists():
-        raise UserError(f"--resume: {saved} does not exist, so {settings.out} holds no run; "
-                        "check --out", BAD_INPUT)
+    restore_settings(saved)
     check_not_longer(settings, origins, saved)
     return flags.read_resumed(
         Settings, argv, "train.py", saved, CAN_CHANGE_ON_RESUME | WARN_ON_RESUME)
+
+
+def restore_settings(saved: Path) -> None:
+    """Write a damaged or missing settings.toml again, from the newest checkpoint that holds the
+    run's settings. UserError (BAD_INPUT) if there is none."""
+    try:
+        if "mode" in tomllib.loads(saved.read_text(encoding="utf-8")):
+            return
+        fault = "holds no settings of a run"
+    except FileNotFoundError:
+        fault = "does not exist"
+    except (OSError, ValueError) as e:
+        fault = f"cannot be read ({e})"
+    for values in checkpointed_settings(saved.parent):
+        known = {f.name for f in fields(Settings)}
+        values = {name: x for name, x in upgrade_settings(values).items() if name in known}
+        text = flags.to_toml(replace(Settings(**values), resume=False, plan=False))
+        try:
+            write_text(saved, text)
+        except OSError as e:
+            raise UserError(f"{saved}: {fault}, and cannot be written again ({e.strerror}); remove "
+                            "it and --resume", STORAGE) from None
+        info(f"{saved}: {fault}; written again from a checkpoint")
+        return
+    raise UserError(f"--resume: {saved} {fault}, and no checkpoint in {saved.parent} holds the "
+                    "settings; check --out, or restore the file", BAD_INPUT)
 
 
 def check_not_longer(settings: Settings, origins: dict[str, str], saved: Path) -> None:

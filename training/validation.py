@@ -261,7 +261,7 @@ def default_prompts(val_sets: ValidationSets, tokenizer: Tokenizer) -> list[list
 
 def write_samples(file: Path, step: int, block: str) -> None:
     """Append a step's samples to samples.txt; those of this step and later ones are replaced."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     for match in re.finditer(r"^== step (\d+)$", text, re.M):
         if int(match[1]) >= step:
             text = text[: match.start()]
