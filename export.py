@@ -52,7 +52,7 @@ class Merge:
 
 @dataclass
 class Check:
-    """Look a model's folder over, a line for each thing; exit code 3 if one is wrong."""
+    """Check a model's folder and print a line for each check; exit code 3 if one fails."""
 
     model: str
     """A Hugging Face folder, an adapter's folder, a run's folder, or a hub id."""
@@ -326,7 +326,8 @@ def logits(folder: Path) -> Tensor:
 
 
 def check(s: Check) -> None:
-    """A line with a tick or a cross for each thing; a folder that cannot be read is an error."""
+    """Print a line with a tick or a cross for each check. A folder that cannot be read is an
+    error."""
     wrong = 0
     for good, line in findings(resolve_model_dir(s.model)):
         print("✓" if good else "✗", console.printable(line), flush=True)
@@ -336,11 +337,11 @@ def check(s: Check) -> None:
         raise SystemExit(BAD_INPUT)
 
 
-Finding = tuple[bool, str]  # whether it is right, and what it is
+Finding = tuple[bool, str]  # whether a check passed, and its line
 
 
 def findings(folder: Path) -> Iterator[Finding]:
-    """Each thing that is right or wrong in a model's folder."""
+    """The checks of a model's folder, each with its result."""
     base = base_model_dir(folder)
     config = read_config(base)
     with torch.device("meta"):
@@ -477,15 +478,17 @@ def chat_finding(template: ChatTemplate, stops: list[Any], vocab: int) -> tuple[
 
 
 def card(s: Card) -> None:
-    """Write README.md into the model's folder; one that a person wrote stays."""
+    """Write README.md into the model's folder. A README.md that this command did not write is
+    kept."""
     folder = resolve_model_dir(s.model)
     file = folder / "README.md"
     text = read_card(folder)
     if text and WRITTEN_BY_US not in text and not s.force:
-        raise UserError(f"{file}: not written by this command, so it stays; move it, or --force",
-                        STORAGE)
+        raise UserError(f"{file}: was not written by this command, so it is not replaced; move it, "
+                        "or give --force", STORAGE)
     if s.licence and not re.fullmatch(r"[\w.-]+", s.licence):
-        raise UserError(f"--licence {s.licence!r}: expected a name of the hub's, as mit", FLAGS)
+        raise UserError(f"--licence {s.licence!r}: expected a licence's name on the hub, such as "
+                        "mit", FLAGS)
     try:
         write_text(file, model_card(folder, s.run, s.results, s.language, s.licence))
     except OSError as e:
@@ -494,75 +497,84 @@ def card(s: Card) -> None:
 
 
 def push(s: Push) -> None:
-    """Say what would be sent and where, ask, and send it."""
+    """Print which files would be uploaded and where, ask, and upload them."""
     folder = Path(s.model).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--model {s.model}: no such folder; only what is here can be sent", FLAGS)
+        raise UserError(f"--model {s.model}: no such folder; give a folder of this machine", FLAGS)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", s.repo):
         raise UserError(f"--repo {s.repo!r}: expected org/name", FLAGS)
     folder = resolve_model_dir(folder)
     known = (*MODEL_FILES, MERGE_RECORD, "README.md")
-    here = sorted(f for f in folder.iterdir())
-    files = [check_model_file(folder, f.name) for f in here if any(f.match(p) for p in known)]
+    entries = sorted(folder.iterdir())
+    files = [check_model_file(folder, f.name) for f in entries if any(f.match(p) for p in known)]
     for f in files:
         print(f"{f.stat().st_size:>16,}  {f.name}")
-    if left := [f.name for f in here if f not in files]:
-        print(f"stays here: {console.printable(first_five(left))}")
-    print(f"{sum(f.stat().st_size for f in files):>16,}  bytes to {s.repo}, "
-          f"{'PUBLIC: everybody sees them' if s.public else 'private'}")
+    others = [f.name for f in entries if f not in files]
+    if others:
+        print(f"not uploaded: {console.printable(first_five(others))}")
+    visibility = "PUBLIC: everybody can see them" if s.public else "private"
+    print(f"{sum(f.stat().st_size for f in files):>16,}  bytes to {s.repo}, {visibility}")
     if folder / "README.md" not in files:
         console.info("no README.md: python export.py card writes one")
     if folder / ADAPTER_CONFIG in files:
         name = str(read_model_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path"))
         if Path(name).is_absolute():
             console.info(
-                f"{ADAPTER_CONFIG} names its base {name}, a folder that nobody else has; name "
-                "one on the hub there, or merge"
+                f"{ADAPTER_CONFIG} names the base {name}, a folder of this machine only; write "
+                "the base's hub id there, or merge the adapter"
             )
     from huggingface_hub import get_token
 
     token = get_token()
     if not token:
-        raise UserError("no token of the hub here; run: hf auth login, or set HF_TOKEN", FLAGS)
+        raise UserError("found no token of the hub; run: hf auth login, or set HF_TOKEN", FLAGS)
     if not s.yes:
         if not sys.stdin.isatty():
-            raise UserError("nothing is sent: this is no terminal to ask at; give --yes", FLAGS)
+            raise UserError("nothing was uploaded: there is no terminal for the question; give "
+                            "--yes", FLAGS)
         try:
-            said = input("send? [y/N] ")
-        except EOFError:  # Ctrl-D
-            said = ""
-        if said.strip().lower() not in ("y", "yes"):
-            print("nothing is sent")
+            answer = input("upload? [y/N] ")
+        except EOFError:  # end of input
+            answer = ""
+        if answer.strip().lower() not in ("y", "yes"):
+            print("nothing was uploaded")
             return
     print(send(folder, [f.name for f in files], s, token))
 
 
 def send(folder: Path, files: list[str], s: Push, token: str) -> str:
-    """Upload files to the hub; where they are now, or why not in one line, never with the token."""
+    """Upload files to the hub and return their address. UserError gives the reason of a failure in
+    one line, without the token."""
     from huggingface_hub import HfApi, errors
 
     api = HfApi(token=token)
     try:
         api.create_repo(s.repo, private=not s.public, exist_ok=True)
         if not s.public and api.repo_info(s.repo).private is False:
-            raise UserError(f"{s.repo}: is there already, and public; give --public to send there, "
-                            "or name another", FLAGS)
+            raise UserError(f"{s.repo}: exists and is public; give --public to upload there, or "
+                            "name another repository", FLAGS)
         return str(api.upload_folder(
             repo_id=s.repo, folder_path=folder, allow_patterns=files,
             commit_message="Sent by kinyarwanda_ft_llm").commit_url)
     except errors.OfflineModeIsEnabled:
-        why = "HF_HUB_OFFLINE is set; unset it to send"
+        reason = "HF_HUB_OFFLINE is set; unset it to upload"
     except errors.HfHubHTTPError as e:
         status = e.response.status_code
-        why = {401: "the token is not valid; run: hf auth login",
-               403: "the token may not write there; take one with write access, or another name",
-               404: "no such organisation, or none that the token sees; check --repo",
-               }.get(status, f"the hub answered {status}: {' '.join(str(e).split())[:300]}")
+        reasons = {401: "the token is not valid; run: hf auth login",
+                   403: "the token may not write there; use a token with write access, or another "
+                        "--repo",
+                   404: "the token sees no such organisation; check --repo"}
+        reason = reasons.get(status, f"the hub answered {status}: {one_line(e)}")
     except UserError:
         raise
-    except Exception as e:  # a network has more ways to fail than one can name
-        why = f"the hub cannot be reached ({type(e).__name__}: {' '.join(str(e).split())[:300]})"
-    raise UserError(f"{s.repo}: not sent; {why}".replace(token, "***"), STORAGE)
+    except Exception as e:  # any error of the network
+        reason = f"the hub cannot be reached ({type(e).__name__}: {one_line(e)})"
+    raise UserError(f"{s.repo}: not uploaded; {reason}".replace(token, "***"), STORAGE)
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 if __name__ == "__main__":

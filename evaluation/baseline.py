@@ -37,7 +37,7 @@ class Baseline:
             evaluation = json.loads((folder / "results.json").read_text(encoding="utf-8"))
             self.results: list[MetricResult] = evaluation["results"]
             self.model: str = evaluation["model"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"--baseline {folder}: no results.json there; give the --out of an "
                             "earlier evaluation", FLAGS) from None
         except (ValueError, KeyError, TypeError):

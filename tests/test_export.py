@@ -671,7 +671,7 @@ def test_a_push_shows_sends_and_stays_private(hub, push, tmp_path, monkeypatch):
     assert seen["created"]["visibility"] == "private" and seen["token"] == "Bearer hf_geheim123"
     assert seen["files"] == {
         f.name: f.read_bytes() for f in folder.iterdir() if f.name != "notes.txt"}
-    assert "stays here: notes.txt" in said and "commit/bbbb" in said
+    assert "not uploaded: notes.txt" in said and "commit/bbbb" in said
     seen.update(private=False, files={})
     code, said = push(folder, yes=True)
     assert code == FLAGS and "public" in said and not seen["files"]
@@ -679,7 +679,7 @@ def test_a_push_shows_sends_and_stays_private(hub, push, tmp_path, monkeypatch):
     seen["files"] = {}
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: "n")
-    assert "nothing is sent" in push(folder, public=True)[1] and not seen["files"]
+    assert "nothing was uploaded" in push(folder, public=True)[1] and not seen["files"]
     monkeypatch.setattr("builtins.input", lambda _: "y")
     assert push(folder, public=True)[0] == 0 and seen["files"]
 
