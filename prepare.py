@@ -64,6 +64,7 @@ from runtime.output_paths import (
     try_output_file,
     try_output_folder,
 )
+from runtime.setting_metadata import bounded
 from runtime.temporary import write_text
 from tokenization.chat_template import read_template_kwargs
 from tokenization.tokenizer import Tokenizer, learn
@@ -92,13 +93,13 @@ class Text:
     without: list[str] = field(default_factory=list)
     """Test files: a document with a whole line or cell of theirs, or 13 words in a row, is left
     out."""
-    min_chars: int = 1
+    min_chars: int = bounded(1, at_least=0)
     """Shorter documents are left out."""
     max_doc_mb: int = 64
     """Longer lines are left out; a longer file or block is refused."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What happens if more than 0.1 % of the documents are undecodable."""
-    processes: int = os.cpu_count() or 1
+    processes: int = bounded(os.cpu_count() or 1, at_least=1)
     """Worker processes; they start after three seconds of work in one process."""
 
 
@@ -124,13 +125,13 @@ class Chat:
     normalise: list[str] = field(default_factory=lambda: ["all"])
     """Cleaning steps: all (but spaces, which would remove the indentation of code), none, or by
     name."""
-    max_tokens: int = 0
+    max_tokens: int = bounded(0, at_least=0)
     """The row that each example must fit, as --seq-len of the run; 0: no limit."""
     too_long: Literal["stop", "drop", "cut"] = "stop"
     """What is done with longer examples; stop leaves out up to one in a hundred."""
     keep_duplicates: bool = False
     """Keep examples that were read before."""
-    processes: int = os.cpu_count() or 1
+    processes: int = bounded(os.cpu_count() or 1, at_least=1)
     """Worker processes; they start after three seconds of work in one process."""
 
 
@@ -172,16 +173,16 @@ class Mt:
     """With --as-chat: model, plain, or a .jinja file."""
     template_kwargs: list[str] = field(default_factory=list)
     """With --as-chat: variables of the template, KEY=VALUE or a JSON object."""
-    shots: int = 0
+    shots: int = bounded(0, at_least=0)
     """Solved examples before each question."""
-    join: int = 1
+    join: int = bounded(1, at_least=1)
     """Consecutive pairs of a file that become one example."""
-    max_ratio: float = 3.0
+    max_ratio: float = bounded(3.0, at_least=0)
     """Pairs with one side longer than the other by this factor, ten characters added to both, are
     left out; 0: none."""
     normalise: list[str] = field(default_factory=lambda: ["all"])
     """Cleaning steps: all, none, or by name."""
-    max_tokens: int = 0
+    max_tokens: int = bounded(0, at_least=0)
     """The row that each example must fit, as --seq-len of the run; 0: no limit."""
     too_long: Literal["stop", "drop", "cut"] = "stop"
     """What is done with longer examples; stop leaves out up to one in a hundred."""
@@ -189,7 +190,7 @@ class Mt:
     """Keep pairs that were read before."""
     seed: int = 1
     """Of the prompts, directions and solved examples."""
-    processes: int = os.cpu_count() or 1
+    processes: int = bounded(os.cpu_count() or 1, at_least=1)
     """Worker processes; they start after three seconds of work in one process."""
 
 
@@ -210,14 +211,14 @@ class Pairs:
     template_kwargs: list[str] = field(default_factory=list)
     """Variables of the template, KEY=VALUE or a JSON object, as in enable_thinking=false. A date
     that the template writes is given by date_string=2024-07-26."""
-    max_tokens: int = 0
+    max_tokens: int = bounded(0, at_least=0)
     """The row that both documents of a pair must fit together, as --seq-len of the run; 0: no
     limit."""
     too_long: Literal["stop", "drop", "cut"] = "stop"
     """What is done with longer pairs; stop leaves out up to one in a hundred."""
     keep_duplicates: bool = False
     """Keep pairs that were read before."""
-    processes: int = os.cpu_count() or 1
+    processes: int = bounded(os.cpu_count() or 1, at_least=1)
     """Worker processes; they start after three seconds of work in one process."""
 
 
@@ -236,7 +237,7 @@ class Prefer:
     line."""
     votes: str = ""
     """Or a file of votes: columns prompt, best, worst, numbers from 1."""
-    gap: float = 5.0
+    gap: float = bounded(5.0, at_least=0)
     """The smallest difference between best and worst, in chrF++."""
 
 
@@ -248,7 +249,7 @@ class Show:
     """The bin's folder."""
     tokenizer: str
     """The tokenizer it was made with."""
-    n: int = 3
+    n: int = bounded(3, at_least=0)
     """Documents shown."""
     ids: bool = False
     """Print the tokens of each document too: id, piece, and whether it is trained."""

@@ -87,6 +87,9 @@ def list_files(specs: Iterable[str], formats: Sequence[str] = TEXT_FORMATS) -> l
         if not matches:
             raise UserError(f"{spec}: no such file, and no file matches it")
         for path in matches:
+            if any("\ud800" <= c <= "\udfff" for c in str(path)):  # bytes that are not UTF-8
+                raise UserError(f"{str(path)!a}: the name is not UTF-8, so the bin cannot record "
+                                "it; rename the file")
             if file_format(path) not in formats:
                 raise UserError(f"{path}: unknown kind of file; expected {', '.join(formats)}, or "
                                 "a .gz of one of them (but not of .parquet)")
