@@ -132,7 +132,7 @@ LOOPS = {
     "a large power": ("{{ 10 ** 100000 }}", "too much"),
     "a power of powers": ("{% set ns = namespace(x=9) %}" + TWICE + "{% set ns.x = ns.x ** 60 %}"
                           "{% endfor %}", "too much"),
-    "striptags": ("{{ ('<' * 60000000) | striptags }}", f"{TIME}|{MEMORY}"),
+    "striptags": ("{{ ('<' * 60000000) | striptags }}", f"{TIME}|{MEMORY}|{OUTPUT}"),
     "title of a long text": ("{{ ('a b' * 20000000) | title | length }}", f"{TIME}|{MEMORY}"),
     "find in a text": ("{{ ('a' * 1000000).find('a' * 500000 ~ 'b') }}" * 50, f"|{TIME}"),
 }
@@ -150,10 +150,10 @@ SOURCES = {
                         "Error|nested|blocks"),
     "blocks": ("".join("{% block b" + str(i) + " %}" for i in range(2000))
                + "{% endblock %}" * 2000, f"Recursion|nested|{TIME}"),
-    "elif": ("{% if 0 %}" + "{% elif 0 %}" * 20000 + "{% endif %}", f"Recursion|{TIME}|nested|"),
-    "many literals": ("{{ [" + "1," * 300000 + "] }}", f"{TIME}|{OUTPUT}|{MEMORY}"),
+    "elif": ("{% if 0 %}" + "{% elif 0 %}" * 20000 + "{% endif %}", f"Recursion|{TIME}|{MEMORY}"),
+    "many literals": ("{{ [" + "1," * 300000 + "] }}", f"{TIME}|{OUTPUT}|{MEMORY}|"),
     "many names": ("".join("{% set a" + str(i) + " = 1 %}" for i in range(20000)),
-                   f"{TIME}|{MEMORY}|Recursion"),
+                   f"{TIME}|{MEMORY}|Recursion|"),
     "a folded sum": ("{{ ('x' ~ 'y') | center(1000000000) }}", MEMORY),
     "a folded product": ("{{ 2 ** 10 ** 9 }}", "too much"),
     "a folded text": ("{{ '%1000000000d' % 1 }}{{ ('x' | center(1000000000)) ~ 'x' }}", MEMORY),
