@@ -74,7 +74,7 @@ class Settings:
     translate: str = ""
     """Translate --prompt, --file or stdin line by line, as in eng-kin: two ISO 639-3 codes. Uses
     the prompt that the model was trained with."""
-    samples: int = bounded(1, at_least=1)
+    samples: int = bounded(1, at_least=1, at_most=10_000)
     """Answers to each prompt."""
     out: str = ""
     """With --file: write answers here, a JSON object a line. A killed run continues from it."""

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from runtime.console import FLAGS, UserError
 
+MAX_BEAMS = 1000  # each holds a cache
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -42,14 +44,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         bounds = {"max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-                  "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+                  "temperature": (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
+                                  "0 (greedy), or 1e-06 to 1e+06"),
                   "top_k": (self.top_k >= 0, "0 (all) or more"),
                   "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
                   "min_p": (0 <= self.min_p <= 1, "0 (all) to 1"),
-                  "repetition_penalty": (0 < self.repetition_penalty < math.inf,
-                                         "above 0; 1 has no effect"),
-                  "beams": (self.beams >= 1, "1 (no search) or more"),
-                  "length_penalty": (math.isfinite(self.length_penalty), "a finite number")}
+                  "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3,
+                                         "0.001 to 1000; 1 has no effect"),
+                  "beams": (1 <= self.beams <= MAX_BEAMS, f"1 (no search) to {MAX_BEAMS}"),
+                  "length_penalty": (-10 <= self.length_penalty <= 10, "-10 to 10")}
         for name, (is_valid, expected) in bounds.items():
             if not is_valid:
                 flag, value = name.replace("_", "-"), getattr(self, name)

@@ -81,12 +81,12 @@ class Settings:
     """The peak learning rate. auto: 2e-5 with --tune full, 2e-4 with lora and qlora."""
     seq_len: int | Literal["auto"] = bounded("auto", at_least=2)
     """Tokens in a row. auto: 1024, or the model's context if that is shorter."""
-    rows: int | Literal["auto"] = bounded(4, at_least=1)
+    rows: int | Literal["auto"] = bounded(4, at_least=1, at_most=1 << 20)
     """Rows per device and micro-batch. Lower it if memory runs out; the result stays the same.
     auto: as many as fit, dividing --tokens-per-step."""
-    tokens_per_step: int = bounded(0, at_least=0)
+    tokens_per_step: int = bounded(0, at_least=0, at_most=1 << 30)
     """Tokens in a whole step, over micro-batches and ranks. 0: one micro-batch on each rank."""
-    steps: int = bounded(0, at_least=0)
+    steps: int = bounded(0, at_least=0, at_most=10**9)
     """Number of steps. 0: as --epochs says."""
     epochs: float = bounded(1.0, above=0)
     """Number of passes over the data. A mixture ends when its first source has had so many."""

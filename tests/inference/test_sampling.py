@@ -1,6 +1,7 @@
 """Filters, penalties and samples against transformers' and plain formulas; stop strings."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from inference.sampling import (
     StoppingCriteria,
     apply_repetition_penalty,
     filter_logits,
+    next_tokens,
     per_prompt_seeds,
     sample_from_logits,
 )
@@ -136,3 +138,22 @@ def test_a_token_of_probability_zero_is_never_sampled():
 def test_sampling_out_of_range_is_refused(values, message):
     with pytest.raises(UserError, match=message):
         SamplingParams(**values)
+
+
+@pytest.mark.parametrize("values", [
+    {"temperature": 1e-300}, {"temperature": 1e-7}, {"temperature": 1e7},
+    {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}, {"length_penalty": 1e300},
+    {"length_penalty": -1e300}, {"beams": 1_000_000, "temperature": 0.0}])
+def test_a_number_that_float32_cannot_use_is_refused(values):
+    with pytest.raises(UserError, match="out of range"):
+        SamplingParams(**values)
+
+
+@pytest.mark.parametrize("values", [
+    {"temperature": 1e-6}, {"temperature": 1e6}, {"repetition_penalty": 1e-3},
+    {"repetition_penalty": 1e3}, {"temperature": 0.0, "repetition_penalty": 1e-3}])
+def test_the_extremes_that_are_allowed_give_ids_of_the_vocabulary(values):
+    logits = torch.tensor([[50.0, -50.0, 0.0, 49.9], [-1e4, 1e4, 1e-6, 3.0]])
+    ids = next_tokens(logits, SamplingParams(**values), [random.Random(1), random.Random(2)],
+                      [[0, 1], [1, 3]])
+    assert all(0 <= i < 4 for i in ids.tolist())

@@ -24,6 +24,12 @@ MADE_AGAIN = [("settings.toml", "missing"), ("settings.toml", "empty"), ("settin
               ("samples.txt", "bytes"), ("samples.txt", "missing"), ("metrics.jsonl", "zeros")]
 ONE_LINE = [("metrics.jsonl", "folder"), ("run.json", "folder"), ("samples.txt", "folder"),
             ("settings.toml", "folder")]
+QUICK = [("settings.toml", "cut"), ("metrics.jsonl", "zeros"), ("run.json", "folder")]
+
+
+def slow_but(quick: list, damages: list) -> list:
+    """The damages as parameters of a test, all but the quick ones marked slow."""
+    return [pytest.param(*x, marks=[] if x in quick else [pytest.mark.slow]) for x in damages]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def damage(file: Path, how: str) -> None:
                           "bytes": b"\xff\xfe" + content}[how])
 
 
-@pytest.mark.parametrize("name,how", MADE_AGAIN)
+@pytest.mark.parametrize(("name", "how"), slow_but(QUICK, MADE_AGAIN))
 def test_a_damaged_file_is_made_again_and_the_run_ends_as_it_would_have(interrupted, name, how):
     out = interrupted.with_name(f"{name}-{how}")
     shutil.copytree(interrupted, out)
@@ -57,7 +63,7 @@ def test_a_damaged_file_is_made_again_and_the_run_ends_as_it_would_have(interrup
     assert len(read_losses(out)) == 4
 
 
-@pytest.mark.parametrize("name,how", ONE_LINE)
+@pytest.mark.parametrize(("name", "how"), slow_but(QUICK, ONE_LINE))
 def test_what_cannot_be_made_again_is_one_line(interrupted, name, how):
     out = interrupted.with_name(f"{name}-{how}")
     shutil.copytree(interrupted, out)
