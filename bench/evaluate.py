@@ -1,4 +1,4 @@
-"""Multiple choice beside lm-evaluation-harness's hf backend, on one model and the same items.
+"""Multiple choice, compared with lm-evaluation-harness's hf backend on the same model and items.
 
     python -m bench.evaluate [--quick] [--cases sib200 afrixnli injongo belebele] [--write]
 
@@ -190,7 +190,8 @@ def job(s: Settings) -> str:
     return (table(["suite", "", "seconds", "range", "items/s", "times lm-eval's best", "peak GB"],
                   rows)
             + f"\n\nThe same accuracy everywhere; log-likelihoods at most {largest:.1e} apart "
-            "(relative).\n\n" + limits.words(limits.measured(s.size), "transformers", "lm_eval"))
+            "(relative).\n\n"
+            + limits.description(limits.measured(s.size), "transformers", "lm_eval"))
 
 
 def compare(s: Settings, name: str, runs: dict[str, list[dict[str, Any]]]) -> float:
@@ -205,7 +206,7 @@ def compare(s: Settings, name: str, runs: dict[str, list[dict[str, Any]]]) -> fl
             largest = max(largest, gap)
             if gap > TOLERANCE or abs(run["acc"] - accuracy(ours)) > 1e-9:
                 s.faults.append(f"{name}, {side}: log-likelihoods {gap:.1e} apart, "
-                                f"accuracy {run['acc']} beside {accuracy(ours)}")
+                                f"accuracy {run['acc']}, ours {accuracy(ours)}")
     return largest
 
 

@@ -1,23 +1,25 @@
-"""Generation here beside transformers' generate, on this machine's CPU.
+"""Generation on a CPU, compared with transformers' generate.
 
     python -m bench.generate [--quick] [--cases stream eight sixty-four ragged beam] [--write]
 
-Random LLaMAs: of TinyLlama's shape (1.1 billion parameters, bf16) for one stream and for eight,
-where reading the weights bounds the speed; of 110 million (float32) for many prompts of 16 to 256
-ids. Both sides answer the same prompts, so many side by side, transformers' sorted by length and
-padded on the left; `ragged` is also given to its continuous batching (`generate_batch`), which
-fills a row as soon as its answer ends, as ours do. Answers end by chance: one id in 64 is an EOS,
-and `ragged` draws ids, so that its answers are as uneven as real ones; in the other cases both
-sides must give the same ids (in bf16 the first of them: later ones hang on rounding). `ours, int8`
-answers as another model does, one of weights rounded to eight bits, and is held to that model's
-first ids.
+The models are random LLaMAs. One stream and eight streams use TinyLlama's shape (1.1 billion
+parameters, bf16), where reading the weights limits the speed. The cases with many prompts of 16 to
+256 ids use 110 million parameters (float32). Both sides answer the same prompts with the same
+number of rows. transformers gets batches sorted by length and padded on the left. `ragged` also
+measures its continuous batching (`generate_batch`), which refills a row when its answer ends, as
+ours does.
 
-A turn is all prompts once; all sides of a case are there at once, which takes up to 16 GB, and take
-turns. All figures are medians over these. Seconds of a step are those of a whole answer without
-those of its prompt and first id, both measured. Its share of the limit is the bytes of the weights,
-one a number where they are int8, over these seconds, over what the machine reads a second. That is
-measured before and after each case that it bounds, and the larger of the two counts: what others do
-on the machine then makes a share smaller, not larger.
+One id in 64 ends an answer. `ragged` samples, so that its answers have different lengths. In the
+other cases both sides must give the same ids; in bf16 only the first ids, because later ones depend
+on rounding. `ours, int8` is compared with the first ids of a model whose weights are rounded to
+eight bits.
+
+In a turn, a side answers all prompts once. All sides of a case exist at the same time, which needs
+up to 16 GB, and take turns. All figures are medians over the turns. The time of a step is the time
+of whole answers minus the time of the prompts and first ids, both measured. The share of the read
+limit is the bytes of the weights (one byte per number for int8), divided by this time and by the
+bytes that the machine reads per second. The read limit is measured before and after each case that
+it limits, and the larger value counts, so that other programs can only make the share smaller.
 """
 
 from __future__ import annotations
@@ -42,21 +44,21 @@ SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabular
 
 @dataclass
 class Case:
-    """A model, prompts and their lengths, and how many of them are answered at once (rows)."""
+    """A model, its prompts, and how they are answered."""
 
     shape: str
     dtype: str
     prompts: int
-    shortest: int
+    shortest: int  # ids in a prompt
     longest: int
-    rows: int
-    new: int
+    rows: int  # in a batch
+    new: int  # ids in an answer, at most
     beams: int = 1
     temperature: float = 0.0
 
     @property
     def together(self) -> bool:
-        """Whether all prompts take each step side by side: reading the weights bounds it."""
+        """Whether all prompts share every step, so that reading the weights limits the speed."""
         return self.prompts == self.rows and self.beams == 1 and not self.temperature
 
 
@@ -70,7 +72,7 @@ QUICK = ["ragged"]
 
 
 def case_of(name: str, size: str) -> Case:
-    """A case, in the size that is asked for."""
+    """Return a case in the given size."""
     case = CASES[name]
     if size == "tiny":
         longest = 4 if case.shortest == case.longest else 16
@@ -83,7 +85,7 @@ def case_of(name: str, size: str) -> Case:
 
 
 def draw(shape: str, folder: str) -> None:
-    """Write a random model; its logits are as flat as a young model's."""
+    """Write a random model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -97,16 +99,17 @@ def draw(shape: str, folder: str) -> None:
             folder, max_shard_size="1GB")
 
 
-def asked_of(case: Case) -> tuple[list[list[int]], list[int]]:
-    """The prompts and the ids that end an answer, the same in every process."""
-    V, chance = SHAPES[case.shape][-1], random.Random(1)
-    prompts = [[chance.randrange(3, V) for _ in range(chance.randint(case.shortest, case.longest))]
+def prompts_of(case: Case) -> tuple[list[list[int]], list[int]]:
+    """Return the prompts, and the ids that end an answer; the same in every process."""
+    V, generator = SHAPES[case.shape][-1], random.Random(1)
+    prompts = [[generator.randrange(3, V)
+                for _ in range(generator.randint(case.shortest, case.longest))]
                for _ in range(case.prompts)]
-    return prompts, chance.sample(range(V), V // 64)
+    return prompts, generator.sample(range(V), V // 64)
 
 
 def ours(case: Case, folder: str, ends: list[int], quant: str = "none") -> Any:
-    """A function that answers prompts with up to so many ids, as sample.py does."""
+    """Return a function that answers prompts with at most `new` ids, as sample.py does."""
     import torch
 
     from checkpoints.huggingface import load_model
@@ -128,14 +131,14 @@ def ours(case: Case, folder: str, ends: list[int], quant: str = "none") -> Any:
 
 
 def theirs(case: Case, folder: str, ends: list[int]) -> Any:
-    """The same by transformers: batches of prompts of like lengths, padded on the left."""
+    """Return the same function by transformers: batches of similar lengths, padded on the left."""
     import torch
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, case.dtype)).eval()
-    drawn = {"do_sample": True, "temperature": case.temperature, "top_k": 0} \
-        if case.temperature else {"do_sample": False}
-    ending = set(ends)
+    options: dict[str, Any] = {"do_sample": False}
+    if case.temperature:
+        options = {"do_sample": True, "temperature": case.temperature, "top_k": 0}
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -143,65 +146,68 @@ def theirs(case: Case, folder: str, ends: list[int]) -> Any:
         for start in range(0, len(order), n):
             indices = order[start : start + n]
             T = max(len(prompts[i]) for i in indices)
-            pads = [T - len(prompts[i]) for i in indices]
-            ids = torch.tensor([[0] * p + prompts[i] for p, i in zip(pads, indices, strict=True)])
-            mask = torch.tensor([[0] * p + [1] * (T - p) for p in pads])
+            ids = torch.zeros(len(indices), T, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(indices):
+                ids[row, T - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, T - len(prompts[i]) :] = 1
             out = model.generate(ids, attention_mask=mask, num_beams=case.beams, pad_token_id=0,
-                                 max_new_tokens=new, eos_token_id=ends, **drawn)[:, T:].tolist()
-            for i, row in zip(indices, out, strict=True):
-                end = next((k for k, x in enumerate(row) if x in ending), len(row) - 1)
-                answers[i] = row[: end + 1]
+                                 max_new_tokens=new, eos_token_id=ends, **options)[:, T:].tolist()
+            for i, answer in zip(indices, out, strict=True):
+                end = next((k for k, x in enumerate(answer) if x in ends), len(answer) - 1)
+                answers[i] = answer[: end + 1]
         return [answers[i] for i in range(len(prompts))]
 
     return run
 
 
 def continuous(case: Case, folder: str, ends: list[int]) -> Any:
-    """The same by transformers' continuous batching, as many rows at once, with room for all."""
+    """Return the same function by transformers' continuous batching: as many rows, and a cache that
+    holds all of them."""
     import torch
     from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, case.dtype)).eval()
     page = 256  # tokens
-    room = ContinuousBatchingConfig(
+    batching = ContinuousBatchingConfig(
         page_size=page, num_blocks=case.rows * -(-(case.longest + case.new) // page) + case.rows,
         max_requests_per_batch=case.rows, max_batch_tokens=512)
 
     def run(prompts: list[list[int]], new: int) -> list[list[int]]:
-        drawn = GenerationConfig(max_new_tokens=new, eos_token_id=ends, pad_token_id=0, top_k=0,
-                                 do_sample=case.temperature > 0, temperature=case.temperature)
-        outputs = model.generate_batch(prompts, drawn, room).values()  # in the order of the prompts
+        config = GenerationConfig(max_new_tokens=new, eos_token_id=ends, pad_token_id=0, top_k=0,
+                                  do_sample=case.temperature > 0, temperature=case.temperature)
+        outputs = model.generate_batch(prompts, config, batching).values()  # keeps the order
         return [x.generated_tokens for x in outputs]
 
     return run
 
 
 def measure(side: str, name: str, size: str, folder: str) -> Iterator[dict[str, Any]]:
-    """Each turn: seconds for the first ids alone and for whole answers, and the answers."""
+    """Yield in each turn the seconds for the first ids and for whole answers, and the answers."""
     import torch
 
     case = case_of(name, size)
-    prompts, ends = asked_of(case)
+    prompts, ends = prompts_of(case)
     ends = [] if case.together else ends
     torch.manual_seed(0)
     sides = {"ours": ours, "ours, int8": partial(ours, quant="int8"), "transformers": theirs,
              "transformers, continuous": continuous}
     run = sides[side](case, folder, ends)
-    run(prompts[:1], 2)  # every weight is in memory, every thread has begun
+    run(prompts[:1], 2)  # warm-up: reads all weights and starts all threads
     yield {}
     while True:
         seconds = {}
         for key, new in (("first", 1), ("whole", case.new)):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             ids = run(prompts, new)
-            seconds[key] = time.perf_counter() - begun
+            seconds[key] = time.perf_counter() - start
         yield {**seconds, "ids": ids}
 
 
 def likely(name: str, size: str, folder: str, int8: bool = False) -> list[list[int]]:
-    """The ids that may come first in each answer, as transformers has their logits: the largest,
-    and what is no further from it than two of the steps that bf16 has there (2^-6 of it). `int8`:
-    of the model whose rows are multiples of a 127th of their largest weight, in float32."""
+    """Return the ids that are accepted as the first of each answer, by transformers' logits: those
+    at most two bf16 steps (2^-6 of the value) below the largest. With `int8`, each row of a weight
+    is rounded to multiples of its largest value / 127, and the model computes in float32."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -214,7 +220,7 @@ def likely(name: str, size: str, folder: str, int8: bool = False) -> list[list[i
             if int8 and isinstance(m, torch.nn.Linear):
                 step = m.weight.abs().amax(1, keepdim=True) / 127
                 m.weight.copy_((m.weight / step).round() * step)
-        for ids in asked_of(case)[0]:
+        for ids in prompts_of(case)[0]:
             logits = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float()  # (V,)
             largest = logits.max()
             candidates.append((logits >= largest - largest.abs() / 64).nonzero()[:, 0].tolist())
@@ -223,17 +229,20 @@ def likely(name: str, size: str, folder: str, int8: bool = False) -> list[list[i
 
 def agree(case: Case, runs: dict[str, list[dict]],
           may: dict[str, list[list[int]]] | None = None) -> bool:
-    """Whether the sides gave the same answers, as far as they can: one to each prompt, and nine in
-    ten the same, for of two equal logits either side may take either. In bf16 an answer soon goes
-    its own way: every first id must be one that `may` come first on that side."""
+    """Return whether the sides gave the same answers.
+
+    Each side must give one answer per prompt. Nine in ten must be equal, because two logits may be
+    equal. In bf16 later ids depend on rounding, so only the first ids are compared: `may` holds the
+    accepted ids of each prompt, per side.
+    """
     if not all(len(run["ids"]) == case.prompts and all(run["ids"]) for turns in runs.values()
                for run in turns):
-        return False  # a side that logs its faults and goes on
+        return False  # continuous batching logs an error and goes on
     if case.temperature:
         return True
     if may:
-        return all(ids[0] in ok for side, turns in runs.items() for run in turns
-                   for ids, ok in zip(run["ids"], may[side], strict=True))
+        return all(ids[0] in accepted for side, turns in runs.items() for run in turns
+                   for ids, accepted in zip(run["ids"], may[side], strict=True))
     n = 1 if case.dtype == "bfloat16" else case.new
     first = runs["ours"][0]["ids"]
     return all(sum(a[:n] == b[:n] for a, b in zip(first, run["ids"], strict=True))
@@ -241,19 +250,20 @@ def agree(case: Case, runs: dict[str, list[dict]],
 
 
 def job(s: Settings) -> str:
+    """Run all cases; return the table."""
     sides = ["ours", *(["transformers"] if installed("transformers") else [])]
     rows, peaks = [], limits.measured(s.size)
     with tempfile.TemporaryDirectory() as home:
-        drawn: set[str] = set()
+        written: set[str] = set()
         for name in s.cases or (QUICK if s.size == "quick" else CASES):
             case = case_of(name, s.size)
             folder = f"{home}/{case.shape}"
-            if case.shape not in drawn:
+            if case.shape not in written:
                 child(HERE, "draw", case.shape, folder)
-                drawn.add(case.shape)
-            narrow = case.dtype == "bfloat16"
+                written.add(case.shape)
+            bf16 = case.dtype == "bfloat16"
             case_sides = list(sides)
-            if narrow:
+            if bf16:
                 case_sides.append("ours, int8")
             if name == "ragged" and "transformers" in sides:
                 case_sides.append("transformers, continuous")
@@ -261,27 +271,30 @@ def job(s: Settings) -> str:
             if case.together and rows:
                 read_before = limits.measured(s.size)["read"]
             measured = alternate(HERE, s.rounds, {side: ("measure", [side, name, s.size, folder])
-                                              for side in case_sides})
-            runs, gb = ({side: x[i] for side, x in measured.items()} for i in (1, 0))
+                                                  for side in case_sides})
+            runs = {side: turns for side, (_, turns) in measured.items()}
+            gb = {side: setup["gb"] for side, (setup, _) in measured.items()}
             read_after = limits.measured(s.size)["read"] if case.together else read_before
             may = None
-            if narrow and "transformers" in sides:
-                plain, rounded = (child(HERE, "likely", name, s.size, folder, x)
-                                  for x in (False, True))
-                may = {side: rounded if side == "ours, int8" else plain for side in runs}
+            if bf16 and "transformers" in sides:
+                may = {side: child(HERE, "likely", name, s.size, folder, side == "ours, int8")
+                       for side in ("ours", "ours, int8")}
+                may["transformers"] = may["ours"]
             if not agree(case, runs, may):
                 s.faults.append(f"{name}: the sides give different ids")
-            rows += lines(name, case, runs, gb, max(read_before, read_after))
+            rows += table_rows(name, case, runs, gb, max(read_before, read_after))
     head = ["case", "", "prompts, side by side", "ids/s", "range",
             "times transformers' best", "ms a step", "of the read limit, GB/s", "peak GB"]
-    return table(head, rows) + "\n\n" + limits.words(peaks, "transformers")
+    return table(head, rows) + "\n\n" + limits.description(peaks, "transformers")
 
 
-def lines(name: str, case: Case, runs: dict[str, list[dict]], held: dict[str, dict],
-          read: float) -> list[list[str]]:
-    """A case's rows of the table."""
+def table_rows(name: str, case: Case, runs: dict[str, list[dict]], gb: dict[str, float],
+               read: float) -> list[list[str]]:
+    """Return the rows of the table for a case. `gb` is the peak memory of each side, `read` the
+    GB/s that the machine reads."""
     C, M, L, H, K, V = SHAPES[case.shape]
-    matrices = V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M)  # the head, not the table
+    # The numbers that a step reads: with the output head, without the embedding.
+    matrices = V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M)
     speeds = {side: [sum(map(len, x["ids"])) / x["whole"] for x in turns]
               for side, turns in runs.items()}
     peers = [side for side in runs if side.startswith("transformers")]
@@ -301,7 +314,7 @@ def lines(name: str, case: Case, runs: dict[str, list[dict]], held: dict[str, di
                       f"{speed.low:.1f} to {speed.high:.1f}", times,
                       f"{1000 * step:.1f}" if case.together else "-",
                       f"{size / step / 1e9 / read:.0%} of {read:.1f}" if case.together else "-",
-                      f"{held[side]['gb']:.2f}"])
+                      f"{gb[side]:.2f}"])
     return rows
 
 

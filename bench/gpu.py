@@ -40,13 +40,13 @@ SHAPES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabular
 
 
 class Case(NamedTuple):
-    """What trains on which model, in rows of how many tokens, documents of how many, how."""
+    """A model, what is trained, and the lengths of rows and documents."""
 
     shape: str
     tune: str
-    T: int
-    document: int
-    options: str = ""
+    T: int  # tokens in a row
+    document: int  # tokens in a document
+    options: str = ""  # other flags of train.py
     peers: tuple[str, ...] = ()
 
 
@@ -59,15 +59,15 @@ CASES = {
     "lora-recompute": Case("8B", "lora", 4096, 4096, "--recompute full", ("compiled", "liger")),
     "qlora": Case("8B", "qlora", 4096, 4096, "--recompute full", ("compiled",))}
 USUAL = ["full", "packed", "lora-recompute", "qlora"]  # without --cases
-APART = 2e-3  # of the first loss, at most: bf16, and NF4 that is rounded alike on both sides
-ANSWERS = {  # prompts of least to most ids, rows, new ids; the peer's caches
+APART = 2e-3  # largest relative difference of the first losses, which bf16 rounds
+ANSWERS = {  # prompts, shortest and longest prompt, rows, new ids, the peer's caches
     "stream": (1, 128, 128, 1, 128, ("dynamic", "static")),
     "eight": (8, 128, 128, 8, 128, ("dynamic", "static")),
     "ragged": (200, 16, 256, 32, 64, ("dynamic",))}
 
 
-def words(case: Case) -> dict[str, Any]:
-    """config.json of a LLaMA of this shape."""
+def hf_config(case: Case) -> dict[str, Any]:
+    """Return config.json of a LLaMA of this shape."""
     C, M, L, H, K, V = SHAPES[case.shape]
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V,
             "hidden_size": C, "intermediate_size": M, "num_hidden_layers": L,
@@ -77,7 +77,7 @@ def words(case: Case) -> dict[str, Any]:
 
 
 def ids_of(case: Case) -> Any:
-    """Token ids (1,T), the same in every process."""
+    """Return token ids (1,T), the same in every process."""
     import torch
 
     V = SHAPES[case.shape][-1]
@@ -85,56 +85,59 @@ def ids_of(case: Case) -> Any:
 
 
 def about() -> dict[str, Any]:
-    """The GPU's name, its bf16 product peak in TFLOP/s, what it copies in GB/s (10^9, read and
-    written), its memory in GB; nothing without one."""
+    """Return the GPU's name, its peak of bf16 products in TFLOP/s, its copy speed in GB/s (10^9,
+    read and written) and its memory in GB. Empty if there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
 
-    def best(work: Any) -> float:
+    def shortest(run: Any) -> float:
         seconds = []
         for _ in range(10):
             torch.cuda.synchronize()
-            begun = time.perf_counter()
-            work()
+            start = time.perf_counter()
+            run()
             torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start)
         return min(seconds)
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
-    return {"name": torch.cuda.get_device_name(), "peak": 2 * 8192**3 / best(lambda: a @ a) / 1e12,
-            "copy": 4 * x.numel() / best(lambda: y.copy_(x)) / 1e9,
+    return {"name": torch.cuda.get_device_name(),
+            "peak": 2 * 8192**3 / shortest(lambda: a @ a) / 1e12,
+            "copy": 4 * x.numel() / shortest(lambda: y.copy_(x)) / 1e9,
             "memory": torch.cuda.get_device_properties(0).total_memory / 2**30,
-            "eight bits": torch.cuda.get_device_capability() >= (8, 9)}
+            "fp8": torch.cuda.get_device_capability() >= (8, 9)}
 
 
 def settings(case: Case) -> Any:
-    """Settings of a case, read from its flags as train.py reads them."""
+    """Return the settings of a case, read from its flags as train.py reads them."""
     from training.settings import read_settings
 
     flags = ["--tune", case.tune, "--seq-len", str(case.T), "--rows", "1", *case.options.split()]
-    return read_settings([*flags, *["--double-quant"] * (case.tune == "qlora")])[0]
+    if case.tune == "qlora":
+        flags.append("--double-quant")
+    return read_settings(flags)[0]
 
 
 def predict(name: str) -> dict[str, float]:
-    """The memory estimate of our side in GB."""
+    """Return the memory estimate of our side in GB."""
     import torch
 
     from layers.config import ModelConfig
     from training import memory_estimate as memory
 
     case = CASES[name]
-    found = memory.estimate(ModelConfig.from_hf(words(case)), settings(case), torch.bfloat16,
-                        backend="varlen_flash")
-    return {"total": found.total / 2**30}
+    estimate = memory.estimate(ModelConfig.from_hf(hf_config(case)), settings(case), torch.bfloat16,
+                               backend="varlen_flash")
+    return {"total": estimate.total / 2**30}
 
 
 def drawn(case: Case, **options: Any) -> Any:
-    """Our model of a case with random weights, on the device: those that all sides start from.
-    `options` as `Llama` takes them."""
+    """Return our model of a case on the device, with the random weights that all sides start from.
+    `options` are those of `Llama`."""
     import torch
 
     from layers.config import ModelConfig
@@ -142,14 +145,14 @@ def drawn(case: Case, **options: Any) -> Any:
 
     with torch.device(DEVICE):
         torch.set_default_dtype(torch.float32 if case.tune == "full" else torch.bfloat16)
-        model = Llama(ModelConfig.from_hf(words(case)), **options)
+        model = Llama(ModelConfig.from_hf(hf_config(case)), **options)
         torch.set_default_dtype(torch.float32)
     model.initialise(0, std(SHAPES[case.shape][0]))
     return model
 
 
 def ours(name: str, steps: int) -> dict[str, Any]:
-    """Steps of train.py, its blocks and its loss compiled; FLOP a step."""
+    """Measure steps of train.py with compiled blocks and loss; also return the FLOP of a step."""
     import torch
 
     import lora
@@ -177,15 +180,16 @@ def ours(name: str, steps: int) -> dict[str, Any]:
     model.train()
     compile_model(model)
     optimizer = optim.adamw(model, 1e-4, (0.9, 0.95), 0.1)
-    ids, at = ids_of(case), torch.arange(case.T)[None]
+    ids, positions = ids_of(case), torch.arange(case.T)[None]
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-    batch = Batch(ids, targets, at // case.document, at % case.document)
+    batch = Batch(ids, targets, positions // case.document, positions % case.document)
     return timed(lambda: train.train_step(model, NLL, [batch], optimizer, gpu, 1.0)[0],
                  steps) | {"flops": model.flops_per_token(case.document) * case.T}
 
 
 def peer(name: str, how: str, steps: int) -> dict[str, Any]:
-    """The same by transformers (+ peft, bitsandbytes): `compiled` whole, or kernels of `liger`."""
+    """Measure the same steps by transformers (with peft, bitsandbytes). `how` is `compiled` (the
+    whole model) or `liger` (Liger's kernels)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -197,24 +201,24 @@ def peer(name: str, how: str, steps: int) -> dict[str, Any]:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    config = LlamaConfig(**{k: v for k, v in words(case).items() if k != "architectures"})
+    config = LlamaConfig(**{k: v for k, v in hf_config(case).items() if k != "architectures"})
     torch.set_default_dtype(torch.float32 if case.tune == "full" else torch.bfloat16)
     with torch.device(DEVICE):
         model: Any = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    model.load_state_dict(drawn(case).state_dict())  # our names are the checkpoint's
+    model.load_state_dict(drawn(case).state_dict())  # parameters have the same names
     if case.tune == "qlora":
         import bitsandbytes
 
         for path, m in list(model.model.named_modules()):
             if isinstance(m, torch.nn.Linear):
-                small = bitsandbytes.nn.Linear4bit(
+                quantized = bitsandbytes.nn.Linear4bit(
                     m.in_features, m.out_features, bias=False, compute_dtype=torch.bfloat16,
                     quant_type="nf4", compress_statistics=True, device="meta")
-                small.weight = bitsandbytes.nn.Params4bit(
+                quantized.weight = bitsandbytes.nn.Params4bit(
                     m.weight.data.cpu(), requires_grad=False, quant_type="nf4",
                     compress_statistics=True)
-                model.model.set_submodule(path, small.to(DEVICE))
+                model.model.set_submodule(path, quantized.to(DEVICE))
     if s.recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -227,7 +231,7 @@ def peer(name: str, how: str, steps: int) -> dict[str, Any]:
     same_start(model)
     model.train()
     if how == "compiled":
-        torch._dynamo.config.recompile_limit = 32  # as ours: beyond it a layer runs plain
+        torch._dynamo.config.recompile_limit = 32  # as ours; beyond it layers run eagerly
         model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4, (0.9, 0.95), weight_decay=0.1, fused=True)
@@ -246,14 +250,17 @@ def peer(name: str, how: str, steps: int) -> dict[str, Any]:
 
 
 def answers(name: str, cache: str) -> dict[str, Any]:
-    """Seconds of answering, after a warm-up, and the first ids, with a cache of the peer's or
-    `ours`, or `ours, compiled`. The peer adds which ids may come first."""
+    """Return the seconds to answer all prompts, after a warm-up, and the first id of each answer.
+
+    `cache` is a cache of the peer, `ours` or `ours, compiled`. The peer also returns the ids that
+    are accepted as first ids (`may`)."""
     import torch
 
-    n, least, most, rows, new, _ = ANSWERS[name]
-    case, chance = CASES["full"]._replace(T=4096), random.Random(1)
+    n, shortest, longest, rows, new, _ = ANSWERS[name]
+    case, generator = CASES["full"]._replace(T=4096), random.Random(1)
     V = SHAPES[case.shape][-1]
-    prompts = sorted(([chance.randrange(3, V) for _ in range(chance.randint(least, most))]
+    prompts = sorted(([generator.randrange(3, V)
+                       for _ in range(generator.randint(shortest, longest))]
                       for _ in range(n)), key=len)
     peer = peer_of(case)
     results: dict[str, Any] = {}
@@ -262,18 +269,18 @@ def answers(name: str, cache: str) -> dict[str, Any]:
         del peer
     else:
         run = answers_of_peer(peer, prompts, rows, cache, results)
-    run(new if cache == "static" else 4)  # compiled for this length
+    run(new if cache == "static" else 4)  # warm-up; a static cache is compiled for this length
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        results["first"] = run(new)  # a list: everything has been waited for
+        results["first"] = run(new)  # a list, so all kernels have ended
         seconds.append(time.perf_counter() - start)
     return results | {"seconds": min(seconds),
                       "device": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def peer_of(case: Case) -> Any:
-    """transformers' model of a case, in bf16, with random weights."""
+    """Return transformers' model of a case, in bf16, with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -281,15 +288,15 @@ def peer_of(case: Case) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(DEVICE):
         model = LlamaForCausalLM(LlamaConfig(
-            **{k: v for k, v in words(case).items() if k != "architectures"})).eval()
+            **{k: v for k, v in hf_config(case).items() if k != "architectures"})).eval()
     torch.set_default_dtype(torch.float32)
     return model
 
 
 def answers_of_ours(case: Case, weights: dict[str, Any], prompts: list[list[int]], rows: int,
                     compiled: bool, results: dict[str, Any]) -> Callable[[int], list[int]]:
-    """Our model with those weights -> a function of the new ids that gives each prompt's first;
-    all ids are kept in `results`."""
+    """Return a function that generates `new` ids for each prompt by our model with these weights,
+    and returns the first id of each. All ids are stored in `results`."""
     import torch
 
     from inference.decode import compiled_decode_step
@@ -299,7 +306,7 @@ def answers_of_ours(case: Case, weights: dict[str, Any], prompts: list[list[int]
     from model import Llama
 
     with torch.device("meta"):
-        model = Llama(ModelConfig.from_hf(words(case)), compute_dtype=torch.bfloat16)
+        model = Llama(ModelConfig.from_hf(hf_config(case)), compute_dtype=torch.bfloat16)
     model.load_state_dict(weights, assign=True)
     model.eval()
     decode_step = compiled_decode_step(model) if compiled else None
@@ -314,8 +321,9 @@ def answers_of_ours(case: Case, weights: dict[str, Any], prompts: list[list[int]
 
 def answers_of_peer(model: Any, prompts: list[list[int]], rows: int, cache: str,
                     results: dict[str, Any]) -> Callable[[int], list[int]]:
-    """The peer -> a function of the new ids that gives each prompt's first; `results` gets the ids
-    that may come first: those whose logits are within rounding of the highest."""
+    """Return a function that generates `new` ids for each prompt by the peer, and returns the first
+    id of each. `may` of `results` gets the accepted first ids: those whose logits are at most two
+    bf16 steps below the largest."""
     import torch
 
     def padded(batch: list[list[int]]) -> dict[str, Any]:
@@ -343,33 +351,34 @@ def answers_of_peer(model: Any, prompts: list[list[int]], rows: int, cache: str,
 
 
 def timed(step: Any, steps: int) -> dict[str, Any]:
-    """Losses; seconds of each step after two, every kernel waited for; the device's peak in GB."""
+    """Return the losses, the seconds of each step after two (with all kernels ended), and the peak
+    of the device's memory in GB."""
     import torch
 
     losses, seconds = [step(), step()], []
     torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         torch.cuda.synchronize()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         losses.append(step())
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return {"losses": losses, "seconds": seconds,
             "device": torch.cuda.max_memory_allocated() / 2**30}
 
 
-def side(s: Settings, what: str, name: str, *args: Any) -> dict[str, Any]:
-    """What a side of a case found; nothing, and a fault, where it failed, for want of memory say:
-    the other sides stand."""
+def side(s: Settings, function: str, name: str, *args: Any) -> dict[str, Any]:
+    """Return the result of a side of a case. If the side fails, for example because memory is
+    short, record a fault and return an empty dict: the results of the other sides stay valid."""
     try:
-        return child(HERE, what, name, *args)
+        return child(HERE, function, name, *args)
     except SystemExit as e:
         s.faults.append(f"{name}: {e}")
         return {}
 
 
 def compare(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
-    """A case's rows of the table."""
+    """Return the rows of the table for a case."""
     case, steps = CASES[name], {"full": 8, "quick": 4, "tiny": 1}[s.size]
     runs = {"ours": side(s, "ours", name, steps)}
     if not runs["ours"]:
@@ -378,26 +387,27 @@ def compare(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
         if installed("transformers") and (how != "liger" or installed("liger_kernel")):
             runs[how] = side(s, "peer", name, how, steps)
     runs = {who: run for who, run in runs.items() if run}
-    found, rows = {who: statistics.median(x["seconds"]) for who, x in runs.items()}, []
+    medians = {who: statistics.median(x["seconds"]) for who, x in runs.items()}
+    rows = []
     first = [x["losses"][0] for x in runs.values()]
     if max(first) / min(first) - 1 > APART:
-        s.faults.append(f"{name}: the first losses are {first}: not the same was measured")
-    said = f"{child(HERE, 'predict', name)['total']:.1f}"
+        s.faults.append(f"{name}: the first losses differ: {first}")
+    predicted_gb = f"{child(HERE, 'predict', name)['total']:.1f}"
     library = "transformers" if case.tune == "full" else "peft"
     for who, run in runs.items():
-        share = f"{runs['ours']['flops'] / found[who] / gpu['peak'] / 1e12:.0%}"
-        what = f"{name}: {case.shape}, {case.tune}, 1 x {case.T:,} {case.options}".strip()
-        rows.append([what, who if who == "ours" else f"{library}, {who}",
-                     f"{case.T / found[who]:,.0f}",
+        share = f"{runs['ours']['flops'] / medians[who] / gpu['peak'] / 1e12:.0%}"
+        label = f"{name}: {case.shape}, {case.tune}, 1 x {case.T:,} {case.options}".strip()
+        rows.append([label, who if who == "ours" else f"{library}, {who}",
+                     f"{case.T / medians[who]:,.0f}",
                      f"{min(run['seconds']):.3f} to {max(run['seconds']):.3f}", share,
-                     f"{found[who] / found['ours']:.2f}", f"{run['device']:.1f}",
-                     said if who == "ours" else "-"])
+                     f"{medians[who] / medians['ours']:.2f}", f"{run['device']:.1f}",
+                     predicted_gb if who == "ours" else "-"])
     return rows
 
 
 def answered(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
-    """A row of the second table for each side."""
-    n, least, most, width, new, caches = ANSWERS[name]
+    """Return the rows of the second table for a case, one for each side."""
+    n, shortest, longest, width, new, caches = ANSWERS[name]
     runs = {who: side(s, "answers", name, who) for who in ("ours", "ours, compiled")}
     if not all(runs.values()):
         return []
@@ -406,25 +416,27 @@ def answered(name: str, gpu: dict[str, Any], s: Settings) -> list[list[str]]:
             runs[f"transformers, {cache} cache"] = side(s, "answers", name, cache)
     runs = {who: run for who, run in runs.items() if run}
     firsts = [run["first"] for who, run in runs.items() if who.startswith("ours")]
-    for may in [run["may"] for run in runs.values() if "may" in run]:
-        if not all(x in ok for first in firsts for x, ok in zip(first, may, strict=True)):
-            s.faults.append(f"{name}: a first id of ours is not one that may come first")
+    for accepted in [run["may"] for run in runs.values() if "may" in run]:
+        if not all(x in ids for first in firsts for x, ids in zip(first, accepted, strict=True)):
+            s.faults.append(f"{name}: the logit of a first id of ours is below the peer's largest")
     C, M, L, H, K, V = SHAPES["1B"]
     read = 2 * (V * C + L * (2 * C * C + 2 * C * C * K // H + 3 * C * M))  # bytes of the matrices
     rows = []
     for who, run in runs.items():
         share = f"{read * new / run['seconds'] / 1e9 / gpu['copy']:.0%}" if n <= width else "-"
-        rows.append([f"{name}: {n} of {least} to {most} ids, {width} rows, {new} new", who,
+        rows.append([f"{name}: {n} of {shortest} to {longest} ids, {width} rows, {new} new", who,
                      f"{n * new / run['seconds']:,.0f}",
                      f"{run['seconds'] / runs['ours']['seconds']:.2f}", share,
                      f"{run['device']:.1f}"])
-    whole = sum(a == b for a, b in zip(runs["ours"]["ids"], runs["ours, compiled"]["ids"],
+    equal = sum(a == b for a, b in zip(runs["ours"]["ids"], runs["ours, compiled"]["ids"],
                                        strict=True))
-    rows[1][0] += f"; whole answers equal to those not compiled: {whole}"  # bf16 parts the others
+    # In bf16 not all are equal: a rounding difference changes the rest of an answer.
+    rows[1][0] += f"; answers equal to those without compilation: {equal}"
     return rows
 
 
 def job(s: Settings) -> str:
+    """Run the tests marked `gpu` and all cases; return both tables."""
     gpu = child(HERE, "about")
     if "name" not in gpu:
         s.faults.append("no GPU that this torch can use: nothing is measured")
@@ -432,15 +444,15 @@ def job(s: Settings) -> str:
     tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "tests"],
                            cwd=ROOT, capture_output=True, text=True)
     if tests.returncode:
-        s.faults.append(f"the tests marked gpu fail, so no figure is worth it:\n{tests.stdout}")
+        s.faults.append(f"the tests marked gpu fail, so nothing is measured:\n{tests.stdout}")
         return tests.stdout[-2000:]
-    rows, more = [], []
+    rows, generation_rows = [], []
     for name in s.cases or USUAL:
         if name in ANSWERS:
-            more += answered(name, gpu, s)
+            generation_rows += answered(name, gpu, s)
             continue
-        if name == "fp8" and not gpu["eight bits"]:
-            rows.append(["fp8", "this GPU multiplies no eight bits", *"------"])
+        if name == "fp8" and not gpu["fp8"]:
+            rows.append(["fp8", "this GPU has no fp8 products", *["-"] * 6])
             continue
         rows += compare(name, gpu, s)
         print("\n".join(map(str, rows[-3:])), file=sys.stderr, flush=True)
@@ -449,9 +461,9 @@ def job(s: Settings) -> str:
     return (f"{gpu['name']}, {gpu['memory']:.0f} GB. Measured in the same run: {gpu['peak']:,.0f} "
             f"TFLOP/s of a product in bf16, {gpu['copy']:,.0f} GB/s copied. Tests marked gpu: "
             f"{tests.stdout.strip().splitlines()[-1]}.\n\n{table(head, rows)}\n\nThe share of the "
-            "peak counts the products that a step needs, none that is made again.\n\n"
+            "peak counts the products that a step needs, without recomputed ones.\n\n"
             + table(["", "", "ids/s", "times ours' seconds", "of the time to copy the weights",
-                     "GB on the device"], more) + "\n\n"
+                     "GB on the device"], generation_rows) + "\n\n"
             + versions("torch", "transformers", "peft", "bitsandbytes", "liger_kernel") + ".")
 
 

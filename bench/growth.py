@@ -121,7 +121,7 @@ def job(s: Settings) -> str:
             "packed and rank, else all weights; one document a row, `packed`: documents of 512 "
             "tokens. Distributed: width 1,024, a row and a thread each, on this machine's cores. "
             "Seconds: the shorter of two steps of one process. An exponent of 1 is linear.")
-    parts = [note, table(head, rows), *pictures, limits.words(limits.measured(s.size))]
+    parts = [note, table(head, rows), *pictures, limits.description(limits.measured(s.size))]
     return "\n\n".join(parts)
 
 

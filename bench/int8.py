@@ -1,14 +1,14 @@
-"""int8 products on a CPU: what `--quant int8` computes, beside other ways to the same numbers.
+"""int8 products on a CPU: the kernel of `--quant int8`, compared with other kernels.
 
-`python -m bench.int8` prints a table of milliseconds a product, x (rows,n) by W (n,n), for:
+`python -m bench.int8` prints milliseconds per product, x (rows,n) by W (n,n), for:
 
     int8pack_mm   torch._weight_int8pack_mm: codes in int8, x in bf16
     bf16          x @ W.T with W in bf16
     float32       the same in float32
-    converted     the codes in bf16, made for each product: what many rows take
+    converted     codes converted to bf16 for each product: used for many rows
 
-`ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python -m bench.int8` is what a CPU without AMX does. Each
-figure is the median of `--repeat` timings, of so many products each that they last 5 ms.
+`ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python -m bench.int8` measures the kernels of a CPU without
+AMX. A figure is the median of `--repeat` timings; each timing runs products for about 5 ms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIZES = (512, 2048)
 
 
 def cpu_name() -> str:
-    """The processor as Linux names it, and the vector instructions that oneDNN may use."""
+    """Return the processor's name on Linux, and whether oneDNN may use AMX."""
     import torch
 
     with open("/proc/cpuinfo", encoding="utf-8") as f:
@@ -35,22 +35,22 @@ def cpu_name() -> str:
 
 
 def milliseconds(run: Callable[[], object], repeat: int) -> float:
-    """The median time of one call."""
+    """Return the median time of one call, in milliseconds."""
     run()
-    begin = time.perf_counter()
+    start = time.perf_counter()
     run()
-    calls = max(1, round(0.005 / max(time.perf_counter() - begin, 1e-7)))
+    calls = max(1, round(0.005 / max(time.perf_counter() - start, 1e-7)))
     times = []
     for _ in range(repeat):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(calls):
             run()
-        times.append((time.perf_counter() - begin) / calls)
+        times.append((time.perf_counter() - start) / calls)
     return 1000 * statistics.median(times)
 
 
-def ways(n: int, rows: int) -> dict[str, Callable[[], object]]:
-    """Each way as a function that computes one product."""
+def kernels(n: int, rows: int) -> dict[str, Callable[[], object]]:
+    """Return {name: function that computes one product of x (rows,n) by W (n,n)}."""
     import torch
 
     from layers.int8 import quantize
@@ -65,20 +65,21 @@ def ways(n: int, rows: int) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description="int8 products on a CPU beside bf16 and float32")
     parser.add_argument("--repeat", type=int, default=9)
     repeat = parser.parse_args().repeat
     import torch
 
     print(f"{cpu_name()}; torch {torch.__version__}; ms a product, median of {repeat}\n")
-    names = list(ways(64, 1))
+    names = list(kernels(64, 1))
     print("| W | rows | threads | " + " | ".join(names) + " |")
-    print("|---|--:|--:|" + "--:|" * len(names))
+    print("|---|--:|--:|" + "".join("--:|" for _ in names))
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for n in SIZES:
             for rows in ROWS:
-                times = [milliseconds(run, repeat) for run in ways(n, rows).values()]
+                times = [milliseconds(run, repeat) for run in kernels(n, rows).values()]
                 print(f"| {n} x {n} | {rows} | {threads} | "
                       + " | ".join(f"{x:.3f}" for x in times) + " |")
 

@@ -1,10 +1,11 @@
-"""What this machine can do at most: products, and bytes read; measured, not read off a data sheet.
+"""The limits of this machine: the speed of matrix products and the memory bandwidth.
 
     python -m bench.limits
 
-A training step is bound by matrix products, decoding by reading the weights; a figure beside its
-limit says how much is left to win. Both are measured beside every figure, for a machine that others
-use too is not the same an hour later.
+The limits are measured, not taken from a data sheet. Matrix products limit a training step;
+reading the weights limits decoding. The share of its limit says how far a figure can still be
+improved. Every benchmark measures both limits in its own run, because a shared machine changes
+from hour to hour.
 """
 
 from __future__ import annotations
@@ -24,45 +25,45 @@ N = {"full": 4096, "quick": 2048, "tiny": 128}  # a product of (N,N) by (N,N)
 
 
 def peaks(size: str) -> dict[str, Any]:
-    """GFLOP/s of a large product in bf16 and float32, GB/s (10^9) that a sum over memory or a
-    product with a vector reads; best of several."""
+    """Return GFLOP/s of a large product in bf16 and float32, and the GB/s (10^9) that a sum over
+    memory or a matrix-vector product reads. Each is the best of several measurements."""
     import torch
 
-    def best(work: Any, times: int) -> float:
+    def shortest(run: Any, repeats: int) -> float:
         seconds = []
-        for _ in range(times):
-            begun = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - begun)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
         return min(seconds)
 
     n, result = N[size], {"threads": torch.get_num_threads()}
     for name in ("bfloat16", "float32"):
         a = torch.randn(n // 2, n).to(getattr(torch, name))
         b = torch.randn(n, n).to(a.dtype)
-        result[name] = n**3 / best(lambda a=a, b=b: a @ b.T, 6) / 1e9
-    x = torch.ones((1 << 28) if size != "tiny" else 1 << 20)  # 1 GiB: no cache holds it
+        result[name] = n**3 / shortest(lambda a=a, b=b: a @ b.T, 6) / 1e9
+    x = torch.ones((1 << 28) if size != "tiny" else 1 << 20)  # 1 GiB: more than any cache
     rows, v = x.view(-1, 4096), torch.ones(4096)
-    result["read"] = x.numel() * 4 / min(best(x.sum, 4), best(lambda: rows @ v, 4)) / 1e9
+    result["read"] = x.numel() * 4 / min(shortest(x.sum, 4), shortest(lambda: rows @ v, 4)) / 1e9
     return result
 
 
 def measured(size: str) -> dict[str, Any]:
-    """`peaks`, in a process of its own."""
+    """Return the result of `peaks`, computed in a new process."""
     return child(HERE, "peaks", size)
 
 
-def words(found: dict[str, Any], *libraries: str) -> str:
-    """The machine, its limits and the versions, as a section's last line."""
+def description(peaks: dict[str, Any], *libraries: str) -> str:
+    """Return the last line of a section: the machine, its limits, the libraries' versions."""
     load = os.getloadavg()[0]
-    return (f"{date.today()}. {processor()}, {found['threads']} threads, {memory()} of memory; "
-            f"load {load:.1f} at the end. Limits measured in the same run: {found['bfloat16']:,.0f}"
-            f" GFLOP/s in bf16, {found['float32']:,.0f} in float32, {found['read']:.1f} GB/s read. "
+    return (f"{date.today()}. {processor()}, {peaks['threads']} threads, {memory()} of memory; "
+            f"load {load:.1f} at the end. Limits measured in the same run: {peaks['bfloat16']:,.0f}"
+            f" GFLOP/s in bf16, {peaks['float32']:,.0f} in float32, {peaks['read']:.1f} GB/s read. "
             f"Python {platform.python_version()}, {versions('torch', *libraries)}.")
 
 
 def processor() -> str:
-    """The processor's name as Linux has it, else its kind."""
+    """Return the processor's name on Linux; elsewhere its architecture."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")),
@@ -71,16 +72,17 @@ def processor() -> str:
 
 
 def memory() -> str:
-    """How much memory the machine has."""
+    """Return the size of the machine's memory."""
     return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB"
 
 
 def job(s: Settings) -> str:
+    """Measure the limits; return the table."""
     result = measured(s.size)
     rows = [("product, bf16", f"{result['bfloat16']:,.0f} GFLOP/s"),
             ("product, float32", f"{result['float32']:,.0f} GFLOP/s"),
             ("read", f"{result['read']:.1f} GB/s")]
-    return table(["limit", "measured"], rows) + "\n\n" + words(result)
+    return table(["limit", "measured"], rows) + "\n\n" + description(result)
 
 
 if __name__ == "__main__":

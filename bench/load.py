@@ -1,12 +1,12 @@
-"""Loading a model from warm disk here against transformers' from_pretrained, on this machine's CPU.
+"""Loading a model on a CPU, compared with transformers' from_pretrained.
 
     python -m bench.load [--quick] [--rounds 3] [--write]
 
-A random LLaMA of TinyLlama's shape (1.1 billion parameters, bf16; 0.1 billion by --quick) is
-written once, in shards. Both sides load it in the file's dtype and in float32, and then read one
-token, so that every weight has been touched: a file that is only mapped is not loaded yet. Memory
-is the peak of the process above what it held after its imports; the next logits of both sides must
-agree.
+A random LLaMA of TinyLlama's shape (1.1 billion parameters, bf16; 0.1 billion with --quick) is
+written once, in shards. Its files are in the disk cache. Both sides load it in the file's dtype and
+in float32, and then compute the logits of one token, because a file that is only mapped is not
+loaded yet. Memory is the peak of the process minus its peak after the imports. The likeliest next
+token of both sides must be the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabulary
 
 
 def draw(size: str, folder: str) -> int:
-    """Write the random model in bf16; the bytes of its weights."""
+    """Write the random model in bf16; return the bytes of its weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,7 +40,8 @@ def draw(size: str, folder: str) -> int:
 
 
 def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
-    """Seconds to load and to read a token, the peak in GB above the imports, the likeliest id."""
+    """Return the seconds to load, the seconds until the logits of a token, the peak memory in GB
+    above the imports, and the likeliest next id."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -48,7 +49,7 @@ def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
 
     torch_dtype = getattr(torch, dtype)
     ids = torch.tensor([[7]])
-    gb_of_imports, begun = peak_gb(), time.perf_counter()
+    imports_gb, start = peak_gb(), time.perf_counter()
     if side == "ours":
         model, _ = load_model(folder, dtype=torch_dtype, tokenizer=False)
     else:
@@ -59,15 +60,16 @@ def measure(side: str, dtype: str, folder: str) -> dict[str, Any]:
             logits = model(ids, torch.zeros_like(ids), torch.zeros_like(ids))[0]
         else:
             logits = model(ids).logits[0, -1]
-    return {"load": loaded - begun, "ready": time.perf_counter() - begun,
-            "above": peak_gb() - gb_of_imports, "top": int(logits.argmax())}
+    return {"load": loaded - start, "ready": time.perf_counter() - start,
+            "above": peak_gb() - imports_gb, "top": int(logits.argmax())}
 
 
 def job(s: Settings) -> str:
+    """Run both sides in both dtypes; return the table."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         size = child(HERE, "draw", s.size, folder)
-        child(HERE, "measure", "ours", "bfloat16", folder)  # the disk is warm from here on
+        child(HERE, "measure", "ours", "bfloat16", folder)  # now the files are in the disk cache
         for dtype, weights_gb in (("bfloat16", size / 2**30), ("float32", 2 * size / 2**30)):
             runs = in_turn(HERE, s.rounds, {
                 side: ("measure", [side, dtype, folder]) for side in ("ours", "transformers")})
@@ -78,13 +80,13 @@ def job(s: Settings) -> str:
                              f"{ready.low:.2f} to {ready.high:.2f}", f"{gb:.2f}",
                              f"{gb / weights_gb:.2f}"])
             if len({x["top"] for results in runs.values() for x in results}) > 1:
-                s.faults.append(f"{dtype}: the sides disagree about the next token")
+                s.faults.append(f"{dtype}: the sides give different next tokens")
     head = ["kept as", "", "seconds to load", "to the first token", "range",
             "peak GB above imports", "of the weights"]
     return (f"{size / 2e9:.2f}B parameters, {size / 2**30:.2f} GB in bf16. A file that is only "
-            f"mapped is not loaded yet, so each side then reads one token; here every tensor is "
-            f"also checked for NaN and infinity.\n\n{table(head, rows)}\n\n"
-            + limits.words(limits.measured(s.size), "transformers"))
+            f"mapped is not loaded yet, so each side also computes the logits of one token. Our "
+            f"side also checks every tensor for NaN and infinity.\n\n{table(head, rows)}\n\n"
+            + limits.description(limits.measured(s.size), "transformers"))
 
 
 if __name__ == "__main__":

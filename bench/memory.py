@@ -214,7 +214,7 @@ def job(s: Settings) -> str:
             f"MALLOC_MMAP_THRESHOLD_={threshold} on all sides.\n\n"
             f"{table(head, [row for rows, _ in results for row in rows])}\n\n"
             + "\n".join(line for _, line in results)
-            + "\n\n" + limits.words(peaks, "transformers", "peft", "litgpt", "bitsandbytes"))
+            + "\n\n" + limits.description(peaks, "transformers", "peft", "litgpt", "bitsandbytes"))
 
 
 CHILDREN = {"draws": draws, "predict": predict, "ours": ours, "peer": peer, "lit": lit}

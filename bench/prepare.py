@@ -220,8 +220,8 @@ def job(s: Settings) -> str:
             parts.append(f"{mb:,} MB by two processes: {rate.median:.1f} ({rate.low:.1f} to "
                          f"{rate.high:.1f}) MB/s, no process above "
                          f"{max(x['gb'] for x in results):.2f} GB.")
-    return "\n\n".join([*parts, limits.words(limits.measured(s.size), "datasets", "sentencepiece",
-                                             "tokenizers")])
+    return "\n\n".join([*parts, limits.description(
+        limits.measured(s.size), "datasets", "sentencepiece", "tokenizers")])
 
 
 if __name__ == "__main__":

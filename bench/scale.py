@@ -317,7 +317,7 @@ def job(s: Settings) -> str:
     parts += [stalls(s, ["none"] if few else ways or list(WAYS))] if "stall" in cases else []
     parts += [beside(s)] if "beside" in cases else []
     return "\n\n".join(
-        [*parts, limits.words(limits.measured(s.size), "transformers", "accelerate")])
+        [*parts, limits.description(limits.measured(s.size), "transformers", "accelerate")])
 
 
 if __name__ == "__main__":

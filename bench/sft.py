@@ -260,7 +260,7 @@ def job(s: Settings) -> str:
         f"a step's conversations are about as long as each other. One allocator's settings for "
         f"all.\n\n"
         f"{table(head, rows)}\n\n" + "\n".join(summaries)
-        + f"\n\n{limits.words(peaks, 'transformers', 'peft', 'trl')}")
+        + f"\n\n{limits.description(peaks, 'transformers', 'peft', 'trl')}")
 
 
 CHILDREN: dict[str, Callable[..., Any]] = {"draw": draw, "ours": ours, "theirs": theirs}

@@ -135,7 +135,7 @@ def job(s: Settings) -> str:
     head = ["template", "", "conversations/s", "range", "seconds, times ours"]
     return (f"{n:,} conversations of {TURNS} turns from {TEXT.name}, each rendered whole and up to "
             f"each answer: {TURNS + 1} renderings.\n\n{table(head, rows)}\n\n"
-            + limits.words(limits.measured(s.size), "transformers"))
+            + limits.description(limits.measured(s.size), "transformers"))
 
 
 if __name__ == "__main__":

@@ -347,7 +347,8 @@ def job(s: Settings) -> str:
             f"losses are apart stands below. peft keeps its adapter in float32, as we do; with "
             f"\"{ROUNDED}\", and in litgpt, it is in bf16, and so each update is rounded. One "
             f"allocator's settings for all.\n\n{table(head, rows)}\n\n"
-            + "\n".join(summaries) + f"\n\n{limits.words(peaks, 'transformers', 'peft', 'litgpt')}")
+            + "\n".join(summaries) + "\n\n"
+            + limits.description(peaks, "transformers", "peft", "litgpt"))
 
 
 CHILDREN: dict[str, Callable[..., Any]] = {"draw": draw, "measure": measure}

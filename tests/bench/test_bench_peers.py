@@ -123,7 +123,7 @@ def test_what_is_predicted_for_a_gpu_is_what_plan_says_of_these_flags(monkeypatc
     for shape in ("1B", "8B"):
         monkeypatch.setitem(gpu.SHAPES, shape, gpu.SHAPES["tiny"])
     s, _ = read_settings([*flags, "--rows", "1"])
-    config = ModelConfig.from_hf(gpu.words(gpu.CASES[name]))
+    config = ModelConfig.from_hf(gpu.hf_config(gpu.CASES[name]))
     expected_gb = memory.estimate(config, s, torch.bfloat16, backend="varlen_flash").total / 2**30
     assert gpu.settings(gpu.CASES[name]) == s
     assert gpu.predict(name)["total"] == expected_gb
