@@ -1,6 +1,8 @@
-"""All benchmarks this machine can run, one after the other, into docs/benchmarks.md.
+"""Run all benchmarks, except those of a GPU, and write them into docs/benchmarks.md.
 
-    python -m bench [--quick]      --quick ends in ten minutes on two cores: small models, few sides
+    python -m bench [--quick]
+
+--quick takes ten minutes on two cores: small models, few sides.
 """
 
 from __future__ import annotations
@@ -17,21 +19,22 @@ JOBS = ["limits", "train_step", "memory", "sft", "load", "generate", "evaluate",
 
 
 def main() -> int:
+    """Run the jobs; return 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--quick", action="store_true", help="ends in ten minutes")
-    one.add_argument("--tiny", action="store_true", help="does everything run? writes nothing")
+    one.add_argument("--quick", action="store_true", help="takes ten minutes on two cores")
+    one.add_argument("--tiny", action="store_true", help="test that all jobs run; write nothing")
     parser.add_argument("--only", nargs="+", choices=JOBS, default=JOBS)
     s = parser.parse_args()
     flags = ["--tiny"] if s.tiny else ["--write", *(["--quick"] if s.quick else [])]
     failed = []
     for job in s.only:
-        begun = time.monotonic()
+        start = time.monotonic()
         if subprocess.run([sys.executable, "-m", f"bench.{job}", *flags], cwd=ROOT).returncode:
             failed.append(job)
-        print(f"bench.{job}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+        print(f"bench.{job}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     if failed:
-        print(f"failed: {', '.join(failed)}; their sections stand as they were", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}; their sections are not changed", file=sys.stderr)
     return bool(failed)
 
 

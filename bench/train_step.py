@@ -1,16 +1,17 @@
-"""A training step here beside a plain transformers (+ peft) loop and litgpt, on a CPU.
+"""A training step on a CPU, compared with a plain loop over transformers (and peft) and litgpt.
 
     python -m bench.train_step [--quick] [--cases full lora large fp32] [--rounds 10] [--write]
 
-The same random LLaMA, written once by transformers, is loaded by all sides; all take the same
-tokens, dtype, start of LoRA, fused AdamW and clipping, and the allocator's settings that train.py
-takes for itself (runtime.device.keep_freed_memory). Peers are measured as they come and compiled.
-All sides of a case are there at once, which takes 17 GB, and step in turn: a step is compared with
-one of the same seconds, not of minutes later. Losses of the first and of a later step must agree,
-or not the same was measured: that is an error. A peer that keeps its adapter in bf16, as litgpt
-does, rounds each update to eight bits, so it takes steps of its own: its later loss may be further
-away, by less than what an adapter that stood still would be. litgpt is left out where it is not
-installed, and is not compiled: by torch 2.13 on a CPU its loss is NaN then.
+All sides load the same random LLaMA, which transformers writes once. They use the same tokens,
+dtype, initial LoRA weights, fused AdamW, gradient clipping, and the allocator's settings of
+train.py (runtime.device.keep_freed_memory). Peers are measured eager and compiled. All sides of a
+case exist at the same time, which needs 17 GB, and step in turn, so that compared steps are seconds
+apart.
+
+The losses of the first and of a later step must agree; if they do not, the program fails. A peer
+with a bf16 adapter, as litgpt's, rounds each update to eight bits, so its later loss may differ
+more, but by less than the effect of training the adapter. litgpt is left out if it is not
+installed. It is not compiled, because with torch 2.13 on a CPU its loss is then NaN.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ MODELS = {  # hidden_size, intermediate_size, layers, heads, kv heads, vocabular
     "110M, one layer": (768, 2048, 1, 12, 4, 32000, 4, 512),
     "30M, one layer": (512, 1376, 1, 8, 4, 8000, 2, 512),
     "tiny, one layer": (64, 128, 1, 4, 2, 512, 2, 32)}
-ROUNDED = "bf16 adapter"  # in whose steps peft rounds what it trains
-CASES = {  # what is trained, on which model, and by whom; "+" parts a side from its settings
+ROUNDED = "bf16 adapter"  # peft with an adapter in bf16, so that each update is rounded
+CASES = {  # what is trained, the model, and the sides; "+" separates a side from its options
     "full": ("all weights, bf16 products", "110M",
              ["ours", "transformers", "ours + compile", "transformers + compile"]),
     "lora": ("LoRA r 16, bf16", "110M",
@@ -43,15 +44,15 @@ CASES = {  # what is trained, on which model, and by whom; "+" parts a side from
               f"peft + {ROUNDED} + compile"]),
     "large": ("LoRA r 16, bf16", "1.1B", ["ours", "peft", f"peft + {ROUNDED}", "litgpt"]),
     "fp32": ("all weights, float32", "110M", ["ours", "transformers"])}
-QUICK = {"full": ["ours", "transformers"], "lora": ["ours", "peft", "litgpt"]}  # none compiled
+QUICK = {"full": ["ours", "transformers"], "lora": ["ours", "peft", "litgpt"]}  # not compiled
 RANK, ALPHA, LR, BETAS, DECAY, CLIP = 16, 32, 3e-4, (0.9, 0.95), 0.1, 1.0
-APART = {"full": 1e-3, "lora": 1e-3, "large": 1e-3, "fp32": 1e-4}  # of the loss, at most
-OWN = 5e-3  # of the later loss, of a peer that rounds what it trains
-WARM, LATER = 2, 5  # steps before the first that counts; the turn whose loss is compared
+APART = {"full": 1e-3, "lora": 1e-3, "large": 1e-3, "fp32": 1e-4}  # relative, of a loss
+OWN = 5e-3  # the same, for the later loss with a bf16 adapter
+WARM, LATER = 2, 5  # warm-up steps; the turn whose loss is compared
 
 
 def draw(model: str, folder: str, dtype: str) -> int:
-    """Write the random model, as transformers draws and saves it; the number of its parameters."""
+    """Write the random model with transformers; return the number of its parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,7 +68,7 @@ def draw(model: str, folder: str, dtype: str) -> int:
 
 
 def tokens_of(model: str) -> Any:
-    """Token ids (B,T), the same in every process."""
+    """Return token ids (B,T), the same in every process."""
     import torch
 
     *_, V, B, T = MODELS[model]
@@ -75,23 +76,24 @@ def tokens_of(model: str) -> Any:
 
 
 def same_start(model: Any) -> None:
-    """Fill every A of LoRA with the same numbers on all sides; B is zero on all."""
+    """Fill every LoRA A with the same numbers on all sides. B is zero on all sides."""
     fill({n[n.index("layers."):].replace(".default", ""): p
           for n, p in model.named_parameters() if ".lora_A." in n})
 
 
-def fill(found: dict[str, Any]) -> None:
-    """Random numbers into each A (R,in), drawn in the order of peft's names."""
+def fill(matrices: dict[str, Any]) -> None:
+    """Fill each A (R,in) with random numbers, in the order of peft's names."""
     import torch
 
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for _, p in sorted(found.items()):
+        for _, p in sorted(matrices.items()):
             p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
 
 
 def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any, Callable]:
-    """One step of train.py, giving the loss; the model; what that loss is exactly."""
+    """Return a step of train.py that returns its loss, the model, and a function of the loss that
+    returns its exact value."""
     import torch
 
     import lora
@@ -115,7 +117,7 @@ def ours(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
 
 
 def our_step(model: Any, name: str, optimizer: Any, ranks: Any) -> Callable[[], float]:
-    """A step of train.py on the model's tokens, giving the loss."""
+    """Return a step of train.py on the model's tokens; the step returns its loss."""
     import torch
 
     import train
@@ -130,7 +132,7 @@ def our_step(model: Any, name: str, optimizer: Any, ranks: Any) -> Callable[[], 
 
 
 def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any, Callable]:
-    """The same as transformers' users write it."""
+    """Return the same as `ours`, written as users of transformers write it."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -146,7 +148,7 @@ def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
         model = get_peft_model(
             model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
                               task_type="CAUSAL_LM"),
-            autocast_adapter_dtype=ROUNDED not in options)  # True, peft's own: float32
+            autocast_adapter_dtype=ROUNDED not in options)  # peft's default, True, is float32
     same_start(model)
     if "compile" in options:
         model.compile()
@@ -154,7 +156,7 @@ def peer(case: str, name: str, folder: str, options: list[str]) -> tuple[Callabl
 
 
 def plain_loss(model: Any, name: str, autocast: bool) -> Callable[[], Any]:
-    """The loss of the model's tokens as transformers takes it."""
+    """Return a function that computes transformers' loss of the model's tokens."""
     import torch
 
     tokens = tokens_of(name)
@@ -167,7 +169,7 @@ def plain_loss(model: Any, name: str, autocast: bool) -> Callable[[], Any]:
 
 
 def plain_step(model: Any, loss_of: Callable[[], Any]) -> Callable[[], float]:
-    """A step as a peer's users write it, giving the loss."""
+    """Return a step as users of a peer write it; the step returns its loss."""
     import torch
 
     trained = [p for p in model.train().parameters() if p.requires_grad]
@@ -185,15 +187,15 @@ def plain_step(model: Any, loss_of: Callable[[], Any]) -> Callable[[], float]:
 
 
 def lit(case: str, name: str, folder: str, options: list[str]) -> tuple[Callable, Any, Callable]:
-    """The same as litgpt takes it, with LoRA."""
+    """Return the same as `ours`, by litgpt with LoRA."""
     model = litgpt(name, folder)
     loss_of = LitLoss(model, name)
     return plain_step(model, loss_of), model, loss_of.exact
 
 
 def litgpt(name: str, folder: str) -> Any:
-    """litgpt's LLaMA with LoRA in bf16, as `litgpt finetune lora` sets it up, of the same weights
-    by its own conversion and from the same start."""
+    """Return litgpt's LLaMA with LoRA in bf16, set up as by `litgpt finetune lora`. Its weights are
+    the same (by litgpt's own conversion), and so are the initial LoRA weights."""
     import torch
     from lightning.fabric import Fabric
     from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
@@ -233,8 +235,8 @@ def litgpt(name: str, folder: str) -> Any:
 
 
 class LitLoss:
-    """litgpt's loss in parts, which it rounds to bf16; `exact` is that of the same logits in
-    float32, for when the clock has stopped."""
+    """litgpt's loss, computed in chunks and rounded to bf16. `exact` computes the loss of the same
+    logits in float32; it is called outside the measured time."""
 
     def __init__(self, model: Any, name: str):
         self.model, self.tokens = model, tokens_of(name)
@@ -257,8 +259,8 @@ class LitLoss:
 
 
 def measure(side: str, case: str, name: str, folder: str) -> Iterator[dict]:
-    """First the losses of a warm-up, the parameters trained and FLOP a step; then each step's
-    seconds and loss."""
+    """Yield the losses of the warm-up, the number of trained parameters and the FLOP of a step;
+    then the seconds and the loss of each step."""
     who, *options = side.split(" + ")
     start = {"ours": ours, "litgpt": lit}.get(who, peer)
     step, model, exact = start(case, name, folder, options)
@@ -267,21 +269,21 @@ def measure(side: str, case: str, name: str, folder: str) -> Iterator[dict]:
            "flops": model.flops_per_token(T) * B * T if who == "ours" else None,
            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     while True:
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         loss = step()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_time
         yield {"seconds": seconds, "loss": exact(loss)}
 
 
 def rounds(side: str) -> bool:
-    """Whether a side trains in bf16 what it then has to round."""
+    """Return whether a side keeps its adapter in bf16."""
     return ROUNDED in side or side.startswith("litgpt")
 
 
 def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str]:
-    """All sides of a case in turn: the table's rows, and a line that compares ours with the peers'
-    best."""
-    what, name, sides = CASES[case]
+    """Run all sides of a case in turn; return the rows of the table, and a line that compares ours
+    with the peers."""
+    label, name, sides = CASES[case]
     name = {"full": name, "quick": "30M", "tiny": "tiny"}[s.size]
     if s.size == "quick":
         sides = QUICK.get(case, sides)
@@ -290,7 +292,7 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
     draw_as = "bfloat16" if name == "1.1B" else "float32"
     n = child(HERE, "draw", name, folder, draw_as)
     measured = alternate(HERE, s.rounds, {side: ("measure", [side, case, name, folder])
-                                      for side in sides})
+                                          for side in sides})
     rows, speeds, ends = [], {}, {}
     flops = measured["ours"][0]["flops"]
     peak = peaks["float32" if case == "fp32" else "bfloat16"] * 1e9
@@ -298,7 +300,7 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
         seconds, gb = [x["seconds"] for x in steps], first["gb"]
         took = Spread.of(seconds)
         ends[side], speeds[side] = (first["losses"][0], steps[:LATER][-1]["loss"]), (seconds, gb)
-        rows.append([f"{what}, {n / 1e6:,.0f}M, {B} x {T}", side, f"{took.median:.3f}",
+        rows.append([f"{label}, {n / 1e6:,.0f}M, {B} x {T}", side, f"{took.median:.3f}",
                      f"{took.low:.3f} to {took.high:.3f}", f"{B * T / took.median:,.0f}",
                      f"{flops / took.median / peak:.0%}", f"{gb:.2f}",
                      *(f"{x:.5f}" for x in ends[side])])
@@ -308,19 +310,19 @@ def compare(case: str, s: Settings, folder: str, peaks: dict) -> tuple[list, str
                   for rounded in (False, True))
     n_trained = {setup["trained"] for setup, _ in measured.values()}
     if apart > APART[case] or apart_rounded > OWN or len(n_trained) > 1:
-        s.faults.append(f"{case}: losses {apart:.1e} apart, the later of a {ROUNDED} "
-                        f"{apart_rounded:.1e}, so not the same was measured")
+        s.faults.append(f"{case}: losses {apart:.1e} apart (later losses of a {ROUNDED}: "
+                        f"{apart_rounded:.1e}), or other numbers of trained parameters")
     summary = f"Losses at most {apart:.0e} apart"
     summary += f", the later with a {ROUNDED} {apart_rounded:.0e}" if apart_rounded else ""
-    return rows, f"- {what}, {n / 1e6:,.0f}M: {ratios(speeds)}. {summary}."
+    return rows, f"- {label}, {n / 1e6:,.0f}M: {ratios(speeds)}. {summary}."
 
 
-def ratios(found: dict[str, tuple[list[float], float]]) -> str:
-    """Speed and memory of ours beside each peer, the fastest first, eager with eager and compiled
-    with compiled; {side: (each step's seconds, GB)}."""
+def ratios(measured: dict[str, tuple[list[float], float]]) -> str:
+    """Compare speed and memory of ours with each peer, the fastest first: eager with eager,
+    compiled with compiled. `measured` is {side: (seconds of each step, GB)}."""
     lines = []
     for kind in ("eager", "compiled"):
-        alike = {k: v for k, v in found.items() if ("compile" in k) == (kind == "compiled")}
+        alike = {k: v for k, v in measured.items() if ("compile" in k) == (kind == "compiled")}
         mine = next((k for k in alike if k.startswith("ours")), None)
         if mine is None:
             continue
@@ -333,6 +335,7 @@ def ratios(found: dict[str, tuple[list[float], float]]) -> str:
 
 
 def job(s: Settings) -> str:
+    """Run all cases; return the table and the comparisons."""
     cases = s.cases or list(QUICK if s.size == "quick" else CASES)
     peaks, rows, summaries = limits.measured(s.size), [], []
     for case in cases:
@@ -343,10 +346,10 @@ def job(s: Settings) -> str:
     head = ["", "", "seconds a step", "range", "tokens/s", "of the product peak", "peak GB",
             "loss of step 1", f"of step {WARM + min(LATER, s.rounds)}"]
     return (f"All sides start from the same weights, take the same tokens and step in turn, "
-            f"{s.rounds} times after {WARM}; a ratio is the median of each turn's. How far their "
-            f"losses are apart stands below. peft keeps its adapter in float32, as we do; with "
-            f"\"{ROUNDED}\", and in litgpt, it is in bf16, and so each update is rounded. One "
-            f"allocator's settings for all.\n\n{table(head, rows)}\n\n"
+            f"{s.rounds} times after {WARM}; a ratio is the median of the turns' ratios. The "
+            f"differences of their losses are given below. peft keeps its adapter in float32, as "
+            f"we do; with \"{ROUNDED}\", and in litgpt, it is in bf16, so each update is rounded. "
+            f"All sides use the same settings of the allocator.\n\n{table(head, rows)}\n\n"
             + "\n".join(summaries) + "\n\n"
             + limits.description(peaks, "transformers", "peft", "litgpt"))
 
