@@ -312,10 +312,16 @@ def job(s: Settings) -> str:
     """All sides in turn, and the checkpoints."""
     cases = s.cases or (["ddp", "stall"] if s.size == "quick" else [*WAYS, "stall", "beside"])
     ways = [x for x in WAYS if x in cases]
-    parts = [speeds(s, ways)] if ways else []
-    few = s.size == "quick" and not s.cases
-    parts += [stalls(s, ["none"] if few else ways or list(WAYS))] if "stall" in cases else []
-    parts += [beside(s)] if "beside" in cases else []
+    parts = []
+    if ways:
+        parts.append(speeds(s, ways))
+    if "stall" in cases:
+        stalled = ways or list(WAYS)
+        if s.size == "quick" and not s.cases:
+            stalled = ["none"]
+        parts.append(stalls(s, stalled))
+    if "beside" in cases:
+        parts.append(beside(s))
     return "\n\n".join(
         [*parts, limits.description(limits.measured(s.size), "transformers", "accelerate")])
 

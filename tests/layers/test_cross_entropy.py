@@ -106,7 +106,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
+        tensors = out if isinstance(out, tuple | list) else [out]
+        for x in tensors:
             if isinstance(x, torch.Tensor):
                 self.numbers = max(self.numbers, x.numel())
         return out

@@ -78,7 +78,8 @@ class Waits(TorchDispatchMode):
         if is_on_device and (func in ASK or masks):
             self.asked.append(str(func))
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out) if is_on_device else ():
+        leaves = tree_leaves(out) if is_on_device else []
+        for x in leaves:
             if isinstance(x, torch.Tensor):
                 self.keep(x)
         return out

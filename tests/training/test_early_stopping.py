@@ -184,8 +184,8 @@ def test_ranks_share_a_suites_items_and_find_the_same_figures(workspace, tmp_pat
     assert cut[0] == cut[1] and "5 of 5 requests do not fit" in cut[0]
     found = [tuple(map(int, x.split())) for x in asked.read_text().splitlines()]
     wanted = [(1, 0, 5), (1, 0, 5), (1, 0, 7)]
-    wanted += [(2, r, n) for r, sizes in enumerate(((3, 3, 4), (2, 2, 3)))
-               for n in (sizes if how == "ddp" else (5, 5, 7))]
+    sizes_of_ranks = ((3, 3, 4), (2, 2, 3)) if how == "ddp" else ((5, 5, 7), (5, 5, 7))
+    wanted += [(2, rank, n) for rank, sizes in enumerate(sizes_of_ranks) for n in sizes]
     assert sorted(found) == sorted(wanted)
 
 

@@ -78,8 +78,8 @@ def really(shape: str, s: Settings, dtype: torch.dtype, passes: int,
             for name, p in m._parameters.items():
                 if p is not None:
                     m._parameters[name] = torch.nn.Parameter(p.to(kept).clone())
-        for name, m in list(model.named_modules()) if s.tune == "qlora" else ():
-            if nf4.fits(name, m):
+        for name, m in list(model.named_modules()):
+            if s.tune == "qlora" and nf4.fits(name, m):
                 model.set_submodule(name, nf4.NF4Linear(m.weight, m.bias, s.double_quant))
         whole = lora.extra_modules(model, s.train_embeddings, s.train_norms)
         if s.tune != "full":

@@ -88,7 +88,10 @@ def test_a_recipe_runs_by_its_own_file_with_only_model_data_and_sizes_replaced(
     flags = ["--model", f"{place}/model", "--out", f"{tmp_path}/out", "--device", "cpu", "--data",
              *(x.replace("bins/", f"{place}/") for x in own["data"])]
     full = own.get("tune", "full") == "full"
-    for name, size in SIZES.items() if not full else [*SIZES.items()][:-1]:  # no rank
+    sizes = list(SIZES.items())
+    if full:
+        sizes.pop()  # the rank
+    for name, size in sizes:
         flags += [f"--{name.replace('_', '-')}", size]
     flags += ["--train-layers", "1"] if "train_layers" in own else []
     s, origins = config.read(Settings, [str(recipe), *flags], "train.py")
