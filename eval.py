@@ -181,8 +181,8 @@ def main(s: Settings) -> None:
 
 def compare_seeds(s: Settings) -> None:
     """Print and write the spread of the figures over the runs of --seeds."""
-    from checkpoints.atomic_write import write_text
     from evaluation.seeds import format_spread, spread_over_runs
+    from runtime.temporary import write_text
 
     if s.model or s.suites or s.text or s.hypotheses:
         raise UserError("--seeds: goes without --model, --suites, --text and --hypotheses, because "

@@ -182,8 +182,13 @@ class PromptFormat:
         return normalise(text)[0] if normalise else text
 
     def _clean_messages(self, messages: Messages) -> Messages:
-        return [{**message, "content": self.clean(message["content"], "chat")}
-                if isinstance(message.get("content"), str) else message for message in messages]
+        cleaned = []
+        for message in messages:
+            # anything else is refused by the template, with the number of the message
+            if isinstance(message, Mapping) and isinstance(message.get("content"), str):
+                message = {**message, "content": self.clean(message["content"], "chat")}
+            cleaned.append(message)
+        return cleaned
 
     def render(self, prompt: PromptOrMessages) -> str:
         """The text that the model reads: a prompt, or a conversation as its template writes it.

@@ -125,13 +125,10 @@ def killed_at_random(workspace: Path, kills: int, steps: int) -> None:
     assert in_steps > kills / 4, "a good part of the kills was to come while it trained"
 
 
-def test_a_hundred_kills_at_random_moments_change_nothing(workspace):
-    killed_at_random(workspace, 100, 30)
-
-
-@pytest.mark.slow
-def test_two_hundred_kills_at_random_moments_of_longer_runs_change_nothing(workspace):
-    killed_at_random(workspace, 200, 100)
+@pytest.mark.parametrize(("kills", "steps"), [
+    (30, 30), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((100, 30), (200, 100)))])
+def test_kills_at_random_moments_change_nothing(workspace, kills, steps):
+    killed_at_random(workspace, kills, steps)
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -481,11 +478,11 @@ def test_a_gpus_peak_is_that_of_no_other(monkeypatch, name, peak):
 
 
 def test_a_cpu_trains_a_large_model_only_where_it_was_asked_to(workspace, monkeypatch):
-    monkeypatch.setattr(memory, "SMALL", 1000)
+    monkeypatch.setattr(memory, "MAX_CPU_PARAMETERS", 1000)
     said = run_ranks(
         make_settings(workspace, "unasked", device="auto"), codes={FLAGS}, CUDA_VISIBLE_DEVICES=""
     )
-    assert "no GPU that this torch can use" in said and "--device cpu if that is meant" in said
+    assert "no GPU that this torch can use" in said and "give --device cpu" in said
     assert not (workspace / "unasked/metrics.jsonl").exists()
     said = run_ranks(make_settings(workspace, "unasked", device="auto", plan=True), codes={FLAGS},
                      CUDA_VISIBLE_DEVICES="")
