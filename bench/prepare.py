@@ -1,21 +1,24 @@
-"""Text to token bins here against datasets.map with the same tokenizer; and the loader behind it.
+"""Preparing text as token bins, compared with datasets.map and the same tokenizer; and the loader.
 
     python -m bench.prepare [--quick] [--write]
         [--cases documents lines llama3 gigabyte loader]
 
-By one process and two, into a bin, and by datasets.map twice (tokenise, group into rows) into its
-cache; both must give the same number of tokens. Ours is timed as the command it is, Python's start
-and its imports included; the peer without Python's start. One process has its tokenizer on all
-cores, on both sides, of two each has one thread; ratios are to its best row. The peer cleans
-nothing, so neither do we, but in the rows that say so, which is the default. Every text stands in a
-file once. documents:
-news and laws, some kilobytes each; lines: all there is, mostly single sentences; llama3: the
-documents with LLaMA 3's tokenizer.json in place of a SentencePiece BPE learned from them. gigabyte:
-the texts over and over to 1 GB, and the most memory any one process held. loader: packed rows a
-second out of the bin.
+Our side writes a bin with one process and with two. The peer runs datasets.map twice (tokenise,
+group into rows) into its cache. Both must give the same number of tokens. Our time is that of the
+whole command, with Python's start and imports; the peer's time is without Python's start. With one
+process the tokenizer uses all cores, with two processes one thread each, on both sides. Ratios are
+to the peer's best row. The peer does not clean the text, so neither do we, except in the rows that
+say so (cleaning is our default). Each text is in the file once.
+
+    documents   news and laws of some kilobytes each
+    lines       all texts, mostly single sentences
+    llama3      the documents with LLaMA 3's tokenizer.json instead of a SentencePiece BPE
+    gigabyte    the texts repeated to 1 GB, and the largest memory of a process
+    loader      packed rows per second, read from the bin
+
 --quick: documents, loader and 20 MB, unless --cases names others.
 
-The text is ../shared/data/cpt where it is there, else sentences of the demo's grammar.
+The text is ../shared/data/cpt if it exists, else sentences of the demo's grammar.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ LONG = ["kin_news.jsonl", "kin_gov.jsonl"]
 
 
 def texts(kind: str, folder: str) -> list[str]:
-    """Texts, each once: `documents`, `lines`, or, `tiny`, a few."""
+    """Distinct texts: `documents`, `lines`, or a few for `tiny`."""
     from preparation.readers import read_documents, read_texts
 
     if not (DATA / "cpt").is_dir():
@@ -58,8 +61,8 @@ def texts(kind: str, folder: str) -> list[str]:
 
 
 def write_text(file: str, kind: str, mb: int, folder: str) -> str:
-    """A .jsonl of texts, each once, or over and over with a number before each to `mb` MB, and a
-    tokenizer learned from them in `folder`, unless it is there; what the text is."""
+    """Write texts to a .jsonl file, each once, or repeated with a number in front to `mb` MB; learn
+    a tokenizer from them in `folder` unless it exists. Returns a description of the text."""
     from tokenization.tokenizer import learn
 
     documents = texts(kind, folder)
@@ -77,7 +80,7 @@ def write_text(file: str, kind: str, mb: int, folder: str) -> str:
 
 
 def ours(file: str, tokenizer: str, processes: int, clean: bool = False) -> dict[str, Any]:
-    """prepare.py itself, in a process of its own: seconds, tokens, bytes on disk."""
+    """Run prepare.py in a process of its own: seconds, tokens, bytes on disk."""
     with tempfile.TemporaryDirectory() as out:
         begun = time.perf_counter()
         subprocess.run([sys.executable, "prepare.py", "text", file, "--tokenizer", tokenizer,
@@ -89,7 +92,7 @@ def ours(file: str, tokenizer: str, processes: int, clean: bool = False) -> dict
 
 
 def theirs(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
-    """The usual two maps: tokenise with BOS and EOS, group into rows of 1,024."""
+    """The two usual maps of datasets: tokenise with BOS and EOS, group into rows of 1,024."""
     alone = processes == 1
     set_library_threads(alone)
     begun = time.perf_counter()
@@ -130,7 +133,7 @@ def theirs(file: str, tokenizer: str, processes: int) -> dict[str, Any]:
 
 
 def load(bin: str, file: str, tokenizer: str) -> dict[str, Any]:
-    """Rows of 1,024 a second that the loader gives, out of a bin made of the file."""
+    """Rows of 1,024 tokens per second that the loader reads from a bin of the file."""
     import numpy as np
 
     from data import Bin, Loader, Source
@@ -153,7 +156,7 @@ def weight(folder: Path) -> int:
 
 
 def beside(s: Settings, case: str, file: str, what: str) -> str:
-    """Both sides on one text, by one process and two."""
+    """Measure both sides on one text, with one process and with two."""
     folder = str(Path(file).parent)
     tokenizer, mb = str(LLAMA3) if case == "llama3" else folder, Path(file).stat().st_size / 1e6
     peer = installed("datasets")
@@ -194,7 +197,7 @@ def job(s: Settings) -> str:
     with tempfile.TemporaryDirectory() as home:
         @functools.cache
         def text(kind: str, mb: int = 0) -> tuple[str, str]:
-            """A file, with a tokenizer beside it, and what it is."""
+            """A file of texts with a tokenizer in its folder, and a description of the text."""
             folder = Path(home, kind)
             folder.mkdir(exist_ok=True)
             file = str(folder / f"{mb}.jsonl")

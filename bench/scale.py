@@ -1,16 +1,17 @@
-"""One rank and two, by DDP and FSDP2, here and by transformers + accelerate; what a checkpoint
-costs while training goes on; and two programs on the same cores.
+"""Training on one rank and on two (DDP and FSDP2), compared with transformers + accelerate; the
+cost of a checkpoint during training; and two programs on the same cores.
 
     python -m bench.scale [--quick] [--cases none ddp fsdp stall beside] [--rounds 2] [--write]
 
-Two CPU processes that talk by gloo share one machine's cores, so the second rank brings no speed:
-what is measured is what sharing costs beside the peer's, at equal threads a rank and with the same
-allocator. Losses of the first and last step must agree between all sides.
+Two CPU processes that communicate by gloo share the cores of one machine, so a second rank does not
+make training faster. The cost of sharing is compared with that of the peer, with the same number of
+threads for each rank and the same allocator. The losses of the first and the last step must be
+equal on all sides.
 
-What a checkpoint costs is measured as the loop goes: turns of it without a save, then turns from
-the save on until the files have their names, again and again in one process. Two programs that know
-nothing of each other each take all cores, step for step at the same time, with threads that wait as
-libgomp's do by themselves and as ours do (runtime/openmp.py).
+The cost of a checkpoint is measured in the training loop: steps without a save, then steps while a
+checkpoint is written, repeated in one process. Two programs that do not know of each other each use
+all cores at the same time, with libgomp's default waiting of threads and with ours
+(runtime/openmp.py).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from runtime import openmp
 
 HERE = "bench.scale"
 LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
-APART = 1e-4  # of the losses, at most; float32
+APART = 1e-4  # the largest difference of losses, in float32
 WAYS = {"none": "one rank", "ddp": "two ranks, ddp", "fsdp": "two ranks, fsdp"}
 
 
@@ -66,9 +67,9 @@ def ours(how: str, folder: str) -> Callable[[Any], float]:
 
 
 def accelerate(how: str, folder: str) -> Callable[[Any], float]:
-    """A step as accelerate's documents write it; gradients are parts of DDP's buckets, which is its
-    fastest. On CPUs it takes DDP whatever it is told: that FSDP is meant is set in its state, and
-    that its own preparation then cuts the model is checked."""
+    """One step as in accelerate's documentation. Gradients are views of DDP's buckets, its fastest
+    mode. On a CPU accelerate always selects DDP, so FSDP is set in its state, and it is checked
+    that the model is then sharded."""
     import torch
     from accelerate import (
         Accelerator,
@@ -107,7 +108,7 @@ def accelerate(how: str, folder: str) -> Callable[[Any], float]:
 
 
 def on_ranks(world: int, threads: int, action: Callable[[], Any]) -> list[Any]:
-    """What each of so many forked processes gives, as JSON."""
+    """Run a function in forked processes and return their results, which are JSON."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -142,7 +143,7 @@ def on_ranks(world: int, threads: int, action: Callable[[], Any]) -> list[Any]:
 
 def measure(side: str, how: str, model: str, folder: str, threads: int,
             steps: int) -> dict[str, Any]:
-    """Seconds a step and losses, the slowest rank's."""
+    """Seconds per step of the slowest rank, and the losses."""
     world = 1 if how == "none" else 2
     tokens = tokens_of(model)
 
@@ -162,8 +163,8 @@ def measure(side: str, how: str, model: str, folder: str, threads: int,
 
 
 def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[str, Any]:
-    """Seconds of the loop's turns without a save and beside one that is being written; of the copy;
-    until the files have their names; and of a save that training waits for."""
+    """Seconds per step without a checkpoint and while one is written; seconds of the copy, until
+    the files have their names, and of a save for which training waits."""
     world = 1 if how == "none" else 2
     tokens = tokens_of(model)
 
@@ -204,7 +205,7 @@ def stall(how: str, model: str, folder: str, threads: int, saves: int) -> dict[s
 
 
 def alone(side: str, model: str, folder: str) -> Iterator[float]:
-    """Seconds of each step of one rank on all cores, after two."""
+    """Seconds of each step of one rank on all cores, after two warm-up steps."""
     step, tokens = {"ours": ours, "accelerate": accelerate}[side]("none", folder), tokens_of(model)
     step(tokens), step(tokens)
     while True:
@@ -277,7 +278,7 @@ def speeds(s: Settings, ways: list[str]) -> str:
 
 
 def stalls(s: Settings, ways: list[str]) -> str:
-    """What a checkpoint costs each way."""
+    """The cost of a checkpoint, written in the background and blocking."""
     model = {"full": "30M", "quick": "10M", "tiny": "tiny"}[s.size]
     saves = {"full": 3, "quick": 1, "tiny": 2}[s.size]
     cores = os.cpu_count() or 2

@@ -1,20 +1,21 @@
-"""Answers of conversations trained here beside TRL's SFTTrainer, on real, uneven lengths.
+"""Speed of SFT compared with TRL's SFTTrainer, on real conversations of different lengths.
 
     python -m bench.sft [--quick] [--cases lora full] [--rounds 2] [--write]
 
-Both sides train on the same ids and the same mask, once through: they are written once, as a bin
-and as a list, so tokenizers and templates are no part of it. A step holds about as many real
-tokens everywhere: our rows, TRL's packed rows, or so many padded conversations as fill these rows.
+Both sides train on the same ids and the same mask, in one epoch. The ids are written once, as a bin
+and as a list, so tokenizers and templates are not measured. A step has about the same number of
+real tokens on each side: our rows, TRL's packed rows, or as many padded conversations as fill these
+rows.
 
-Every process has the allocator's settings that train.py takes for itself on a CPU
-(runtime.device.keep_freed_memory), which spare the peers too the zeroing of pages. TRL's loss
-never holds all logits either (1.16; its `chunked_nll` is now a name of the default).
+Every process has the allocator's settings that train.py uses on a CPU
+(runtime.device.keep_freed_memory); they make the peers faster too. TRL's loss does not hold all
+logits either (in TRL 1.16 `chunked_nll` is a name of the default).
 
-What is counted: a *trained* token is a target that has a loss, counted in the batches as each side
-makes them, behind its own shift; a *real* token is one of a conversation, all of them lie in the
-list. Padding is neither. Sides that train another number of tokens, or whose mean loss over all of
-them differs, fail; the learning rate is small, so that the order of batches cannot change that
-mean. A random model's loss says little of leaks between packed neighbours: tests/ look for those.
+A *trained* token is a target with a loss, counted in the batches of each side after its own shift.
+A *real* token is a token of a conversation. Padding is neither. The program fails if the sides
+train different numbers of tokens, or if the mean of the loss over all tokens differs. The learning
+rate is small, so that the order of batches does not change this mean. The loss of a random model
+does not show attention between packed neighbours; tests/ check that.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ APART = 2e-3  # of the mean loss, at most
 
 
 def draw(size: str, folder: str) -> dict:
-    """Write the random model, a tokenizer, and the conversations as a bin and as a list; how many
-    tokens they hold."""
+    """Write the random model, a tokenizer, and the conversations as a bin and as a list; return how
+    many tokens these hold."""
     import shutil
     from pathlib import Path
 
@@ -196,7 +197,7 @@ def theirs(side: str, case: str, folder: str, B: int, T: int, padded: int) -> di
 
 
 def compare(case: str, s: Settings, folder: str, info: dict) -> tuple[list, str]:
-    """All sides of a case in turn: the table's rows, and a line that compares ours with theirs."""
+    """Run all sides of a case in turn; return the table's rows and a line that compares them."""
     _, _, B, T = SIZES[s.size]
     padded = max(1, B * T * info["conversations"] // info["real"])  # as many tokens as B rows hold
     sides = {"ours": ("ours", [case, folder, B, T, padded])}

@@ -1,4 +1,4 @@
-"""Do the intervals and tests of evaluation/significance.py keep what they promise?
+"""Check that the intervals and tests of evaluation/significance.py have the error rates they claim.
 
     python -m experiments.significance [--nulls 10000] [--seed 1] [--texts FOLDER]
 
