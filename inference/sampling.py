@@ -44,8 +44,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         bounds = {"max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-                  "temperature": (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
-                                  "0 (greedy), or 1e-06 to 1e+06"),
+                  "temperature": (self.temperature == 0 or 1e-37 <= self.temperature <= 1e6,
+                                  "0 (greedy), or 1e-37 to 1e+06"),
                   "top_k": (self.top_k >= 0, "0 (all) or more"),
                   "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
                   "min_p": (0 <= self.min_p <= 1, "0 (all) to 1"),

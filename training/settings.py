@@ -308,6 +308,9 @@ def restore_settings(saved: Path) -> None:
                             "it and --resume", STORAGE) from None
         info(f"{saved}: {fault}; written again from a checkpoint")
         return
+    if not (saved.parent / "checkpoints").exists():
+        raise UserError(f"--resume: {saved} {fault}, so {saved.parent} holds no run; check --out",
+                        BAD_INPUT)
     raise UserError(f"--resume: {saved} {fault}, and no checkpoint in {saved.parent} holds the "
                     "settings; check --out, or restore the file", BAD_INPUT)
 

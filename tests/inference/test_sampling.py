@@ -141,7 +141,7 @@ def test_sampling_out_of_range_is_refused(values, message):
 
 
 @pytest.mark.parametrize("values", [
-    {"temperature": 1e-300}, {"temperature": 1e-7}, {"temperature": 1e7},
+    {"temperature": 1e-300}, {"temperature": 1e-40}, {"temperature": 1e7},
     {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}, {"length_penalty": 1e300},
     {"length_penalty": -1e300}, {"beams": 1_000_000, "temperature": 0.0}])
 def test_a_number_that_float32_cannot_use_is_refused(values):
@@ -150,7 +150,7 @@ def test_a_number_that_float32_cannot_use_is_refused(values):
 
 
 @pytest.mark.parametrize("values", [
-    {"temperature": 1e-6}, {"temperature": 1e6}, {"repetition_penalty": 1e-3},
+    {"temperature": 1e-37}, {"temperature": 1e6}, {"repetition_penalty": 1e-3},
     {"repetition_penalty": 1e3}, {"temperature": 0.0, "repetition_penalty": 1e-3}])
 def test_the_extremes_that_are_allowed_give_ids_of_the_vocabulary(values):
     logits = torch.tensor([[50.0, -50.0, 0.0, 49.9], [-1e4, 1e4, 1e-6, 3.0]])
