@@ -227,7 +227,7 @@ def compare(case: str, s: Settings, folder: str, info: dict) -> tuple[list, str]
     lines = [f"{ratio(took, seconds, ' times')} the speed of {side}, in {our_gb / gb:.2f} of its "
             "memory"
             for side, (took, gb) in measured.items()]
-    return rows, (f"- {CASES[case]}: {'; '.join(lines) or 'no peer beside it'}. "
+    return rows, (f"- {CASES[case]}: {'; '.join(lines) or 'no peer was measured'}. "
                   f"Mean losses at most {apart:.0e} apart.")
 
 

@@ -21,6 +21,7 @@ from checkpoints.atomic_write import check_replaceable, replace_folder
 from checkpoints.model_folder import MODEL_FILES
 from runtime.console import NON_FINITE, STORAGE, UserError
 from runtime.distributed import full_tensor
+from runtime.paths import is_utf8
 from runtime.temporary import temporary_path
 
 REPLACEABLE = (*MODEL_FILES, "README.md")  # files of an older result, which may be replaced
@@ -65,8 +66,12 @@ def write_model_folder(contents: ModelFolder, state: Mapping[str, Tensor], folde
 
 
 def rehearse_model_folder(contents: ModelFolder, folder: Path) -> None:
-    """Write and rename everything of a folder but its numbers, in a hidden place beside it, and
-    remove it again. UserError for whatever `write_model_folder` would fail on."""
+    """Try to write a folder, before there are tensors to write.
+
+    The small files and one weights file of each name, with one number, are written to a temporary
+    folder next to `folder`, which is renamed and removed. UserError for every error that
+    `write_model_folder` would meet there.
+    """
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"{folder}: a link that leads nowhere; remove it", STORAGE)
     if folder.exists():
@@ -80,7 +85,7 @@ def rehearse_model_folder(contents: ModelFolder, folder: Path) -> None:
             raise UserError(f"{folder}: a mount point, which cannot be replaced; give a folder "
                             "below it", STORAGE)
     folder = folder.resolve()  # a link is followed, as when the folder is written
-    if not _is_utf8(folder):
+    if not is_utf8(str(folder)):
         raise UserError(f"{folder}: its path is not UTF-8, and safetensors cannot open it; give "
                         "another", STORAGE)
     hidden = temporary_path(folder.with_name("rehearsal"))
@@ -91,14 +96,6 @@ def rehearse_model_folder(contents: ModelFolder, folder: Path) -> None:
                 save_file({"x": torch.zeros(1)}, temporary / file, metadata=contents.metadata)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -26,6 +26,7 @@ from typing import IO, Any, NamedTuple
 
 from runtime import hub
 from runtime.console import UserError, info
+from runtime.paths import is_utf8
 
 TEXT_FORMATS = (".txt", ".jsonl", ".tsv", ".parquet")
 ROW_FORMATS = (".jsonl", ".json", ".tsv", ".parquet")
@@ -87,7 +88,7 @@ def list_files(specs: Iterable[str], formats: Sequence[str] = TEXT_FORMATS) -> l
         if not matches:
             raise UserError(f"{spec}: no such file, and no file matches it")
         for path in matches:
-            if any("\ud800" <= c <= "\udfff" for c in str(path)):  # bytes that are not UTF-8
+            if not is_utf8(str(path)):
                 raise UserError(f"{str(path)!a}: the name is not UTF-8, so the bin cannot record "
                                 "it; rename the file")
             if file_format(path) not in formats:

@@ -25,7 +25,7 @@ from runtime import console
 from runtime.console import FLAGS, UserError
 from runtime.flag_help import help_text, is_positional
 from runtime.openmp import shorten_spin_wait
-from runtime.paths import version
+from runtime.paths import is_utf8, version
 from runtime.setting_metadata import Bounds, flag_name, settings_of
 
 T = TypeVar("T")
@@ -121,10 +121,8 @@ def _check_utf8(argv: list[str]) -> None:
     """UserError (FLAGS) for an argument that is not UTF-8: run.json, settings.toml and results.json
     could not record it."""
     for word in argv:
-        try:
-            word.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{word!a}: is not UTF-8; rename the file or folder", FLAGS) from None
+        if not is_utf8(word):
+            raise UserError(f"{word!a}: is not UTF-8; rename the file or folder", FLAGS)
 
 
 def check_bounds(settings: Any, origins: dict[str, str] | None = None,

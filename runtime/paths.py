@@ -11,6 +11,15 @@ ROOT = Path(__file__).parents[1]
 NOT_THE_PROGRAM = {"tests", "bench", "experiments", "docs", "out"}
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a path or an argument is UTF-8; Python keeps other bytes as halves of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def source_files(root: Path = ROOT) -> list[Path]:
     """Every Python file that a command may run, sorted: those at the root and in the packages."""
     packages = [p for p in root.iterdir() if p.is_dir() and (p / "__init__.py").exists()

@@ -1,8 +1,9 @@
 """Temporary files and folders, and the removal of those that a killed process left.
 
 Every command writes a file or folder under the name `.tmp-NAME-PID-RANDOM` beside its target, and
-renames it when it is complete. What it replaces is called `.del-NAME-PID-RANDOM` meanwhile. Whoever
-creates one first removes the leftovers in that folder.
+renames it when it is complete. An old file or folder that it replaces has the name
+`.del-NAME-PID-RANDOM` until it is removed. Before a command creates such a file or folder, it
+removes what killed processes left in the same place.
 
 A writer holds a lock (flock) on its file or folder for as long as it lives. The system releases the
 lock when the process ends, however it ends, so neither a reused PID nor another PID namespace

@@ -33,8 +33,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 def prepare_result(model: Llama, model_dir: Path, sources: Sequence[Source], tokenizer: Tokenizer,
                    out: Path, is_writer: bool) -> ModelFolder:
-    """The folder OUT/model, complete but for its numbers. The rank that `is_writer` also rehearses
-    writing it. UserError for everything that would fail at the end."""
+    """Everything that OUT/model will hold except the tensors. If `is_writer`, which one rank is,
+    writing the folder is tried too. UserError for everything that would fail at the end."""
     if lora.adapters(model):
         contents = adapter_folder(model, str(base_model_dir(model_dir)), model_dir)
     else:

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from checkpoints.resume_point import (
     write_safetensors,
 )
 from helpers import fork as fork_tools
+from helpers.fork import quiet_child
 from runtime.console import FLAGS, STORAGE, UserError
 from runtime.distributed import Distributed
 from runtime.paths import ROOT
@@ -75,22 +75,9 @@ def names(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir())
 
 
-def fork(action: Callable[[], object]) -> int:
-    """The id of a child process that does this, and nothing else."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        action()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(99)
-
-
 def in_child(action: Callable[[], object]) -> int:
     """How a child that does this ends: its exit code, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(fork(action), 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(quiet_child(action), 0)[1])
 
 
 def fuse(root: Path, at: int, how: str) -> None:
@@ -251,7 +238,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
                 step += 1
                 save(tmp_path, step)
 
-        pid = fork(forever)
+        pid = quiet_child(forever)
         deadline = time.monotonic() + 30  # however slow the machine: at least one save each
         while not (tmp_path / f"step-{least + 1:06}").exists() and time.monotonic() < deadline \
                 and not (tmp_path / f"step-{least + 2:06}").exists():
@@ -486,7 +473,7 @@ def test_one_run_at_a_time_writes_a_folder_and_a_killed_one_lets_go(tmp_path):
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
-    living = fork(lambda: time.sleep(60))
+    living = quiet_child(lambda: time.sleep(60))
     try:
         for kind in ("tmp", "del"):
             for pid in (DEAD, os.getpid(), living, os.getppid()):

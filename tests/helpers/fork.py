@@ -41,6 +41,19 @@ def child(action: Callable[[], object], said: Path, **env: str) -> int:
         os._exit(code)
 
 
+def quiet_child(action: Callable[[], object]) -> int:
+    """The id of a child that does this and exits with 0, or with 99 after a traceback."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        action()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(99)
+
+
 def train(*words: str) -> Callable[[], object]:
     """What a child does that is train.py with these words, from its first line."""
 

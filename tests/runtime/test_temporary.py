@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from checkpoints.atomic_write import replace_folder
+from helpers.fork import quiet_child
 from runtime import temporary
 from runtime.paths import ROOT
 from runtime.temporary import (
@@ -27,23 +27,13 @@ from runtime.temporary import (
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def start_child(action: Callable[[], object]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        action()
-    finally:
-        os._exit(0)
-
-
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
 def dead_pid() -> int:
-    pid = start_child(lambda: None)
+    pid = quiet_child(lambda: None)
     os.waitpid(pid, 0)
     return pid
 
@@ -61,7 +51,7 @@ def test_a_living_writer_keeps_its_temporary_and_a_killed_one_loses_it(tmp_path,
         os.write(write, b"1")
         time.sleep(60)
 
-    pid = start_child(hold)
+    pid = quiet_child(hold)
     os.read(read, 1)
     (name,) = names(tmp_path)
     assert NAME.fullmatch(name)["target"] == "target" and NAME.fullmatch(name)["pid"] == str(pid)
@@ -132,7 +122,7 @@ def test_a_folder_set_aside_by_a_killed_writer_gets_its_name_back(tmp_path):
         with set_aside(folder):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    os.waitpid(start_child(replace), 0)
+    os.waitpid(quiet_child(replace), 0)
     assert not folder.exists()
     remove_leftovers(tmp_path)
     assert names(tmp_path) == ["model"] and (folder / "weights").read_text() == "old"
@@ -148,13 +138,13 @@ def test_a_replaced_folder_that_was_not_yet_removed_is_removed(tmp_path):
             (folder / "weights").write_text("new")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    os.waitpid(start_child(replace), 0)
+    os.waitpid(quiet_child(replace), 0)
     remove_leftovers(tmp_path)
     assert names(tmp_path) == ["model"] and (folder / "weights").read_text() == "new"
 
 
 def test_kills_at_random_moments_leave_the_old_content_or_the_new_one(tmp_path):
-    """A folder and a file are replaced again and again; whoever comes next finds both whole."""
+    """The child replaces a folder and a file until it is killed. Then both must be complete."""
     folder, file = tmp_path / "model", tmp_path / "run.json"
 
     def replace_for_ever() -> None:
@@ -165,7 +155,7 @@ def test_kills_at_random_moments_leave_the_old_content_or_the_new_one(tmp_path):
             write_text(file, "x" * 1000)
 
     for i in range(25):
-        pid = start_child(replace_for_ever)
+        pid = quiet_child(replace_for_ever)
         time.sleep(0.01 + 0.004 * i)
         kill(pid)
         existed = any(NAME.fullmatch(x) is None for x in names(tmp_path))
